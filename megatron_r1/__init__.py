@@ -1,0 +1,1 @@
+"""Train small reasoning models on data chosen by measured influence, on Megatron-core."""

@@ -1,0 +1,91 @@
+"""What flows between rooms. Plain records: no behaviour beyond what their fields mean.
+
+Axis letters, used as suffixes where a shape is not plain: B batch, S sequence, D hidden, V vocabulary,
+N examples, C capabilities, K checkpoints, P projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+CAPABILITIES = ("code", "math", "knowledge")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One indexed dataset (`PREFIX.bin`, `PREFIX.idx`), or the leading documents of one."""
+
+    name: str
+    prefix: Path
+    documents: int
+    """Documents that may be drawn; the rest of the pair is set aside (probing)."""
+    tokens: int
+    """Tokens of those documents."""
+    dtype: str
+    """NumPy name of the token type, "uint16" or "int32"."""
+    tokenizer_hash: str | None
+    """Fingerprint of the tokenizer that made it; None where no sidecar says (a pair from elsewhere)."""
+
+    def windows(self, seq_length: int) -> int:
+        """Windows of one epoch: window w is tokens [wS, wS+S], S inputs and S labels."""
+        return max(0, (self.tokens - 1) // seq_length)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the device."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+    position_BS: Tensor
+    source_B: Tensor
+    segment_BS: Tensor | None = None
+    """Document number within the window, for packed attention; None: windows attend across documents."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. `samples` is the data position, and nothing else is."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Influence scores of one source's representative set (Eq. 2)."""
+
+    source: str
+    capabilities: tuple[str, ...]
+    steps: tuple[int, ...]
+    """Checkpoints scored, in training order."""
+    example_N: np.ndarray
+    """Window (or document) numbers within the source."""
+    length_N: np.ndarray
+    """Tokens of each example, s(x) of Eq. 5."""
+    score_NCK: np.ndarray
+    """float32; positive: a step on the example lowers the capability's loss."""
+
+
+@dataclass(frozen=True)
+class MixWeights:
+    """Source weights (Eq. 5): nonnegative, summing to 1."""
+
+    by_source: dict[str, float]
