@@ -1,0 +1,231 @@
+"""Every configuration dataclass, each field with its unit. Imports no torch, reads no file.
+
+`config_io` reads these from YAML; `Config` is the root that every tool shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Read by pydantic: a key that no field has is a mistake, never ignored.
+_STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A MobileLLM-R1 shape (paper, Table 3)."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Width of the SwiGLU feed-forward."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    vocab_size: int
+    """Rows of the tied embedding, before any padding for tensor parallelism."""
+    head_dim: int = 64
+    rotary_base: float = 1e6
+    rms_norm_eps: float = 1e-5
+    qk_norm: bool = True
+    """RMS norm of each query and key head, without a weight."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it / sqrt(2 num_layers)."""
+
+    __pydantic_config__ = _STRICT
+
+    def parameters(self) -> int:
+        """Parameters, tied embedding counted once (docs/recipe.md lists the exact integers)."""
+        h, d = self.hidden_size, self.head_dim
+        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        return self.vocab_size * h + self.num_layers * layer + h
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Forward and backward of one token: 6 per weight that multiplies, plus causal attention."""
+        attention = 6 * self.num_layers * seq_length * self.head_dim * self.num_attention_heads
+        return 6.0 * self.parameters() + attention
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Ranks per model copy; data parallelism takes what the launch leaves."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
+
+    __pydantic_config__ = _STRICT
+
+    def model_ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One indexed dataset to draw from."""
+
+    prefix: str
+    """Path without `.bin` / `.idx`."""
+    documents: int | None = None
+    """Train on this many leading documents; the rest is set aside for probing. None: all."""
+    domain: str | None = None
+    """For reports: code, math, knowledge, or whatever the corpus is."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: dict[str, SourceConfig]
+    """Name -> dataset. The order is part of the data plan."""
+    seq_length: int = 2048
+    """Tokens per sequence."""
+    seed: int = 1234
+    order: Literal["balanced", "megatron"] = "balanced"
+    """How sources interleave: even spacing, or megatron-core's own greedy order bit for bit."""
+    shuffle: bool = True
+    """Permute each epoch of each source."""
+    probes: dict[str, str] = field(default_factory=dict)
+    """Capability -> prefix of a held-out dataset whose NLL is reported while training."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
+
+    weights: dict[str, float] | Literal["uniform"] = "uniform"
+    """Source -> share of sequences; normalised. Sources left out are not drawn."""
+    steps: int | None = None
+    """Optimizer steps; give this or `tokens`."""
+    tokens: int | None = None
+    """Token budget; rounded up to whole steps."""
+    learning_rate: float = 4e-3
+    """Peak."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate of the phase, as a share of the peak."""
+    warmup_steps: int = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    max_epochs: float | dict[str, float] | None = None
+    """Most passes over a source, counted over the whole plan; its weight goes to the others."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norm weights are exempt from decay."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    """Global gradient norm; 0: no clipping."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run: str
+    """Run directory. Resuming is the default: the same command again continues."""
+    global_batch: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: int
+    """Sequences per forward pass on one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 main parameters and gradients."""
+    seed: int = 1234
+    """Of the initial weights."""
+    checkpoint_every: int = 1000
+    """Steps; the end of every phase is saved too."""
+    probe_every: int = 1000
+    """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
+    init_from: str | None = None
+    """A checkpoint to start a new run from: weights, optimizer state and data position."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """Scores of representative sets against capability directions (Eqs. 2-4)."""
+
+    directions: dict[str, str]
+    """Capability -> prefix of its probing set P_c."""
+    examples: int = 10_000
+    """Windows drawn per source, the representative set R_g."""
+    probe_examples: int | None = None
+    """Windows of each probing set; None: all of it."""
+    steps: list[int] = field(default_factory=list)
+    """Checkpoints to score, by step; empty: every checkpoint of the run."""
+    micro_batch: int = 8
+    """Sequences per forward pass."""
+    curvature: Literal["identity", "adam"] = "identity"
+    """H of Eq. 2, applied once to each direction: none, or Adam's second moment."""
+    seed: int = 1234
+    """Of the choice of windows."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """From scores to source weights (Eqs. 4, 5)."""
+
+    phase: str
+    """The phase whose weights are written."""
+    checkpoint_weight: Literal["step", "uniform"] = "step"
+    """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
+    capability_weight: dict[str, float] = field(default_factory=dict)
+    """Weight of each capability in the sum; empty: equal."""
+    scale: Literal["raw", "cosine", "zscore"] = "raw"
+    """Of a capability's scores before they are summed; raw is the paper's."""
+    floor: float = 0.0
+    """Least weight of any source."""
+    cap: float = 1.0
+    """Greatest weight of any source."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Config:
+    """The root: files merge left to right into this, dotted overrides last."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    phases: dict[str, PhaseConfig]
+    """Name -> phase, in training order; a later file may append one."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    influence: InfluenceConfig | None = None
+    mix: MixConfig | None = None
+
+    __pydantic_config__ = _STRICT
+
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.data.seq_length
+
+    def phase_steps(self, name: str) -> int:
+        """Optimizer steps of a phase."""
+        phase = self.phases[name]
+        if phase.steps is not None:
+            return phase.steps
+        assert phase.tokens is not None, "config_io requires steps or tokens"
+        return -(-phase.tokens // self.tokens_per_step())
+
+    def phase_weights(self, name: str) -> dict[str, float]:
+        """Source -> weight of a phase, zeros left out."""
+        weights = self.phases[name].weights
+        if weights == "uniform":
+            return dict.fromkeys(self.data.sources, 1.0)
+        assert isinstance(weights, dict)
+        return {source: weight for source, weight in weights.items() if weight > 0}

@@ -1,0 +1,245 @@
+"""YAML files -> Config: merge, dotted overrides, every mistake in one message, dump."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_r1.config import Config
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one mistake a line."""
+
+    def __init__(self, mistakes: list[str]):
+        self.mistakes = mistakes
+        head = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  {m}" for m in mistakes))
+
+
+def load(arguments: Iterable[str]) -> Config:
+    """Config from FILE.yaml and `dotted.key=value` arguments, in the order given.
+
+    Mappings merge, everything else replaces; overrides are applied after all files.
+    Raises ConfigError with every mistake found.
+    """
+    mistakes: list[str] = []
+    tree = _read_all(arguments, mistakes)
+    sections = _sections(tree, mistakes)
+    mistakes += _cross_check(sections)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return Config(**sections)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
+    files, overrides = [], []
+    for argument in arguments:
+        (overrides if "=" in argument and not Path(argument).exists() else files).append(argument)
+    trees = [_read(Path(name), mistakes) for name in files]
+    for text in overrides:
+        key, value = text.split("=", 1)
+        try:
+            leaf: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            mistakes.append(f"{text}: the value is no YAML; quote it, for instance {key}='\"...\"'")
+            continue
+        for part in reversed(key.split(".")):
+            leaf = {part: leaf}
+        trees.append(leaf)
+    return reduce(_merge, trees, {})
+
+
+def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        mistakes.append(f"{path}: no such file{_near(str(path), siblings)}")
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mistakes.append(f"{path}: not YAML: {' '.join(str(error).split())}")
+        return {}
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        mistakes.append(f"{path}: expected `section: ...`, found {type(tree).__name__}")
+        return {}
+    return tree
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+    return over
+
+
+def _sections(tree: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """Each root section that parses; sections are read apart so that one mistake hides no other."""
+    hints = typing.get_type_hints(Config)
+    out = {}
+    for key in tree:
+        if key not in hints:
+            mistakes.append(f"{key}: unknown section{_near(key, hints)}")
+    for spec in dataclasses.fields(Config):
+        if spec.name not in tree:
+            required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+            if required:
+                mistakes.append(f"{spec.name}: missing section; add a file that has it (see examples/)")
+            continue
+        hint = hints[spec.name]
+        try:
+            out[spec.name] = TypeAdapter(hint).validate_python(tree[spec.name])
+        except ValidationError as error:
+            mistakes += [_say(spec.name, hint, e) for e in error.errors(include_url=False)]
+    return out
+
+
+def _say(section: str, hint: Any, error: Any) -> str:
+    loc = [section, *(str(part) for part in error["loc"])]
+    # pydantic puts the branch of a union into the path; a reader knows only YAML keys.
+    path = ".".join(p for p in loc if "[" not in p and p not in ("float", "ModelConfig"))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _field_names(hint, [str(p) for p in error["loc"][:-1]])
+        return f"{path}: unknown key{_near(str(error['loc'][-1]), known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{path}: missing"
+    return f"{path}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _field_names(hint: Any, path: list[str]) -> list[str]:
+    """Names of the dataclass that `path` leads to, for a suggestion."""
+    for inner in [a for a in typing.get_args(hint) if a is not type(None)] or [hint]:
+        if dataclasses.is_dataclass(inner):
+            return [f.name for f in dataclasses.fields(inner)]
+        if typing.get_origin(inner) is dict and path:
+            return _field_names(typing.get_args(inner)[1], path[1:])
+    if dataclasses.is_dataclass(hint):
+        sub = typing.get_type_hints(hint)
+        return _field_names(sub[path[0]], path[1:]) if path and path[0] in sub else list(sub)
+    return []
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= 16 else ""
+
+
+def _cross_check(sections: dict[str, Any]) -> list[str]:
+    """Mistakes between fields, for whichever sections parsed."""
+    model, parallel = sections.get("model"), sections.get("parallel")
+    data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
+    out: list[str] = []
+    if model:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "vocab_size"):
+            if getattr(model, name) < 1:
+                out.append(f"model.{name}={getattr(model, name)} must be positive")
+        if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
+            out.append(
+                f"model.num_attention_heads={model.num_attention_heads} is no multiple of "
+                f"model.num_query_groups={model.num_query_groups}"
+            )
+    if model and parallel:
+        groups, tp = model.num_query_groups, parallel.tensor
+        legal = [n for n in range(1, groups + 1) if groups % n == 0 and model.ffn_hidden_size % n == 0]
+        if tp not in legal:
+            out.append(
+                f"parallel.tensor={tp} does not divide model.num_query_groups={groups}; use one of {legal}"
+            )
+        if parallel.pipeline < 1 or model.num_layers % max(1, parallel.pipeline):
+            out.append(
+                f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers={model.num_layers}"
+            )
+    if parallel:
+        if parallel.context < 1:
+            out.append(f"parallel.context={parallel.context} must be positive")
+        if parallel.sequence and parallel.tensor == 1:
+            out.append("parallel.sequence=true needs parallel.tensor > 1")
+    if data:
+        if not data.sources:
+            out.append("data.sources: empty; name at least one dataset")
+        if data.seq_length < 1:
+            out.append(f"data.seq_length={data.seq_length} must be positive")
+    if train and (train.global_batch < 1 or train.micro_batch < 1 or train.global_batch % train.micro_batch):
+        out.append(
+            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
+        )
+    if train:
+        for name in ("checkpoint_every", "probe_every"):
+            if getattr(train, name) < 1:
+                out.append(f"train.{name}={getattr(train, name)} must be positive")
+    if phases is not None:
+        out += _check_phases(phases, list(data.sources) if data else None)
+    mix = sections.get("mix")
+    if mix and not 0 <= mix.floor <= mix.cap <= 1:
+        out.append(f"mix: 0 <= floor <= cap <= 1 does not hold for floor={mix.floor}, cap={mix.cap}")
+    return out
+
+
+def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str]:
+    out = []
+    if not phases:
+        out.append("phases: empty; name at least one phase")
+    for name, phase in phases.items():
+        path = f"phases.{name}"
+        if (phase.steps is None) == (phase.tokens is None):
+            out.append(f"{path}: give steps or tokens, one of the two")
+        length = phase.steps if phase.steps is not None else phase.tokens
+        if length is not None and length < 1:
+            out.append(f"{path}: a length of {length} trains nothing")
+        if phase.warmup_steps < 0 or (phase.steps is not None and phase.warmup_steps > phase.steps):
+            out.append(
+                f"{path}.warmup_steps={phase.warmup_steps} is not within the phase's {phase.steps} steps"
+            )
+        if not phase.learning_rate > 0:
+            out.append(f"{path}.learning_rate={phase.learning_rate} must be positive")
+        if phase.weights == "uniform" or sources is None:
+            continue
+        for key in phase.weights:
+            if key not in sources:
+                out.append(f"{path}.weights.{key}: no such source in data.sources{_near(key, sources)}")
+        if any(not 0 <= w < float("inf") for w in phase.weights.values()):
+            out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
+        elif not sum(phase.weights.values()) > 0:
+            out.append(f"{path}.weights: all weights are 0; at least one source must be drawn")
+    return out
+
+
+def check_world(config: Config, world_size: int) -> list[str]:
+    """Mistakes of launching this configuration on `world_size` ranks."""
+    ranks = config.parallel.model_ranks()
+    if world_size % ranks:
+        return [
+            f"{world_size} ranks do not divide into model copies of parallel.tensor x pipeline x context = "
+            f"{ranks} ranks; launch a multiple of {ranks}"
+        ]
+    data_parallel = world_size // ranks
+    per_pass = config.train.micro_batch * data_parallel
+    if config.train.global_batch % per_pass:
+        legal = [
+            m
+            for m in range(1, config.train.global_batch + 1)
+            if config.train.global_batch % (m * data_parallel) == 0
+        ]
+        way = f"use a micro_batch of {legal}" if legal else f"make global_batch a multiple of {data_parallel}"
+        return [
+            f"train.global_batch={config.train.global_batch} is no multiple of train.micro_batch="
+            f"{config.train.micro_batch} x {data_parallel} data-parallel ranks; {way}"
+        ]
+    return []

@@ -1,0 +1,87 @@
+"""Configuration -> corpora and the data plan. Imports no torch, so that `--check` is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_r1.config import Config
+from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.indexed import open_corpus
+from megatron_r1.records import Corpus
+
+
+def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
+    """The corpora that open, in order, and every mistake found."""
+    corpora: list[Corpus] = []
+    mistakes: list[str] = []
+    hashes: dict[str, str] = {}
+    for name, source in config.data.sources.items():
+        path = f"data.sources.{name}"
+        try:
+            corpus = open_corpus(name, source.prefix, source.documents)
+        except (OSError, ValueError) as error:
+            mistakes.append(f"{path}: {error}")
+            continue
+        corpora.append(corpus)
+        if corpus.windows(config.data.seq_length) == 0:
+            mistakes.append(
+                f"{path}: {corpus.tokens} tokens are less than one window of data.seq_length="
+                f"{config.data.seq_length}"
+            )
+        mistakes += _tokenizer_mistakes(path, source.prefix, corpus, hashes, config.model.vocab_size)
+    for name, prefix in config.data.probes.items():
+        try:
+            probe = open_corpus(name, prefix)
+            mistakes += _tokenizer_mistakes(
+                f"data.probes.{name}", prefix, probe, hashes, config.model.vocab_size
+            )
+        except (OSError, ValueError) as error:
+            mistakes.append(f"data.probes.{name}: {error}")
+    return corpora, mistakes
+
+
+def _tokenizer_mistakes(
+    path: str, prefix: str, corpus: Corpus, hashes: dict[str, str], vocab_size: int
+) -> list[str]:
+    """Tokens of two tokenizers in one run, or more of them than the model has rows."""
+    sidecar = Path(f"{prefix}.json")
+    if corpus.tokenizer_hash is None or not sidecar.exists():
+        return []
+    out = []
+    made_with = json.loads(sidecar.read_text())
+    if made_with["vocab_size"] > vocab_size:
+        out.append(
+            f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} has fewer; "
+            f"set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
+        )
+    other = next((name for name, digest in hashes.items() if digest != corpus.tokenizer_hash), None)
+    hashes.setdefault(path, corpus.tokenizer_hash)
+    if other is not None:
+        out.append(
+            f"{path}: made with tokenizer {corpus.tokenizer_hash[:12]}, {other} with {hashes[other][:12]}; "
+            f"preprocess both with the same one"
+        )
+    return out
+
+
+def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
+    """The data plan of all phases. A phase begins at the sample where the one before it ends."""
+    data = config.data
+    windows = {corpus.name: corpus.windows(data.seq_length) for corpus in corpora}
+    plan = BlendPlan(windows, seed=data.seed, order=data.order, shuffle=data.shuffle)
+    start = 0
+    for name, phase in config.phases.items():
+        plan.add_phase(start, config.phase_weights(name), max_epochs=phase.max_epochs)
+        start += config.phase_steps(name) * config.train.global_batch
+    return plan
+
+
+def check_plan(config: Config, plan: BlendPlan) -> list[str]:
+    """Mistakes that only the plan can tell: epoch caps that leave nothing to draw before the end."""
+    last = sum(config.phase_steps(name) for name in config.phases) * config.train.global_batch - 1
+    try:
+        plan.locate(last)
+    except IndexError as error:
+        return [f"phases: {error}"]
+    return []

@@ -1,0 +1,109 @@
+"""ModelConfig -> megatron-core GPTModel of the MobileLLM-R1 form (paper, Table 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_r1 import backend
+from megatron_r1.config import ModelConfig, ParallelConfig
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1.model.attention import RMSNorm, SdpaAttention
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+    """megatron-core's configuration of this shape; fusions only where a GPU has kernels for them."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    fused = backend.has_transformer_engine()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        qk_l2_norm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        # The same weights from the same seed whatever the layout and the device.
+        use_cpu_initialization=True,
+        # Loss and gradients are sums over tokens, divided once by the global count.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=fused,
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> Any:
+    if backend.has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_l2_norm=config.qk_l2_norm)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_l2_norm=config.qk_l2_norm)
+    layer = spec.submodules
+    layer.self_attention.submodules.core_attention = SdpaAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def padded_vocabulary(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding so that tensor-parallel ranks share them equally."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, precision: str, seq_length: int) -> GPTModel:
+    """This rank's part of the model on its device, initialised from the current seeds.
+
+    Needs megatron-core's process groups and seeded generators.
+    """
+    config = transformer_config(model, parallel, precision)
+    gpt = GPTModel(
+        config,
+        _layer_spec(config),
+        vocab_size=padded_vocabulary(model.vocab_size, parallel.tensor),
+        max_sequence_length=seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]
+        share_embeddings_and_output_weights=True,
+    )
+    return gpt.to(backend.device())
+
+
+def token_losses(gpt: Any, tokens_BS: Tensor, position_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """float32 [B, S] cross-entropy of each label (on the last pipeline stage; else hidden states)."""
+    out = gpt(tokens_BS, position_BS, None, labels=labels_BS)
+    return out.float() if gpt.post_process else out

@@ -1,0 +1,100 @@
+"""AdamW for megatron-core's distributed optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+from megatron_r1.config import OptimizerConfig
+
+# isort: split
+from megatron.core import optimizer as core_optimizer
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the contract of Apex's and Transformer Engine's FusedAdam, on torch's fused kernel.
+
+    The contract: the step counts per group and not per parameter, the state is exp_avg and exp_avg_sq.
+    megatron-core's distributed optimizer resumes only optimizers of that contract (with
+    torch.optim.AdamW, loading fails), and so checkpoints interchange with a GPU's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
+        super().__init__(params, defaults)
+        self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            if not params:
+                continue
+            step = torch.tensor(float(group["step"]), device=params[0].device)
+            self._kernel(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [step] * len(params),
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=None,
+                found_inf=None,
+            )
+
+
+def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -> Any:
+    """megatron-core's distributed optimizer over `model` (DistributedDataParallel chunks)."""
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        # Neither Transformer Engine nor Apex: give megatron-core the one optimizer it can resume.
+        core_optimizer.Adam = distrib_optimizer.Adam = FusedAdam  # type: ignore[misc]
+        core_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = False
+    core = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=0.0,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(core, model)
+
+
+def set_schedule(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Learning rate and decay of the coming step. Norm weights carry wd_mult 0, which megatron-core
+    applies in its own scheduler only."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,106 @@
+"""Process groups -> ParallelContext."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1 import backend
+from megatron_r1.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this rank stands. Ranks order as megatron-core's default: tensor, context, data, pipeline."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_size: int
+    data_rank: int
+    """Among the ranks that hold different samples."""
+    data_size: int
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def model_copy_ranks(self) -> int:
+        return self.world_size // self.data_size
+
+
+def world_size() -> int:
+    """Ranks of this launch, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Iterator[ParallelContext]:
+    """Join the launch's process group and megatron-core's, and leave them at the end.
+
+    Without torchrun this is a launch of one rank.
+    """
+    from megatron.core import parallel_state
+
+    backend.use_local_device()
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" in os.environ:
+        dist.init_process_group(backend.DISTRIBUTED_BACKEND, timeout=timedelta(minutes=timeout_minutes))
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend.DISTRIBUTED_BACKEND, store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(
+            config.tensor, config.pipeline, context_parallel_size=config.context
+        )
+        yield current()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def current() -> ParallelContext:
+    """The context of megatron-core's process groups as they are now."""
+    from megatron.core import parallel_state as ps
+
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=ps.get_tensor_model_parallel_rank(),
+        tensor_size=ps.get_tensor_model_parallel_world_size(),
+        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
+        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
+        context_size=ps.get_context_parallel_world_size(),
+        data_rank=ps.get_data_parallel_rank(),
+        data_size=ps.get_data_parallel_world_size(),
+    )
+
+
+def broadcast_object(value: object, source: int = 0) -> object:
+    """`value` of rank `source` on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=backend.device())
+    return box[0]
+
+
+def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks that hold different tokens (data and context parallel), in place."""
+    from megatron.core import parallel_state as ps
+
+    dist.all_reduce(tensor, group=ps.get_data_parallel_group(with_context_parallel=True))
+    return tensor

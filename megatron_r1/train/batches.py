@@ -1,0 +1,93 @@
+"""This rank's share of a global batch, on its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megatron_r1 import backend
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.loader import BatchLoader
+from megatron_r1.parallel import ParallelContext
+from megatron_r1.records import Batch
+
+# isort: split
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+
+def micro_batches(
+    loader: BatchLoader, first_sample: int, global_batch: int, micro_batch: int, context: ParallelContext
+) -> Iterator[Batch]:
+    """Global samples [first_sample, first_sample + global_batch), those of this data-parallel rank.
+
+    Which rank computes a sample never changes which samples a step holds.
+    """
+    per_pass = micro_batch * context.data_size
+    for first in range(first_sample, first_sample + global_batch, per_pass):
+        mine = first + context.data_rank * micro_batch
+        yield on_device(loader.batch(np.arange(mine, mine + micro_batch, dtype=np.int64)), context)
+
+
+def on_device(batch: Batch, context: ParallelContext) -> Batch:
+    """The batch on this rank's device, cut to this context-parallel rank's part of each sequence."""
+    tensors = {
+        field.name: value.to(backend.device(), non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if (value := getattr(batch, field.name)) is not None
+    }
+    if context.context_size > 1:
+        along_sequence = {name: t for name, t in tensors.items() if t.dim() == 2}
+        # megatron-core 0.19 wants to be told.
+        extra = {"is_hybrid_cp": False} if "is_hybrid_cp" in _CP_PARAMETERS else {}
+        tensors.update(get_batch_on_this_cp_rank(along_sequence, **extra))
+    return Batch(**tensors)
+
+
+_CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
+
+
+class ProbeSet:
+    """Held-out windows of each capability, laid out for forward passes; `source_B` is the capability."""
+
+    def __init__(self, prefixes: dict[str, str], seq_length: int, micro_batch: int, context: ParallelContext):
+        self.capabilities = tuple(prefixes)
+        self.context, self.micro_batch = context, micro_batch
+        windows, capability = [], []
+        for number, (name, prefix) in enumerate(prefixes.items()):
+            tokens = IndexedDataset(prefix).tokens
+            count = max(0, (len(tokens) - 1) // seq_length)
+            if count == 0:
+                raise ValueError(
+                    f"probing set {name} ({prefix}) holds {len(tokens)} tokens, less than one window of "
+                    f"{seq_length}; set more documents aside"
+                )
+            windows += [tokens[w * seq_length : w * seq_length + seq_length + 1] for w in range(count)]
+            capability += [number] * count
+        self.windows_NS = np.stack(windows).astype(np.int64)
+        self.capability_N = np.array(capability, dtype=np.int64)
+        self.passes = -(-len(windows) // (micro_batch * context.data_size))
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches; rows beyond the last window carry no labels."""
+        n, (rank, size) = self.micro_batch, (self.context.data_rank, self.context.data_size)
+        for number in range(self.passes):
+            row_B = np.arange(n) + (number * size + rank) * n
+            real_B = row_B < len(self.windows_NS)
+            row_B = np.where(real_B, row_B, 0)
+            window_BS = torch.from_numpy(self.windows_NS[row_B])
+            labels_BS = window_BS[:, 1:].contiguous()
+            mask_BS = torch.from_numpy(real_B)[:, None].expand_as(labels_BS).float()
+            yield on_device(
+                Batch(
+                    tokens_BS=window_BS[:, :-1].contiguous(),
+                    labels_BS=labels_BS,
+                    loss_mask_BS=mask_BS.contiguous(),
+                    position_BS=torch.arange(labels_BS.shape[1]).expand_as(labels_BS).contiguous(),
+                    source_B=torch.from_numpy(self.capability_N[row_B]),
+                ),
+                self.context,
+            )

@@ -1,0 +1,231 @@
+"""A training run: the recipe's phases, one after the other, from wherever the last start came to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_r1 import backend, checkpoint, config_io, ledger
+from megatron_r1.config import Config
+from megatron_r1.config_io import ConfigError
+from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.loader import BatchLoader
+from megatron_r1.data.sources import build_plan, check_plan, open_sources
+from megatron_r1.optimizer import set_schedule
+from megatron_r1.parallel import ParallelContext, process_groups, world_size
+from megatron_r1.progress import Progress
+from megatron_r1.records import Corpus, TrainState
+from megatron_r1.run_dir import RunDir, write_text
+from megatron_r1.run_lock import RunLock, exit_when_orphaned
+from megatron_r1.train.batches import ProbeSet, micro_batches
+from megatron_r1.train.metrics import MetricsLog
+from megatron_r1.train.schedule import PhaseSpan, phase_spans
+from megatron_r1.train.step import Shape, StepResult, Training, build_training, label_losses, train_step
+
+
+def resolve_data(config: Config, ranks: int) -> tuple[list[Corpus], BlendPlan]:
+    """Open every dataset and lay the data plan. Raises ConfigError with every mistake."""
+    corpora, mistakes = open_sources(config)
+    mistakes += config_io.check_world(config, ranks)
+    if mistakes:
+        raise ConfigError(mistakes)
+    plan = build_plan(config, corpora)
+    if mistakes := check_plan(config, plan):
+        raise ConfigError(mistakes)
+    return corpora, plan
+
+
+def train(config: Config) -> None:
+    """Train what is left of the run; every rank of the launch calls this.
+
+    Raises ConfigError or ValueError before anything is written when the configuration does not fit
+    the launch, the datasets, or the past of the run.
+    """
+    corpora, plan = resolve_data(config, world_size())
+    exit_when_orphaned()
+    with process_groups(config.parallel) as context, _locked(RunDir(Path(config.train.run)), context) as run:
+        Trainer(config, corpora, plan, context, run).train()
+
+
+@contextmanager
+def _locked(run: RunDir, context: ParallelContext) -> Iterator[RunDir]:
+    lock = RunLock(run.root)
+    if context.rank == 0:
+        lock.take(share=True)
+    dist.barrier()
+    if context.rank != 0:
+        lock.join()
+    try:
+        yield run
+        dist.barrier()
+    finally:
+        lock.release()
+
+
+class Trainer:
+    """The state of a run on this rank, and its steps."""
+
+    def __init__(
+        self, config: Config, corpora: list[Corpus], plan: BlendPlan, context: ParallelContext, run: RunDir
+    ):
+        self.config, self.plan, self.context, self.run = config, plan, context, run
+        self.sources = [corpus.name for corpus in corpora]
+        self.windows = {corpus.name: corpus.windows(config.data.seq_length) for corpus in corpora}
+        self.loader = BatchLoader(plan, corpora, config.data.seq_length)
+        self.training: Training = build_training(config)
+        self.state = self._resume()
+        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
+        self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
+        self.probes = (
+            ProbeSet(config.data.probes, config.data.seq_length, config.train.micro_batch, context)
+            if config.data.probes
+            else None
+        )
+        self.log: MetricsLog | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.context.rank == 0
+
+    def train(self) -> None:
+        spans = phase_spans(self.config)
+        if self.leads:
+            write_text(self.run.config, config_io.dump(self.config))
+            write_text(self.run.plan, self.plan.to_json())
+            print(
+                f"{self.run.root}: step {self.state.step} of {spans[-1].end} | "
+                f"{self.config.model.parameters():,} parameters | {self.config.tokens_per_step():,} tokens a step | "
+                f"{self.context.world_size} ranks | {backend.describe()}",
+                flush=True,
+            )
+            self.log = MetricsLog(self.run, self.state.step)
+        for span in spans:
+            if self.state.step < span.end:
+                self._train_phase(span)
+        if self.log is not None:
+            self.log.close()
+
+    def _train_phase(self, span: PhaseSpan) -> None:
+        config, first = self.config, self.state.step
+        began = time.time()
+        target = _shares(config.phase_weights(span.name), self.sources)
+        with Progress(
+            f"train {span.name}", span.end - span.start, "steps", self.state.step - span.start, self.leads
+        ) as bar:
+            while self.state.step < span.end:
+                start = time.perf_counter()
+                lr = span.learning_rate(self.state.step)
+                result = self._step(lr)
+                seconds = time.perf_counter() - start
+                line = self._line(span, result, lr, seconds, target)
+                done = self.state.step
+                if self.probes and (done % config.train.probe_every == 0 or done == span.end):
+                    line["probe_nll"] = self._probe()
+                if self.log is not None:
+                    self.log.write(line)
+                bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+                if done % config.train.checkpoint_every == 0 or done == span.end:
+                    self._save(span.name)
+        if self.leads:
+            steps = self.state.step - first
+            ledger.append(
+                self.run.root,
+                f"train {span.name}",
+                devices=self.context.world_size,
+                tokens=steps * config.tokens_per_step(),
+                seconds=time.time() - began,
+                outputs=[str(self.run.checkpoints / f"step_{self.state.step:08d}")],
+            )
+            print(
+                f"{self.run.root}: phase {span.name} ends at step {self.state.step}, loss {line['loss']:.4f}; "
+                f"wrote {self.run.checkpoints / f'step_{self.state.step:08d}'}",
+                flush=True,
+            )
+
+    def _step(self, lr: float) -> StepResult:
+        config = self.config
+        set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
+        batches = micro_batches(
+            self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
+        )
+        result = train_step(self.training, batches, self.passes, self.shape)
+        self.state.step += 1
+        self.state.samples += config.train.global_batch
+        self.state.tokens += config.tokens_per_step()
+        return result
+
+    def _line(
+        self, span: PhaseSpan, result: StepResult, lr: float, seconds: float, target: dict[str, float]
+    ) -> dict[str, Any]:
+        config, state = self.config, self.state
+        drawn = {name: self.plan.count(name, state.samples) for name in self.sources}
+        since = span.start * config.train.global_batch
+        in_phase = {name: drawn[name] - self.plan.count(name, since) for name in self.sources}
+        seen = result.tokens_N > 0
+        mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
+        flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
+        peak = backend.peak_flops(config.train.precision)
+        return {
+            "step": state.step,
+            "phase": span.name,
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "loss": result.loss(),
+            "loss_by_source": {n: mean_N[i] for i, n in enumerate(self.sources) if seen[i]},
+            "tokens_by_source": {n: drawn[n] * config.data.seq_length for n in self.sources},
+            "epochs_by_source": {n: drawn[n] / self.windows[n] for n in self.sources},
+            "mix_target": target,
+            "mix_actual": _shares(in_phase, self.sources),
+            "learning_rate": lr,
+            "grad_norm": result.grad_norm,
+            "seconds": seconds,
+            "tokens_per_second": config.tokens_per_step() / seconds,
+            **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
+        }
+
+    def _probe(self) -> dict[str, float]:
+        """Held-out NLL per token of each capability, nats."""
+        assert self.probes is not None
+        names = self.probes.capabilities
+        shape = Shape(self.config.train.micro_batch, self.config.data.seq_length, len(names))
+        loss_C, tokens_C = label_losses(self.training.model, self.probes.batches(), self.probes.passes, shape)
+        return dict(zip(names, (loss_C / tokens_C).tolist(), strict=True))
+
+    def _save(self, phase: str) -> None:
+        checkpoint.save(
+            self.run.checkpoints,
+            self.training.gpt,
+            self.training.optimizer,
+            self.state,
+            self.config.model,
+            phase,
+            self.plan.to_json(),
+        )
+        if self.log is not None:
+            self.log.flush()
+
+    def _resume(self) -> TrainState:
+        """Fill the model from the run's last checkpoint, else from `train.init_from`."""
+        saved = checkpoint.found(self.run.checkpoints)
+        if saved:
+            path = saved[-1].path
+        elif self.config.train.init_from:
+            path = Path(self.config.train.init_from)
+        else:
+            return TrainState()
+        meta = checkpoint.read_meta(path)
+        self.plan.extends(BlendPlan.from_json(meta["plan"]), meta["state"]["samples"])
+        state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
+        if self.leads:
+            print(f"{self.run.root}: continues from {path}", flush=True)
+        return state
+
+
+def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weights.get(name, 0) / total for name in names}

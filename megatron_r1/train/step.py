@@ -1,0 +1,173 @@
+"""One optimizer step: forward and backward of the micro-batches, gradient sum, Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1 import backend
+from megatron_r1.config import Config
+from megatron_r1.model.gpt import build_model
+from megatron_r1.optimizer import build_optimizer
+from megatron_r1.parallel import sum_over_data
+from megatron_r1.records import Batch
+
+# isort: split
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+
+@dataclass
+class Training:
+    """The model as it is trained: bare, wrapped, and its optimizer."""
+
+    gpt: Any
+    """GPTModel; the state dict of checkpoints."""
+    model: Any
+    """DistributedDataParallel around it (and around Float16Module for bf16)."""
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the pipeline schedules must know beforehand of every micro-batch."""
+
+    micro_batch: int
+    seq_length: int
+    sources: int
+    """Rows of the loss report: sources while training, capabilities while probing."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss_N: Tensor
+    """float64 [sources] summed label losses of the global batch."""
+    tokens_N: Tensor
+    """float64 [sources] label counts."""
+    grad_norm: float
+
+    def loss(self) -> float:
+        """Mean loss over the global batch's labels: divided once."""
+        return float(self.loss_N.sum() / self.tokens_N.sum())
+
+
+def build_training(config: Config) -> Training:
+    """Model, gradient buffers and distributed optimizer on this rank, from `train.seed`."""
+    backend.seed_model_parallel(config.train.seed)
+    precision = config.train.precision
+    gpt = build_model(config.model, config.parallel, precision, config.data.seq_length)
+    core = get_model_config(gpt)
+    wrapped = Float16Module(core, gpt) if precision == "bf16" else gpt
+    model = DistributedDataParallel(
+        core,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            use_distributed_optimizer=True,
+            # megatron-core's default grows with the ranks and would put a small model into one
+            # bucket at 168, which leaves nothing to overlap.
+            bucket_size=max(1_000_000, config.model.parameters() // 8),
+        ),
+        wrapped,
+    )
+    model.broadcast_params()
+    optimizer = build_optimizer(config.optimizer, precision, [model])
+    core.finalize_model_grads_func = finalize_model_grads
+    core.grad_scale_func = optimizer.scale_loss
+    core.no_sync_func = model.no_sync
+    return Training(gpt, model, optimizer)
+
+
+def train_step(training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape) -> StepResult:
+    """Forward and backward of `micro_batches` batches, then one Adam step.
+
+    The gradient is that of the mean over the global batch's labels, whatever the layout.
+    """
+    training.model.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    sums = _run_schedule(training.model, batches, micro_batches, shape, forward_only=False)
+    updated, grad_norm, _ = training.optimizer.step()
+    if not updated:
+        raise RuntimeError("the optimizer skipped the step: gradients are not finite")
+    return StepResult(sums[0], sums[1], float(grad_norm))
+
+
+@torch.no_grad()
+def label_losses(
+    model: Any, batches: Iterator[Batch], micro_batches: int, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Summed label losses and label counts by `Batch.source_B`, float64 [sources], over all ranks."""
+    training = model.training
+    model.eval()
+    try:
+        sums = _run_schedule(model, batches, micro_batches, shape, forward_only=True)
+    finally:
+        model.train(training)
+    return sums[0], sums[1]
+
+
+def _run_schedule(
+    model: Any,
+    batches: Iterator[Batch],
+    micro_batches: int,
+    shape: Shape,
+    forward_only: bool,
+) -> Tensor:
+    """megatron-core's schedule for this layout. float64 [2, sources]: summed losses, label counts."""
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, sources=shape.sources),
+        data_iterator=batches,
+        model=model,
+        num_microbatches=micro_batches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch,
+        forward_only=forward_only,
+    )
+    # Only the last pipeline stage has losses; the others add zeros.
+    sums = torch.zeros(2, shape.sources, dtype=torch.float64, device=backend.device())
+    for report in reports:
+        sums += report["by_source"]
+    sum_over_data(sums)
+    return _from_last_stage(sums).cpu()
+
+
+def _from_last_stage(sums: Tensor) -> Tensor:
+    from megatron.core import parallel_state as ps
+
+    if ps.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            sums, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group()
+        )
+    return sums
+
+
+def _forward_step(
+    batches: Iterator[Batch], model: Any, sources: int
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    batch = next(batches)
+    inner = model
+    while not hasattr(inner, "post_process"):
+        inner = inner.module
+    out = model(batch.tokens_BS, batch.position_BS, None, labels=batch.labels_BS)
+    return out, partial(_sum_losses, batch, sources)
+
+
+def _sum_losses(batch: Batch, sources: int, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum, not mean: rows may hold different numbers of labels; the division comes once, at the end."""
+    loss_B = (loss_BS.float() * batch.loss_mask_BS).sum(1)
+    tokens_B = batch.loss_mask_BS.sum(1)
+    by_source = torch.zeros(2, sources, dtype=torch.float64, device=loss_B.device)
+    by_source[0].index_add_(0, batch.source_B, loss_B.detach().double())
+    by_source[1].index_add_(0, batch.source_B, tokens_B.double())
+    return loss_B.sum(), tokens_B.sum().to(torch.int), {"by_source": by_source}

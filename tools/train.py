@@ -1,0 +1,36 @@
+"""Train a run, or what is left of it.
+
+torchrun --nproc-per-node 2 tools/train.py examples/models/tiny.yaml MORE.yaml train.micro_batch=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_r1 import config_io
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
+    parser.add_argument("--check", action="store_true", help="print what would run, and exit")
+    options = parser.parse_args()
+    try:
+        config = config_io.load(options.config)
+        if options.check:
+            from megatron_r1.recipes.plan import summary
+
+            print(summary(config))
+            return
+        from megatron_r1.train.loop import train
+
+        train(config)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
