@@ -1,0 +1,383 @@
+"""Megatron's `.bin`/`.idx` pairs, byte for byte, with every inconsistency found at opening. NumPy only.
+
+Layout of an index, little endian, no padding:
+
+    offset  bytes  content
+    0       9      "MMIDIDX" and two zero bytes
+    9       8      version, 1
+    17      1      code of the token type (Megatron's own table)
+    18      8      S, number of sequences
+    26      8      E, number of document entries (documents + 1)
+    34      4 S    tokens of each sequence, int32
+    ...     8 S    byte offset of each sequence in the .bin, int64
+    ...     8 E    number of sequences before each document, int64; the first 0, the last S
+
+The `.bin` is the tokens of all sequences, one after the other. Here a document is one sequence; a pair
+made elsewhere may hold several sequences a document, and is read all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_r1.records import Corpus
+
+HEADER = b"MMIDIDX\x00\x00"
+INDEX_START = 34
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_CHECKED_AT_ONCE = 1 << 22
+_REDO = "make the pair again with tools/preprocess_data.py, or copy it again from where it is whole"
+
+
+def best_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The token type Megatron picks: uint16 for a vocabulary below 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def with_suffix(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX + suffix; a dot within the prefix is part of its name."""
+    return Path(f"{prefix}{suffix}")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes its name only when the block ends well; on any error nothing is left."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, atomically."""
+    with replacing(path) as stream:
+        stream.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class IndexedDataset:
+    """A pair on disk, memory-mapped: nothing is read until it is used.
+
+    Raises FileNotFoundError where a file is missing, ValueError (file, offset, way out) where the two
+    contradict each other or themselves. Slices keep the mapping alive after this object is gone.
+    """
+
+    tokens: np.ndarray
+    """The whole stream, [T], of `dtype`; read-only."""
+    lengths: np.ndarray
+    """Tokens of each sequence, [S], int32."""
+    pointers: np.ndarray
+    """Byte offset of each sequence in the .bin, [S], int64."""
+    documents: np.ndarray
+    """Sequences before each document, [documents + 1], int64: Megatron's document_indices."""
+    dtype: np.dtype[Any]
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
+        for path in (self._idx, self._bin):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
+                )
+        self._read_index()
+        self._check_index()
+        self.tokens = map_array(self._bin, self.dtype, 0, self._bin.stat().st_size // self.dtype.itemsize)
+
+    def __len__(self) -> int:
+        """Number of sequences (as Megatron counts), which in our own pairs are the documents."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Tokens of one sequence, without a copy."""
+        n = len(self)
+        if not -n <= index < n:
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {n}")
+        start = int(self.pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+    def tokens_before(self, document: int) -> int:
+        """Tokens of the documents before this one; `tokens_before(num_documents)` counts them all."""
+        if not 0 <= document <= self.num_documents:
+            raise ValueError(f"{self.prefix} has {self.num_documents} documents, not {document}")
+        sequence = int(self.documents[document])
+        if sequence == len(self):
+            return len(self.tokens)
+        return int(self.pointers[sequence]) // self.dtype.itemsize
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document (all its sequences), without a copy."""
+        return self.tokens[self.tokens_before(index) : self.tokens_before(index + 1)]
+
+    def _read_index(self) -> None:
+        size = self._idx.stat().st_size
+        with open(self._idx, "rb") as stream:
+            head = stream.read(INDEX_START)
+        if len(head) < INDEX_START:
+            self._refuse(self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there")
+        if head[:9] != HEADER:
+            self._refuse(self._idx, 0, f"it starts with {head[:9]!r} and not with {HEADER!r}")
+        version, code, sequences, entries = struct.unpack("<QBQQ", head[9:])
+        if version != 1:
+            self._refuse(self._idx, 9, f"version {version}, where only 1 is known")
+        if code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
+            self._refuse(self._idx, 17, f"token type code {code} is not an integer type of Megatron's table")
+        self.dtype = np.dtype(DTYPES[code])
+        if entries < 1:
+            self._refuse(self._idx, 26, "no document entry, where even an empty dataset has one")
+        expected = INDEX_START + 12 * sequences + 8 * entries
+        if size != expected:
+            also = " (multimodal pairs, with a mode a sequence, are not read)"
+            self._refuse(
+                self._idx,
+                min(size, expected),
+                f"{sequences} sequences and {entries} document entries need {expected} bytes and {size} are "
+                f"there{also if size == expected + sequences else ''}",
+            )
+        self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
+        self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
+        self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
+
+    def _check_index(self) -> None:
+        """Lengths against pointers, pointers against the size of the .bin, documents against sequences."""
+        n, item = len(self), self.dtype.itemsize
+        lengths_at, pointers_at, documents_at = INDEX_START, INDEX_START + 4 * n, INDEX_START + 12 * n
+        end = 0
+        # In pieces, so that opening an index of any size takes a few tens of MB.
+        for lo in range(0, n, _CHECKED_AT_ONCE):
+            lengths = self.lengths[lo : lo + _CHECKED_AT_ONCE].astype(np.int64)
+            pointers = self.pointers[lo : lo + _CHECKED_AT_ONCE]
+            if lengths.min() < 0:
+                i = lo + int(np.argmax(lengths < 0))
+                self._refuse(self._idx, lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}")
+            ends = end + np.cumsum(lengths * item)
+            wrong = np.flatnonzero(pointers != np.concatenate(([end], ends[:-1])))
+            if len(wrong):
+                i = lo + int(wrong[0])
+                self._refuse(
+                    self._idx,
+                    pointers_at + 8 * i,
+                    f"sequence {i} starts at byte {self.pointers[i]} of the .bin, but the lengths before it "
+                    f"(offset {lengths_at} on) end at byte {end if i == lo else ends[i - lo - 1]}",
+                )
+            end = int(ends[-1])
+        if self.documents[0] != 0 or self.documents[-1] != n:
+            self._refuse(
+                self._idx,
+                documents_at,
+                f"documents span sequences {self.documents[0]} to {self.documents[-1]}, not 0 to {n}",
+            )
+        for lo in range(0, len(self.documents), _CHECKED_AT_ONCE):
+            falling = np.flatnonzero(np.diff(self.documents[lo : lo + _CHECKED_AT_ONCE + 1]) < 0)
+            if len(falling):
+                i = lo + int(falling[0]) + 1
+                self._refuse(self._idx, documents_at + 8 * i, f"document entry {i} is below the one before")
+        size = self._bin.stat().st_size
+        if size != end:
+            what = "is truncated" if size < end else "is longer than its index says"
+            self._refuse(
+                self._bin, min(size, end), f"it {what}: {size} bytes, where {self._idx.name} says {end}"
+            )
+
+    def _refuse(self, path: Path, offset: int, what: str) -> None:
+        raise ValueError(f"{path} is damaged at offset {offset}: {what}; {_REDO}")
+
+
+def map_array(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
+    """`count` values of a file from `offset` bytes on, memory-mapped, read-only."""
+    # An empty file or range cannot be mapped.
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+
+class IndexedWriter:
+    """Write a pair document by document; memory grows by 4 bytes a document and nothing else.
+
+    Files carry their names only after `finalize()`: the .bin first, the .idx last, so that a pair with
+    an .idx is whole. As a context manager it finalizes on success and leaves nothing after an error.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[Any] | type[np.generic]):
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        codes = {np.dtype(t): code for code, t in DTYPES.items() if np.issubdtype(t, np.integer)}
+        if self.dtype not in codes:
+            raise ValueError(
+                f"dtype {self.dtype} holds no tokens; use one of {', '.join(str(d) for d in codes)}"
+            )
+        self._code = codes[self.dtype]
+        self._bounds = np.iinfo(self.dtype)
+        self._lengths = array("i")
+        self._hash = hashlib.sha256()
+        self.num_tokens = 0
+        self._done = False
+        self._partial = with_suffix(prefix, ".bin.partial")
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = open(self._partial, "wb", buffering=1 << 20)  # noqa: SIM115
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the .bin so far."""
+        return self._hash.hexdigest()
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Append one document, [T]; ValueError for a token that the dtype cannot hold."""
+        self.add_documents(tokens, np.array([np.size(tokens)], dtype=np.int64))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append several documents at once: their tokens, [T], and the length of each, [documents]."""
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+            raise ValueError(
+                f"tokens must be a 1-D integer array, not {tokens.dtype} of shape {tokens.shape}"
+            )
+        if tokens.size and tokens.dtype != self.dtype:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < self._bounds.min or high > self._bounds.max:
+                raise ValueError(
+                    f"token {low if low < self._bounds.min else high} in documents {self.num_documents} to "
+                    f"{self.num_documents + len(lengths) - 1} of {self.prefix} does not fit {self.dtype}; "
+                    f"take the dtype from best_dtype(vocab_size)"
+                )
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1):
+            raise ValueError(
+                f"a document of {lengths.max()} tokens; an index holds up to {2**31 - 1}: split it"
+            )
+        assert int(lengths.sum()) == tokens.size
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._partial)) from None
+        self._hash.update(data)
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.num_tokens += tokens.size
+
+    def finalize(self) -> None:
+        """Write the index and give both files their names."""
+        assert not self._done
+        idx = with_suffix(self.prefix, ".idx")
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            lengths = np.asarray(self._lengths, dtype=np.int32)
+            pointers = np.zeros(len(lengths), dtype=np.int64)
+            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+            pointers *= self.dtype.itemsize
+            with replacing(idx) as stream:
+                stream.write(HEADER + struct.pack("<QBQQ", 1, self._code, len(lengths), len(lengths) + 1))
+                stream.write(lengths.astype("<i4", copy=False).data)
+                stream.write(pointers.astype("<i8", copy=False).data)
+                stream.write(np.arange(len(lengths) + 1, dtype="<i8").data)
+                # The old index goes before the new .bin comes: at no moment do two halves of different
+                # pairs stand together.
+                idx.unlink(missing_ok=True)
+                os.replace(self._partial, with_suffix(self.prefix, ".bin"))
+            self._done = True
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Drop what was written, unless finalized."""
+        self._stream.close()
+        if not self._done:
+            self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self._done:
+            self.finalize()
+        self.close()
+
+
+def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
+    """`PREFIX.json`, which tools/preprocess_data.py writes; None for a pair from elsewhere."""
+    path = with_suffix(prefix, ".json")
+    try:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from None
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"{path} is not the sidecar of an indexed dataset; {_REDO}")
+    return sidecar
+
+
+def open_corpus(name: str, prefix: str | Path, documents: int | None = None) -> Corpus:
+    """Check a pair against itself and its sidecar, and describe it (or its leading `documents`).
+
+    Errors: FileNotFoundError, ValueError for a damaged pair, for a sidecar of another pair, and for
+    more documents than there are.
+    """
+    dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
+    if sidecar is not None:
+        found: dict[str, Any] = {
+            "documents": dataset.num_documents,
+            "tokens": len(dataset.tokens),
+            "dtype": dataset.dtype.name,
+        }
+        for key, value in found.items():
+            if sidecar.get(key) != value:
+                raise ValueError(
+                    f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
+                    f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {_REDO}"
+                )
+    if documents is None:
+        documents = dataset.num_documents
+    if not 0 <= documents <= dataset.num_documents:
+        raise ValueError(
+            f"source {name}: documents={documents}, but {prefix} has {dataset.num_documents}; "
+            f"leave documents out to use them all"
+        )
+    return Corpus(
+        name=name,
+        prefix=Path(prefix),
+        documents=documents,
+        tokens=dataset.tokens_before(documents),
+        dtype=dataset.dtype.name,
+        tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
+    )
