@@ -44,7 +44,12 @@ NO_TEXT = (
     "/_vendor/",
     "/site-packages/",
     "/test_",
+    "/benchmarks/",
 )
+
+# Told apart from the code sources they come with.
+MATH_IN_TORCH = ("distributions/", "linalg/", "special/", "fft/")
+MATH_IN_STDLIB = ("fractions.py", "statistics.py", "random.py", "numbers.py", "_pydecimal.py")
 
 
 def package(name: str, install: str) -> Path:
@@ -56,28 +61,31 @@ def package(name: str, install: str) -> Path:
 
 
 def python_files(
-    root: Path, within: Iterable[str] = ("",), without: tuple[str, ...] = ()
+    root: Path, within: Iterable[str] = ("",), without: Iterable[str] = ()
 ) -> Iterator[Document]:
-    """Every Python file below `root` that is no test; origin is its path from the folder above."""
+    """Every Python file below `root` (or its parts `within`, and not `without`) that is no test.
+
+    The origin is the file's path from the folder above `root`.
+    """
+    skipped = (*NO_TEXT, *(f"/{root.name}/{part}" for part in without))
     for part in within:
         found = [root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py"))
         for path in found:
             origin = path.relative_to(root.parent).as_posix()
-            if any(skip in f"/{origin}" for skip in (*NO_TEXT, *without)) or path.is_symlink():
+            if any(skip in f"/{origin}" for skip in skipped) or path.is_symlink():
                 continue
             text = path.read_bytes().decode("utf-8", errors="ignore")
             yield text.replace("\r\n", "\n"), origin
 
 
 def stdlib() -> Iterator[Document]:
-    return python_files(Path(sysconfig.get_path("stdlib")), without=("/turtledemo/", "/encodings/"))
+    return python_files(
+        Path(sysconfig.get_path("stdlib")), without=["turtledemo/", "encodings/", *MATH_IN_STDLIB]
+    )
 
 
 def torch_source() -> Iterator[Document]:
     return python_files(package("torch", "torch"), without=MATH_IN_TORCH)
-
-
-MATH_IN_TORCH = ("torch/distributions/", "torch/linalg/", "torch/special/", "torch/fft/")
 
 
 def sympy_source() -> Iterator[Document]:
@@ -88,10 +96,9 @@ def mathlib() -> Iterator[Document]:
     """Numerics, graph algorithms, polynomials, linear algebra, distributions: code that is mathematics."""
     yield from python_files(package("mpmath", "mpmath"))
     yield from python_files(package("networkx", "networkx"), ["algorithms", "generators", "linalg"])
-    yield from python_files(package("numpy", "numpy"), ["polynomial", "linalg", "fft", "ma", "lib"])
-    yield from python_files(package("torch", "torch"), [f"{p.split('/')[1]}" for p in MATH_IN_TORCH])
-    numbers = ["fractions.py", "statistics.py", "random.py", "numbers.py", "colorsys.py", "_pydecimal.py"]
-    yield from python_files(Path(sysconfig.get_path("stdlib")), numbers)
+    yield from python_files(package("numpy", "numpy"), ["polynomial", "linalg", "fft"])
+    yield from python_files(package("torch", "torch"), MATH_IN_TORCH)
+    yield from python_files(Path(sysconfig.get_path("stdlib")), MATH_IN_STDLIB)
 
 
 PARTS_OF_SPEECH = {
@@ -270,7 +277,7 @@ def gather(name: str, path: Path, max_bytes: int) -> dict[str, Any]:
     by_hash: dict[bytes, Document] = {}
     found = 0
     for text, origin in SOURCES[name].documents():
-        if SHORTEST <= len(text) and len(text.encode()) <= max_bytes * LARGEST_SHARE:
+        if len(text) >= SHORTEST and len(text.encode()) <= max_bytes * LARGEST_SHARE:
             found += 1
             by_hash.setdefault(hashlib.sha256(text.encode()).digest(), (text, origin))
     documents = size = 0
