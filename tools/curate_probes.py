@@ -1,0 +1,61 @@
+"""Set documents aside before training: probing and held-out sets by capability, and the split to train on.
+
+python tools/curate_probes.py --output-dir data/probes \\
+    --sources stdlib=data/tokens/stdlib_text_document gcide=data/tokens/gcide_text_document \\
+    --capabilities code=stdlib knowledge=gcide
+
+Writes probe_CAPABILITY and heldout_CAPABILITY (.bin, .idx, .json), split.yaml (for tools/train.py) and
+manifest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_r1.curation.probes import curate_probes
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """NAME=VALUE words; ValueError for others and for a name given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value) or name in found:
+            raise ValueError(f"{word!r} is not NAME=VALUE with a name of its own")
+        found[name] = value
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sources", nargs="+", required=True, metavar="NAME=PREFIX", help="all that training draws from")
+    add("--capabilities", nargs="+", required=True, metavar="CAPABILITY=NAME,NAME", help="sources of each; "
+        "a source in none is split all the same")  # fmt: skip
+    add("--output-dir", required=True, metavar="DIR")
+    add("--tokens-per-source", type=int, default=32_768, help="of each set (default: %(default)s)")
+    add("--fraction", type=float, default=0.1, help="of a source to set aside (default: %(default)s)")
+    add("--max-document-tokens", type=int, default=2048, help="of one document (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        manifest = curate_probes(
+            pairs(args.sources),
+            {name: members.split(",") for name, members in pairs(args.capabilities).items()},
+            args.output_dir,
+            tokens_per_source=args.tokens_per_source,
+            fraction=args.fraction,
+            max_document_tokens=args.max_document_tokens,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    left = sum(source["training_tokens"] for source in manifest["sources"].values())
+    print(f"{args.output_dir}: {', '.join(manifest['files'])}; {left} tokens left to training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
