@@ -26,6 +26,7 @@ import logging
 import os
 import sys
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -45,10 +46,17 @@ def use_local_device() -> None:
     """Bind this process to its GPU, or to its share of the cores."""
     if HAS_CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun sets OMP_NUM_THREADS=1 whatever the machine has.
+        return
+    # torchrun sets OMP_NUM_THREADS=1 where nobody chose, whatever the machine has.
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def place(module: torch.nn.Module) -> Any:
+    """The module on this rank's device."""
+    return module.to(device()) if HAS_CUDA else module
 
 
 def synchronize() -> None:
@@ -238,6 +246,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _say_once() -> None:
+    """`describe` says in one line what megatron-core warns of in each of its modules."""
+    for text in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is dep"):
+        warnings.filterwarnings("ignore", message=text)
+
+
 def _quiet(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
@@ -250,5 +264,6 @@ def _run_megatron_core_on_cpu() -> None:
     logging.getLogger(_CORE + ".tensor_parallel.random").addFilter(_quiet)
 
 
+_say_once()
 if not HAS_CUDA:
     _run_megatron_core_on_cpu()

@@ -46,7 +46,8 @@ def dump(config: Config) -> str:
 
 
 def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
-    files, overrides = [], []
+    files: list[str] = []
+    overrides: list[str] = []
     for argument in arguments:
         (overrides if "=" in argument and not Path(argument).exists() else files).append(argument)
     trees = [_read(Path(name), mistakes) for name in files]
@@ -229,17 +230,15 @@ def check_world(config: Config, world_size: int) -> list[str]:
             f"{world_size} ranks do not divide into model copies of parallel.tensor x pipeline x context = "
             f"{ranks} ranks; launch a multiple of {ranks}"
         ]
-    data_parallel = world_size // ranks
-    per_pass = config.train.micro_batch * data_parallel
-    if config.train.global_batch % per_pass:
-        legal = [
-            m
-            for m in range(1, config.train.global_batch + 1)
-            if config.train.global_batch % (m * data_parallel) == 0
-        ]
-        way = f"use a micro_batch of {legal}" if legal else f"make global_batch a multiple of {data_parallel}"
-        return [
-            f"train.global_batch={config.train.global_batch} is no multiple of train.micro_batch="
-            f"{config.train.micro_batch} x {data_parallel} data-parallel ranks; {way}"
-        ]
-    return []
+    data_parallel, train = world_size // ranks, config.train
+    if train.global_batch % (train.micro_batch * data_parallel) == 0:
+        return []
+    share, rest = divmod(train.global_batch, data_parallel)
+    if rest:
+        way = f"make train.global_batch a multiple of {data_parallel}"
+    else:
+        way = f"use a train.micro_batch of {[m for m in range(1, share + 1) if share % m == 0]}"
+    return [
+        f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
+        f"{data_parallel} data-parallel ranks; {way}"
+    ]

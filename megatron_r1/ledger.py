@@ -21,7 +21,7 @@ def append(
     that finished, earlier ones are what was spent besides.
     """
     if seconds is None:
-        seconds = time.time() - psutil.Process(os.getpid()).create_time()
+        seconds = time.time() - process_start()
     line = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -35,6 +35,11 @@ def append(
     # One write of one line: a reader or a crash sees it whole or not at all.
     with open(run / "ledger.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def process_start() -> float:
+    """When this process began, seconds since the epoch."""
+    return float(psutil.Process(os.getpid()).create_time())
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -8,14 +8,15 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
 
 class Progress:
     """Counts towards `total`. Only one rank should show it: pass `show=False` on the others."""
 
-    def __init__(
-        self, name: str, total: int, unit: str, start: int = 0, show: bool = True, every: float = 10.0
-    ):
-        self.name, self.total, self.unit, self.done, self.every = name, total, unit, start, every
+    def __init__(self, name: str, total: int, unit: str, start: int = 0, show: bool = True):
+        self.name, self.total, self.unit, self.done = name, total, unit, start
         self.show = show
         self._first, self._began, self._last = start, time.monotonic(), time.monotonic()
         self._bar = (
@@ -41,7 +42,7 @@ class Progress:
             self._bar.update(n)
         elif self.show:
             now = time.monotonic()
-            if now - self._last >= self.every or self.done == self.total:
+            if now - self._last >= _EVERY or self.done == self.total:
                 self._last = now
                 print(
                     f"{self.name}: {self.line()}{' | ' + note if note else ''}", file=sys.stderr, flush=True

@@ -22,6 +22,10 @@ _OWNER = "MEGATRON_R1_OWNER"
 """Environment: "PID:START" of the command on whose behalf a launch runs."""
 
 
+class RunBusyError(RuntimeError):
+    """Another launch holds the run directory."""
+
+
 class RunLock:
     """The lock file `DIR/.lock`, held until this process ends.
 
@@ -37,12 +41,12 @@ class RunLock:
     def take(self, patience: float = 20.0, share: bool = False) -> None:
         """Wait up to `patience` seconds for every earlier holder to end; then hold the lock.
 
-        `share`: let the other ranks of this launch join. Raises RuntimeError that names the holder.
+        `share`: let the other ranks of this launch join. Raises RunBusyError that names the holder.
         """
         start = time.monotonic()
         while not self._try(fcntl.LOCK_EX):
             if time.monotonic() - start > patience:
-                raise RuntimeError(
+                raise RunBusyError(
                     f"{self.path.parent} is in use by {self._holder()}; wait for it to end, or stop it, "
                     f"and start again"
                 )
@@ -56,7 +60,7 @@ class RunLock:
     def join(self) -> None:
         """Hold the lock beside the first rank, which must have taken it to share."""
         if not self._try(fcntl.LOCK_SH):
-            raise RuntimeError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
+            raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
 
     def release(self) -> None:
         self._file.close()

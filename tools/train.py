@@ -6,9 +6,9 @@ torchrun --nproc-per-node 2 tools/train.py examples/models/tiny.yaml MORE.yaml t
 from __future__ import annotations
 
 import argparse
-import sys
 
 from megatron_r1 import config_io
+from megatron_r1.cli import user_errors
 
 
 def main() -> None:
@@ -16,20 +16,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
-    parser.add_argument("--check", action="store_true", help="print what would run, and exit")
+    parser.add_argument("--check", action="store_true", help="print what would be trained, and exit")
     options = parser.parse_args()
-    try:
+    with user_errors():
         config = config_io.load(options.config)
         if options.check:
             from megatron_r1.recipes.plan import summary
 
             print(summary(config))
-            return
-        from megatron_r1.train.loop import train
+        else:
+            from megatron_r1.train.loop import train
 
-        train(config)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+            train(config)
 
 
 if __name__ == "__main__":

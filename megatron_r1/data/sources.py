@@ -5,10 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import open_corpus
 from megatron_r1.records import Corpus
+
+
+def resolve_data(config: Config, ranks: int) -> tuple[list[Corpus], BlendPlan]:
+    """Open every dataset and lay the data plan. Raises ConfigError with every mistake."""
+    corpora, mistakes = open_sources(config)
+    mistakes += config_io.check_world(config, ranks)
+    if mistakes:
+        raise config_io.ConfigError(mistakes)
+    plan = build_plan(config, corpora)
+    if mistakes := check_plan(config, plan):
+        raise config_io.ConfigError(mistakes)
+    return corpora, plan
 
 
 def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
@@ -52,8 +65,8 @@ def _tokenizer_mistakes(
     made_with = json.loads(sidecar.read_text())
     if made_with["vocab_size"] > vocab_size:
         out.append(
-            f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} has fewer; "
-            f"set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
+            f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} "
+            f"fewer; set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
         )
     other = next((name for name, digest in hashes.items() if digest != corpus.tokenizer_hash), None)
     hashes.setdefault(path, corpus.tokenizer_hash)

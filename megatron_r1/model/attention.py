@@ -17,7 +17,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps=eps)
         if config.sequence_parallel:
-            self.weight.sequence_parallel = True  # type: ignore[assignment]
+            self.weight.sequence_parallel = True  # type: ignore[attr-defined]
 
 
 class SdpaAttention(MegatronModule):
@@ -62,7 +62,7 @@ class SdpaAttention(MegatronModule):
         s, b, heads, d = query.shape
         mask = None
         ranks = self.context_group.size() if self.context_group is not None else 1
-        if ranks > 1:
+        if self.context_group is not None and ranks > 1:
             key, value = (
                 gather_from_sequence_parallel_region(t.contiguous(), group=self.context_group)
                 for t in (key, value)

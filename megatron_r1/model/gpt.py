@@ -100,7 +100,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: str, se
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=True,
     )
-    return gpt.to(backend.device())
+    return backend.place(gpt)
 
 
 def token_losses(gpt: Any, tokens_BS: Tensor, position_BS: Tensor, labels_BS: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.config import Config
-from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.sources import build_plan, check_plan, open_sources
+from megatron_r1.data.sources import resolve_data
 from megatron_r1.optimizer import set_schedule
 from megatron_r1.parallel import ParallelContext, process_groups, world_size
 from megatron_r1.progress import Progress
@@ -26,18 +25,6 @@ from megatron_r1.train.batches import ProbeSet, micro_batches
 from megatron_r1.train.metrics import MetricsLog
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, label_losses, train_step
-
-
-def resolve_data(config: Config, ranks: int) -> tuple[list[Corpus], BlendPlan]:
-    """Open every dataset and lay the data plan. Raises ConfigError with every mistake."""
-    corpora, mistakes = open_sources(config)
-    mistakes += config_io.check_world(config, ranks)
-    if mistakes:
-        raise ConfigError(mistakes)
-    plan = build_plan(config, corpora)
-    if mistakes := check_plan(config, plan):
-        raise ConfigError(mistakes)
-    return corpora, plan
 
 
 def train(config: Config) -> None:
@@ -87,6 +74,7 @@ class Trainer:
             else None
         )
         self.log: MetricsLog | None = None
+        self.began = ledger.process_start()
 
     @property
     def leads(self) -> bool:
@@ -99,7 +87,8 @@ class Trainer:
             write_text(self.run.plan, self.plan.to_json())
             print(
                 f"{self.run.root}: step {self.state.step} of {spans[-1].end} | "
-                f"{self.config.model.parameters():,} parameters | {self.config.tokens_per_step():,} tokens a step | "
+                f"{self.config.model.parameters():,} parameters | "
+                f"{self.config.tokens_per_step():,} tokens a step | "
                 f"{self.context.world_size} ranks | {backend.describe()}",
                 flush=True,
             )
@@ -112,7 +101,6 @@ class Trainer:
 
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
-        began = time.time()
         target = _shares(config.phase_weights(span.name), self.sources)
         with Progress(
             f"train {span.name}", span.end - span.start, "steps", self.state.step - span.start, self.leads
@@ -133,19 +121,21 @@ class Trainer:
                     self._save(span.name)
         if self.leads:
             steps = self.state.step - first
+            saved = str(self.run.checkpoints / f"step_{self.state.step:08d}")
             ledger.append(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
-                seconds=time.time() - began,
-                outputs=[str(self.run.checkpoints / f"step_{self.state.step:08d}")],
+                seconds=time.time() - self.began,
+                outputs=[saved],
             )
             print(
-                f"{self.run.root}: phase {span.name} ends at step {self.state.step}, loss {line['loss']:.4f}; "
-                f"wrote {self.run.checkpoints / f'step_{self.state.step:08d}'}",
+                f"{self.run.root}: phase {span.name} ends at step {self.state.step}, "
+                f"loss {line['loss']:.4f}; wrote {saved}",
                 flush=True,
             )
+        self.began = time.time()
 
     def _step(self, lr: float) -> StepResult:
         config = self.config

@@ -1,0 +1,51 @@
+# Two commands serve a fresh machine: `make quickstart` and `make test`. Both set up what they need.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
+CHECKED = megatron_r1 tools tests examples benchmarks setup.py
+
+.PHONY: quickstart test lint format check soak bench test-py312 clean
+
+quickstart: $(VENV)/.core
+	$(BIN)/python examples/quickstart/run.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy megatron_r1 tools
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+check: lint test
+
+# Kills the quickstart in every stage; about half an hour.
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/.dev
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# The package and what `make quickstart` reads; the extension is built in place.
+$(VENV)/.core: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt setuptools wheel pybind11
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[quickstart]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[quickstart,tokenizers,dev]'
+	touch $@
+
+# megatron-core 0.19 needs Python 3.12; the torch it finds may be the large build.
+test-py312:
+	$(MAKE) test VENV=.venv312 PYTHON=python3.12
+
+clean:
+	rm -rf build runs .venv .venv312 megatron_r1/*.so *.egg-info

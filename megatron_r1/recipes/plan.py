@@ -1,0 +1,39 @@
+"""What a configuration would train, told without torch: the `--check` of every tool."""
+
+from __future__ import annotations
+
+from megatron_r1 import config_io
+from megatron_r1.config import Config
+from megatron_r1.data.sources import resolve_data
+
+
+def summary(config: Config, ranks: int | None = None) -> str:
+    """The resolved configuration, tokens per step, and per phase the weight and epochs of each source.
+
+    `ranks` defaults to one model copy. Raises ConfigError with every mistake.
+    """
+    ranks = config.parallel.model_ranks() if ranks is None else ranks
+    corpora, plan = resolve_data(config, ranks)
+    lines = [
+        config_io.dump(config).rstrip(),
+        "",
+        f"model: {config.model.parameters():,} parameters",
+        f"step: {config.train.global_batch} sequences x {config.data.seq_length} = "
+        f"{config.tokens_per_step():,} tokens",
+    ]
+    samples = 0
+    for name in config.phases:
+        steps = config.phase_steps(name)
+        end = samples + steps * config.train.global_batch
+        before, after = plan.epochs(samples), plan.epochs(end)
+        weights = config.phase_weights(name)
+        total = sum(weights.values())
+        lines.append(f"phase {name}: {steps:,} steps, {steps * config.tokens_per_step():,} tokens")
+        for corpus in corpora:
+            share = weights.get(corpus.name, 0) / total
+            lines.append(
+                f"  {corpus.name:24s} {share:7.2%}  {after[corpus.name] - before[corpus.name]:8.3f} epochs"
+                f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens)"
+            )
+        samples = end
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""Configuration files: merged, overridden, and every mistake named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1 import config_io
+from megatron_r1.config_io import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "examples/models/tiny.yaml")
+BASE = """
+train: {run: runs/x, global_batch: 8, micro_batch: 4}
+data: {seq_length: 64, sources: {a: {prefix: data/a}, b: {prefix: data/b}}}
+phases: {one: {steps: 10}}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return str(path)
+
+
+def mistakes(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config_io.load(arguments)
+    return caught.value.mistakes
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(base: str, tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("train: {micro_batch: 2}\nphases: {two: {tokens: 1000, weights: {a: 3, b: 1}}}\n")
+    config = config_io.load([TINY, base, "train.global_batch=16", str(later)])
+    assert (config.train.global_batch, config.train.micro_batch) == (16, 2)
+    assert list(config.phases) == ["one", "two"]
+    assert config.phase_steps("two") == 1  # 1000 tokens are one step of 16 x 64
+    assert config.phase_weights("two") == {"a": 3, "b": 1}
+
+
+def test_dump_loads_back_equal(base: str, tmp_path: Path) -> None:
+    config = config_io.load([TINY, base])
+    again = tmp_path / "again.yaml"
+    again.write_text(config_io.dump(config))
+    assert config_io.load([str(again)]) == config
+
+
+def test_every_mistake_is_in_one_message(base: str) -> None:
+    found = mistakes(
+        TINY,
+        base,
+        "train.micro_bach=3",
+        "model.num_layers=four",
+        "parallel.tensor=2",
+        "phases.one.weights={a: 1, c: 2}",
+        "nowhere.yaml",
+    )
+    text = "\n".join(found)
+    assert "train.micro_bach: unknown key; did you mean micro_batch?" in text
+    assert "model.num_layers='four'" in text
+    assert "nowhere.yaml: no such file" in text
+    assert "phases.one.weights.c: no such source in data.sources; known: a, b" in text
+    assert len(found) == 4  # the shape did not parse, so its parallel size cannot be judged yet
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor=2", "parallel.tensor=2 does not divide model.num_query_groups=1; use one of [1]"),
+        ("parallel.pipeline=3", "parallel.pipeline=3 does not divide model.num_layers=4"),
+        ("train.global_batch=6", "train.global_batch=6 is no multiple of train.micro_batch=4"),
+        ("phases.one.tokens=5", "phases.one: give steps or tokens, one of the two"),
+        ("phases.one.weights={a: -1, b: 2}", "phases.one.weights: every weight must be a finite number >= 0"),
+        ("phases.one.weights={a: 0, b: 0}", "phases.one.weights: all weights are 0"),
+        ("phases.one.weights=[1, 2]", "phases.one.weights"),
+        ("phazes.one.steps=3", "phazes: unknown section; did you mean phases?"),
+        ("data.seq_length=0", "data.seq_length=0 must be positive"),
+        ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
+    ],
+)
+def test_a_mistake_names_the_value_and_the_way_out(base: str, override: str, message: str) -> None:
+    assert any(m.startswith(message) for m in mistakes(TINY, base, override)), mistakes(TINY, base, override)
+
+
+def test_world_size_that_does_not_divide_is_refused(base: str) -> None:
+    config = config_io.load([TINY, base])
+    assert config_io.check_world(config, 2) == []
+    assert config_io.check_world(config, 3) == [
+        "train.global_batch=8 is no multiple of train.micro_batch=4 x 3 data-parallel ranks; "
+        "make train.global_batch a multiple of 3"
+    ]
+    assert "use a train.micro_batch of [1, 2]" in config_io.check_world(config, 4)[0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "140m", "360m", "950m"])
+def test_every_model_file_resolves(name: str, base: str) -> None:
+    config_io.load([str(ROOT / f"examples/models/{name}.yaml"), base])
