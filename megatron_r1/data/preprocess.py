@@ -204,8 +204,10 @@ def _locked(work: Path) -> Iterator[None]:
             assert os.fstat(stream.fileno()).st_ino == os.stat(lock).st_ino
         except (OSError, AssertionError):
             raise ValueError(f"another process is writing {work.with_suffix('')}; wait for it") from None
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 # Reading
@@ -320,7 +322,7 @@ def _parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
     if isinstance(row, dict):
         return row
     try:
-        record = json.loads(row.decode())
+        record = json.loads(row.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start}: {error.reason}") from None
     except RecursionError:

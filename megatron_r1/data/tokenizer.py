@@ -14,7 +14,9 @@ import importlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -189,6 +191,9 @@ _LLAMA3_SPLIT = (
 )
 _LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>"}
 _LLAMA3_SPECIALS = 256
+# Llama 3's own limits: tiktoken's pattern matcher runs out of stack on longer ones.
+_LONGEST_TEXT, _LONGEST_RUN = 400_000, 25_000
+_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
 
 class TikToken:
@@ -222,7 +227,15 @@ class TikToken:
         self.eod: int = specials["<|end_of_text|>"]
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode_ordinary(_utf8(text))
+        text = _utf8(text)
+        if len(text) <= _LONGEST_RUN:
+            return self._model.encode_ordinary(text)
+        cuts = set(range(0, len(text), _LONGEST_TEXT))
+        for start in sorted(cuts):
+            for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
+                cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
+        bounds = [*sorted(cuts), len(text)]
+        return [t for lo, hi in pairwise(bounds) for t in self._model.encode_ordinary(text[lo:hi])]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(t) for t in texts]
@@ -262,13 +275,18 @@ def train_sentencepiece(
     """
     trainer = _library("sentencepiece", SentencePiece.kind).SentencePieceTrainer
     model, seen = io.BytesIO(), 0
+    mistakes: list[Exception] = []
 
     def pieces() -> Iterator[str]:
         nonlocal seen
-        for path in inputs:
-            for text in _sample(Path(path), json_key, max_bytes // len(inputs)):
-                seen += len(text.encode())
-                yield from _by_lines(text, 4000)
+        try:
+            for path in inputs:
+                for text in _sample(Path(path), json_key, max_bytes // len(inputs)):
+                    seen += len(text.encode())
+                    yield from _by_lines(text, 4000)
+        except Exception as error:
+            # The trainer would turn it into a RuntimeError of its own.
+            mistakes.append(error)
 
     try:
         trainer.train(
@@ -289,8 +307,10 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        detail = str(error).splitlines()[-1]
-        raise ValueError(f"vocab_size {vocab_size} does not fit {seen} bytes of text: {detail}") from None
+        detail = str(error).splitlines()[-1].split("] ")[-1]
+        mistakes.append(ValueError(f"vocab_size {vocab_size} does not fit {seen} bytes of text: {detail}"))
+    if mistakes:
+        raise mistakes[0]
     with replacing(output) as stream:
         stream.write(model.getvalue())
     return seen

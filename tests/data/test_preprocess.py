@@ -1,0 +1,315 @@
+"""Preprocessing against a loop too simple to be wrong, and against everything that goes wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1.data import preprocess as module
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
+from megatron_r1.data.preprocess import document_order, preprocess
+from megatron_r1.data.tokenizer import build_tokenizer, train_sentencepiece
+
+ROOT = Path(__file__).parents[2]
+KIND = "SentencePieceTokenizer"
+TEXTS = [f"Document {i}: {'words and  spaces ' * (i % 7)}\n\tline {i * i}" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    jsonl(folder / "text.jsonl", TEXTS)
+    train_sentencepiece([folder / "text.jsonl"], folder / "sp.model", vocab_size=330)
+    return folder / "sp.model"
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(module, "PIECE_DOCUMENTS", 16)
+
+
+def jsonl(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    return path
+
+
+def run(inputs, prefix, model, **options):
+    """The sidecar of key "text", and what was logged."""
+    said: list[str] = []
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    sidecars = preprocess(inputs, prefix, KIND, model, append_eod=True, log=said.append, **options)
+    return sidecars.get(f"{prefix}_text_document"), "\n".join(said)
+
+
+def pair(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
+    return tuple(Path(f"{prefix}_{key}_document{s}").read_bytes() for s in (".bin", ".idx"))  # type: ignore
+
+
+def oracle(prefix: Path, texts, model) -> tuple[bytes, bytes]:
+    tokenizer = build_tokenizer(KIND, model)
+    with IndexedWriter(f"{prefix}_text_document", np.uint16) as writer:
+        for text in texts:
+            writer.add_document(np.array([*tokenizer.encode(text), tokenizer.eod]))
+    return pair(prefix)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_unshuffled_equals_a_plain_loop(tmp_path, model):
+    run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=None)
+    assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", TEXTS, model)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_shuffled_is_the_same_documents_in_the_order_of_the_seed(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "COPY_TOKENS", 1000)
+    run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=5)
+    shuffled = [TEXTS[i] for i in document_order(len(TEXTS), 5)]
+    assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", shuffled, model)
+
+
+def test_order_is_a_permutation_fixed_for_ever():
+    assert sorted(document_order(1000, 1)) == list(range(1000))
+    assert not np.array_equal(document_order(1000, 1), document_order(1000, 2))
+    assert document_order(8, 1234).tolist() == ORDER_OF_SEED_1234
+
+
+# SplitMix64 in plain integers.
+def splitmix(i: int, seed: int) -> int:
+    z = (i * 0x9E3779B97F4A7C15 + seed * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+ORDER_OF_SEED_1234 = sorted(range(8), key=lambda i: splitmix(i, 1234))
+
+
+def test_result_does_not_depend_on_workers(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_DOCUMENTS", 16)
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    with open(source, "a") as stream:
+        stream.write("not json\n")
+    one, _ = run(source, tmp_path / "one", model, workers=1)
+    two, _ = run(source, tmp_path / "two", model, workers=2)
+    assert pair(tmp_path / "one") == pair(tmp_path / "two")
+    assert one == two
+    rejects = [(tmp_path / f"{n}_text_rejects.jsonl").read_bytes() for n in ("one", "two")]
+    assert rejects[0] == rejects[1] != b""
+
+
+def test_workers_import_no_torch():
+    code = "import sys, megatron_r1.data.preprocess; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_packed_inputs_give_the_same_bytes(tmp_path, model):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = jsonl(tmp_path / "in.jsonl", TEXTS).read_bytes()
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(plain))
+    # Two frames, as parallel compressors write them.
+    half = plain.index(b"\n", len(plain) // 2) + 1
+    frames = [arrow.Codec("zstd").compress(part, asbytes=True) for part in (plain[:half], plain[half:])]
+    (tmp_path / "in.jsonl.zst").write_bytes(b"".join(frames))
+    parquet.write_table(arrow.table({"text": TEXTS, "n": range(300)}), tmp_path / "in.parquet")
+    run(tmp_path / "in.jsonl", tmp_path / "plain", model)
+    for ending in ("jsonl.gz", "jsonl.zst", "parquet"):
+        run(tmp_path / f"in.{ending}", tmp_path / ending, model)
+        assert pair(tmp_path / ending) == pair(tmp_path / "plain"), ending
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "parquet"])
+def test_truncated_input_is_refused_and_leaves_nothing(tmp_path, model, ending):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source, out = tmp_path / f"in.jsonl.{ending}", tmp_path / "out"
+    plain = jsonl(tmp_path / "in.jsonl", TEXTS).read_bytes()
+    if ending == "parquet":
+        parquet.write_table(arrow.table({"text": TEXTS}), source)
+    else:
+        packed = gzip.compress(plain) if ending == "gz" else arrow.Codec("zstd").compress(plain, asbytes=True)
+        source.write_bytes(packed)
+    source.write_bytes(source.read_bytes()[:-20])
+    out.mkdir()
+    with pytest.raises(ValueError, match=rf"in\.jsonl\.{ending} is damaged"):
+        run(source, out / "x", model)
+    assert list(out.iterdir()) == []
+
+
+def test_several_inputs_and_keys(tmp_path, model):
+    for name, part in (("a", TEXTS[:10]), ("b", TEXTS[10:20])):
+        lines = [json.dumps({"text": t, "title": t[:11]}) + "\n" for t in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    run(inputs, tmp_path / "out", model, seed=None, json_keys=["text", "title"])
+    assert pair(tmp_path / "out") == oracle(tmp_path / "texts", TEXTS[:20], model)
+    assert pair(tmp_path / "out", "title") == oracle(tmp_path / "titles", [t[:11] for t in TEXTS[:20]], model)
+
+
+BAD_LINES = [
+    (b'{"text": "cut', "bad JSON: Unterminated string"),
+    (b"", "bad JSON: Expecting value"),
+    (b"[1, 2]", "bad JSON: a list where an object is expected"),
+    (b"[" * 100_000, "bad JSON: nested too deep"),
+    (b'{"body": "x"}', "missing key 'text'"),
+    (b'{"text": null}', "non-string text: 'text' is NoneType"),
+    (b'{"text": ["a"]}', "non-string text: 'text' is list"),
+    (b'{"text": ""}', "empty document: 'text' is ''"),
+    (b'{"text": "\xff"}', "invalid UTF-8 at byte 10: invalid start byte"),
+    (b'{"text": "\\ud800"}', "invalid UTF-8: lone surrogate at character 0 of 'text'"),
+]
+
+
+def test_every_bad_line_is_quoted_with_its_place(tmp_path, model):
+    lines = [json.dumps({"text": t}).encode() for t in TEXTS[:3]]
+    for bad, _ in BAD_LINES:
+        lines += [bad, json.dumps({"text": TEXTS[5]}).encode()]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))  # a byte order mark, and no last newline
+    sidecar, said = run(source, tmp_path / "out", model, seed=None)
+    kept = TEXTS[:3] + [TEXTS[5]] * len(BAD_LINES)
+    assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", kept, model)
+    rejects = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    assert [r["line"] for r in rejects] == [4 + 2 * i for i in range(len(BAD_LINES))]
+    for reject, (line, reason) in zip(rejects, BAD_LINES, strict=True):
+        assert reject["reason"].startswith(reason)
+        assert reject["file"] == str(source)
+        assert reject["excerpt"] == line[:200].decode("utf-8", "backslashreplace")
+    assert sum(sidecar["rejected"].values()) == len(BAD_LINES)
+    assert f"{len(BAD_LINES)} rejected, see" in said
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_rejects_beyond_the_limit_stop_the_run_and_leave_nothing(tmp_path, model):
+    source, out = jsonl(tmp_path / "in.jsonl", [*TEXTS, "", ""]), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"more than 1 documents rejected .*in\.jsonl:302: empty document"):
+        run(source, out / "x", model, reject_limit=1)
+    assert list(out.iterdir()) == []
+    sidecar, _ = run(source, out / "x", model, reject_limit=2)
+    assert sidecar["rejected"] == {"empty document": 2}
+
+
+def test_sidecar_says_what_was_made_and_from_what(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    sidecar, _ = run(source, tmp_path / "out", model)
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert (sidecar["documents"], sidecar["tokens"]) == (len(TEXTS), len(dataset.tokens))
+    assert (sidecar["vocab_size"], sidecar["eod"], sidecar["dtype"]) == (330, 2, "uint16")
+    assert [i["path"] for i in sidecar["inputs"]] == [str(source)]
+    corpus = open_corpus("s", tmp_path / "out_text_document")
+    assert corpus.tokenizer_hash == build_tokenizer(KIND, model).fingerprint()
+
+
+def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    run(source, tmp_path / "out", model)
+    first, stamp = pair(tmp_path / "out"), (tmp_path / "out_text_document.bin").stat().st_mtime_ns
+    os.utime(source)
+    _, said = run(source, tmp_path / "out", model)
+    assert "already done" in said
+    assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns == stamp
+    for change in ({"seed": 9}, {}):
+        _, said = run(source, tmp_path / "out", model, **change)
+        assert "already done" not in said
+    assert pair(tmp_path / "out") == first
+    jsonl(source, TEXTS[::-1])
+    _, said = run(source, tmp_path / "out", model)
+    assert "already done" not in said
+
+
+def test_damaged_result_is_made_again(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    run(source, tmp_path / "out", model)
+    first = pair(tmp_path / "out")
+    os.truncate(tmp_path / "out_text_document.bin", 10)
+    _, said = run(source, tmp_path / "out", model)
+    assert "wrote" in said
+    assert pair(tmp_path / "out") == first
+
+
+def test_pair_of_another_tool_is_not_overwritten(tmp_path, model):
+    first = oracle(tmp_path / "out", TEXTS[:2], model)
+    with pytest.raises(ValueError, match="another tool made it"):
+        run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model)
+    assert pair(tmp_path / "out") == first
+
+
+KILLED = """
+import os, signal, sys
+from megatron_r1.data import preprocess as module
+module.PIECE_DOCUMENTS = 16
+where, pieces = sys.argv[1:3]
+if where == "encoding":
+    add = module._Journal.add
+    def kill(journal, encoded):
+        if journal.pieces == int(pieces):
+            # As if killed within a write: more tokens than the journal knows of, and half a line.
+            journal._files["text", "tokens"].write(b"torn")
+            journal._files["text", "tokens"].flush()
+            journal._log.write(b"[1, 2")
+            journal._log.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(journal, encoded)
+    module._Journal.add = kill
+else:
+    module.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+module.preprocess([sys.argv[3]], sys.argv[4], "SentencePieceTokenizer", sys.argv[5], append_eod=True)
+"""
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("where", "pieces"), [("encoding", 0), ("encoding", 5), ("sidecar", 19)])
+def test_killed_run_goes_on_to_the_same_bytes(tmp_path, model, where, pieces):
+    source = jsonl(tmp_path / "in.jsonl", [*TEXTS[:40], "", *TEXTS[40:]])
+    run(source, tmp_path / "whole", model)
+    command = [sys.executable, "-c", KILLED, where, str(pieces), source, tmp_path / "out", model]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out_text_document.json").exists()
+    sidecar, said = run(source, tmp_path / "out", model)
+    assert (f"going on after {pieces} pieces" in said) == (pieces > 0)
+    assert pair(tmp_path / "out") == pair(tmp_path / "whole")
+    assert sidecar["rejected"] == {"empty document": 1}
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
+    """A limit on the size of a file fails a write as a full disk does."""
+    source, out = jsonl(tmp_path / "in.jsonl", TEXTS * 20), tmp_path / "out"
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    options = ["--input", source, "--output-prefix", out / "x", "--tokenizer-type", KIND]
+    command = [sys.executable, "-c", code, "tools/preprocess_data.py", *options, "--tokenizer-model", model]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "too large" in done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_two_runs_at_once_are_refused(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    with module._locked(tmp_path / "out.partial"), pytest.raises(ValueError, match="another process"):
+        run(source, tmp_path / "out", model)
+
+
+def test_command_line_mistakes_are_one_line_and_code_2(tmp_path, model):
+    command = [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--input",
+        tmp_path / "no.jsonl",
+        "--output-prefix",
+    ]
+    command += [tmp_path / "x", "--tokenizer-type", KIND, "--tokenizer-model", model]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: input {tmp_path / 'no.jsonl'} does not exist\n"
