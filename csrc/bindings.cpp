@@ -1,0 +1,237 @@
+// The module megatron_r1._csrc: checks of shapes and types, nothing else.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "gather.hpp"
+#include "keep.hpp"
+#include "plan.hpp"
+
+namespace py = pybind11;
+using r1::i32;
+using r1::i64;
+using r1::u64;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+std::vector<T> to_vector(const Array<T>& array) {
+  return std::vector<T>(array.data(), array.data() + array.size());
+}
+
+template <class T>
+void require_size(const Array<T>& array, std::size_t size, const char* name) {
+  if (array.ndim() != 1 || static_cast<std::size_t>(array.size()) != size) {
+    throw std::invalid_argument(std::string(name) + " must be one-dimensional, one entry a source");
+  }
+}
+
+u64 sample_index(i64 i) {
+  if (i < 0) throw std::out_of_range("samples count from 0, got " + std::to_string(i));
+  return static_cast<u64>(i);
+}
+
+using Keeps = std::vector<std::shared_ptr<r1::Keep>>;
+
+void add_phase(r1::Plan& plan, std::size_t sources, u64 start, const Array<u64>& weights,
+               const Array<double>& exact_weights, const Array<u64>& windows, const Array<u64>& limit,
+               const Array<u64>& first_draw, const Array<u64>& first_epoch, const Keeps& keep) {
+  require_size(weights, sources, "weights");
+  require_size(exact_weights, sources, "exact_weights");
+  require_size(windows, sources, "windows");
+  require_size(limit, sources, "limit");
+  require_size(first_draw, sources, "first_draw");
+  require_size(first_epoch, sources, "first_epoch");
+  if (keep.size() != sources) throw std::invalid_argument("keep must have one entry a source");
+  std::vector<r1::SourcePhase> phase;
+  for (std::size_t k = 0; k < sources; ++k) {
+    phase.push_back({windows.at(k), limit.at(k), first_draw.at(k), first_epoch.at(k), keep[k]});
+  }
+  plan.add_phase(start, to_vector(weights), to_vector(exact_weights), phase);
+}
+
+py::tuple locate_arrays(r1::Plan& plan, std::size_t size, const i64* sample, i64 low) {
+  if (sample) {
+    for (std::size_t n = 0; n < size; ++n) sample_index(sample[n]);
+  }
+  py::array_t<i32> source(size), epoch(size);
+  py::array_t<i64> window(size);
+  i32* const source_out = source.mutable_data();
+  i32* const epoch_out = epoch.mutable_data();
+  i64* const window_out = window.mutable_data();
+  bool overflow = false;
+  {
+    const py::gil_scoped_release release;
+    const auto write = [&](std::size_t n, const r1::Draw& draw) {
+      source_out[n] = draw.source;
+      epoch_out[n] = static_cast<i32>(draw.epoch);
+      window_out[n] = static_cast<i64>(draw.window);
+      overflow |= draw.epoch > 0x7fffffffull;
+    };
+    if (sample) {
+      plan.locate_each(size, [sample](std::size_t n) { return static_cast<u64>(sample[n]); }, write);
+    } else {
+      plan.locate_each(size, [low](std::size_t n) { return static_cast<u64>(low) + n; }, write);
+    }
+  }
+  if (overflow) throw std::overflow_error("an epoch number does not fit int32; ask plan.locate for it");
+  return py::make_tuple(source, epoch, window);
+}
+
+struct BatchShape {
+  std::size_t rows;
+  u64 length;
+};
+
+// Checks windows against the streams, and one output buffer against rows x (length + extra).
+BatchShape check_batch(const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
+  if (source.ndim() != 1 || window.ndim() != 1 || source.size() != window.size()) {
+    throw std::invalid_argument("source and window must be one-dimensional and of one length");
+  }
+  const BatchShape shape{static_cast<std::size_t>(source.size()), length};
+  streams.check(source.data(), window.data(), shape.rows, length);
+  return shape;
+}
+
+template <class T>
+T* buffer(py::array& array, std::size_t rows, u64 columns, const char* name) {
+  if (!py::isinstance<py::array_t<T>>(array) || !(array.flags() & py::array::c_style) || array.ndim() != 2 ||
+      static_cast<std::size_t>(array.shape(0)) != rows || static_cast<u64>(array.shape(1)) != columns) {
+    throw std::invalid_argument(std::string(name) + " must be a contiguous " + std::to_string(rows) + " x " +
+                                std::to_string(columns) + " array of " + std::to_string(sizeof(T)) + "-byte integers");
+  }
+  return static_cast<T*>(array.mutable_data());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_csrc, m) {
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::system_error& e) {
+      const py::object arguments = py::make_tuple(e.code().value(), e.what());
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+
+  py::class_<r1::Keep, std::shared_ptr<r1::Keep>>(m, "Keep")
+      .def(py::init([](u64 windows, const Array<std::uint8_t>& packed) {
+             if (static_cast<u64>(packed.size()) != (windows + 7) / 8) {
+               throw std::invalid_argument("a bitmap of " + std::to_string(windows) + " windows has " +
+                                           std::to_string((windows + 7) / 8) + " bytes, got " +
+                                           std::to_string(packed.size()));
+             }
+             std::vector<u64> words((windows + 63) / 64, 0);
+             for (py::ssize_t n = 0; n < packed.size(); ++n) words[n / 8] |= u64{packed.data()[n]} << (n % 8 * 8);
+             return std::make_shared<r1::Keep>(windows, std::move(words));
+           }),
+           py::arg("windows"), py::arg("packed"))
+      .def_property_readonly("windows", &r1::Keep::windows)
+      .def_property_readonly("kept", &r1::Keep::kept)
+      .def_property_readonly("bytes", &r1::Keep::bytes);
+
+  py::class_<r1::Plan>(m, "Plan")
+      .def(py::init([](bool megatron, bool shuffle, const Array<u64>& source_key) {
+             return std::make_unique<r1::Plan>(megatron, shuffle, to_vector(source_key));
+           }),
+           py::arg("megatron"), py::arg("shuffle"), py::arg("source_key"))
+      .def("add_phase",
+           [](r1::Plan& plan, u64 start, const Array<u64>& weights, const Array<double>& exact_weights,
+              const Array<u64>& windows, const Array<u64>& limit, const Array<u64>& first_draw,
+              const Array<u64>& first_epoch, const Keeps& keep) {
+             add_phase(plan, plan.sources(), start, weights, exact_weights, windows, limit, first_draw, first_epoch,
+                       keep);
+           })
+      .def("locate",
+           [](r1::Plan& plan, i64 i) {
+             const u64 sample = sample_index(i);
+             r1::Draw draw;
+             {
+               const py::gil_scoped_release release;
+               draw = plan.locate(sample);
+             }
+             return py::make_tuple(draw.source, draw.epoch, draw.window);
+           })
+      .def("locate_range",
+           [](r1::Plan& plan, i64 low, i64 size) {
+             if (size < 0) throw std::invalid_argument("n must not be negative, got " + std::to_string(size));
+             sample_index(low);
+             return locate_arrays(plan, static_cast<std::size_t>(size), nullptr, low);
+           })
+      .def("locate_many",
+           [](r1::Plan& plan, const Array<i64>& samples) {
+             if (samples.ndim() != 1) throw std::invalid_argument("samples must be one-dimensional");
+             return locate_arrays(plan, static_cast<std::size_t>(samples.size()), samples.data(), 0);
+           })
+      .def("counts",
+           [](r1::Plan& plan, i64 i) {
+             const u64 sample = sample_index(i);
+             std::vector<u64> counts;
+             {
+               const py::gil_scoped_release release;
+               counts = plan.counts(sample);
+             }
+             return py::array_t<u64>(counts.size(), counts.data());
+           })
+      .def("count", [](r1::Plan& plan, i32 source, i64 i) { return plan.count(source, sample_index(i)); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("position",
+           [](r1::Plan& plan, i32 source, i64 draw) {
+             const u64 at = plan.position(source, static_cast<u64>(draw));
+             return at == r1::NEVER ? i64{-1} : static_cast<i64>(at);
+           },
+           py::call_guard<py::gil_scoped_release>())
+      .def("bounds",
+           [](r1::Plan& plan) {
+             const std::vector<double> bounds = plan.bounds();
+             return py::array_t<double>(bounds.size(), bounds.data());
+           })
+      .def("segment_starts", &r1::Plan::segment_starts)
+      .def_property_readonly("bytes", &r1::Plan::bytes);
+
+  py::class_<r1::Streams>(m, "Streams")
+      .def(py::init<>())
+      .def("add", &r1::Streams::add, py::arg("path"), py::arg("width"), py::arg("tokens"))
+      .def("gather",
+           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length,
+              py::array tokens, py::array labels) {
+             const BatchShape shape = check_batch(streams, source, window, length);
+             i64* const tokens_out = buffer<i64>(tokens, shape.rows, length, "tokens");
+             i64* const labels_out = buffer<i64>(labels, shape.rows, length, "labels");
+             const py::gil_scoped_release release;
+             streams.gather(source.data(), window.data(), shape.rows, length, tokens_out, labels_out);
+           })
+      .def("whole_windows",
+           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length,
+              py::array out) {
+             const BatchShape shape = check_batch(streams, source, window, length);
+             i64* const to = buffer<i64>(out, shape.rows, length + 1, "out");
+             const py::gil_scoped_release release;
+             streams.whole_windows(source.data(), window.data(), shape.rows, length, to);
+           })
+      .def("will_need", [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
+        const BatchShape shape = check_batch(streams, source, window, length);
+        const py::gil_scoped_release release;
+        streams.will_need(source.data(), window.data(), shape.rows, length);
+      });
+
+  m.def("segment_rows", [](const Array<i64>& tokens, i64 eod, py::array segment, py::array position) {
+    if (tokens.ndim() != 2) throw std::invalid_argument("tokens must be two-dimensional");
+    const std::size_t rows = static_cast<std::size_t>(tokens.shape(0));
+    const u64 length = static_cast<u64>(tokens.shape(1));
+    i32* const segment_out = buffer<i32>(segment, rows, length, "segment");
+    i64* const position_out = buffer<i64>(position, rows, length, "position");
+    const py::gil_scoped_release release;
+    r1::segment_rows(tokens.data(), rows, length, eod, segment_out, position_out);
+  });
+}

@@ -1,0 +1,364 @@
+// The sampler: phases of weights, caps and keep masks over the blend, and each epoch's own permutation.
+//
+// A phase is cut into segments, at whose ends a source reaches its cap and leaves the blend. Within a
+// segment the order is a SplitTree or a Greedy; every source keeps its own cursor (draws so far) across
+// all of them. A draw falls into an epoch of its source, and the epoch's permutation over the kept
+// windows says which window it is. Segments are opened as far as a question needs.
+//
+// State: about 60 bytes a source and segment, 150 a source and phase, and the masks. Cost of `locate` in
+// the balanced order: O(log segments + tree depth). One mutex makes every call safe from any thread.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "blend.hpp"
+#include "greedy.hpp"
+#include "integer.hpp"
+#include "keep.hpp"
+#include "permute.hpp"
+
+namespace r1 {
+
+struct Draw {
+  i32 source;
+  u64 epoch;
+  u64 window;
+};
+
+// One source in one phase.
+struct SourcePhase {
+  u64 windows;      // Of one epoch, after the mask.
+  u64 limit;        // Draws, counted over the whole plan, at which the source leaves the phase; or NEVER.
+  u64 first_draw;   // Draw, counted over the whole plan, that opened `first_epoch`.
+  u64 first_epoch;  // Epochs go on from here, `windows` draws each.
+  std::shared_ptr<const Keep> keep;
+};
+
+class Plan {
+ public:
+  static constexpr u64 MAX_SAMPLE = u64{1} << 62;
+
+  // `source_key`: the seed of each source's permutations.
+  Plan(bool megatron, bool shuffle, std::vector<u64> source_key)
+      : megatron_(megatron), shuffle_(shuffle), source_key_(std::move(source_key)) {}
+
+  std::size_t sources() const { return source_key_.size(); }
+
+  // `weights` (balanced) or `exact_weights` (Megatron's doubles), one a source, 0 for a source left out.
+  void add_phase(u64 start, std::vector<u64> weights, std::vector<double> exact_weights,
+                 const std::vector<SourcePhase>& sources) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<u64> base(source_key_.size(), 0);
+    if (!phases_.empty()) {
+      base = counts_before(start);
+      while (segments_.size() && segments_.back()->start >= start) segments_.pop_back();
+      segments_.back()->end = start;
+    }
+    auto phase = std::make_unique<Phase>();
+    phase->weights = std::move(weights);
+    phase->exact_weights = std::move(exact_weights);
+    phase->sources.reserve(sources.size());
+    for (const SourcePhase& source : sources) {
+      phase->sources.push_back({source, Divider(std::max<u64>(1, source.windows)), Permutation(source.windows)});
+    }
+    phases_.push_back(std::move(phase));
+    ended_ = false;
+    open(start, base, true);
+  }
+
+  Draw locate(u64 i) {
+    Draw out;
+    locate_each(1, [i](std::size_t) { return i; }, [&out](std::size_t, Draw draw) { out = draw; });
+    return out;
+  }
+
+  // `sample(n)` gives the n-th global sample, `write(n, draw)` takes the answer; in any order of n.
+  template <class Sample, class Write>
+  void locate_each(std::size_t size, Sample sample, Write write) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    u64 last = 0;
+    for (std::size_t n = 0; n < size; ++n) last = std::max<u64>(last, sample(n));
+    if (size) require(last);
+    if (megatron_) {
+      locate_replayed(size, sample, write);
+      return;
+    }
+    const Segment* segment = segments_.back().get();
+    for (std::size_t n = 0; n < size; ++n) {
+      const u64 i = sample(n);
+      if (i < segment->start || i >= segment->end) segment = &segment_of(i);
+      u64 draw;
+      const i32 leaf = segment->tree->locate(i - segment->start, draw);
+      write(n, resolve(segment->leaves[leaf], draw));
+    }
+  }
+
+  // Draws of every source among samples [0, i).
+  std::vector<u64> counts(u64 i) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return counts_before(i);
+  }
+
+  u64 count(i32 source, u64 i) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (i) require(i - 1);
+    if (segments_.empty()) return 0;
+    Segment& segment = segment_of(i);
+    const i32 leaf = segment.leaf_of[source];
+    if (leaf < 0) return segment.base[source];
+    const u64 n = i - segment.start;
+    return segment.base[source] + (megatron_ ? segment.greedy->count(leaf, n) : segment.tree->count(leaf, n));
+  }
+
+  // The global sample that is the source's draw number `draw`; NEVER if the plan does not get there.
+  u64 position(i32 source, u64 draw) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (segments_.empty()) return NEVER;
+    for (;;) {
+      const auto after = std::upper_bound(
+          segments_.begin(), segments_.end(), draw,
+          [source](u64 j, const std::unique_ptr<Segment>& segment) { return j < segment->base[source]; });
+      Segment& segment = **(after - 1);
+      const i32 leaf = segment.leaf_of[source];
+      if (leaf >= 0) {
+        const u64 j = draw - segment.base[source];
+        const u64 item = megatron_ ? segment.greedy->position(leaf, j) : segment.tree->position(leaf, j);
+        if (item < segment.end - segment.start && item < MAX_SAMPLE) return segment.start + item;
+      }
+      // Not in this segment, so only a segment that is not open yet can hold it.
+      if (&segment != segments_.back().get() || ended_ || leaf < 0) return NEVER;
+      if (megatron_) segment.end = std::min(segment.end, end_of(segment));
+      if (segment.end == NEVER) return NEVER;
+      open_next();
+    }
+  }
+
+  // For each source, the sum over phases of its tree's bound; segments that a cap opens are left out.
+  std::vector<double> bounds() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<double> sum(source_key_.size(), 0.0);
+    for (const auto& segment : segments_) {
+      if (!segment->opens_phase || !segment->tree) continue;
+      for (std::size_t leaf = 0; leaf < segment->leaves.size(); ++leaf) {
+        sum[segment->leaves[leaf].source] += segment->tree->bound(static_cast<i32>(leaf));
+      }
+    }
+    return sum;
+  }
+
+  // First samples of the segments opened so far.
+  std::vector<u64> segment_starts() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<u64> starts;
+    for (const auto& segment : segments_) starts.push_back(segment->start);
+    return starts;
+  }
+
+  // Bytes of state, the masks not counted.
+  std::size_t bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::size_t sum = source_key_.size() * sizeof(u64);
+    for (const auto& phase : phases_) {
+      sum += sizeof(Phase) + phase->sources.size() * sizeof(Epochs) +
+             phase->weights.size() * sizeof(u64) + phase->exact_weights.size() * sizeof(double);
+    }
+    for (const auto& segment : segments_) {
+      sum += sizeof(Segment) + segment->leaves.size() * sizeof(Leaf) + segment->base.size() * sizeof(u64) +
+             segment->leaf_of.size() * sizeof(i32);
+      if (segment->tree) sum += segment->tree->bytes();
+      if (segment->greedy) sum += segment->greedy->bytes();
+    }
+    return sum;
+  }
+
+ private:
+  struct Epochs {
+    SourcePhase at;
+    Divider windows;
+    Permutation permutation;
+  };
+  struct Phase {
+    std::vector<u64> weights;
+    std::vector<double> exact_weights;
+    std::vector<Epochs> sources;
+  };
+  struct Leaf {
+    const Epochs* epochs;
+    u64 draws;  // Draws of the source between `first_draw` and the segment's start.
+    i32 source;
+  };
+  struct Segment {
+    u64 start;
+    u64 end;  // NEVER while unknown.
+    bool opens_phase;
+    std::vector<Leaf> leaves;
+    std::vector<i32> leaf_of;  // Of each source, or -1.
+    std::vector<u64> base;     // Draws of each source before `start`.
+    std::unique_ptr<SplitTree> tree;
+    std::unique_ptr<Greedy> greedy;
+  };
+
+  Draw resolve(const Leaf& leaf, u64 draw) const {
+    const Epochs& epochs = *leaf.epochs;
+    u64 order;
+    const u64 epoch = epochs.at.first_epoch + epochs.windows.divide(draw + leaf.draws, order);
+    if (shuffle_) {
+      order = epochs.permutation.forward(order, Permutation::epoch_key(source_key_[leaf.source], epoch));
+    }
+    return {leaf.source, epoch, epochs.at.keep ? epochs.at.keep->select(order) : order};
+  }
+
+  // Opens the segment of the last phase that starts at `start`, or marks the plan as ended there.
+  void open(u64 start, const std::vector<u64>& base, bool opens_phase) {
+    const Phase& phase = *phases_.back();
+    auto segment = std::make_unique<Segment>();
+    segment->start = start;
+    segment->end = NEVER;
+    segment->opens_phase = opens_phase;
+    segment->base = base;
+    segment->leaf_of.assign(base.size(), -1);
+    std::vector<u64> weights, budget;
+    std::vector<double> exact_weights;
+    for (std::size_t k = 0; k < base.size(); ++k) {
+      const SourcePhase& source = phase.sources[k].at;
+      if ((megatron_ ? phase.exact_weights[k] == 0.0 : phase.weights[k] == 0) || base[k] >= source.limit) continue;
+      segment->leaf_of[k] = static_cast<i32>(segment->leaves.size());
+      segment->leaves.push_back({&phase.sources[k], base[k] - source.first_draw, static_cast<i32>(k)});
+      budget.push_back(source.limit == NEVER ? NEVER : source.limit - base[k]);
+      if (megatron_) {
+        exact_weights.push_back(phase.exact_weights[k]);
+      } else {
+        weights.push_back(phase.weights[k]);
+      }
+    }
+    if (segment->leaves.empty()) {
+      ended_ = true;
+      end_ = start;
+      return;
+    }
+    if (megatron_) {
+      restore_sum(phase, exact_weights);
+      segment->greedy = std::make_unique<Greedy>(std::move(exact_weights), std::move(budget));
+    } else {
+      segment->tree = std::make_unique<SplitTree>(weights);
+      for (std::size_t leaf = 0; leaf < budget.size(); ++leaf) {
+        if (budget[leaf] == NEVER) continue;
+        const u64 item = segment->tree->position(static_cast<i32>(leaf), budget[leaf] - 1);
+        if (item < MAX_SAMPLE) segment->end = std::min(segment->end, start + item + 1);
+      }
+    }
+    segments_.push_back(std::move(segment));
+  }
+
+  // When sources have left, the others take up their weight in proportion: greedy needs the sum it had.
+  static void restore_sum(const Phase& phase, std::vector<double>& active) {
+    std::size_t drawn = 0;
+    for (const double weight : phase.exact_weights) drawn += weight != 0.0;
+    if (active.size() == drawn) return;
+    const double whole = std::accumulate(phase.exact_weights.begin(), phase.exact_weights.end(), 0.0);
+    const double rest = std::accumulate(active.begin(), active.end(), 0.0);
+    for (double& weight : active) weight *= whole / rest;
+  }
+
+  static u64 end_of(const Segment& segment) {
+    const u64 end = segment.greedy->end();
+    return end == NEVER ? NEVER : segment.start + end;
+  }
+
+  // Opens segments until samples [0, i] are covered or the plan has ended.
+  void cover(u64 i) {
+    while (!ended_) {
+      Segment& last = *segments_.back();
+      if (megatron_ && last.end == NEVER && i >= last.start) {
+        last.greedy->extend(i - last.start + 1);
+        last.end = end_of(last);
+      }
+      if (i < last.end) return;
+      open_next();
+    }
+  }
+
+  void open_next() {
+    Segment& last = *segments_.back();
+    open(last.end, counts_in(last, last.end), false);
+  }
+
+  void require(u64 i) {
+    if (phases_.empty()) throw std::out_of_range("the plan has no phase: add_phase(0, weights) first");
+    if (i >= MAX_SAMPLE) throw std::out_of_range("sample " + std::to_string(i) + " is not below 2^62");
+    cover(i);
+    if (ended_ && i >= end_) {
+      const std::string end = std::to_string(end_);
+      throw std::out_of_range("sample " + std::to_string(i) + " is past the end of the plan: at sample " + end +
+                              " every source with weight has reached max_epochs; raise max_epochs or add a"
+                              " phase that starts at or before sample " + end);
+    }
+  }
+
+  std::vector<u64> counts_before(u64 i) {
+    if (i) require(i - 1);
+    if (phases_.empty()) return std::vector<u64>(source_key_.size(), 0);
+    return counts_in(segment_of(i), i);
+  }
+
+  std::vector<u64> counts_in(Segment& segment, u64 i) const {
+    std::vector<u64> counts = segment.base;
+    for (std::size_t leaf = 0; leaf < segment.leaves.size(); ++leaf) {
+      const i32 l = static_cast<i32>(leaf);
+      const u64 n = i - segment.start;
+      counts[segment.leaves[leaf].source] +=
+          megatron_ ? segment.greedy->count(l, n) : segment.tree->count(l, n);
+    }
+    return counts;
+  }
+
+  // The last open segment that starts at or before sample i.
+  Segment& segment_of(u64 i) const {
+    const auto after =
+        std::upper_bound(segments_.begin(), segments_.end(), i,
+                         [](u64 sample, const std::unique_ptr<Segment>& s) { return sample < s->start; });
+    return **(after - 1);
+  }
+
+  // Megatron's order is replayed, so the questions are asked in ascending order whatever order they come in.
+  template <class Sample, class Write>
+  void locate_replayed(std::size_t size, Sample sample, Write write) {
+    std::vector<std::size_t> order(size);
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    const auto earlier = [&sample](std::size_t a, std::size_t b) { return sample(a) < sample(b); };
+    if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
+    u64 before = NEVER;
+    Draw answer{};
+    for (const std::size_t n : order) {
+      const u64 i = sample(n);
+      if (i != before) {  // Asked twice, it would be replayed twice.
+        Segment& segment = segment_of(i);
+        i32 pick;
+        u64 draw;
+        segment.greedy->locate(i - segment.start, 1, &pick, &draw);
+        answer = resolve(segment.leaves[pick], draw);
+        before = i;
+      }
+      write(n, answer);
+    }
+  }
+
+  bool megatron_;
+  bool shuffle_;
+  std::vector<u64> source_key_;
+  std::vector<std::unique_ptr<Phase>> phases_;
+  std::vector<std::unique_ptr<Segment>> segments_;
+  bool ended_ = false;
+  u64 end_ = NEVER;  // Where the plan ended, if it did.
+  std::mutex mutex_;
+};
+
+}  // namespace r1

@@ -1,0 +1,563 @@
+"""Which source, epoch and window global sample i is: the mixture as a function, not as arrays.
+
+The order is computed by `megatron_r1._csrc` (see csrc/plan.hpp); here are names, checks, epochs and JSON.
+The data position of a run is the number of consumed samples and nothing else, so any data-parallel size,
+micro-batch and restart sees the same global order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from megatron_r1._csrc import Keep
+from megatron_r1._csrc import Plan as NativePlan
+
+Order = Literal["balanced", "megatron"]
+Number = int | float
+Mask = np.ndarray | str | Path
+"""Kept windows of one source: bool [windows], or uint8 [ceil(windows / 8)] with window 0 in the lowest bit
+(`np.packbits(kept, bitorder="little")`), or the path of a `.npy` file with one of the two."""
+
+FORMAT = "megatron_r1.blend"
+VERSION = 1
+NEVER = 2**64 - 1
+MAX_SAMPLE = 2**62
+
+
+class Epochs(NamedTuple):
+    """How a source's draws fall into epochs, for as long as its mask stays the same."""
+
+    first_draw: int
+    """Draws of the source, over the whole plan, before the first epoch below."""
+    first_epoch: int
+    windows: int
+    """Draws of one epoch: the windows kept."""
+    used: Fraction
+    """Epochs drawn before `first_draw`, a closed one counting for the part of it that was drawn."""
+
+
+@dataclass(frozen=True)
+class KeptWindows:
+    """A keep mask and where it came from."""
+
+    bitmap: Any
+    sha256: str
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One `add_phase`: the arguments as given, and what they meant."""
+
+    start: int
+    weights: tuple[Number, ...]
+    max_epochs: Number | dict[str, Number] | None
+    keep: dict[str, KeptWindows]
+    unseen: dict[str, int]
+    """Windows of the epoch in progress that a change of mask at `start` left undrawn, by source."""
+    epochs: tuple[Epochs, ...] = field(repr=False)
+
+
+class BlendPlan:
+    """Sources and phases of weights -> the global order of windows, at random access.
+
+    `sources`: {name: windows of one epoch}, in order. `order="balanced"` holds every source within
+    `deviation_bound()` samples of its share, in integer arithmetic; `order="megatron"` is the order of
+    megatron-core's `build_blending_indices`, bit for bit, restarted at each phase. With `shuffle` each
+    epoch of a source is its own permutation, keyed by the seed, the source's name and the epoch, so that
+    leaving a source out of a plan does not reorder the others; without, windows come in stored order.
+
+    Every source keeps its own cursor across phases: no window is repeated or skipped within an epoch.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, int], seed: int = 1234, order: Order = "balanced", shuffle: bool = True
+    ) -> None:
+        if not sources:
+            raise ValueError("a plan needs at least one source: {name: windows}")
+        if order not in ("balanced", "megatron"):
+            raise ValueError(f'order={order!r} is unknown; use "balanced" or "megatron"')
+        self.sources = {name: _windows(name, windows) for name, windows in sources.items()}
+        self.seed = int(seed)
+        self.order: Order = order
+        self.shuffle = bool(shuffle)
+        self.phases: tuple[Phase, ...] = ()
+        self._names = tuple(self.sources)
+        self._number = {name: k for k, name in enumerate(self._names)}
+        keys = np.array([_key(self.seed, name) for name in self._names], dtype=np.uint64)
+        self._native = NativePlan(order == "megatron", self.shuffle, keys)
+
+    # -- building
+
+    def add_phase(
+        self,
+        start_sample: int,
+        weights: Mapping[str, Number] | Sequence[Number] | np.ndarray,
+        max_epochs: Number | Mapping[str, Number] | None = None,
+        keep: Mapping[str, Mask] | None = None,
+    ) -> None:
+        """Draw with these weights from `start_sample` on. Phases are appended, the first one at sample 0.
+
+        A phase stands alone: caps and masks of the phase before do not carry over.
+        `weights`: {name: weight} over all sources, or a sequence in source order; 0 leaves a source out
+        (in Megatron's order too, which never sees such a source). Only their proportions matter, except
+        in Megatron's order, where they are the doubles given. `max_epochs`: at most so many epochs of a
+        source, counted over the whole plan; at the exact sample where a source reaches it, the others
+        take up its weight in proportion. `keep`: windows that may be drawn, all where a source is not
+        named. Where a source's mask changes, its epoch closes and the next draw opens a new one; see
+        `Phase.unseen`.
+        """
+        start = self._check_start(start_sample)
+        given = self._by_source(weights)
+        caps = self._caps(max_epochs)
+        masks = self._masks(keep)
+        drawn = self._drawn_before(start)
+        epochs, unseen = self._epochs_from(drawn, masks)
+        limit = [_limit(cap, at) for cap, at in zip(caps, epochs, strict=True)]
+        for name, weight, at in zip(self._names, given, epochs, strict=True):
+            if weight and not at.windows:
+                why = "its keep mask keeps no window" if name in masks else "it has no window"
+                raise ValueError(f"source '{name}' has weight {weight} but {why}; give it weight 0")
+        if not any(weight and n < most for weight, n, most in zip(given, drawn, limit, strict=True)):
+            raise ValueError(
+                f"the phase at sample {start} draws nothing: every source with weight has already reached "
+                f"max_epochs={max_epochs}; raise it"
+            )
+        balanced = self.order == "balanced"
+        count = len(self._names)
+        self._native.add_phase(
+            start,
+            _integer_weights(given) if balanced else np.zeros(count, np.uint64),
+            np.zeros(count) if balanced else np.array(given, dtype=np.float64),
+            np.array([at.windows for at in epochs], dtype=np.uint64),
+            np.array(limit, dtype=np.uint64),
+            np.array([at.first_draw for at in epochs], dtype=np.uint64),
+            np.array([at.first_epoch for at in epochs], dtype=np.uint64),
+            [masks[name].bitmap if name in masks else None for name in self._names],
+        )
+        caps_given = dict(max_epochs) if isinstance(max_epochs, Mapping) else max_epochs
+        self.phases += (Phase(start, given, caps_given, masks, unseen, epochs),)
+
+    def _check_start(self, start: int) -> int:
+        if start != int(start) or not 0 <= start < MAX_SAMPLE:
+            raise ValueError(f"start_sample={start} must be a whole number in [0, 2^62)")
+        if not self.phases and start != 0:
+            raise ValueError(f"the first phase must start at sample 0, got {start}")
+        if self.phases and start <= self.phases[-1].start:
+            raise ValueError(
+                f"phases are append-only: the last one starts at sample {self.phases[-1].start}, so the next "
+                f"must start later, got {start}"
+            )
+        return int(start)
+
+    def _by_source(self, weights: Mapping[str, Number] | Sequence[Number] | np.ndarray) -> tuple[Number, ...]:
+        if isinstance(weights, Mapping):
+            self._check_names("weights", weights)
+            missing = [name for name in self._names if name not in weights]
+            if missing:
+                raise ValueError(
+                    f"weights lack the sources {_listed(missing)} and have {_listed(weights)}; name every "
+                    f"source and give weight 0 to leave one out"
+                )
+            values = [weights[name] for name in self._names]
+        else:
+            values = list(weights)
+            if len(values) != len(self._names):
+                raise ValueError(
+                    f"{len(values)} weights for the {len(self._names)} sources {_listed(self._names)}"
+                )
+        given = tuple(int(value) if isinstance(value, int | np.integer) else float(value) for value in values)
+        for name, weight in zip(self._names, given, strict=True):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weight of '{name}' is {weight}; use a finite number, 0 or more")
+        if not any(given):
+            raise ValueError("all weights are 0; give at least one source a weight")
+        return given
+
+    def _check_names(self, what: str, given: Mapping[str, Any]) -> None:
+        unknown = [name for name in given if name not in self._number]
+        if unknown:
+            near = "".join(
+                f"; '{name}' is near '{match}'"
+                for name in unknown[:3]
+                for match in difflib.get_close_matches(str(name), self._names, n=1)
+            )
+            raise ValueError(
+                f"{what} name {_listed(unknown)}, but the sources are {_listed(self._names)}{near}"
+            )
+
+    def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> list[Fraction | None]:
+        if max_epochs is None:
+            return [None] * len(self._names)
+        if isinstance(max_epochs, Mapping):
+            self._check_names("max_epochs", max_epochs)
+            by_name: Mapping[str, Number] = max_epochs
+        else:
+            by_name = dict.fromkeys(self._names, max_epochs)
+        for name, cap in by_name.items():
+            if not cap > 0:
+                raise ValueError(
+                    f"max_epochs of '{name}' is {cap}; use a number above 0 (or give it weight 0)"
+                )
+        # As the decimal that was written: 0.3 epochs of 10 windows are 3, though the double is below 0.3.
+        return [
+            Fraction(str(by_name[name])) if by_name.get(name, math.inf) != math.inf else None
+            for name in self._names
+        ]
+
+    def _masks(self, keep: Mapping[str, Mask] | None) -> dict[str, KeptWindows]:
+        self._check_names("keep", keep or {})
+        masks = {name: _load_mask(name, self.sources[name], mask) for name, mask in (keep or {}).items()}
+        # A mask that keeps everything is no mask: it must not close an epoch.
+        return {name: mask for name, mask in masks.items() if mask.bitmap.kept < self.sources[name]}
+
+    def _drawn_before(self, start: int) -> list[int]:
+        try:
+            return self._native.counts(start).tolist()  # type: ignore[no-any-return]
+        except IndexError as error:
+            raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
+
+    def _epochs_from(
+        self, drawn: list[int], masks: dict[str, KeptWindows]
+    ) -> tuple[tuple[Epochs, ...], dict[str, int]]:
+        """Each source's epochs under these masks, and what a change of mask leaves unseen."""
+        if not self.phases:
+            fresh = (
+                Epochs(0, 0, masks[name].bitmap.kept if name in masks else windows, Fraction(0))
+                for name, windows in self.sources.items()
+            )
+            return tuple(fresh), {}
+        last = self.phases[-1]
+        epochs, unseen = list(last.epochs), {}
+        for name in sorted(last.keep.keys() | masks.keys()):
+            before, now = last.keep.get(name), masks.get(name)
+            if before and now and before.sha256 == now.sha256:
+                continue
+            k = self._number[name]
+            old = epochs[k]
+            whole, part = divmod(drawn[k] - old.first_draw, old.windows) if old.windows else (0, 0)
+            if part:
+                unseen[name] = old.windows - part
+            epochs[k] = Epochs(
+                drawn[k],
+                old.first_epoch + whole + bool(part),
+                now.bitmap.kept if now else self.sources[name],
+                old.used + whole + (Fraction(part, old.windows) if part else 0),
+            )
+        return tuple(epochs), unseen
+
+    # -- asking
+
+    def locate(self, i: int) -> tuple[int, int, int]:
+        """(source index, epoch, window) of global sample i. IndexError past the end of a capped plan."""
+        source, epoch, window = self._native.locate(i)
+        return source, epoch, window
+
+    def locate_range(self, lo: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples [lo, lo + n): source_N int32, epoch_N int32, window_N int64."""
+        source, epoch, window = self._native.locate_range(lo, n)
+        return source, epoch, window
+
+    def locate_many(self, i_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples i_N (integers, any order): source_N int32, epoch_N int32, window_N int64."""
+        i_N = np.asarray(i_N)
+        if i_N.size and i_N.dtype.kind not in "iu":
+            raise ValueError(f"sample numbers must be integers, got {i_N.dtype}")
+        source, epoch, window = self._native.locate_many(i_N)
+        return source, epoch, window
+
+    def count(self, name: str, i: int) -> int:
+        """Draws of the source among samples [0, i)."""
+        return int(self._native.count(self._source(name), i))
+
+    def position(self, name: str, j: int) -> int:
+        """The global sample that is the source's j-th draw, from 0. IndexError if there is none."""
+        if j < 0:
+            raise IndexError(f"draws count from 0, got {j}")
+        at = int(self._native.position(self._source(name), j))
+        if at < 0:
+            raise IndexError(
+                f"the plan never makes draw {j} of '{name}': before it, its weight is 0 or max_epochs reached"
+            )
+        return at
+
+    def epochs(self, i: int) -> dict[str, float]:
+        """Epochs of each source among samples [0, i)."""
+        drawn = self._native.counts(i).tolist()
+        if not self.phases:
+            return dict.fromkeys(self._names, 0.0)
+        phase = next(p for p in reversed(self.phases) if p.start <= i)
+        return {
+            name: float(at.used) + ((n - at.first_draw) / at.windows if at.windows else 0.0)
+            for name, n, at in zip(self._names, drawn, phase.epochs, strict=True)
+        }
+
+    def deviation_bound(self) -> float:
+        """Samples by which `count` may differ from the exact share, at any sample up to 2^40.
+
+        The exact share is the sum over phases of weight / sum of weights, times the phase's samples;
+        redistribution by caps is excluded. Infinite in Megatron's order where weights do not sum to 1,
+        because its shares then drift away from the weights.
+        """
+        if self.order == "balanced":
+            return float(max(self._native.bounds(), default=0.0))
+        return sum(_greedy_bound([w for w in phase.weights if w]) for phase in self.phases)
+
+    def state_bytes(self) -> int:
+        """Memory that the order takes, keep masks not counted."""
+        return int(self._native.bytes)
+
+    def _source(self, name: str) -> int:
+        if name not in self._number:
+            self._check_names("the question", {name: None})
+        return self._number[name]
+
+    # -- identity
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the order; the paths of mask files do not."""
+        parts = {
+            "version": VERSION,
+            "seed": self.seed,
+            "order": self.order,
+            "shuffle": self.shuffle,
+            "sources": list(self.sources.items()),
+            "phases": [self._identity(phase) for phase in self.phases],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _identity(self, phase: Phase) -> dict[str, Any]:
+        """What of a phase decides the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
+        if self.order == "balanced":
+            whole = _integer_weights(phase.weights).tolist()
+            divisor = math.gcd(*whole)
+            weights = [weight // divisor for weight in whole]
+        else:
+            weights = [float(weight).hex() for weight in phase.weights]
+        return {
+            "start": phase.start,
+            "weights": weights,
+            "max_epochs": [None if cap is None else str(cap) for cap in self._caps(phase.max_epochs)],
+            "keep": {name: mask.sha256 for name, mask in sorted(phase.keep.items())},
+        }
+
+    def extends(self, other: BlendPlan, samples: int) -> None:
+        """Check that this plan agrees with `other`, the one trained on, for all samples in [0, samples).
+
+        Raises ValueError that lists what changed. What `other` planned from `samples` on may differ.
+        """
+        changed = [
+            f"{what} {before!r} -> {now!r}"
+            for what, before, now in (
+                ("seed", other.seed, self.seed),
+                ("order", other.order, self.order),
+                ("shuffle", other.shuffle, self.shuffle),
+            )
+            if before != now
+        ]
+        changed += _changed_sources(other.sources, self.sources)
+        if tuple(other.sources) == tuple(self.sources):
+            changed += self._changed_phases(other, samples)
+        if changed:
+            raise ValueError(
+                f"this plan differs from the one that drew the first {samples} samples: "
+                f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
+                f"new phase at sample {samples} or later"
+            )
+
+    def _changed_phases(self, other: BlendPlan, samples: int) -> list[str]:
+        before = [phase for phase in other.phases if phase.start < samples]
+        now = [phase for phase in self.phases if phase.start < samples]
+        changed: list[str] = []
+        for number, (old, new) in enumerate(zip(before, now, strict=False)):
+            if old.start != new.start:
+                changed.append(f"phase {number} start {old.start} -> {new.start}")
+            was, is_ = other._identity(old), self._identity(new)
+            if was["weights"] != is_["weights"]:
+                changed.append(f"phase {number} weights {_differing(self._names, old.weights, new.weights)}")
+            if was["max_epochs"] != is_["max_epochs"]:
+                caps = _differing(self._names, was["max_epochs"], is_["max_epochs"])
+                changed.append(f"phase {number} max_epochs {caps}")
+            masks = [name for name in self._names if was["keep"].get(name) != is_["keep"].get(name)]
+            if masks:
+                changed.append(f"phase {number} keep masks of {_listed(masks)}")
+        changed += [
+            f"phase {number} (start {old.start}) is gone"
+            for number, old in enumerate(before)
+            if number >= len(now)
+        ]
+        changed += [
+            f"phase {number} is new but starts at sample {new.start}"
+            for number, new in enumerate(now)
+            if number >= len(before)
+        ]
+        return changed
+
+    def to_json(self) -> str:
+        """The plan as text. Keep masks by path and hash: a mask given as an array must be saved first."""
+        phases = []
+        for number, phase in enumerate(self.phases):
+            for name, mask in phase.keep.items():
+                if mask.path is None:
+                    raise ValueError(
+                        f"phase {number}: the keep mask of '{name}' was given as an array; np.save it and "
+                        f"give add_phase the path, so that the plan can refer to it"
+                    )
+            phases.append(
+                {
+                    "start": phase.start,
+                    "weights": list(phase.weights),
+                    "max_epochs": phase.max_epochs,
+                    "keep": {
+                        name: {"path": mask.path, "sha256": mask.sha256} for name, mask in phase.keep.items()
+                    },
+                }
+            )
+        text = {
+            "format": FORMAT,
+            "version": VERSION,
+            "seed": self.seed,
+            "order": self.order,
+            "shuffle": self.shuffle,
+            "sources": [{"name": name, "windows": windows} for name, windows in self.sources.items()],
+            "phases": phases,
+            "fingerprint": self.fingerprint(),
+        }
+        return json.dumps(text, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, root: Path | None = None) -> BlendPlan:
+        """The plan of `to_json`. Relative mask paths are relative to `root`, or else the working directory.
+
+        ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
+        """
+        parts = json.loads(text)
+        if parts.get("format") != FORMAT:
+            raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
+        if parts.get("version") != VERSION:
+            raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
+        sources = {source["name"]: source["windows"] for source in parts["sources"]}
+        plan = cls(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
+        for number, phase in enumerate(parts["phases"]):
+            keep = {name: (root or Path()) / mask["path"] for name, mask in phase["keep"].items()}
+            plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
+            for name, mask in phase["keep"].items():
+                loaded = plan.phases[-1].keep.get(name)
+                if loaded is None or loaded.sha256 != mask["sha256"]:
+                    raise ValueError(
+                        f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
+                        f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
+                    )
+                object.__setattr__(loaded, "path", mask["path"])
+        if parts.get("fingerprint") not in (None, plan.fingerprint()):
+            raise ValueError(
+                "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
+                'line "fingerprint" if the edit is meant'
+            )
+        return plan
+
+
+def _windows(name: str, windows: int) -> int:
+    if not name or not isinstance(name, str):
+        raise ValueError(f"a source's name must be a non-empty string, got {name!r}")
+    if windows != int(windows) or not 0 <= windows < MAX_SAMPLE:
+        raise ValueError(f"source '{name}' has {windows} windows; use a whole number, 0 or more")
+    return int(windows)
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+
+
+def _integer_weights(weights: Sequence[Number]) -> np.ndarray:
+    """uint64 [sources] in exactly the weights' proportions, wherever their sum then fits 63 bits.
+
+    Where it does not (a ratio beyond 2^10 between doubles of full precision), they are rounded to
+    multiples of 2^-62 of the sum, and at least to one: a share is then off by less than one sample in
+    4e18 per source.
+    """
+    ratios = [weight.as_integer_ratio() for weight in weights]
+    scale = max(denominator for _, denominator in ratios)  # Powers of two: the largest is common to all.
+    exact = [numerator * (scale // denominator) for numerator, denominator in ratios]
+    excess = sum(exact).bit_length() - 62
+    if excess > 1:
+        exact = [max(1, (weight + (1 << (excess - 1))) >> excess) if weight else 0 for weight in exact]
+    return np.array(exact, dtype=np.uint64)
+
+
+def _limit(cap: Fraction | None, at: Epochs) -> int:
+    """Draws of a source, over the whole plan, at which it reaches its cap."""
+    if cap is None:
+        return NEVER
+    return max(0, at.first_draw + math.floor((cap - at.used) * at.windows))
+
+
+def _load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
+    path = None if isinstance(mask, np.ndarray) else str(mask)
+    bits = mask if isinstance(mask, np.ndarray) else np.load(mask, allow_pickle=False)
+    where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
+    if bits.dtype == np.bool_ and bits.shape == (windows,):
+        packed = np.packbits(bits, bitorder="little")
+    elif bits.dtype == np.uint8 and bits.shape == ((windows + 7) // 8,):
+        packed = bits.copy()
+        if windows % 8:
+            packed[-1] &= (1 << windows % 8) - 1
+    else:
+        raise ValueError(
+            f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
+            f"[{windows}] or packed uint8 [{(windows + 7) // 8}]"
+        )
+    digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes()).hexdigest()
+    return KeptWindows(Keep(windows, packed), digest, path)
+
+
+def _greedy_bound(weights: list[Number]) -> float:
+    """How far the greedy order strays from weights that sum to 1.
+
+    A source is drawn only when its error is the largest, so at least the mean, 0: it never runs more
+    than 1 - w ahead. Behind, it is the cup game: the mean of the k fullest cups stays below
+    1/(k+1) + ... + 1/n - 1/n after a draw, and the next sample adds w.
+    """
+    if abs(math.fsum(weights) - 1) > 1e-9:
+        return math.inf
+    behind = math.fsum(1 / k for k in range(2, len(weights) + 1)) - 1 / len(weights) + max(weights)
+    rounding = 2.0**40 * (abs(math.fsum(weights) - 1) + 2.0**-52)
+    return max(1 - min(weights), behind) + rounding
+
+
+def _listed(names: Any) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
+
+
+def _differing(names: Sequence[str], before: Sequence[Any], now: Sequence[Any]) -> str:
+    rows = [f"{name} {a} -> {b}" for name, a, b in zip(names, before, now, strict=True) if a != b]
+    return ", ".join(rows[:12]) or "in scale"
+
+
+def _changed_sources(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    if tuple(before) == tuple(now):
+        return [
+            f"source '{name}' windows {before[name]} -> {now[name]}"
+            for name in now
+            if before[name] != now[name]
+        ]
+    gone = [name for name in before if name not in now]
+    new = [name for name in now if name not in before]
+    if len(before) == len(now) and gone:
+        pairs = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
+        if len(pairs) == len(gone):
+            return [f"source '{a}' renamed to '{b}'" for a, b in pairs]
+    changed = [f"source {_listed(gone)} removed"] if gone else []
+    changed += [f"source {_listed(new)} added"] if new else []
+    return changed or [f"sources reordered from {_listed(before)} to {_listed(now)}"]

@@ -1,0 +1,121 @@
+"""Global samples -> batches: the plan says which windows, C++ copies them out of the mapped streams.
+
+Nothing is kept between batches, so any rank may ask for any samples in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_r1._csrc import Streams, segment_rows
+from megatron_r1.data.blend import BlendPlan
+from megatron_r1.records import Batch, Corpus
+
+WIDTH = {"uint16": 2, "int32": 4}
+"""Bytes of a token, by `Corpus.dtype`."""
+
+
+class BatchLoader:
+    """Batches of windows of `seq_length` tokens. Tensors are on the CPU; moving them is the caller's.
+
+    `corpora`: one for each source of the plan, matched by name. `eod`: None lets a window attend across
+    the documents in it; the tokenizer's end-of-document token makes documents segments of their own, with
+    positions from 0. `pin_memory`: page-locked buffers, for a copy to the GPU that does not wait.
+
+    ValueError where plan and corpora disagree or a stream is shorter than its corpus says.
+    """
+
+    def __init__(
+        self,
+        plan: BlendPlan,
+        corpora: Sequence[Corpus],
+        seq_length: int,
+        eod: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if seq_length < 1:
+            raise ValueError(f"seq_length={seq_length} must be at least 1")
+        by_name = _matched(plan, corpora, seq_length)
+        self.plan = plan
+        self.seq_length = seq_length
+        self.eod = eod
+        self.pin_memory = pin_memory
+        self._number = {name: k for k, name in enumerate(plan.sources)}
+        self._streams = Streams()
+        for name in plan.sources:
+            corpus = by_name[name]
+            if corpus.dtype not in WIDTH:
+                raise ValueError(
+                    f"source '{name}' has tokens of type {corpus.dtype}; use one of {list(WIDTH)}"
+                )
+            self._streams.add(f"{corpus.prefix}.bin", WIDTH[corpus.dtype], corpus.tokens)
+
+    def batch(self, sample_N: np.ndarray) -> Batch:
+        """The windows of these global samples, one a row, in the order asked."""
+        source_N, _, window_N = self.plan.locate_many(sample_N)
+        rows = len(source_N)
+        tokens_BS = self._empty(rows, self.seq_length)
+        labels_BS = self._empty(rows, self.seq_length)
+        self._streams.gather(source_N, window_N, self.seq_length, tokens_BS.numpy(), labels_BS.numpy())
+        position_BS = self._empty(rows, self.seq_length)
+        segment_BS = None
+        if self.eod is None:
+            torch.arange(self.seq_length, out=position_BS[:1].view(-1)) if rows else None
+            position_BS[1:] = position_BS[:1]
+        else:
+            segment_BS = self._empty(rows, self.seq_length, torch.int32)
+            segment_rows(tokens_BS.numpy(), self.eod, segment_BS.numpy(), position_BS.numpy())
+        return Batch(
+            tokens_BS=tokens_BS,
+            labels_BS=labels_BS,
+            loss_mask_BS=self._empty(rows, self.seq_length, torch.float32).fill_(1.0),
+            position_BS=position_BS,
+            source_B=torch.from_numpy(source_N).long(),
+            segment_BS=segment_BS,
+        )
+
+    def read_ahead(self, sample_N: np.ndarray) -> None:
+        """Ask the kernel to read these samples' windows from disk; returns at once.
+
+        Worth calling some hundred samples ahead of `batch` where the corpora do not fit the page cache.
+        """
+        source_N, _, window_N = self.plan.locate_many(sample_N)
+        self._streams.will_need(source_N, window_N, self.seq_length)
+
+    def window_tokens(self, source: str, window_N: np.ndarray) -> Tensor:
+        """Whole windows of one source, inputs and the last label: int64 [N, S + 1]."""
+        if source not in self._number:
+            raise ValueError(f"no source is named '{source}'; the plan has {list(self._number)}")
+        window_N = np.asarray(window_N, dtype=np.int64)
+        out = self._empty(len(window_N), self.seq_length + 1)
+        source_N = np.full(len(window_N), self._number[source], dtype=np.int64)
+        self._streams.whole_windows(source_N, window_N, self.seq_length, out.numpy())
+        return out
+
+    def _empty(self, rows: int, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, pin_memory=self.pin_memory)
+
+
+def _matched(plan: BlendPlan, corpora: Sequence[Corpus], seq_length: int) -> dict[str, Corpus]:
+    """Corpora by name, checked against the plan's sources and their windows."""
+    by_name = {corpus.name: corpus for corpus in corpora}
+    if len(by_name) != len(corpora) or by_name.keys() != plan.sources.keys():
+        raise ValueError(
+            f"the corpora are {sorted(corpus.name for corpus in corpora)}, but the plan's sources are "
+            f"{sorted(plan.sources)}; give one corpus for each source"
+        )
+    differ = [
+        f"'{name}' has {by_name[name].windows(seq_length)} windows where the plan has {windows}"
+        for name, windows in plan.sources.items()
+        if by_name[name].windows(seq_length) != windows
+    ]
+    if differ:
+        raise ValueError(
+            f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
+            f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
+        )
+    return by_name

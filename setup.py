@@ -1,0 +1,19 @@
+"""Builds the C++ extension; everything else is in pyproject.toml."""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+HEADERS = ["integer", "permute", "keep", "blend", "greedy", "plan", "gather"]
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "megatron_r1._csrc",
+            ["csrc/bindings.cpp"],
+            include_dirs=["csrc"],
+            depends=[f"csrc/{name}.hpp" for name in HEADERS],
+            # Contraction would round w * i - n once where Megatron rounds it twice: another order.
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off"],
+        )
+    ]
+)
