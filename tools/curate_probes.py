@@ -11,8 +11,8 @@ manifest.json.
 from __future__ import annotations
 
 import argparse
-import sys
 
+from megatron_r1.cli import user_errors
 from megatron_r1.curation.probes import curate_probes
 
 
@@ -27,7 +27,7 @@ def pairs(words: list[str]) -> dict[str, str]:
     return found
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,7 +40,7 @@ def main() -> int:
     add("--fraction", type=float, default=0.1, help="of a source to set aside (default: %(default)s)")
     add("--max-document-tokens", type=int, default=2048, help="of one document (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with user_errors():
         manifest = curate_probes(
             pairs(args.sources),
             {name: members.split(",") for name, members in pairs(args.capabilities).items()},
@@ -49,13 +49,9 @@ def main() -> int:
             fraction=args.fraction,
             max_document_tokens=args.max_document_tokens,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     left = sum(source["training_tokens"] for source in manifest["sources"].values())
     print(f"{args.output_dir}: {', '.join(manifest['files'])}; {left} tokens left to training")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

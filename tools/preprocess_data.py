@@ -10,10 +10,11 @@ import argparse
 import sys
 import time
 
+from megatron_r1.cli import user_errors
 from megatron_r1.data.preprocess import preprocess
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,28 +33,25 @@ def main() -> int:
     add("--reject-limit", type=int, default=100, help="stop beyond so many rejects (default: %(default)s)")
     args = parser.parse_args()
     start = time.monotonic()
-    try:
-        sidecars = preprocess(
-            args.input,
-            args.output_prefix,
-            args.tokenizer_type,
-            args.tokenizer_model,
-            json_keys=args.json_keys,
-            append_eod=args.append_eod,
-            workers=args.workers,
-            seed=None if args.no_shuffle else args.seed,
-            reject_limit=args.reject_limit,
-        )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    with user_errors():
+        try:
+            sidecars = preprocess(
+                args.input,
+                args.output_prefix,
+                args.tokenizer_type,
+                args.tokenizer_model,
+                json_keys=args.json_keys,
+                append_eod=args.append_eod,
+                workers=args.workers,
+                seed=None if args.no_shuffle else args.seed,
+                reject_limit=args.reject_limit,
+            )
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
     tokens = ", ".join(f"{prefix}.bin {s['tokens']} tokens" for prefix, s in sidecars.items())
     print(f"{tokens}; {time.monotonic() - start:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,13 +6,13 @@ python tools/train_tokenizer.py --input data/text/*.jsonl --vocab-size 8192 --ou
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
+from megatron_r1.cli import user_errors
 from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,20 +28,16 @@ def main() -> int:
     )
     args = parser.parse_args()
     start = time.monotonic()
-    try:
+    with user_errors():
         seen = train_sentencepiece(
             args.input, args.output, args.vocab_size, args.json_key, int(args.max_megabytes * 1e6)
         )
         tokenizer = build_tokenizer(SentencePiece.kind, args.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "
         f"{time.monotonic() - start:.1f} s, fingerprint {tokenizer.fingerprint()[:12]}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

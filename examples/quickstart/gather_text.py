@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.cli import user_errors
 from megatron_r1.data.indexed import replacing, sha256_file, write_json
 
 Document = tuple[str, str]
@@ -344,7 +345,7 @@ def gather_all(output_dir: Path, names: list[str], megabytes: float) -> dict[str
     return manifest
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -352,15 +353,11 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=5.0, help="at most, a source (default: 5)")
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="NAME", help="default: all")
     args = parser.parse_args()
-    try:
+    with user_errors():
         manifest = gather_all(args.output_dir, args.sources, args.megabytes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     total = sum(source["text_bytes"] for source in manifest["found"].values())
     print(f"{args.output_dir}: {len(manifest['found'])} sources, {total / 1e6:.1f} MB of text")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

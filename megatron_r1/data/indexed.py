@@ -19,12 +19,14 @@ made elsewhere may hold several sequences a document, and is read all the same.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,21 +60,50 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
+def open_alone(path: Path, waiting: Callable[[], None] = lambda: None) -> IO[bytes]:
+    """Open an empty file to write, once no other process has it so; `waiting` is called before a wait.
+
+    A process that is killed, or whose parent was and that still runs, thus never shares a file with its
+    successor. The lock ends with the stream. File systems without locks do without.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        stream = open(path, "ab", buffering=1 << 20)  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                stream.close()
+                raise
+        # By the time of the lock its holder may have renamed or removed the file: then the name is free.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
+                stream.truncate(0)
+                return stream
+        stream.close()
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name only when the block ends well; on any error nothing is left."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open_alone(partial)
     try:
-        with open(partial, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -248,8 +279,7 @@ class IndexedWriter:
         self.num_tokens = 0
         self._done = False
         self._partial = with_suffix(prefix, ".bin.partial")
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(self._partial, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._stream = open_alone(self._partial)
 
     @property
     def num_documents(self) -> int:
@@ -300,7 +330,6 @@ class IndexedWriter:
         try:
             self._stream.flush()
             os.fsync(self._stream.fileno())
-            self._stream.close()
             lengths = np.asarray(self._lengths, dtype=np.int32)
             pointers = np.zeros(len(lengths), dtype=np.int64)
             np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
@@ -320,9 +349,11 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Drop what was written, unless finalized."""
-        self._stream.close()
-        if not self._done:
+        if not self._done and not self._stream.closed:
             self._partial.unlink(missing_ok=True)
+        # A disk that is full is so when the buffer goes, too; the first error has said it.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
     def __enter__(self) -> IndexedWriter:
         return self

@@ -4,7 +4,7 @@ Two passes. The first encodes in input order into `PREFIX.partial/`, by worker p
 pieces of about a megabyte; a journal there says how far it got, so that a killed run goes on from its last
 piece. The second copies the documents in a shuffled order (by seed and document number alone) into the
 final pair. Neither workers nor interruptions change a byte of the result, and memory does not grow with
-the input, but for 20 bytes a document.
+the input, but for 40 bytes a document.
 
 What cannot become a document (bad JSON, no such key, no string, broken UTF-8, no tokens) is written with
 file and line to `PREFIX_KEY_rejects.jsonl`; more than `reject_limit` of them stop the run.
@@ -13,7 +13,6 @@ file and line to `PREFIX_KEY_rejects.jsonl`; more than `reject_limit` of them st
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import importlib
 import importlib.metadata
@@ -22,8 +21,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
-import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,19 +33,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_r1.data.indexed import (
     IndexedDataset,
     IndexedWriter,
     best_dtype,
     map_array,
+    open_alone,
     replacing,
     sha256_file,
     with_suffix,
     write_json,
 )
 from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_r1.progress import Progress
+from megatron_r1.run_lock import exit_when_orphaned
 
 FORMAT = 1
 """Goes up when the same input and options would give other bytes."""
@@ -94,7 +95,7 @@ def preprocess(
 
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
     tool. reject_limit: documents of one key that may be rejected. Outputs that match the inputs and options
-    are left as they are. Errors: ValueError, FileNotFoundError, ImportError; OSError where the disk is full.
+    are left as they are. Errors: ValueError, FileNotFoundError; OSError where the disk is full.
     """
     for path in inputs:
         if not Path(path).is_file():
@@ -116,28 +117,33 @@ def preprocess(
         "dtype": dtype.name,
     }
     prefixes = {key: with_suffix(output_prefix, f"_{key}_document") for key in json_keys}
-    done = {key: _finished(prefix, key, request, seed, inputs) for key, prefix in prefixes.items()}
-    if all(done.values()):
-        log(f"already done: {', '.join(f'{p}.bin' for p in prefixes.values())}")
-        return {str(prefixes[key]): sidecar for key, sidecar in done.items() if sidecar}
     work = with_suffix(output_prefix, ".partial")
-    for prefix in prefixes.values():
-        ours = with_suffix(prefix, ".json").exists() or (work / "journal").exists()
-        if with_suffix(prefix, ".bin").exists() and not ours:
-            raise ValueError(
-                f"{prefix}.bin is there without {prefix.name}.json, so another tool made it; "
-                f"remove it or choose another --output-prefix"
-            )
-    stats = [_identity(path) for path in inputs]
-    with _locked(work), ThreadPoolExecutor(1) as hasher:
+    with _alone(work, log):
+        done = {key: _finished(prefix, key, request, seed, inputs) for key, prefix in prefixes.items()}
+        if all(done.values()):
+            log(f"already done: {', '.join(f'{p}.bin' for p in prefixes.values())}")
+            return {str(prefixes[key]): sidecar for key, sidecar in done.items() if sidecar}
+        for prefix in prefixes.values():
+            ours = with_suffix(prefix, ".json").exists() or (work / "journal").exists()
+            if with_suffix(prefix, ".bin").exists() and not ours:
+                raise ValueError(
+                    f"{prefix}.bin is there without {prefix.name}.json, so another tool made it; "
+                    f"remove it or choose another --output-prefix"
+                )
         try:
-            hashes = hasher.map(sha256_file, inputs)
-            journal = _Journal(work, json_keys, {**request, "inputs": stats, "keys": list(json_keys)})
-            with contextlib.closing(journal):
+            stats = [_identity(path) for path in inputs]
+            pieces = [PIECE_BYTES, PIECE_DOCUMENTS]
+            header = {**request, "inputs": stats, "keys": list(json_keys), "pieces": pieces}
+            # Hashing a large input takes about as long as reading it: beside the encoding.
+            with (
+                ThreadPoolExecutor(1) as hasher,
+                contextlib.closing(_Journal(work, json_keys, header)) as journal,
+            ):
+                hashes = hasher.map(sha256_file, inputs)
                 _encode_all(
                     journal, inputs, tokenizer, tokenizer_model, append_eod, workers, reject_limit, log
                 )
-            described = [{**stat, "sha256": digest} for stat, digest in zip(stats, hashes, strict=True)]
+                described = [{**stat, "sha256": digest} for stat, digest in zip(stats, hashes, strict=True)]
             if [_identity(path) for path in inputs] != stats:
                 raise ValueError("an input changed while it was read; run again when it is complete")
             sidecars = {}
@@ -150,7 +156,7 @@ def preprocess(
         except ChildProcessError:
             # What is encoded is good: the next run goes on from there.
             raise
-        except (ValueError, OSError, ImportError):
+        except (ValueError, OSError):
             shutil.rmtree(work, ignore_errors=True)
             raise
 
@@ -193,17 +199,10 @@ def _finished(
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One process a prefix; the lock goes with the process, however it ends."""
-    work.parent.mkdir(parents=True, exist_ok=True)
+def _alone(work: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """One process a prefix; a second one waits, and then finds the work done."""
     lock = work.with_name(work.name + ".lock")
-    with open(lock, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A lock on a file that its owner has just removed excludes nobody.
-            assert os.fstat(stream.fileno()).st_ino == os.stat(lock).st_ino
-        except (OSError, AssertionError):
-            raise ValueError(f"another process is writing {work.with_suffix('')}; wait for it") from None
+    with open_alone(lock, lambda: log(f"waiting for another process that writes {work.with_suffix('')}")):
         try:
             yield
         finally:
@@ -228,7 +227,7 @@ def _arrow(module: str, path: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"reading {path} needs pyarrow ({error}): pip install pyarrow") from None
+        raise ValueError(f"reading {path} needs pyarrow ({error}): pip install pyarrow") from None
 
 
 def read_pieces(path: str, keys: Sequence[str]) -> Iterator[Piece]:
@@ -360,6 +359,9 @@ _worker: tuple[Tokenizer, Sequence[str], bool] | None = None
 
 def _start_worker(kind: str, model: str | Path, keys: Sequence[str], append_eod: bool) -> None:
     global _worker
+    # Ctrl-C is for the main process; and when that is killed, its workers must not stay behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_when_orphaned()
     _worker = build_tokenizer(kind, model), keys, append_eod
 
 
@@ -478,8 +480,8 @@ def _encode_all(
     reject_limit: int,
     log: Callable[[str], None],
 ) -> None:
-    before = {str(path): sum(os.path.getsize(p) for p in inputs[:i]) for i, path in enumerate(inputs)}
-    total = sum(os.path.getsize(path) for path in inputs)
+    sizes = [os.path.getsize(path) for path in inputs]
+    before = {str(path): sum(sizes[:i]) for i, path in enumerate(inputs)}
     rejected = Counter({key: journal.rejects(key) for key in journal.keys})
     skipped = journal.pieces
     if skipped:
@@ -487,38 +489,18 @@ def _encode_all(
     pieces = (piece for path in inputs for piece in read_pieces(str(path), journal.keys))
     for _ in range(skipped):
         next(pieces)
-    progress = _Progress(total, log)
-    for piece, encoded in _in_order(pieces, tokenizer, model, journal.keys, append_eod, workers):
-        journal.add(encoded)
-        progress.at(before[piece.path] + piece.position)
-        for key, found in zip(journal.keys, encoded, strict=True):
-            rejected[key] += len(found.rejects)
-            if rejected[key] > reject_limit:
-                examples = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in found.rejects[-3:])
-                raise ValueError(
-                    f"more than {reject_limit} documents rejected for key {key!r}, the last {examples}; "
-                    f"mend the input or raise --reject-limit"
-                )
-    progress.close()
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, log: Callable[[str], None]):
-        self._total, self._log, self._start, self._said = max(1, total), log, time.monotonic(), 0.0
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-
-    def at(self, position: int) -> None:
-        self._bar.update(position - self._bar.n)
-        elapsed = time.monotonic() - self._start
-        if self._bar.disable and elapsed - self._said >= 10:
-            self._said = elapsed
-            left = elapsed * (self._total - position) / max(1, position)
-            self._log(f"encoded {position / self._total:.0%}, {elapsed:.0f} s, {left:.0f} s left")
-
-    def close(self) -> None:
-        self._bar.close()
+    with Progress("encode", -(-sum(sizes) // 1_000_000), "MB") as progress:
+        for piece, encoded in _in_order(pieces, tokenizer, model, journal.keys, append_eod, workers):
+            journal.add(encoded)
+            progress.advance((before[piece.path] + piece.position) // 1_000_000 - progress.done)
+            for key, found in zip(journal.keys, encoded, strict=True):
+                rejected[key] += len(found.rejects)
+                if rejected[key] > reject_limit:
+                    last = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in found.rejects[-3:])
+                    raise ValueError(
+                        f"more than {reject_limit} documents rejected for key {key!r}, the last {last}; "
+                        f"mend the input or raise --reject-limit"
+                    )
 
 
 # The second pass: the final order
@@ -564,14 +546,14 @@ def _finish(
                 part[end - length : end] = tokens[start : start + length]
             writer.add_documents(part, lengths[order[lo:hi]])
             lo = hi
-        quoted = with_suffix(stem, ".rejects").read_bytes()
-        reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in quoted.splitlines())
+        with open(with_suffix(stem, ".rejects"), "rb") as quoted:
+            reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in quoted)
         # From here to the sidecar no file of an earlier run stands beside one of this run.
         sidecar.unlink(missing_ok=True)
         rejects_path.unlink(missing_ok=True)
-        if quoted:
-            with replacing(rejects_path) as stream:
-                stream.write(quoted)
+        if reasons:
+            with open(with_suffix(stem, ".rejects"), "rb") as quoted, replacing(rejects_path) as stream:
+                shutil.copyfileobj(quoted, stream)
     described = {
         **about,
         "documents": len(lengths),

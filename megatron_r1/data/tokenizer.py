@@ -51,8 +51,8 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
                              or fetched)
     TikTokenizer             tiktoken ranks as Llama 3's `tokenizer.model`; Megatron's own JSON vocabulary
 
-    Errors: ValueError for an unknown kind or a model of another kind, FileNotFoundError for no model,
-    ImportError where the kind's library is missing.
+    Errors: ValueError for an unknown kind, a model of another kind or a missing library,
+    FileNotFoundError for no model.
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
@@ -65,7 +65,7 @@ def _library(name: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{kind} needs the package {name} ({error}): pip install {name}") from None
+        raise ValueError(f"{kind} needs the package {name} ({error}): pip install {name}") from None
 
 
 def _existing(model: Path, kind: str) -> Path:

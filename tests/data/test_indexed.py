@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,22 @@ def test_replacing_keeps_the_old_file_on_error(tmp_path):
         stream.write(b"new")
         raise RuntimeError
     assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (b"old", 1)
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path):
+    path = tmp_path / "file"
+
+    def write_slowly(text: bytes) -> None:
+        with replacing(path) as stream:
+            for _ in range(20):
+                stream.write(text)
+                stream.flush()
+                time.sleep(0.002)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write_slowly, [b"aaaa", b"bb", b"c"]))
+    assert path.read_bytes() in (b"aaaa" * 20, b"bb" * 20, b"c" * 20)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_corpus_of_the_leading_documents(tmp_path):

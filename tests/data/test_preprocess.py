@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -294,10 +296,18 @@ def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
     assert list(out.iterdir()) == []
 
 
-def test_two_runs_at_once_are_refused(tmp_path, model):
+def test_second_run_at_once_waits_and_finds_the_work_done(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
-    with module._locked(tmp_path / "out.partial"), pytest.raises(ValueError, match="another process"):
-        run(source, tmp_path / "out", model)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with module._alone(tmp_path / "out.partial", said.append):
+            second = pool.submit(run, source, tmp_path / "out", model)
+            time.sleep(0.3)
+            assert not second.done()
+        sidecar, log = second.result(timeout=20)
+    assert log.startswith(f"waiting for another process that writes {tmp_path / 'out'}")
+    assert sidecar["documents"] == len(TEXTS)
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def test_command_line_mistakes_are_one_line_and_code_2(tmp_path, model):

@@ -190,7 +190,7 @@ def test_model_of_another_kind_is_refused(tiktoken, corpus, tmp_path):
 
 def test_missing_library_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match=r"TikTokenizer needs the package tiktoken .*pip install tiktoken"):
+    with pytest.raises(ValueError, match=r"TikTokenizer needs the package tiktoken .*pip install tiktoken"):
         TikToken(tmp_path / "model")
 
 
