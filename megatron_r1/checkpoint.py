@@ -104,16 +104,26 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def check_model(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """`read_meta` of a checkpoint of this model. Raises ValueError when it holds another one."""
+    meta = read_meta(path)
+    theirs = meta["model"]
+    changed = [
+        f"{key} {theirs.get(key)} there, {value} here"
+        for key, value in dataclasses.asdict(model).items()
+        if theirs.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{path} holds another model: {'; '.join(changed)}")
+    return meta
+
+
 def load(path: Path, gpt: Any, optimizer: Any | None, model: ModelConfig) -> TrainState:
     """Fill the model, and the optimizer unless None, from a checkpoint of the same model.
 
     Raises ValueError when the checkpoint is of another shape.
     """
-    meta = read_meta(path)
-    ours, theirs = dataclasses.asdict(model), meta["model"]
-    changed = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
-    if changed:
-        raise ValueError(f"{path} holds another model: {'; '.join(changed)}")
+    meta = check_model(path, model)
     loaded = dist_checkpointing.load(_state_dict(gpt, optimizer, loading=True), str(path))
     gpt.load_state_dict(loaded["model"])
     if optimizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +35,24 @@ def train(config: Config) -> None:
     the launch, the datasets, or the past of the run.
     """
     corpora, plan = resolve_data(config, world_size())
+    if _finished(config, plan):
+        return
     exit_when_orphaned()
     with process_groups(config.parallel) as context, _locked(RunDir(Path(config.train.run)), context) as run:
         Trainer(config, corpora, plan, context, run).train()
+
+
+def _finished(config: Config, plan: BlendPlan) -> bool:
+    """Whether the run's last checkpoint is the recipe's end; answered without building anything."""
+    saved = checkpoint.found(RunDir(Path(config.train.run)).checkpoints)
+    if not saved or saved[-1].step < phase_spans(config)[-1].end:
+        return False
+    meta = checkpoint.read_meta(saved[-1].path)
+    plan.extends(BlendPlan.from_json(meta["plan"]), meta["state"]["samples"])
+    checkpoint.check_model(saved[-1].path, config.model)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{config.train.run}: finished before, at {saved[-1].path}", flush=True)
+    return True
 
 
 @contextmanager

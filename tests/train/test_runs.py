@@ -1,0 +1,133 @@
+"""Runs under real torchrun: phases, resume, kills, refusals, two nodes."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+
+FIRST = "phases.one={steps: 8, learning_rate: 0.01, decay: constant}"
+SECOND = "phases.two={steps: 4, learning_rate: 0.01, weights: {a: 3, b: 1}}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for number, name in enumerate("ab"):
+        launch.write_corpus(root / name, 60, seed=number)
+    return root
+
+
+def words(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "tools/train.py",
+        *launch.TINY_MODEL,
+        f"train={{run: '{run}', global_batch: 8, micro_batch: 2, precision: fp32, checkpoint_every: 4, probe_every: 4}}",
+        f"data={{seq_length: 32, sources: {{a: {{prefix: '{data}/a'}}, b: {{prefix: '{data}/b'}}}}}}",
+        f"data.probes={{a: '{data}/a'}}",
+        FIRST,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: both phases in one go."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launch.finish(launch.command(*words(data, run, SECOND)), run.parent / "log")
+    return run
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_a_phase_added_later_gives_the_same_run(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch.finish(launch.command(*words(data, run)), tmp_path / "log")
+    assert losses(run) == losses(whole)[:8]
+    text = launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    assert f"continues from {run}/checkpoints/step_00000008" in text
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+    assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.3
+
+
+def test_a_finished_run_answers_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    launch.finish(launch.command(*words(data, whole, SECOND)), tmp_path / "log")
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_bit_for_bit(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch.start(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
+    launch.kill_group(process)
+    assert not (run / "checkpoints/step_00000012").exists()
+    launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+
+
+def test_ranks_end_when_only_their_launcher_is_killed(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch.start(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
+    process.kill()
+    process.wait()
+    launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+
+
+def test_a_branch_starts_from_another_runs_checkpoint(data: Path, whole: Path, tmp_path: Path) -> None:
+    origin = f"train.init_from={whole}/checkpoints/step_00000008"
+    run = tmp_path / "branch"
+    launch.finish(launch.command(*words(data, run, SECOND, origin)), tmp_path / "log")
+    assert losses(run) == losses(whole)[8:]
+
+
+def test_an_edited_past_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes(), (whole / "config.yaml").read_bytes()
+    edited = words(data, whole, SECOND, "phases.one.weights={a: 1, b: 5}")
+    text = launch.finish(launch.command(*edited), tmp_path / "log", expect=None)
+    assert "error: " in text and "phase" in text
+    assert ((whole / "metrics.jsonl").read_bytes(), (whole / "config.yaml").read_bytes()) == before
+
+
+def test_another_model_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
+    edited = words(data, whole, SECOND, "model.ffn_hidden_size=128")
+    text = launch.finish(launch.command(*edited), tmp_path / "log", expect=None)
+    assert "holds another model: ffn_hidden_size 96 there, 128 here" in text
+
+
+def test_two_nodes_train_the_same_run(data: Path, whole: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    agents = [
+        launch.start(
+            launch.command(
+                *words(data, run, SECOND),
+                ranks=1,
+                options=(
+                    "--nnodes=2",
+                    f"--node-rank={node}",
+                    "--master-addr=127.0.0.1",
+                    f"--master-port={port}",
+                ),
+            ),
+            tmp_path / f"log{node}",
+        )
+        for node in range(2)
+    ]
+    assert [agent.wait(timeout=200) for agent in agents] == [0, 0], (tmp_path / "log0").read_text()[-4000:]
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
