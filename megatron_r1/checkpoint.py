@@ -11,6 +11,8 @@ import json
 import os
 import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +138,36 @@ def _state_dict(gpt: Any, optimizer: Any | None, loading: bool = False) -> dict[
     model = gpt.sharded_state_dict()
     if optimizer is None:
         return {"model": model}
-    return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING),
-    }
+    with _places_without_padding(optimizer):
+        state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING)
+    return {"model": model, "optimizer": state}
+
+
+@contextmanager
+def _places_without_padding(optimizer: Any) -> Iterator[None]:
+    """Let megatron-core find each parameter's state where it has put it.
+
+    It gathers the state of all buckets one after the other, without the padding at each bucket's end,
+    but looks a parameter up at its place in the padded buffer (0.16.1 and 0.19.2). Wherever a bucket but
+    the last is padded, every later parameter would be saved shifted, and the last one cut off.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for part in parts for buffer in part.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            shift, shifts = 0, []
+            for (start, end), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+                shifts.append(shift)
+                shift += end - start - bucket.numel_unpadded
+            buffer.param_index_map = {
+                param: (start - shifts[number], end - shifts[number], number)
+                for param, (start, end, number) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def _complete(path: Path) -> bool:
