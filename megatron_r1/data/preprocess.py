@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,6 @@ from megatron_r1.data.indexed import (
 )
 from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_r1.progress import Progress
-from megatron_r1.run_lock import exit_when_orphaned
 
 FORMAT = 1
 """Goes up when the same input and options would give other bytes."""
@@ -361,8 +361,18 @@ def _start_worker(kind: str, model: str | Path, keys: Sequence[str], append_eod:
     global _worker
     # Ctrl-C is for the main process; and when that is killed, its workers must not stay behind.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_when_orphaned()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A process a core already: no threads of the tokenizer's own.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = build_tokenizer(kind, model), keys, append_eod
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # Unlike the parent's number, this also tells of a parent that was gone before we asked.
+    parent.join()
+    os._exit(1)
 
 
 def _work(piece: Piece) -> list[Encoded]:

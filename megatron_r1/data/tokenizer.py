@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -49,7 +48,7 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
     SentencePieceTokenizer   a .model file
     HuggingFaceTokenizer     tokenizer.json, a folder with it, or a hub name (read from the local cache
                              or fetched)
-    TikTokenizer             tiktoken ranks as Llama 3's `tokenizer.model`; Megatron's own JSON vocabulary
+    TikTokenizer             tiktoken ranks, as Llama 3's `tokenizer.model`
 
     Errors: ValueError for an unknown kind, a model of another kind or a missing library,
     FileNotFoundError for no model.
@@ -119,8 +118,6 @@ class HuggingFace:
 
     def __init__(self, model: Path):
         library = _library("tokenizers", self.kind)
-        # Workers are processes; the library would warn of a fork and start threads in each.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = _hf_file(model, "tokenizer.json")
         if path is None:
             raise FileNotFoundError(
@@ -176,13 +173,14 @@ def _hf_file(model: Path, name: str) -> Path | None:
     hub = _library("huggingface_hub", "HuggingFaceTokenizer")
     try:
         return Path(hub.hf_hub_download(str(model), name))
-    except hub.errors.EntryNotFoundError:
+    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
+        unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
+        if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
+            raise FileNotFoundError(
+                f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from None
         return None
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
 
 
 _LLAMA3_SPLIT = (
@@ -197,7 +195,7 @@ _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
 
 class TikToken:
-    """Tiktoken ranks, one "base64 rank" a line, and Llama 3's 256 special tokens after them."""
+    """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
 
     kind = "TikTokenizer"
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_r1.data import preprocess as module
@@ -280,6 +281,39 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path, model, where, pieces):
     assert pair(tmp_path / "out") == pair(tmp_path / "whole")
     assert sidecar["rejected"] == {"empty document": 1}
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_workers_end_with_a_killed_run(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS * 1000)
+    options = [
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        KIND,
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, "tools/preprocess_data.py", *options, "--tokenizer-model", model]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=path, stderr=subprocess.DEVNULL)
+
+    def workers() -> list[psutil.Process]:
+        return [p for p in psutil.Process(process.pid).children() if "spawn_main" in str(p.cmdline())]
+
+    until(lambda: len(workers()) == 2)
+    found = workers()
+    process.kill()
+    process.wait()
+    until(lambda: not any(p.is_running() for p in found))
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
