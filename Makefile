@@ -9,7 +9,7 @@ CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 .PHONY: quickstart test lint format check soak bench test-py312 clean
 
 quickstart: $(VENV)/.core
-	$(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

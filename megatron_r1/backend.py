@@ -247,8 +247,17 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _say_once() -> None:
-    """`describe` says in one line what megatron-core warns of in each of its modules."""
-    for text in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is dep"):
+    """`describe` says in one line what megatron-core warns of in each of its modules, and its calls of
+    older torch names concern nobody who runs this."""
+    for text in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "full scope is deprecated",
+        ".*torch.distributed.*is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf",
+        ".load_state_dict. is deprecated",
+        "TypedStorage is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=text)
 
 

@@ -107,3 +107,8 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert a.keys() == b.keys() and len(a) > 10
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert different == []
+
+
+def seconds_in(text: str) -> float:
+    """What the pipeline says it took."""
+    return float(text.rpartition("stages done, ")[2].split(" s ")[0])

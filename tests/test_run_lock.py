@@ -17,7 +17,10 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_r1.run_lock import RunLock
-lock = RunLock(Path(sys.argv[1])); lock.take(share=sys.argv[2] == "share"); print("held", flush=True); time.sleep(60)
+lock = RunLock(Path(sys.argv[1]))
+lock.take(share=sys.argv[2] == "share")
+print("held", flush=True)
+time.sleep(60)
 """
 PARENT = """
 import subprocess, sys

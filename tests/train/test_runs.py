@@ -26,7 +26,9 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "tools/train.py",
         *launch.TINY_MODEL,
-        f"train={{run: '{run}', global_batch: 8, micro_batch: 2, precision: fp32, checkpoint_every: 4, probe_every: 4}}",
+        f"train={{run: '{run}', global_batch: 8, micro_batch: 2, precision: fp32}}",
+        "train.checkpoint_every=4",
+        "train.probe_every=4",
         f"data={{seq_length: 32, sources: {{a: {{prefix: '{data}/a'}}, b: {{prefix: '{data}/b'}}}}}}",
         f"data.probes={{a: '{data}/a'}}",
         FIRST,

@@ -1,0 +1,130 @@
+"""The quickstart's own pipeline at a small size: real text, real launches, and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import launch
+
+LAST = "step_00000036"
+STAGES = 16
+
+
+def command(run: Path) -> list[str]:
+    return [sys.executable, "examples/quickstart/run.py", "--run", str(run), "--size", "small"]
+
+
+def make(run: Path) -> list[str]:
+    """As a user starts it; `-o`: the environment these tests run in is set up already."""
+    arguments = [f"VENV={sys.prefix}", f"ARGS=--run {run} --size small"]
+    return ["make", "-o", f"{sys.prefix}/.core", "quickstart", *arguments]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("quickstart") / "run"
+    launch.finish(command(run), run.parent / "log")
+    return run
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Weights, optimizer state, scores and mixture, bit for bit."""
+    for arm in (".", "control"):
+        launch.assert_same_tensors(run / arm / "checkpoints" / LAST, whole / arm / "checkpoints" / LAST)
+    assert (run / "mix.yaml").read_bytes() == (whole / "mix.yaml").read_bytes()
+    scores = sorted(p.relative_to(whole) for p in whole.glob("influence/*/*/scores.npy"))
+    assert len(scores) == 2 * 7
+    for path in scores:
+        assert np.array_equal(np.load(run / path), np.load(whole / path)), path
+
+
+def test_the_poor_source_ranks_last(whole: Path) -> None:
+    mix = json.loads((whole / "mix.json").read_text())
+    density = {name: row["rho"] for name, row in mix["sources"].items()}
+    assert len(density) == 7
+    assert min(density, key=lambda name: density[name]) == "base64"
+    weights = {name: row["weight"] for name, row in mix["sources"].items()}
+    assert weights["base64"] == min(weights.values()) and max(weights.values()) > weights["base64"]
+
+
+def test_the_run_goes_on_with_the_new_weights(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 37))
+    mix = json.loads((whole / "mix.json").read_text())["sources"]
+    for name, row in mix.items():
+        assert lines[-1]["mix_target"][name] == pytest.approx(row["weight"], abs=1e-6)
+    control = [json.loads(line) for line in (whole / "control/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in control] == list(range(25, 37))
+    assert set(control[-1]["probe_nll"]) == {"code", "math", "knowledge"}
+
+
+def test_the_report_and_tensorboard_are_there(whole: Path) -> None:
+    page = (whole / "reports/index.html").read_text()
+    assert all(name in page for name in ("base64", "gcide", "sympy", "knowledge"))
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    assert list((whole / "tb").glob("events.*"))
+
+
+def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:
+    text = launch.finish(command(whole), tmp_path / "log")
+    assert text.count("done before") == STAGES
+    assert launch.seconds_in(text) < 5
+
+
+def test_killed_with_all_its_processes_it_goes_on(whole: Path, tmp_path: Path) -> None:
+    kill_in_stage(13 - 1, whole, tmp_path, "group", delay=6.0)
+
+
+def test_with_make_alone_killed_nothing_writes_on(whole: Path, tmp_path: Path) -> None:
+    kill_in_stage(11, whole, tmp_path, "make", delay=7.0)
+
+
+def kill_in_stage(number: int, whole: Path, tmp_path: Path, kind: str, delay: float) -> None:
+    """Kill in a stage, start the same command again, and compare with the uninterrupted run."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = make(run) if kind == "make" else command(run)
+    process = launch.start(words, log)
+    title = f"[{number}/{STAGES}] "
+    launch.wait_for(lambda: title in log.read_text(errors="replace"), title)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=delay)
+    if kind == "group":
+        _kill_session(process.pid)
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    launch.finish(words, log)
+    assert_same_run(run, whole)
+
+
+def _kill_session(leader: int) -> None:
+    """Every process that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
+    import psutil
+
+    family = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=10)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["group", "make"])
+@pytest.mark.parametrize("number", range(1, STAGES + 1))
+def test_killed_in_any_stage_it_goes_on(number: int, kind: str, whole: Path, tmp_path: Path) -> None:
+    long = number in (11, 12, 14, 15)
+    delay = random.Random(number).uniform(0.0, 14.0) if long else random.Random(number).uniform(0.0, 0.6)
+    try:
+        kill_in_stage(number, whole, tmp_path, kind, delay)
+    except pytest.fail.Exception:
+        return  # the pipeline had ended before the kill
