@@ -24,6 +24,7 @@ from megatron_r1.run_lock import exit_when_orphaned
 
 HERE = Path("examples/quickstart")
 ROOT = Path(__file__).resolve().parent.parent.parent
+DEFAULT = Path("runs/quickstart")
 RANKS = 2
 
 
@@ -80,10 +81,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
     prefix = {name: data / f"{name}_text_document" for name in gather_text.SOURCES}
 
     first = [Path("examples/models/tiny.yaml"), HERE / "train.yaml", probes / "split.yaml"]
-    options = [f"train.run={directory}", *size.overrides, *size.first]
-    options += [f"data.probes.{c}={probes / f'heldout_{c}'}" for c in capabilities]
-    scoring = [f"influence.directions.{c}={probes / f'probe_{c}'}" for c in capabilities]
-    scoring += size.scoring
+    options = [*([] if directory == DEFAULT else [f"train.run={directory}"]), *size.overrides, *size.first]
     second = [f"phases.influence.{o}" for o in size.second]
     third = [f"phases.control.{o}" for o in size.second]
     branch = _steps("train.yaml", "uniform", size.first)
@@ -148,14 +146,14 @@ def stages(directory: Path, size: Size) -> list[Stage]:
         ),
         launched(
             "score influence",
-            torchrun("tools/compute_influence.py", *first, HERE / "influence.yaml", *options, *scoring),
+            torchrun("tools/compute_influence.py", *first, HERE / "influence.yaml", *options, *size.scoring),
             [directory / "influence"],
         ),
         Stage(
             "mix",
             python(
                 "tools/make_mix.py", *first, HERE / "influence.yaml", HERE / "phase2.yaml",
-                *options, *scoring, *second, "--output", mix,
+                *options, *size.scoring, *second, "--output", mix,
             ),
             [mix],
             files=[ROOT / HERE / "influence.yaml"],
@@ -195,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="run directory")
+    parser.add_argument("--run", type=Path, default=DEFAULT, help="run directory")
     parser.add_argument("--size", choices=SIZES, default="full", help="small: as the tests run it")
     options = parser.parse_args()
     directory = options.run.resolve()

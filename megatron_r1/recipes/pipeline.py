@@ -69,7 +69,7 @@ def run(directory: Path, stages: Sequence[Stage]) -> None:
                 outputs=[str(p) for p in stage.outputs],
             )
         write_text(stamp, json.dumps({"inputs": chain.hexdigest(), "seconds": seconds}))
-        print(f"{title}: {seconds:.0f} s, wrote {', '.join(str(p) for p in stage.outputs)}", flush=True)
+        print(f"{title}: {seconds:.0f} s\n", flush=True)
     print(f"all {len(stages)} stages done, {time.monotonic() - began:.0f} s this time", flush=True)
     lock.release()
 
