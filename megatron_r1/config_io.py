@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,24 @@ class ConfigError(ValueError):
         super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  {m}" for m in mistakes))
 
 
-def load(arguments: Iterable[str]) -> Config:
+def load(arguments: Iterable[str], also: Callable[[Config], list[str]] | None = None) -> Config:
     """Config from FILE.yaml and `dotted.key=value` arguments, in the order given.
 
-    Mappings merge, everything else replaces; overrides are applied after all files.
+    Mappings merge, everything else replaces; overrides are applied after all files. `also` looks for
+    further mistakes (in datasets, say) so that they come in the same message.
     Raises ConfigError with every mistake found.
     """
     mistakes: list[str] = []
     tree = _read_all(arguments, mistakes)
     sections = _sections(tree, mistakes)
     mistakes += _cross_check(sections)
-    if mistakes:
+    required = {f.name for f in dataclasses.fields(Config) if _required(f)}
+    config = Config(**sections) if required <= sections.keys() else None
+    if also is not None and config is not None:
+        mistakes += [m for m in also(config) if m not in mistakes]
+    if mistakes or config is None:
         raise ConfigError(mistakes)
-    return Config(**sections)
+    return config
 
 
 def dump(config: Config) -> str:
@@ -97,16 +102,21 @@ def _sections(tree: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
             mistakes.append(f"{key}: unknown section{_near(key, hints)}")
     for spec in dataclasses.fields(Config):
         if spec.name not in tree:
-            required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-            if required:
+            if _required(spec):
                 mistakes.append(f"{spec.name}: missing section; add a file that has it (see examples/)")
             continue
         hint = hints[spec.name]
         try:
             out[spec.name] = TypeAdapter(hint).validate_python(tree[spec.name])
         except ValidationError as error:
-            mistakes += [_say(spec.name, hint, e) for e in error.errors(include_url=False)]
+            said = [_say(spec.name, hint, e) for e in error.errors(include_url=False)]
+            # The branches of a union each complain of the same value.
+            mistakes += list(dict.fromkeys(said))
     return out
+
+
+def _required(spec: dataclasses.Field[Any]) -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
 def _say(section: str, hint: Any, error: Any) -> str:
@@ -118,6 +128,9 @@ def _say(section: str, hint: Any, error: Any) -> str:
         return f"{path}: unknown key{_near(str(error['loc'][-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: missing"
+    if loc[0] == "phases" and loc[2:3] == ["weights"]:
+        where = ".".join(loc[:3])
+        return f"{where}={error['input']!r}: weights name their sources, {{name: weight}}, or say uniform"
     return f"{path}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -225,6 +238,8 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
 def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
     ranks = config.parallel.model_ranks()
+    if ranks < 1 or config.train.global_batch % max(1, config.train.micro_batch):
+        return []  # said already, without any launch
     if world_size % ranks:
         return [
             f"{world_size} ranks do not divide into model copies of parallel.tensor x pipeline x context = "

@@ -42,11 +42,6 @@ class ParallelContext:
         return self.world_size // self.data_size
 
 
-def world_size() -> int:
-    """Ranks of this launch, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 @contextmanager
 def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Iterator[ParallelContext]:
     """Join the launch's process group and megatron-core's, and leave them at the end.

@@ -75,7 +75,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("phases.one.tokens=5", "phases.one: give steps or tokens, one of the two"),
         ("phases.one.weights={a: -1, b: 2}", "phases.one.weights: every weight must be a finite number >= 0"),
         ("phases.one.weights={a: 0, b: 0}", "phases.one.weights: all weights are 0"),
-        ("phases.one.weights=[1, 2]", "phases.one.weights"),
+        ("phases.one.weights=[1, 2]", "phases.one.weights=[1, 2]: weights name their sources"),
         ("phazes.one.steps=3", "phazes: unknown section; did you mean phases?"),
         ("data.seq_length=0", "data.seq_length=0 must be positive"),
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),

@@ -6,9 +6,11 @@ torchrun --nproc-per-node 2 tools/train.py examples/models/tiny.yaml MORE.yaml t
 from __future__ import annotations
 
 import argparse
+import os
 
 from megatron_r1 import config_io
 from megatron_r1.cli import user_errors
+from megatron_r1.data.sources import data_mistakes
 
 
 def main() -> None:
@@ -19,7 +21,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="print what would be trained, and exit")
     options = parser.parse_args()
     with user_errors():
-        config = config_io.load(options.config)
+        # torchrun says how many ranks there are; without it, one model copy is meant.
+        ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+        config = config_io.load(options.config, also=lambda config: data_mistakes(config, ranks))
         if options.check:
             from megatron_r1.recipes.plan import summary
 

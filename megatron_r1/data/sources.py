@@ -12,16 +12,21 @@ from megatron_r1.data.indexed import open_corpus
 from megatron_r1.records import Corpus
 
 
-def resolve_data(config: Config, ranks: int) -> tuple[list[Corpus], BlendPlan]:
+def resolve_data(config: Config) -> tuple[list[Corpus], BlendPlan]:
     """Open every dataset and lay the data plan. Raises ConfigError with every mistake."""
     corpora, mistakes = open_sources(config)
-    mistakes += config_io.check_world(config, ranks)
     if mistakes:
         raise config_io.ConfigError(mistakes)
     plan = build_plan(config, corpora)
     if mistakes := check_plan(config, plan):
         raise config_io.ConfigError(mistakes)
     return corpora, plan
+
+
+def data_mistakes(config: Config, ranks: int | None = None) -> list[str]:
+    """What is wrong with the datasets, or with training on `ranks` ranks (default: one model copy)."""
+    ranks = config.parallel.model_ranks() if ranks is None else ranks
+    return open_sources(config)[1] + config_io.check_world(config, ranks)
 
 
 def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
@@ -37,7 +42,7 @@ def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
             mistakes.append(f"{path}: {error}")
             continue
         corpora.append(corpus)
-        if corpus.windows(config.data.seq_length) == 0:
+        if corpus.tokens <= config.data.seq_length:
             mistakes.append(
                 f"{path}: {corpus.tokens} tokens are less than one window of data.seq_length="
                 f"{config.data.seq_length}"
@@ -63,13 +68,13 @@ def _tokenizer_mistakes(
         return []
     out = []
     made_with = json.loads(sidecar.read_text())
-    if made_with["vocab_size"] > vocab_size:
+    if made_with["vocab_size"] > vocab_size and corpus.tokenizer_hash not in hashes.values():
         out.append(
             f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} "
             f"fewer; set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
         )
     other = next((name for name, digest in hashes.items() if digest != corpus.tokenizer_hash), None)
-    hashes.setdefault(path, corpus.tokenizer_hash)
+    hashes[path] = corpus.tokenizer_hash
     if other is not None:
         out.append(
             f"{path}: made with tokenizer {corpus.tokenizer_hash[:12]}, {other} with {hashes[other][:12]}; "

@@ -7,13 +7,12 @@ from megatron_r1.config import Config
 from megatron_r1.data.sources import resolve_data
 
 
-def summary(config: Config, ranks: int | None = None) -> str:
+def summary(config: Config) -> str:
     """The resolved configuration, tokens per step, and per phase the weight and epochs of each source.
 
-    `ranks` defaults to one model copy. Raises ConfigError with every mistake.
+    Raises ConfigError with every mistake in the datasets.
     """
-    ranks = config.parallel.model_ranks() if ranks is None else ranks
-    corpora, plan = resolve_data(config, ranks)
+    corpora, plan = resolve_data(config)
     lines = [
         config_io.dump(config).rstrip(),
         "",

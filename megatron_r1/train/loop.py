@@ -17,7 +17,7 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.sources import resolve_data
 from megatron_r1.optimizer import set_schedule
-from megatron_r1.parallel import ParallelContext, process_groups, world_size
+from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Corpus, TrainState
 from megatron_r1.run_dir import RunDir, write_text
@@ -34,7 +34,7 @@ def train(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit
     the launch, the datasets, or the past of the run.
     """
-    corpora, plan = resolve_data(config, world_size())
+    corpora, plan = resolve_data(config)
     if _finished(config, plan):
         return
     exit_when_orphaned()
