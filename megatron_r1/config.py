@@ -223,9 +223,9 @@ class Config:
         return -(-phase.tokens // self.tokens_per_step())
 
     def phase_weights(self, name: str) -> dict[str, float]:
-        """Source -> weight of a phase, zeros left out."""
+        """Every source -> its weight in a phase; 0 for sources that the phase leaves out."""
         weights = self.phases[name].weights
         if weights == "uniform":
             return dict.fromkeys(self.data.sources, 1.0)
         assert isinstance(weights, dict)
-        return {source: weight for source, weight in weights.items() if weight > 0}
+        return {source: weights.get(source, 0.0) for source in self.data.sources}

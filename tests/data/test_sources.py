@@ -9,13 +9,21 @@ import pytest
 
 from megatron_r1 import config_io
 from megatron_r1.config_io import ConfigError
+from megatron_r1.data.indexed import IndexedDataset
 from megatron_r1.data.sources import data_mistakes, resolve_data
 from tests.launch import TINY_MODEL, write_corpus
 
 
 def sidecar(prefix: Path, fingerprint: str, vocab_size: int) -> None:
     """What tools/preprocess_data.py leaves beside a pair."""
-    made_with = {"tokenizer_fingerprint": fingerprint, "vocab_size": vocab_size}
+    dataset = IndexedDataset(prefix)
+    made_with = {
+        "tokenizer_fingerprint": fingerprint,
+        "vocab_size": vocab_size,
+        "documents": dataset.num_documents,
+        "tokens": len(dataset.tokens),
+        "dtype": dataset.dtype.name,
+    }
     Path(f"{prefix}.json").write_text(json.dumps(made_with))
 
 
