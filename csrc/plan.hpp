@@ -45,6 +45,7 @@ struct SourcePhase {
 class Plan {
  public:
   static constexpr u64 MAX_SAMPLE = u64{1} << 62;
+  static constexpr std::size_t RUN = 4096;
 
   // `source_key`: the seed of each source's permutations.
   Plan(bool megatron, bool shuffle, std::vector<u64> source_key)
@@ -84,13 +85,14 @@ class Plan {
   template <class Sample, class Write>
   void locate_each(std::size_t size, Sample sample, Write write) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    u64 last = 0;
-    for (std::size_t n = 0; n < size; ++n) last = std::max<u64>(last, sample(n));
-    if (size) require(last);
     if (megatron_) {
       locate_replayed(size, sample, write);
       return;
     }
+    if (size == 0) return;
+    u64 last = 0;
+    for (std::size_t n = 0; n < size; ++n) last = std::max<u64>(last, sample(n));
+    require(last);
     const Segment* segment = segments_.back().get();
     for (std::size_t n = 0; n < size; ++n) {
       const u64 i = sample(n);
@@ -278,7 +280,7 @@ class Plan {
     while (!ended_) {
       Segment& last = *segments_.back();
       if (megatron_ && last.end == NEVER && i >= last.start) {
-        last.greedy->extend(i - last.start + 1);
+        last.greedy->reach(i - last.start);
         last.end = end_of(last);
       }
       if (i < last.end) return;
@@ -291,9 +293,13 @@ class Plan {
     open(last.end, counts_in(last, last.end), false);
   }
 
-  void require(u64 i) {
+  void require_start(u64 i) const {
     if (phases_.empty()) throw std::out_of_range("the plan has no phase: add_phase(0, weights) first");
     if (i >= MAX_SAMPLE) throw std::out_of_range("sample " + std::to_string(i) + " is not below 2^62");
+  }
+
+  void require(u64 i) {
+    require_start(i);
     cover(i);
     if (ended_ && i >= end_) {
       const std::string end = std::to_string(end_);
@@ -328,26 +334,33 @@ class Plan {
     return **(after - 1);
   }
 
-  // Megatron's order is replayed, so the questions are asked in ascending order whatever order they come in.
+  // Megatron's order is replayed, so the questions are asked in ascending order whatever order they come in,
+  // and runs of consecutive samples as one.
   template <class Sample, class Write>
   void locate_replayed(std::size_t size, Sample sample, Write write) {
     std::vector<std::size_t> order(size);
     std::iota(order.begin(), order.end(), std::size_t{0});
     const auto earlier = [&sample](std::size_t a, std::size_t b) { return sample(a) < sample(b); };
     if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
-    u64 before = NEVER;
-    Draw answer{};
-    for (const std::size_t n : order) {
-      const u64 i = sample(n);
-      if (i != before) {  // Asked twice, it would be replayed twice.
-        Segment& segment = segment_of(i);
-        i32 pick;
-        u64 draw;
-        segment.greedy->locate(i - segment.start, 1, &pick, &draw);
-        answer = resolve(segment.leaves[pick], draw);
-        before = i;
+    std::vector<i32> pick(std::min(size, RUN));
+    std::vector<u64> draw(pick.size());
+    for (std::size_t n = 0; n < size;) {
+      const u64 first = sample(order[n]);
+      u64 steps = 1;
+      for (std::size_t next = n + 1; next < size && sample(order[next]) <= first + steps; ++next) {
+        if (sample(order[next]) == first + steps && ++steps == RUN) break;
       }
-      write(n, answer);
+      require_start(first);
+      const Segment& segment = segment_of(first);
+      const u64 done = first < segment.end
+                     ? segment.greedy->locate(first - segment.start, std::min(steps, segment.end - first),
+                                               pick.data(), draw.data())
+                     : 0;
+      if (done == 0) require(first);  // Opens the segment that holds it; the next turn asks there.
+      for (; n < size && sample(order[n]) < first + done; ++n) {
+        const u64 at = sample(order[n]) - first;
+        write(order[n], resolve(segment.leaves[pick[at]], draw[at]));
+      }
     }
   }
 

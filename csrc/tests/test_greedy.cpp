@@ -1,0 +1,104 @@
+#include "../greedy.hpp"
+
+#include "../permute.hpp"
+#include "check.hpp"
+
+using namespace r1;
+
+namespace {
+
+// Megatron-core's loop, word for word.
+void megatron(const std::vector<double>& weights, std::vector<i32>& pick, std::vector<u64>& draw, u64 size) {
+  std::vector<i64> current(weights.size(), 0);
+  for (u64 i = 0; i < size; ++i) {
+    const double x = std::max(static_cast<double>(i), 1.0);
+    std::size_t best = 0;
+    double largest = weights[0] * x - static_cast<double>(current[0]);
+    for (std::size_t k = 1; k < weights.size(); ++k) {
+      const double error = weights[k] * x - static_cast<double>(current[k]);
+      if (error > largest) {
+        largest = error;
+        best = k;
+      }
+    }
+    pick.push_back(static_cast<i32>(best));
+    draw.push_back(static_cast<u64>(current[best]++));
+  }
+}
+
+void equals_megatron(const std::vector<double>& weights, u64 size) {
+  std::vector<i32> want;
+  std::vector<u64> want_draw;
+  megatron(weights, want, want_draw, size);
+  const i32 sources = static_cast<i32>(weights.size());
+  Greedy greedy(weights, std::vector<u64>(weights.size(), NEVER));
+  std::vector<i32> pick(size);
+  std::vector<u64> draw(size);
+  CHECK(greedy.locate(0, size, pick.data(), draw.data()) == size);
+  CHECK(greedy.end() == NEVER);
+  // One megabyte per 1e9 samples, and the start.
+  CHECK(static_cast<double>(greedy.bytes()) <= static_cast<double>(size) * 1e-3 + 8.0 * sources);
+  CHECK(pick == want);
+  CHECK(draw == want_draw);
+  for (int n = 0; n < 12; ++n) {  // At random, back and forth.
+    const u64 i = mix(static_cast<u64>(n)) % size;
+    i32 one;
+    u64 number;
+    greedy.locate(i, 1, &one, &number);
+    CHECK(one == want[i]);
+    CHECK(number == want_draw[i]);
+    CHECK(greedy.position(one, number) == i);
+    CHECK(greedy.count(one, i) == number);
+  }
+}
+
+void ends_at_the_first_budget(const std::vector<double>& weights, const std::vector<u64>& budget, u64 size) {
+  std::vector<i32> want;
+  std::vector<u64> want_draw;
+  megatron(weights, want, want_draw, size);
+  u64 end = NEVER;
+  for (u64 i = 0; i < size && end == NEVER; ++i) {
+    if (want_draw[i] + 1 == budget[want[i]]) end = i + 1;
+  }
+  Greedy greedy(weights, budget);
+  std::vector<i32> pick(size);
+  std::vector<u64> draw(size);
+  CHECK(greedy.locate(0, size, pick.data(), draw.data()) == end);
+  CHECK(greedy.end() == end);
+  CHECK(std::equal(pick.begin(), pick.begin() + static_cast<std::ptrdiff_t>(end), want.begin()));
+  CHECK(greedy.position(0, budget[0]) == NEVER);
+  Greedy other(weights, budget);
+  other.reach(end - 1);
+  other.reach(end + 5000);
+  CHECK(other.end() == end);
+}
+
+}  // namespace
+
+int main() {
+  equals_megatron({1.0}, 500);
+  equals_megatron({0.5, 0.5}, 10000);
+  equals_megatron({0.25, 0.25, 0.25, 0.25}, 10000);
+  equals_megatron({0.3, 0.3, 0.2, 0.1, 0.1}, 60000);
+  equals_megatron({30, 70}, 10000);
+  equals_megatron({0.2, 0.1}, 10000);
+  equals_megatron({1e-9, 0.4, 0.6 - 1e-9}, 30000);
+  for (const std::size_t sources : {3, 8, 14, 17, 40, 130, 700}) {
+    std::vector<double> weights;
+    double sum = 0;
+    for (std::size_t k = 0; k < sources; ++k) {
+      weights.push_back(1.0 + static_cast<double>(mix(k + sources) % 1000));
+      sum += weights.back();
+    }
+    for (double& weight : weights) weight /= sum;
+    equals_megatron(weights, sources > 100 ? 9000 : 130000);
+  }
+  ends_at_the_first_budget({0.5, 0.3, 0.2}, {NEVER, NEVER, 3000}, 40000);
+  ends_at_the_first_budget({0.5, 0.3, 0.2}, {20000, 7000, 4000}, 70000);
+  ends_at_the_first_budget({0.5, 0.5}, {1, NEVER}, 10);
+  ends_at_the_first_budget({0.7, 0.2, 0.1}, {1025, 300, 2000}, 9000);
+  // A source that the rule never draws is not waited for.
+  Greedy starved({30, 70}, {NEVER, NEVER});
+  CHECK(starved.position(0, 5) == NEVER);
+  return failures;
+}

@@ -1,0 +1,139 @@
+"""Batches against plain slicing of the token streams."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.loader import BatchLoader
+from megatron_r1.records import Corpus
+
+S = 16
+EOD = 0
+STREAMS = {
+    "web": np.random.default_rng(0).integers(0, 65536, 1003).astype(np.uint16),
+    "code": np.random.default_rng(1).integers(0, 128256, 500).astype(np.int32),
+    "math": np.random.default_rng(2).integers(0, 9, 333).astype(np.uint16),
+}
+
+
+def corpus(folder: Path, name: str, tokens: int | None = None) -> Corpus:
+    stream = STREAMS[name]
+    stream.tofile(folder / f"{name}.bin")
+    return Corpus(name, folder / name, 3, tokens or len(stream), stream.dtype.name, None)
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> list[Corpus]:
+    return [corpus(tmp_path, name) for name in STREAMS]
+
+
+@pytest.fixture
+def plan(corpora: list[Corpus]) -> BlendPlan:
+    made = BlendPlan({c.name: c.windows(S) for c in corpora})
+    made.add_phase(0, {"web": 3, "code": 2, "math": 2})
+    return made
+
+
+def test_rows_are_the_plans_windows(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    sample_N = np.array([5, 0, 400, 17, 5])
+    batch = BatchLoader(plan, corpora, S).batch(sample_N)
+    names = list(plan.sources)
+    for row, sample in enumerate(sample_N):
+        source, _, window = plan.locate(int(sample))
+        want = STREAMS[names[source]][window * S : window * S + S + 1].astype(np.int64)
+        assert batch.tokens_BS[row].tolist() == want[:-1].tolist()
+        assert batch.labels_BS[row].tolist() == want[1:].tolist()
+        assert batch.source_B[row] == source
+    assert batch.tokens_BS.dtype == batch.labels_BS.dtype == batch.position_BS.dtype == torch.int64
+    assert torch.equal(batch.loss_mask_BS, torch.ones(5, S))
+    assert torch.equal(batch.position_BS, torch.arange(S).expand(5, S))
+    assert batch.segment_BS is None
+
+
+def test_an_epoch_shows_every_label_once(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S)
+    batch = loader.batch(np.array([plan.position("math", j) for j in range(plan.sources["math"])]))
+    windows = plan.sources["math"]
+    shown = np.sort(batch.labels_BS.numpy().ravel())
+    assert np.array_equal(shown, np.sort(STREAMS["math"][1 : windows * S + 1].astype(np.int64)))
+
+
+def test_ranks_together_see_what_one_rank_sees(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S)
+    whole = loader.batch(np.arange(96)).tokens_BS
+    for ranks in (2, 3, 8):
+        parts = [loader.batch(np.arange(rank, 96, ranks)).tokens_BS for rank in range(ranks)]
+        assert torch.equal(torch.stack(parts, 1).reshape(96, S), whole)
+
+
+def test_end_of_document_makes_segments(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    batch = BatchLoader(plan, corpora, S, eod=EOD).batch(np.arange(200))
+    assert batch.segment_BS is not None and batch.segment_BS.dtype == torch.int32
+    for tokens, segment, position in zip(
+        batch.tokens_BS.tolist(), batch.segment_BS.tolist(), batch.position_BS.tolist(), strict=True
+    ):
+        document = start = 0
+        for s, token in enumerate(tokens):
+            assert (segment[s], position[s]) == (document, s - start)
+            if token == EOD:
+                document, start = document + 1, s + 1
+    assert batch.segment_BS.max() > 2
+
+
+def test_whole_windows_of_a_source(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S)
+    last = plan.sources["code"] - 1
+    tokens = loader.window_tokens("code", np.array([last, 0]))
+    assert tokens.tolist() == [STREAMS["code"][w * S : w * S + S + 1].tolist() for w in (last, 0)]
+    with pytest.raises(IndexError, match=f"window {last + 1} of source 1, which has {last + 1} windows"):
+        loader.window_tokens("code", np.array([last + 1]))
+    with pytest.raises(ValueError, match="no source is named 'cod'"):
+        loader.window_tokens("cod", np.array([0]))
+
+
+def test_read_ahead_changes_nothing(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S)
+    before = loader.batch(np.arange(64)).tokens_BS
+    loader.read_ahead(np.arange(256))
+    assert torch.equal(loader.batch(np.arange(64)).tokens_BS, before)
+    assert loader.batch(np.arange(0)).tokens_BS.shape == (0, S)
+
+
+def test_a_stream_shorter_than_declared_is_refused_at_open(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    path = Path(f"{corpora[0].prefix}.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"web.bin holds 2005 bytes, but 1003 tokens of 2 bytes .* truncated"
+    ):
+        BatchLoader(plan, corpora, S)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 0 bytes"):
+        BatchLoader(plan, corpora, S)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"web.bin"):
+        BatchLoader(plan, corpora, S)
+
+
+def test_a_head_of_a_stream_is_a_corpus(tmp_path: Path) -> None:
+    head = corpus(tmp_path, "web", tokens=100)
+    plan = BlendPlan({"web": head.windows(S)})
+    plan.add_phase(0, [1])
+    loader = BatchLoader(plan, [head], S)
+    assert plan.sources == {"web": 6}
+    with pytest.raises(IndexError, match="has 6 windows"):
+        loader.window_tokens("web", np.array([6]))
+
+
+def test_plan_and_corpora_must_agree(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    with pytest.raises(ValueError, match=r"at seq_length=17 .* 'web' has 58 windows where the plan has 62"):
+        BatchLoader(plan, corpora, 17)
+    with pytest.raises(ValueError, match=r"corpora are \['code', 'web'\], but the plan's sources are"):
+        BatchLoader(plan, corpora[:2], S)
+    with pytest.raises(ValueError, match="seq_length=0"):
+        BatchLoader(plan, corpora, 0)
+    # The order of the corpora does not matter: they go by name.
+    one = BatchLoader(plan, corpora[::-1], S).batch(np.arange(9)).tokens_BS
+    assert torch.equal(one, BatchLoader(plan, corpora, S).batch(np.arange(9)).tokens_BS)
