@@ -31,7 +31,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
+        # megatron-core 0.19 passes it for graph capture of the optimizer, which nothing here asks for.
+        assert not capturable
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         super().__init__(params, defaults)
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
