@@ -167,8 +167,8 @@ class InfluenceConfig:
     """Checkpoints to score, by step; empty: every checkpoint of the run."""
     micro_batch: int = 8
     """Sequences per forward pass."""
-    curvature: Literal["identity", "adam"] = "identity"
-    """H of Eq. 2, applied once to each direction: none, or Adam's second moment."""
+    curvature: Literal["identity"] = "identity"
+    """H of Eq. 2, whose inverse is applied once to each direction."""
     seed: int = 1234
     """Of the choice of windows."""
 
@@ -185,8 +185,9 @@ class MixConfig:
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
     capability_weight: dict[str, float] = field(default_factory=dict)
     """Weight of each capability in the sum; empty: equal."""
-    scale: Literal["raw", "cosine", "zscore"] = "raw"
-    """Of a capability's scores before they are summed; raw is the paper's."""
+    scale: Literal["raw", "zscore"] = "raw"
+    """Of a capability's scores before they are summed: raw is the paper's; zscore lets no capability's
+    scale swallow another's, and measures sources against their average."""
     floor: float = 0.0
     """Least weight of any source."""
     cap: float = 1.0

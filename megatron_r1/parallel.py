@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_r1 import backend
 from megatron_r1.config import ParallelConfig
+from megatron_r1.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,23 @@ def current() -> ParallelContext:
         data_rank=ps.get_data_parallel_rank(),
         data_size=ps.get_data_parallel_world_size(),
     )
+
+
+@contextmanager
+def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
+    """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in the first rank
+    where another launch has it."""
+    lock = RunLock(directory)
+    if context.rank == 0:
+        lock.take(share=True)
+    dist.barrier()
+    if context.rank != 0:
+        lock.join()
+    try:
+        yield
+        dist.barrier()
+    finally:
+        lock.release()
 
 
 def broadcast_object(value: object, source: int = 0) -> object:

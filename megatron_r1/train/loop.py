@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.config import Config
@@ -17,11 +13,11 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.sources import resolve_data
 from megatron_r1.optimizer import set_schedule
-from megatron_r1.parallel import ParallelContext, process_groups
+from megatron_r1.parallel import ParallelContext, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Corpus, TrainState
 from megatron_r1.run_dir import RunDir, write_text
-from megatron_r1.run_lock import RunLock, exit_when_orphaned
+from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.train.batches import ProbeSet, micro_batches
 from megatron_r1.train.metrics import MetricsLog
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
@@ -38,7 +34,8 @@ def train(config: Config) -> None:
     if _finished(config, plan):
         return
     exit_when_orphaned()
-    with process_groups(config.parallel) as context, _locked(RunDir(Path(config.train.run)), context) as run:
+    run = RunDir(Path(config.train.run))
+    with process_groups(config.parallel) as context, holding(run.root, context):
         Trainer(config, corpora, plan, context, run).train()
 
 
@@ -53,21 +50,6 @@ def _finished(config: Config, plan: BlendPlan) -> bool:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{config.train.run}: finished before, at {saved[-1].path}", flush=True)
     return True
-
-
-@contextmanager
-def _locked(run: RunDir, context: ParallelContext) -> Iterator[RunDir]:
-    lock = RunLock(run.root)
-    if context.rank == 0:
-        lock.take(share=True)
-    dist.barrier()
-    if context.rank != 0:
-        lock.join()
-    try:
-        yield run
-        dist.barrier()
-    finally:
-        lock.release()
 
 
 class Trainer:

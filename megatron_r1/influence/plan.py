@@ -1,0 +1,185 @@
+"""What there is to score: checkpoints x sources, their inputs' hashes, and how much is done. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.config import Config, InfluenceConfig
+from megatron_r1.config_io import ConfigError
+from megatron_r1.data.indexed import open_corpus, with_suffix
+from megatron_r1.data.sources import open_sources
+from megatron_r1.influence import store
+from megatron_r1.influence.windows import choose
+from megatron_r1.records import Corpus
+from megatron_r1.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source at one checkpoint."""
+
+    step: int
+    corpus: Corpus
+    window_N: np.ndarray
+    directory: Path
+    inputs: dict[str, Any]
+    """The manifest."""
+
+    def left(self) -> int:
+        return len(self.window_N) - store.rows_written(self.directory)
+
+
+@dataclass(frozen=True)
+class Work:
+    influence: InfluenceConfig
+    sources: list[Corpus]
+    probes: list[Corpus]
+    """Probing sets, one a capability, in order."""
+    steps: list[int]
+
+    def examples(self, config: Config) -> int:
+        """Windows to score at each checkpoint."""
+        return sum(min(self.influence.examples, c.windows(config.data.seq_length)) for c in self.sources)
+
+    def probe_windows(self, config: Config) -> int:
+        most = self.influence.probe_examples
+        windows = [c.windows(config.data.seq_length) for c in self.probes]
+        return sum(w if most is None else min(w, most) for w in windows)
+
+    def summary(self, config: Config) -> str:
+        """One line: how much there is, in examples and tokens."""
+        examples, probes = self.examples(config), self.probe_windows(config)
+        k, seq = len(self.steps), config.data.seq_length
+        return (
+            f"{len(self.sources)} sources x up to {self.influence.examples} examples x {k} checkpoints = "
+            f"{examples * k:,} examples, {examples * k * seq:,} tokens; "
+            f"{len(self.probes)} directions from {probes} probing windows each checkpoint, "
+            f"{probes * k * seq:,} tokens"
+        )
+
+    def parts(self, config: Config, step: int, weights: str) -> list[Part]:
+        """Every source at one checkpoint. `weights`: the checkpoint's hash."""
+        directions = {c.name: _data_hash(c.prefix) for c in self.probes}
+        out = []
+        for position, corpus in enumerate(self.sources):
+            inputs = {
+                "format": store.FORMAT,
+                "step": step,
+                "source": corpus.name,
+                "position": position,
+                "capabilities": [c.name for c in self.probes],
+                "weights": weights,
+                "data": {"hash": _data_hash(corpus.prefix), "documents": corpus.documents},
+                "directions": directions,
+                "influence": {
+                    name: getattr(self.influence, name)
+                    for name in ("examples", "probe_examples", "curvature", "seed")
+                },
+                "seq_length": config.data.seq_length,
+                "precision": config.train.precision,
+            }
+            window_N = choose(corpus, config.data.seq_length, self.influence.examples, self.influence.seed)
+            directory = store.directory_of(Path(config.train.run), step, corpus.name)
+            out.append(Part(step, corpus, window_N, directory, inputs))
+        return out
+
+
+_hashes: dict[Path, str] = {}
+
+
+def _data_hash(prefix: Path) -> str:
+    """Of a pair; each is read once a launch."""
+    if prefix not in _hashes:
+        _hashes[prefix] = store.fingerprint_of([with_suffix(prefix, s) for s in (".bin", ".idx")])
+    return _hashes[prefix]
+
+
+def lay_plan(config: Config) -> Work:
+    """Open every dataset and find the checkpoints. Raises ConfigError with every mistake."""
+    work, mistakes = _open(config)
+    if work is None or mistakes:
+        raise ConfigError(mistakes)
+    return work
+
+
+def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
+    """What is wrong with scoring this on `ranks` ranks (default: one model copy)."""
+    ranks = config.parallel.model_ranks() if ranks is None else ranks
+    mistakes = _open(config)[1]
+    copy = config.parallel.tensor * config.parallel.pipeline
+    if copy > 0 and ranks % copy and config.parallel.context == 1:
+        mistakes.append(
+            f"{ranks} ranks do not divide into model copies of {copy} ranks (parallel.tensor x pipeline); "
+            f"launch a multiple of {copy}"
+        )
+    return mistakes
+
+
+def _open(config: Config) -> tuple[Work | None, list[str]]:
+    influence = config.influence
+    if influence is None:
+        return None, ["influence: missing section; add a file that has it (see examples/quickstart)"]
+    sources, mistakes = open_sources(config)
+    mistakes += _check(influence, config)
+    probes = []
+    for name, prefix in influence.directions.items():
+        try:
+            probe = open_corpus(name, prefix)
+        except (OSError, ValueError) as error:
+            mistakes.append(f"influence.directions.{name}: {error}")
+            continue
+        probes.append(probe)
+        mistakes += _check_probe(probe, sources, config.data.seq_length)
+    mistakes += [
+        f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
+        for name in config.data.sources
+        if "/" in name or name.startswith(".")
+    ]
+    available = _available_steps(Path(config.train.run))
+    if not available:
+        mistakes.append(f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)")
+    elif absent := sorted(set(influence.steps) - set(available)):
+        mistakes.append(f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}")
+    return Work(influence, sources, probes, sorted(set(influence.steps)) or available), mistakes
+
+
+def _check(influence: InfluenceConfig, config: Config) -> list[str]:
+    out = []
+    if not influence.directions:
+        out.append("influence.directions: empty; name a probing set for at least one capability")
+    for name in ("examples", "probe_examples", "micro_batch"):
+        value = getattr(influence, name)
+        if value is not None and value < 1:
+            out.append(f"influence.{name}={value} must be positive")
+    if config.parallel.context > 1:
+        out.append(
+            f"parallel.context={config.parallel.context}: scores are not computed under context parallelism; "
+            f"set parallel.context=1, any layout reads the run's checkpoints"
+        )
+    return out
+
+
+def _check_probe(probe: Corpus, sources: Sequence[Corpus], seq_length: int) -> list[str]:
+    path = f"influence.directions.{probe.name}"
+    out = []
+    if probe.tokens <= seq_length:
+        out.append(
+            f"{path}: {probe.tokens} tokens are less than one window of data.seq_length={seq_length}; "
+            f"set more documents aside"
+        )
+    for corpus in sources:
+        known = probe.tokenizer_hash is not None and corpus.tokenizer_hash is not None
+        if known and probe.tokenizer_hash != corpus.tokenizer_hash:
+            out.append(f"{path}: made with another tokenizer than data.sources.{corpus.name}")
+            break
+    return out
+
+
+def _available_steps(run: Path) -> list[int]:
+    """Checkpoints by their directories' names; whether they are whole is asked when they are read."""
+    return sorted(int(p.name.removeprefix("step_")) for p in RunDir(run).checkpoints.glob("step_[0-9]*"))

@@ -1,0 +1,212 @@
+"""Scores on disk: RUN/influence/step_N/SOURCE/, plain NumPy files that any program can map. No torch.
+
+    scores.npy     float32 [N, C]   score of each example for each capability
+    losses.npy     float32 [N]      mean label loss of each example, nats
+    tokens.npy     int32 [N]        labels of each example, s(x) of Eq. 5
+    examples.npy   int64 [N]        window number within the source, ascending
+    written.npy    bool [N]         rows that hold results; the others are 0
+    manifest.json  what the scores were computed from: format, capabilities, hashes of inputs
+
+The directory appears whole, by a rename. Rows are flushed to disk before their flags in written.npy are,
+so that a flag never promises what is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.records import ScoreTable
+from megatron_r1.run_dir import RunDir, sync, write_text
+
+FORMAT = 1
+_WHOLE = 1 << 26
+_SAMPLES, _SAMPLE = 1024, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file's size and contents; of a file above 64 MiB, of 1024 even samples of 64 KiB.
+
+    Retrained weights differ in every sample; a corpus that was edited in one place differs in its index.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for sample in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def fingerprint_of(files: list[Path]) -> str:
+    """One hash of several files and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.name} {fingerprint(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def directory_of(run: Path, step: int, source: str) -> Path:
+    return RunDir(run).influence / f"step_{step:08d}" / source
+
+
+def check_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what changed, where `directory` holds scores of other inputs."""
+    manifest = directory / "manifest.json"
+    if not manifest.is_file():
+        return
+    theirs, ours = _flat(json.loads(manifest.read_text())), _flat(inputs)
+    changed = [
+        f"{key} ({theirs.get(key, 'nothing')!s:.20} there, {ours.get(key, 'nothing')!s:.20} here)"
+        for key in dict.fromkeys([*ours, *theirs])
+        if theirs.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{directory} holds scores of other inputs: {', '.join(changed)}. Restore these, or remove "
+            f"{directory.parent.parent} to score again, or use another train.run"
+        )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {k: v for key, leaf in tree.items() for k, v in _flat(leaf, f"{path}.{key}".lstrip(".")).items()}
+
+
+class ScoreStore:
+    """The scores of one source at one checkpoint, while they are written. One process writes."""
+
+    def __init__(
+        self, directory: Path, inputs: Mapping[str, Any], example_N: np.ndarray, length_N: np.ndarray
+    ):
+        """Open `directory`, or lay it out for these examples.
+
+        `inputs` become the manifest. Raises ValueError where the directory holds scores of others.
+        """
+        check_inputs(directory, inputs)
+        if not directory.exists():
+            _lay_out(directory, inputs, example_N, length_N)
+        self.directory = directory
+        self._scores = np.load(directory / "scores.npy", mmap_mode="r+")
+        self._losses = np.load(directory / "losses.npy", mmap_mode="r+")
+        self._written = np.load(directory / "written.npy", mmap_mode="r+")
+
+    def missing(self, first: int, last: int) -> bool:
+        """Whether any of the rows [first, last) is still to be computed."""
+        return not bool(self._written[first:last].all())
+
+    def write(self, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+        """Fill the rows from `first` on; those already there stay as they are."""
+        rows = np.arange(first, first + len(score_NC))
+        new = ~np.asarray(self._written[rows])
+        self._scores[rows[new]] = score_NC[new]
+        self._losses[rows[new]] = loss_N[new]
+        self._scores.flush()
+        self._losses.flush()
+        self._written[rows] = True
+        self._written.flush()
+
+
+def _lay_out(directory: Path, inputs: Mapping[str, Any], example_N: np.ndarray, length_N: np.ndarray) -> None:
+    n, c = len(example_N), len(inputs["capabilities"])
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    arrays: dict[str, np.ndarray] = {
+        "scores": np.zeros((n, c), np.float32),
+        "losses": np.zeros(n, np.float32),
+        "tokens": length_N.astype(np.int32),
+        "examples": example_N.astype(np.int64),
+        "written": np.zeros(n, bool),
+    }
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+    write_text(temporary / "manifest.json", json.dumps(inputs, indent=1, ensure_ascii=False) + "\n")
+    for path in temporary.iterdir():
+        sync(path)
+    os.rename(temporary, directory)
+    sync(directory.parent)
+
+
+def rows_written(directory: Path) -> int:
+    """Examples that have their scores; 0 where nothing is."""
+    path = directory / "written.npy"
+    return int(np.load(path, mmap_mode="r").sum()) if path.is_file() else 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A complete directory of scores."""
+
+    directory: Path
+    step: int
+    manifest: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray:
+        loaded: np.ndarray = np.load(self.directory / f"{name}.npy")
+        return loaded
+
+
+def scored(run: Path) -> dict[str, list[Scored]]:
+    """Source -> its complete checkpoints in training order; sources in the order of the configuration.
+
+    Only checkpoints at which every scored source is complete.
+    """
+    by_step: dict[int, list[Scored]] = {}
+    for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{path} has format {manifest['format']}, where {FORMAT} is known; score again")
+        by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
+    sources = {s.manifest["source"]: s.manifest["position"] for found in by_step.values() for s in found}
+    whole = [
+        found
+        for found in by_step.values()
+        if len(found) == len(sources) and all(np.load(s.directory / "written.npy").all() for s in found)
+    ]
+    return {
+        name: [s for found in whole for s in found if s.manifest["source"] == name]
+        for name in sorted(sources, key=lambda name: (sources[name], name))
+        if whole
+    }
+
+
+def read_scores(run: Path) -> list[ScoreTable]:
+    """The scores of every source, in the order of the configuration; empty where none are complete.
+
+    Raises ValueError where checkpoints were scored for different capabilities or examples.
+    """
+    tables = []
+    for source, found in scored(run).items():
+        first = found[0]
+        example_N, length_N = first.array("examples"), first.array("tokens")
+        for other in found[1:]:
+            same = other.manifest["capabilities"] == first.manifest["capabilities"]
+            if not same or not np.array_equal(other.array("examples"), example_N):
+                raise ValueError(
+                    f"{other.directory} holds other capabilities or examples than {first.directory}; "
+                    f"remove one of the two checkpoints and score again"
+                )
+        tables.append(
+            ScoreTable(
+                source=source,
+                capabilities=tuple(first.manifest["capabilities"]),
+                steps=tuple(s.step for s in found),
+                example_N=example_N,
+                length_N=length_N,
+                score_NCK=np.stack([s.array("scores") for s in found], axis=2),
+            )
+        )
+    return tables

@@ -1,0 +1,37 @@
+"""Score examples of every source against capability directions at checkpoints of a run, or what is left.
+
+torchrun --nproc-per-node 2 tools/compute_influence.py MODEL.yaml RUN.yaml INFLUENCE.yaml influence.examples=9
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron_r1 import config_io
+from megatron_r1.cli import user_errors
+from megatron_r1.influence.plan import influence_mistakes, lay_plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
+    parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
+    options = parser.parse_intermixed_args()
+    with user_errors():
+        # torchrun says how many ranks there are; without it, one model copy is meant.
+        ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+        config = config_io.load(options.config, also=lambda config: influence_mistakes(config, ranks))
+        if options.check:
+            work = lay_plan(config)
+            print(f"{config_io.dump(config)}\nsteps {work.steps}: {work.summary(config)}")
+        else:
+            from megatron_r1.influence.score import compute_influence
+
+            compute_influence(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Turn influence scores into the source weights of a phase: prints a table, writes YAML for tools/train.py.
+
+python tools/make_mix.py MODEL.yaml RUN.yaml INFLUENCE.yaml mix.phase=second --output runs/x/mix.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_r1 import config_io
+from megatron_r1.cli import user_errors
+from megatron_r1.influence.mixture import make_mixture, table, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: RUN/mix.yaml")
+    parser.add_argument("--check", action="store_true", help="print the table, write nothing")
+    options = parser.parse_intermixed_args()
+    with user_errors():
+        config = config_io.load(options.config)
+        mixture, used = make_mixture(config)
+        print(table(mixture))
+        if not options.check:
+            assert config.mix is not None
+            output = options.output or Path(config.train.run) / "mix.yaml"
+            write(mixture, used, config.mix, output)
+            print(f"wrote {output} and {output.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()
