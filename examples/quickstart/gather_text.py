@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.cli import user_errors
-from megatron_r1.data.indexed import replacing, sha256_file, write_json
+from megatron_r1.run_dir import replacing, sha256, write_json
 
 Document = tuple[str, str]
 """Text and origin."""
@@ -297,7 +297,7 @@ def gather(name: str, path: Path, max_bytes: int) -> dict[str, Any]:
         "documents": documents,
         "text_bytes": size,
         "duplicates_dropped": found - len(by_hash),
-        "sha256": sha256_file(path),
+        "sha256": sha256(path),
     }
 
 
@@ -324,7 +324,7 @@ def gather_all(output_dir: Path, names: list[str], megabytes: float) -> dict[str
     wanted = request(names, megabytes)
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        whole = all(sha256_file(output_dir / f"{n}.jsonl") == manifest["found"][n]["sha256"] for n in names)
+        whole = all(sha256(output_dir / f"{n}.jsonl") == manifest["found"][n]["sha256"] for n in names)
         if manifest["request"] == wanted and whole:
             print("already done", file=sys.stderr)
             return manifest

@@ -29,11 +29,9 @@ from megatron_r1.data.indexed import (
     IndexedWriter,
     open_corpus,
     read_sidecar,
-    replacing,
-    sha256_file,
     with_suffix,
-    write_json,
 )
+from megatron_r1.run_dir import sha256, write_json, write_text
 
 FORMAT = 1
 SETS = ("probe", "heldout")
@@ -116,10 +114,9 @@ def curate_probes(
         for name in SETS:
             prefix = output_dir / f"{name}_{capability}"
             _write_set(prefix, capability, [stretches[m][name] for m in members], members, opened[0])
-            files[f"{prefix.name}.bin"] = sha256_file(with_suffix(prefix, ".bin"))
-    with replacing(output_dir / "split.yaml") as stream:
-        stream.write(_split(opened, capabilities, output_dir).encode())
-    files["split.yaml"] = sha256_file(output_dir / "split.yaml")
+            files[f"{prefix.name}.bin"] = sha256(with_suffix(prefix, ".bin"))
+    write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
+    files["split.yaml"] = sha256(output_dir / "split.yaml")
     manifest = {"request": request, "sources": report, "files": files}
     write_json(manifest_path, manifest)
     return manifest
@@ -160,7 +157,7 @@ def _identity(prefix: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first")
     return {
         "prefix": str(prefix),
-        "idx_sha256": sha256_file(with_suffix(prefix, ".idx")),
+        "idx_sha256": sha256(with_suffix(prefix, ".idx")),
         "bin_bytes": with_suffix(prefix, ".bin").stat().st_size,
         "bin_sha256": sidecar.get("bin_sha256"),
         "tokenizer_fingerprint": sidecar.get("tokenizer_fingerprint"),
@@ -171,7 +168,7 @@ def _finished(manifest_path: Path, request: dict[str, Any]) -> dict[str, Any] | 
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         same = manifest["request"] == request and all(
-            sha256_file(manifest_path.parent / name) == digest for name, digest in manifest["files"].items()
+            sha256(manifest_path.parent / name) == digest for name, digest in manifest["files"].items()
         )
         return manifest if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -19,20 +19,19 @@ made elsewhere may hold several sequences a document, and is read all the same.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_r1.records import Corpus
+from megatron_r1.run_dir import naming, open_alone, replacing
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -47,6 +46,7 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 _CHECKED_AT_ONCE = 1 << 22
+_WRITTEN_AT_ONCE = 1 << 15
 _REDO = "make the pair again with tools/preprocess_data.py, or copy it again from where it is whole"
 
 
@@ -58,63 +58,6 @@ def best_dtype(vocab_size: int) -> np.dtype[Any]:
 def with_suffix(prefix: str | Path, suffix: str) -> Path:
     """PREFIX + suffix; a dot within the prefix is part of its name."""
     return Path(f"{prefix}{suffix}")
-
-
-def open_alone(path: Path, waiting: Callable[[], None] = lambda: None) -> IO[bytes]:
-    """Open an empty file to write, once no other process has it so; `waiting` is called before a wait.
-
-    A process that is killed, or whose parent was and that still runs, thus never shares a file with its
-    successor. The lock ends with the stream. File systems without locks do without.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        stream = open(path, "ab", buffering=1 << 20)  # noqa: SIM115
-        try:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                stream.close()
-                raise
-        # By the time of the lock its holder may have renamed or removed the file: then the name is free.
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
-                stream.truncate(0)
-                return stream
-        stream.close()
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name only when the block ends well; on any error nothing is left."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    stream = open_alone(partial)
-    try:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            stream.close()
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON, atomically."""
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class IndexedDataset:
@@ -315,10 +258,8 @@ class IndexedWriter:
             )
         assert int(lengths.sum()) == tokens.size
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
-        try:
+        with naming(self._partial):
             self._stream.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._partial)) from None
         self._hash.update(data)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens += tokens.size
@@ -328,17 +269,15 @@ class IndexedWriter:
         assert not self._done
         idx = with_suffix(self.prefix, ".idx")
         try:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            lengths = np.asarray(self._lengths, dtype=np.int32)
-            pointers = np.zeros(len(lengths), dtype=np.int64)
-            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-            pointers *= self.dtype.itemsize
+            with naming(self._partial):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
             with replacing(idx) as stream:
-                stream.write(HEADER + struct.pack("<QBQQ", 1, self._code, len(lengths), len(lengths) + 1))
-                stream.write(lengths.astype("<i4", copy=False).data)
-                stream.write(pointers.astype("<i8", copy=False).data)
-                stream.write(np.arange(len(lengths) + 1, dtype="<i8").data)
+                for part in self._index():
+                    stream.write(part)
+                # Written for certain before the first name changes.
+                stream.flush()
+                os.fsync(stream.fileno())
                 # The old index goes before the new .bin comes: at no moment do two halves of different
                 # pairs stand together.
                 idx.unlink(missing_ok=True)
@@ -346,6 +285,24 @@ class IndexedWriter:
             self._done = True
         finally:
             self.close()
+
+    def _index(self) -> Iterator[bytes | memoryview]:
+        """The bytes of the index, in parts that stay in the processor's cache."""
+        lengths = np.asarray(self._lengths, dtype=np.int32)
+        n = len(lengths)
+        yield HEADER + struct.pack("<QBQQ", 1, self._code, n, n + 1)
+        yield lengths.astype("<i4", copy=False).data
+        base = 0
+        for lo in range(0, n, _WRITTEN_AT_ONCE):
+            ends = np.cumsum(lengths[lo : lo + _WRITTEN_AT_ONCE], dtype="<i8")
+            following = base + int(ends[-1])
+            ends -= lengths[lo : lo + _WRITTEN_AT_ONCE]
+            ends += base
+            ends *= self.dtype.itemsize
+            yield ends.data
+            base = following
+        for lo in range(0, n + 1, _WRITTEN_AT_ONCE):
+            yield np.arange(lo, min(n + 1, lo + _WRITTEN_AT_ONCE), dtype="<i8").data
 
     def close(self) -> None:
         """Drop what was written, unless finalized."""

@@ -40,14 +40,11 @@ from megatron_r1.data.indexed import (
     IndexedWriter,
     best_dtype,
     map_array,
-    open_alone,
-    replacing,
-    sha256_file,
     with_suffix,
-    write_json,
 )
 from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_r1.progress import Progress
+from megatron_r1.run_dir import open_alone, replacing, sha256, write_json
 
 FORMAT = 1
 """Goes up when the same input and options would give other bytes."""
@@ -139,7 +136,7 @@ def preprocess(
                 ThreadPoolExecutor(1) as hasher,
                 contextlib.closing(_Journal(work, json_keys, header)) as journal,
             ):
-                hashes = hasher.map(sha256_file, inputs)
+                hashes = hasher.map(sha256, inputs)
                 _encode_all(
                     journal, inputs, tokenizer, tokenizer_model, append_eod, workers, reject_limit, log
                 )
@@ -190,7 +187,7 @@ def _finished(
             now = _identity(path)
             # Only a file that moved or was touched is read again.
             if now != {k: before[k] for k in now} and (
-                now["bytes"] != before["bytes"] or sha256_file(path) != before["sha256"]
+                now["bytes"] != before["bytes"] or sha256(path) != before["sha256"]
             ):
                 return None
         return sidecar

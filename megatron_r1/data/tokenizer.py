@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from megatron_r1.data.indexed import replacing
+from megatron_r1.run_dir import replacing
 
 
 class Tokenizer(Protocol):

@@ -20,8 +20,8 @@ from megatron_r1.data.indexed import (
     IndexedWriter,
     best_dtype,
     open_corpus,
-    replacing,
 )
+from megatron_r1.run_dir import replacing
 
 DOCUMENTS = [np.array(d) for d in ([1, 2, 3], [4], list(range(500)), [], [65535, 0])]
 
