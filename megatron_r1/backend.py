@@ -257,6 +257,7 @@ def _say_once() -> None:
         "The .grad attribute of a Tensor that is not a leaf",
         ".load_state_dict. is deprecated",
         "TypedStorage is deprecated",
+        "Please use DTensor instead",
     ):
         warnings.filterwarnings("ignore", message=text)
 
