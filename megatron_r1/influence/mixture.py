@@ -26,6 +26,10 @@ from megatron_r1.records import MixWeights, ScoreTable
 from megatron_r1.run_dir import write_text
 
 
+_NOTHING = 1e-12
+"""Shares below are rounding, and count 0."""
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The weights of a phase, and what they were computed from."""
@@ -78,7 +82,7 @@ def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
     """Scores of the configured checkpoints (default: all that are scored) and sources, in order."""
     run = Path(config.train.run)
     again = "score them with tools/compute_influence.py"
-    tables = {table.source: table for table in read_scores(run)}
+    tables = {table.source: table for table in read_scores(run, config.data.sources)}
     if not tables:
         raise ValueError(f"{run}: no complete influence scores; {again}")
     if absent := [name for name in config.data.sources if name not in tables]:
@@ -96,7 +100,8 @@ def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
     for table in selected:
         if not np.isfinite(table.score_NCK).all():
             raise ValueError(f"{run}: scores of {table.source} are not finite; remove them and {again}")
-    used = [s for name in config.data.sources for s in scored(run)[name] if s.step in steps]
+    found = scored(run, config.data.sources)
+    used = [s for name in config.data.sources for s in found[name] if s.step in steps]
     return selected, used
 
 
@@ -166,22 +171,21 @@ def source_weights(rho: dict[str, float], floor: float = 0.0, cap: float = 1.0) 
 
 
 def _within(share: np.ndarray, floor: float, cap: float) -> np.ndarray:
-    """clip(t share, floor, cap) with t such that the sum is 1 (bisection: the sum grows with t)."""
+    """clip(t share, floor, cap) with t such that the sum is 1.
+
+    The sum is linear in t between the points where a weight leaves the floor or reaches the cap.
+    """
+    share = np.where(share > _NOTHING, share, 0.0)
     if floor <= share.min() and share.max() <= cap:
-        return share
-
-    def total(t: float) -> float:
-        return float(np.clip(t * share, floor, cap).sum())
-
-    low, high = 0.0, cap / share[share > 0].min()
-    if total(high) < 1:
+        return share / share.sum()
+    positive = share[share > 0]
+    knots = np.unique(np.concatenate([[0.0], floor / positive, cap / positive]))
+    sums = np.array([np.clip(t * share, floor, cap).sum() for t in knots])
+    if sums[-1] < 1:
         weight = np.where(share > 0, cap, 0.0)
         weight[share == 0] = (1 - weight.sum()) / np.count_nonzero(share == 0)
         return weight
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if total(middle) < 1 else (low, middle)
-    return np.clip(high * share, floor, cap)
+    return np.clip(np.interp(1.0, sums, knots) * share, floor, cap)
 
 
 def _epochs(config: Config, weights: MixWeights) -> dict[str, float]:

@@ -221,10 +221,10 @@ class _Scoring:
     def _batches(self, rows: Windows, first: int, last: int) -> Iterator[Batch]:
         size, context = self.work.influence.micro_batch, self.context
         for window_BS, real_B in rows.batches(first, last, size, context.data_rank, context.data_size):
-            yield _on_device(window_BS, real_B)
+            yield on_device(window_BS, real_B)
 
 
-def _on_device(window_BS: np.ndarray, real_B: np.ndarray) -> Batch:
+def on_device(window_BS: np.ndarray, real_B: np.ndarray) -> Batch:
     """[B, S + 1] tokens -> Batch; rows that only fill up carry no labels."""
     window = torch.from_numpy(window_BS).to(backend.device())
     labels = window[:, 1:].contiguous()

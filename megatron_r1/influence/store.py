@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
     changed = [
         f"{key} ({theirs.get(key, 'nothing')!s:.20} there, {ours.get(key, 'nothing')!s:.20} here)"
         for key in dict.fromkeys([*ours, *theirs])
-        if theirs.get(key) != ours.get(key)
+        # Where a source stands in the configuration changes no score.
+        if key != "position" and theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise ValueError(
@@ -159,17 +160,18 @@ class Scored:
         return loaded
 
 
-def scored(run: Path) -> dict[str, list[Scored]]:
+def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Scored]]:
     """Source -> its complete checkpoints in training order; sources in the order of the configuration.
 
-    Only checkpoints at which every scored source is complete.
+    Only checkpoints at which every scored source (of `only`, where given) is complete.
     """
     by_step: dict[int, list[Scored]] = {}
     for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path} has format {manifest['format']}, where {FORMAT} is known; score again")
-        by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
+        if only is None or manifest["source"] in only:
+            by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
     sources = {s.manifest["source"]: s.manifest["position"] for found in by_step.values() for s in found}
     whole = [
         found
@@ -183,13 +185,14 @@ def scored(run: Path) -> dict[str, list[Scored]]:
     }
 
 
-def read_scores(run: Path) -> list[ScoreTable]:
-    """The scores of every source, in the order of the configuration; empty where none are complete.
+def read_scores(run: Path, only: Collection[str] | None = None) -> list[ScoreTable]:
+    """The scores of every source (of `only`), in the order of the configuration; empty where none are
+    complete.
 
     Raises ValueError where checkpoints were scored for different capabilities or examples.
     """
     tables = []
-    for source, found in scored(run).items():
+    for source, found in scored(run, only).items():
         first = found[0]
         example_N, length_N = first.array("examples"), first.array("tokens")
         for other in found[1:]:

@@ -1,0 +1,178 @@
+"""Scores against plain autograd, finite differences, and themselves in other layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_r1.config import ParallelConfig
+from megatron_r1.influence.gradients import Scorer, dot_with_directions, mean_gradient
+from megatron_r1.parallel import process_groups
+from tests.distributed import RankFailedError, on_ranks
+from tests.influence import tiny
+
+LAYOUTS = {
+    "data": ParallelConfig(),
+    "tensor": ParallelConfig(tensor=2),
+    "tensor and sequence": ParallelConfig(tensor=2, sequence=True),
+    "pipeline": ParallelConfig(pipeline=2),
+}
+
+
+def error(found: np.ndarray, true: np.ndarray) -> float:
+    """Relative to the root mean square of the true values."""
+    return float(np.abs(found - true).max() / np.sqrt((true**2).mean()))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="module")
+def alone(weights: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and losses on one rank, which the layouts must reproduce."""
+    return on_ranks(1, tiny.layout, ParallelConfig(), "fp32", weights)[0]
+
+
+def _by_autograd() -> dict[str, Any]:
+    with process_groups(ParallelConfig()) as context:
+        gpt = tiny.build()
+        v = {
+            name: torch.randn(3, *p.shape, generator=torch.Generator().manual_seed(number))
+            for number, (name, p) in enumerate(gpt.named_parameters())
+        }
+        rows = tiny.windows()
+        true = np.zeros((len(rows), 3))
+        part = {name: np.zeros((len(rows), 3)) for name in v}
+        for n, row in enumerate(rows):
+            for name, gradient in tiny.row_gradient(gpt, row).items():
+                part[name][n] = (gradient.double() * v[name].double()).flatten(1).sum(1).numpy()
+                true[n] += part[name][n]
+        found, losses = tiny.scores(gpt, context, v, rows)
+        # One parameter at a time: an error in a small one cannot hide behind the large ones.
+        single = {}
+        for name in v:
+            only = {other: w if other == name else torch.zeros_like(w) for other, w in v.items()}
+            single[name] = error(tiny.scores(gpt, context, only, rows)[0], part[name])
+        true_losses = np.array([tiny.row_loss(gpt, row).item() for row in rows])
+        return {
+            "error": error(found, true),
+            "single": single,
+            "losses": error(losses, true_losses),
+            "trainable": all(p.requires_grad for p in gpt.parameters()),
+            "names": sorted(v),
+        }
+
+
+def test_scores_equal_autograd_over_all_parameters() -> None:
+    found = on_ranks(1, _by_autograd)[0]
+    assert found["error"] < 1e-5
+    assert found["losses"] < 1e-6
+    assert {n: e for n, e in found["single"].items() if e > 1e-5} == {}
+    assert "embedding.word_embeddings.weight" in found["names"] and len(found["names"]) == 2 * 6 + 2
+    assert found["trainable"], "the model must be left as it was"
+
+
+def _sum_over_examples() -> tuple[np.ndarray, np.ndarray]:
+    with process_groups(ParallelConfig()) as context:
+        gpt, rows = tiny.build(), tiny.windows()
+        v = tiny.directions(gpt, context)
+        found = tiny.scores(gpt, context, v, rows)[0]
+        g = mean_gradient(gpt, gpt, tiny.batches(rows, 4), 3, 4, tiny.SEQ, len(rows), context)
+        return found.sum(0), len(rows) * sum((g[n] * v[n]).flatten(1).sum(1) for n in g).numpy()
+
+
+def test_scores_sum_to_the_batch_gradient() -> None:
+    found, true = on_ranks(1, _sum_over_examples)[0]
+    assert error(found, true) < 1e-5
+
+
+def _by_finite_differences() -> tuple[np.ndarray, np.ndarray]:
+    """[L_c(theta) - L_c(theta - eps g(x))] / eps with L_c the mean loss of the probing set."""
+    epsilon = 2e-3
+    with process_groups(ParallelConfig()) as context:
+        gpt, rows = tiny.build(), tiny.windows()
+        found = tiny.scores(gpt, context, tiny.directions(gpt, context), rows)[0]
+
+        @torch.no_grad()
+        def losses() -> np.ndarray:
+            return np.array(
+                [
+                    np.mean([tiny.row_loss(gpt, row).item() for row in tiny.windows(size, seed=100 + c)])
+                    for c, size in enumerate((5, 6, 7))
+                ]
+            )
+
+        measured = []
+        for row in rows:
+            gradient = tiny.row_gradient(gpt, row)
+            sides = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for name, p in gpt.named_parameters():
+                        p += sign * epsilon * gradient[name]
+                sides.append(losses())
+                with torch.no_grad():
+                    for name, p in gpt.named_parameters():
+                        p -= sign * epsilon * gradient[name]
+            measured.append((sides[0] - sides[1]) / (2 * epsilon))
+        return found, np.array(measured)
+
+
+def test_a_positive_score_lowers_the_capabilitys_loss() -> None:
+    found, measured = on_ranks(1, _by_finite_differences)[0]
+    assert (measured > 0).any()
+    assert error(found, measured) < 0.02
+    clear = np.abs(measured) > 0.05 * np.abs(measured).max()
+    assert (np.sign(found) == np.sign(measured))[clear].all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_score_as_one(alone: tuple[np.ndarray, np.ndarray], weights: Path, layout: str) -> None:
+    for scores, losses in on_ranks(2, tiny.layout, LAYOUTS[layout], "fp32", weights):
+        assert error(scores, alone[0]) < 1e-5
+        assert error(losses, alone[1]) < 1e-6
+
+
+def _in_batches_of(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    with process_groups(ParallelConfig()) as context:
+        gpt = tiny.build()
+        v = tiny.directions(gpt, context)
+        return [tiny.scores(gpt, context, v, tiny.windows(), size)[0] for size in sizes]
+
+
+def test_batch_size_and_filling_up_change_nothing() -> None:
+    first, *others = on_ranks(1, _in_batches_of, (1, 5, 12, 16))[0]
+    for other in others:
+        assert error(other, first) < 1e-6
+
+
+def test_bf16_scores_follow_fp32(alone: tuple[np.ndarray, np.ndarray]) -> None:
+    found = on_ranks(1, tiny.layout, ParallelConfig(), "bf16")[0][0]
+    assert np.corrcoef(found.ravel(), alone[0].ravel())[0, 1] > 0.99
+
+
+def _unknown_layer() -> None:
+    with process_groups(ParallelConfig()):
+        gpt = tiny.build()
+        gpt.decoder.extra = torch.nn.Linear(2, 2)
+        with Scorer(gpt, {n: torch.zeros(3, *p.shape) for n, p in gpt.named_parameters()}):
+            pass
+
+
+def test_a_layer_without_a_rule_is_refused() -> None:
+    with pytest.raises(RankFailedError, match=r"no rule for the gradient of decoder\.extra\.bias"):
+        on_ranks(1, _unknown_layer)
+
+
+def test_blocks_of_a_large_layer_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, g, v = torch.randn(4, 3, 5), torch.randn(4, 3, 7), torch.randn(2, 7, 5)
+    true = torch.einsum("sbi,sbo,coi->bc", a, g, v)
+    for block in (1, 40, 10_000):
+        monkeypatch.setattr("megatron_r1.influence.gradients._BLOCK", block)
+        torch.testing.assert_close(dot_with_directions(a, g, v).float(), true)

@@ -1,0 +1,305 @@
+"""Scoring a run: layout of the store, kills, other ranks, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_r1.config import (
+    Config,
+    DataConfig,
+    InfluenceConfig,
+    ParallelConfig,
+    PhaseConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megatron_r1.config_io import ConfigError
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.influence import score as score_module
+from megatron_r1.influence.plan import influence_mistakes
+from megatron_r1.influence.score import compute_influence
+from megatron_r1.influence.store import ScoreStore, read_scores
+from megatron_r1.ledger import read as read_ledger
+from megatron_r1.records import ScoreTable
+from megatron_r1.train.loop import train
+from tests import launch
+from tests.distributed import RankFailedError, on_ranks
+from tests.influence import tiny
+
+SEQ = 32
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run with checkpoints at steps 2 and 4 of two sources, and two probing sets."""
+    root = tmp_path_factory.mktemp("score")
+    for number, name in enumerate(("a", "b", "code", "math")):
+        launch.write_corpus(root / name, 40 if number < 2 else 8, seed=number % 2)
+    config = Config(
+        model=tiny.MODEL,
+        data=DataConfig(
+            sources={"a": SourceConfig(f"{root}/a"), "b": SourceConfig(f"{root}/b", documents=3)},
+            seq_length=SEQ,
+        ),
+        train=TrainConfig(
+            run=f"{root}/run", global_batch=4, micro_batch=2, precision="fp32", checkpoint_every=2
+        ),
+        phases={"one": PhaseConfig(steps=4, learning_rate=1e-2)},
+        influence=InfluenceConfig(
+            directions={"code": f"{root}/code", "math": f"{root}/math"},
+            examples=50,
+            probe_examples=12,
+            micro_batch=2,
+        ),
+    )
+    on_ranks(1, train, config)
+    return config
+
+
+def copied(config: Config, root: Path) -> Config:
+    """The same run, unscored, somewhere else."""
+    shutil.copytree(Path(config.train.run) / "checkpoints", root / "run" / "checkpoints")
+    return changed(config, train={"run": str(root / "run")})
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **parts)
+
+
+def tables(config: Config) -> list[ScoreTable]:
+    return read_scores(Path(config.train.run))
+
+
+@pytest.fixture(scope="module")
+def whole(trained: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Scored on one rank in one go: the reference."""
+    config = copied(trained, tmp_path_factory.mktemp("whole"))
+    on_ranks(1, compute_influence, config)
+    return config
+
+
+def test_the_store_is_as_documented(whole: Config) -> None:
+    a, b = tables(whole)
+    assert (a.source, b.source) == ("a", "b")
+    assert a.capabilities == ("code", "math") and a.steps == (2, 4)
+    assert a.score_NCK.shape == (50, 2, 2) and a.score_NCK.dtype == np.float32
+    assert (a.length_N == SEQ).all() and (np.diff(a.example_N) > 0).all()
+    # b trains on its first three documents: only their windows are candidates, and all of them.
+    dataset = IndexedDataset(whole.data.sources["b"].prefix)
+    assert b.example_N.tolist() == list(range((dataset.tokens_before(3) - 1) // SEQ))
+    directory = Path(whole.train.run) / "influence" / "step_00000004" / "a"
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "examples.npy", "losses.npy", "manifest.json", "scores.npy", "tokens.npy", "written.npy",
+    ]  # fmt: skip
+    assert np.load(directory / "written.npy").all()
+    losses = np.load(directory / "losses.npy")
+    assert losses.dtype == np.float32 and (losses > 0).all()
+    stages = [(line["stage"], line["tokens"]) for line in read_ledger(Path(whole.train.run))]
+    tokens = (len(a.example_N) + len(b.example_N) + 24) * SEQ
+    assert stages == [("influence step 2", tokens), ("influence step 4", tokens)]
+
+
+def test_sources_help_their_own_capability(whole: Config) -> None:
+    """`code` follows the walk of source a, `math` that of b."""
+    a, b = (t.score_NCK.mean((0, 2)) for t in tables(whole))
+    assert a[0] > a[1] and b[1] > b[0]
+
+
+def test_done_work_answers_at_once(whole: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    on_ranks(2, _scored_without_a_model, whole)
+    assert "scored before, steps [2, 4]" in capfd.readouterr().out
+
+
+def _scored_without_a_model(config: Config) -> None:
+    score_module.build_model = None  # type: ignore[assignment]  # this fork's own
+    compute_influence(config)
+
+
+def _killed_at(config: Config, write: int, half: bool) -> None:
+    """Score until the store is to be written for the nth time; `half`: rows are there, their flags not."""
+    count, original = 0, ScoreStore.write
+
+    def counted(store: ScoreStore, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+        nonlocal count
+        count += 1
+        if count == write:
+            if half:
+                store._scores[first : first + 3] = score_NC[:3]
+                store._scores.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(store, first, score_NC, loss_N)
+
+    ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
+    compute_influence(config)
+
+
+def _counted(config: Config) -> int:
+    """Rows computed by a start."""
+    rows, original = 0, ScoreStore.write
+
+    def counted(store: ScoreStore, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+        nonlocal rows
+        rows += len(score_NC)
+        original(store, first, score_NC, loss_N)
+
+    ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
+    compute_influence(config)
+    return rows
+
+
+def test_killed_and_started_again_gives_the_same_bits(whole: Config, trained: Config, tmp_path: Path) -> None:
+    config = copied(trained, tmp_path)
+    for write, half in ((1, False), (3, True), (2, False)):
+        with pytest.raises(RankFailedError, match="-9"):
+            on_ranks(1, _killed_at, config, write, half)
+    # 0 + 2 + 1 chunks of 16 rows are there; 50 rows of a are 4 chunks.
+    total = 2 * sum(len(t.example_N) for t in tables(whole))
+    assert on_ranks(1, _counted, config) == [total - 3 * 16]
+    for ours, theirs in zip(tables(config), tables(whole), strict=True):
+        assert np.array_equal(ours.score_NCK, theirs.score_NCK)
+        assert np.array_equal(ours.example_N, theirs.example_N)
+
+
+def test_two_ranks_score_alike_and_go_on_after_a_kill(whole: Config, trained: Config, tmp_path: Path) -> None:
+    config = copied(trained, tmp_path)
+    with pytest.raises(RankFailedError):
+        on_ranks(2, _killed_at, config, 2, True)
+    # Left over by one rank, taken over by two.
+    on_ranks(2, compute_influence, config)
+    for ours, theirs in zip(tables(config), tables(whole), strict=True):
+        scale = np.abs(theirs.score_NCK).max()
+        np.testing.assert_allclose(ours.score_NCK, theirs.score_NCK, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "names"),
+    [
+        ("influence", {"seed": 5}, ["influence.seed (1234 there, 5 here)"]),
+        ("influence", {"examples": 40}, ["influence.examples"]),
+        ("data", {"seq_length": 16}, ["seq_length"]),
+        ("data", {"sources": "a2"}, ["data.hash"]),
+        ("influence", {"directions": "swapped"}, ["capabilities", "directions.code"]),
+    ],
+)
+def test_changed_inputs_are_refused_by_name(
+    whole: Config, section: str, values: dict[str, Any], names: list[str]
+) -> None:
+    root = Path(whole.data.sources["a"].prefix).parent
+    if values == {"sources": "a2"}:
+        launch.write_corpus(root / "a2", 40, seed=9)
+        values = {"sources": {**whole.data.sources, "a": SourceConfig(f"{root}/a2")}}
+    if values == {"directions": "swapped"}:
+        values = {"directions": {"math": f"{root}/math", "code": f"{root}/math"}}
+    before = tables(whole)
+    with pytest.raises(RankFailedError) as refused:
+        on_ranks(1, compute_influence, changed(whole, **{section: values}))
+    message = str(refused.value)
+    assert "influence/step_00000002/a holds scores of other inputs" in message and "remove" in message
+    assert all(name in message for name in names), message
+    for old, new in zip(before, tables(whole), strict=True):
+        assert np.array_equal(old.score_NCK, new.score_NCK)
+
+
+def test_other_weights_are_refused(whole: Config, tmp_path: Path) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    config = changed(whole, train={"run": str(tmp_path / "run")})
+    file = next((tmp_path / "run/checkpoints/step_00000002").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RankFailedError, match="other inputs: weights"):
+        on_ranks(1, compute_influence, config)
+
+
+def test_a_source_that_appears_later_is_scored_and_the_rest_is_kept(
+    trained: Config, whole: Config, tmp_path: Path
+) -> None:
+    config = copied(trained, tmp_path)
+    on_ranks(1, compute_influence, changed(config, data={"sources": {"a": config.data.sources["a"]}}))
+    assert [t.source for t in tables(config)] == ["a"]
+    rows = 2 * len(tables(whole)[1].example_N)
+    assert on_ranks(1, _counted, config) == [rows]
+
+
+def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Path) -> None:
+    assert influence_mistakes(whole) == []
+    wrong = changed(
+        whole,
+        influence={"steps": [2, 3], "directions": {"x": f"{tmp_path}/x"}, "examples": 0, "micro_batch": 0},
+        parallel={"context": 2},
+    )
+    text = "\n".join(influence_mistakes(wrong))
+    for part in (
+        "influence.steps=[3]: no such checkpoints",
+        "has [2, 4]",
+        f"influence.directions.x: {tmp_path}/x.idx does not exist",
+        "influence.examples=0 must be positive",
+        "influence.micro_batch=0 must be positive",
+        "set parallel.context=1",
+    ):
+        assert part in text, text
+    assert "launch a multiple of 2" in influence_mistakes(changed(whole, parallel={"tensor": 2}), 3)[0]
+    with pytest.raises(ConfigError, match="no checkpoint to score yet"):
+        compute_influence(changed(whole, train={"run": str(tmp_path / "none")}))
+    with pytest.raises(ConfigError, match="influence: missing section"):
+        compute_influence(dataclasses.replace(whole, influence=None))
+
+
+def test_an_empty_probing_set_is_refused(whole: Config, tmp_path: Path) -> None:
+    launch.write_corpus(tmp_path / "empty", 0, seed=0)
+    wrong = changed(whole, influence={"directions": {"code": f"{tmp_path}/empty"}})
+    assert "0 tokens are less than one window" in influence_mistakes(wrong)[0]
+
+
+def test_weights_that_are_not_finite_write_nothing(trained: Config, tmp_path: Path) -> None:
+    config = copied(trained, tmp_path)
+    with pytest.raises(RankFailedError, match="direction of code at step 2 is not finite"):
+        on_ranks(1, _with_nan_weights, config)
+    assert list((tmp_path / "run" / "influence").glob("step_*")) == []
+
+
+def _with_nan_weights(config: Config) -> None:
+    load = score_module.checkpoint.load
+
+    def damaged(path: Path, gpt: Any, optimizer: Any, model: Any) -> Any:
+        state = load(path, gpt, optimizer, model)
+        next(gpt.parameters()).data.fill_(float("nan"))
+        return state
+
+    score_module.checkpoint.load = damaged  # this fork's own
+    compute_influence(config)
+
+
+def test_incomplete_scores_are_not_read(whole: Config, tmp_path: Path) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    written = tmp_path / "run/influence/step_00000004/b/written.npy"
+    flags = np.load(written)
+    flags[-1] = False
+    np.save(written, flags)
+    assert [t.steps for t in read_scores(tmp_path / "run")] == [(2,), (2,)]
+
+
+def test_manifests_hold_what_the_scores_came_from(whole: Config) -> None:
+    path = Path(whole.train.run) / "influence/step_00000002/a/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["capabilities"] == ["code", "math"] and manifest["step"] == 2
+    assert len(manifest["weights"]) == len(manifest["data"]["hash"]) == 64
+    assert manifest["directions"].keys() == {"code", "math"}
+
+
+def test_tensor_parallel_scores_a_run_alike(whole: Config, trained: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(copied(trained, tmp_path), parallel=ParallelConfig(tensor=2))
+    on_ranks(2, compute_influence, changed(config, influence={"steps": [4]}))
+    for ours, theirs in zip(tables(config), tables(whole), strict=True):
+        found, true = ours.score_NCK[:, :, 0], theirs.score_NCK[:, :, 1]
+        np.testing.assert_allclose(found, true, rtol=1e-4, atol=1e-5 * np.abs(true).max())

@@ -1,0 +1,131 @@
+"""A model small enough to be checked against plain autograd, and scores of it in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_r1 import backend, checkpoint
+from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
+from megatron_r1.influence.score import on_device
+from megatron_r1.model.gpt import build_model, token_losses
+from megatron_r1.parallel import ParallelContext, process_groups, sum_over_data
+from megatron_r1.records import Batch, TrainState
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=128,
+    head_dim=16,
+    init_std=0.1,
+)
+SEQ = 24
+ROWS = 12
+
+
+def windows(rows: int = ROWS, seed: int = 0) -> np.ndarray:
+    """int64 [rows, S + 1], few tokens often, so that rows of the embedding are hit repeatedly."""
+    return np.random.default_rng(seed).zipf(1.3, size=(rows, SEQ + 1)) % MODEL.vocab_size
+
+
+def build(parallel: ParallelConfig | None = None, precision: str = "fp32") -> Any:
+    """The model from one seed; norm weights away from 1, so that leaving them out would show."""
+    backend.seed_model_parallel(7)
+    gpt = build_model(MODEL, parallel or ParallelConfig(), precision, SEQ)
+    noise = torch.from_numpy(np.random.default_rng(3).normal(1, 0.2, MODEL.hidden_size)).float()
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            if "norm" in name:
+                p.copy_(noise)
+    return gpt.bfloat16() if precision == "bf16" else gpt
+
+
+def batches(window_NS: np.ndarray, micro_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """This rank's micro-batches, the last one filled up with rows that do not count."""
+    for first in range(rank * micro_batch, _up(len(window_NS), micro_batch * ranks), micro_batch * ranks):
+        row_B = first + np.arange(micro_batch)
+        real_B = row_B < len(window_NS)
+        yield on_device(window_NS[np.where(real_B, row_B, 0)], real_B)
+
+
+def passes(rows: int, micro_batch: int, ranks: int = 1) -> int:
+    return _up(rows, micro_batch * ranks) // (micro_batch * ranks)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def directions(gpt: Any, context: ParallelContext, micro_batch: int = 3) -> Directions:
+    """Of three probing sets of different sizes."""
+    found = []
+    for c, rows in enumerate((5, 6, 7)):
+        probe = windows(rows, seed=100 + c)
+        rank, ranks = context.data_rank, context.data_size
+        found.append(
+            mean_gradient(
+                gpt,
+                gpt,
+                batches(probe, micro_batch, rank, ranks),
+                passes(rows, micro_batch, ranks),
+                micro_batch,
+                SEQ,
+                rows,
+                context,
+            )
+        )
+    return {name: torch.stack([f[name] for f in found]) for name in found[0]}
+
+
+def scores(
+    gpt: Any, context: ParallelContext, v: Directions, window_NS: np.ndarray, micro_batch: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """[N, C] and [N] of all rows, on every rank."""
+    rank, ranks = context.data_rank, context.data_size
+    count = passes(len(window_NS), micro_batch, ranks)
+    with Scorer(gpt, v) as scorer:
+        found = batches(window_NS, micro_batch, rank, ranks)
+        score_NC, loss_N = score(gpt, scorer, found, count, micro_batch, SEQ)
+    mine = torch.cat([score_NC, loss_N[:, None]], 1).view(count, micro_batch, -1)
+    out = mine.new_zeros(count, ranks, *mine.shape[1:])
+    out[:, rank] = mine
+    together = sum_over_data(out).flatten(0, 2)[: len(window_NS)].numpy()
+    return together[:, :-1], together[:, -1]
+
+
+def layout(
+    parallel: ParallelConfig, precision: str = "fp32", checkpoints: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A rank's body: scores and losses of the standard rows in a layout.
+
+    The first to come saves its weights under `checkpoints`, the others load them: pipeline stages draw
+    other weights from the same seed.
+    """
+    with process_groups(parallel) as context:
+        gpt = build(parallel, precision)
+        if checkpoints is not None:
+            ref = checkpoint.save(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
+            checkpoint.load(ref.path, gpt, None, MODEL)
+        return scores(gpt, context, directions(gpt, context), windows())
+
+
+def row_loss(gpt: Any, window_S: np.ndarray) -> torch.Tensor:
+    """Mean label loss of one window, differentiable: the oracle's forward pass."""
+    window = torch.from_numpy(window_S)[None]
+    position = torch.arange(SEQ)[None]
+    return token_losses(gpt, window[:, :-1], position, window[:, 1:].contiguous()).mean()
+
+
+def row_gradient(gpt: Any, window_S: np.ndarray) -> dict[str, torch.Tensor]:
+    """By plain autograd over all parameters."""
+    parameters = dict(gpt.named_parameters())
+    found = torch.autograd.grad(row_loss(gpt, window_S), list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
