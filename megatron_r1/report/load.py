@@ -1,0 +1,95 @@
+"""What a report is made from: the files of a run, of its control, and the influence scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_r1 import config_io, ledger
+from megatron_r1.config import Config
+from megatron_r1.records import ScoreTable
+from megatron_r1.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Run:
+    root: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    """One line a step, in order; never empty."""
+    stages: list[dict[str, Any]]
+    """The ledger's lines, in order."""
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.config.data.sources)
+
+    @property
+    def domains(self) -> dict[str, str]:
+        """Source -> domain, sources of a domain side by side."""
+        named = {name: s.domain or "other" for name, s in self.config.data.sources.items()}
+        order = list(dict.fromkeys(named.values()))
+        return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
+
+    @property
+    def phases(self) -> list[str]:
+        """Phases that have trained at least a step, in order."""
+        return list(dict.fromkeys(line["phase"] for line in self.metrics))
+
+    def last_of(self, phase: str) -> dict[str, Any]:
+        return next(line for line in reversed(self.metrics) if line["phase"] == phase)
+
+    @property
+    def end(self) -> dict[str, Any]:
+        return self.metrics[-1]
+
+    @property
+    def probed(self) -> list[dict[str, Any]]:
+        """Lines that carry held-out losses."""
+        return [line for line in self.metrics if line.get("probe_nll")]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run with everything that was measured about it."""
+
+    run: Run
+    control: Run | None = None
+    scores: list[ScoreTable] = field(default_factory=list)
+
+    @property
+    def arms(self) -> list[tuple[str, Run]]:
+        """Name -> run: the last phases' names where those tell the arms apart."""
+        if self.control is None:
+            return [(self.run.phases[-1], self.run)]
+        names = self.run.phases[-1], self.control.phases[-1]
+        if names[0] == names[1]:
+            names = self.run.root.resolve().name, self.control.root.resolve().name
+        return [(names[0], self.run), (names[1], self.control)]
+
+
+def read_run(root: Path) -> Run:
+    """A run directory. Raises ValueError, with the way out, where there is nothing to report on."""
+    files = RunDir(root)
+    if not files.config.is_file():
+        raise ValueError(
+            f"{files.config}: no such file; name a run directory that tools/train.py has written"
+        )
+    metrics = ledger.read_jsonl(files.metrics) if files.metrics.is_file() else []
+    if not metrics:
+        raise ValueError(f"{files.metrics}: no step recorded yet; train first: tools/train.py {files.config}")
+    return Run(root, config_io.load([str(files.config)]), metrics, ledger.read(root))
+
+
+def read_all(root: Path, control: Path | None = None) -> Reading:
+    """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
+    run = read_run(root)
+    if control is None and RunDir(root / "control").metrics.is_file():
+        control = root / "control"
+    scores: list[ScoreTable] = []
+    if RunDir(root).influence.is_dir():
+        from megatron_r1.influence.store import read_scores
+
+        scores = read_scores(root)
+    return Reading(run, read_run(control) if control else None, scores)

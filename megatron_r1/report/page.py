@@ -1,0 +1,202 @@
+"""One self-contained HTML page (also well-formed XML): head, figures, no script, nothing from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from megatron_r1.report import figures, influence_figures, palette, summary, words
+from megatron_r1.report.figures import Figure
+from megatron_r1.report.load import Reading, Run
+from megatron_r1.run_dir import RunDir, write_text
+
+STYLE = """
+*{box-sizing:border-box}
+html{color-scheme:light dark;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:36px 20px 64px}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
+h2{font-size:20px;margin:0 0 6px;letter-spacing:-.005em}
+p{margin:0 0 12px;max-width:78ch}
+nav{margin:14px 0 26px;font-size:14px;display:flex;flex-wrap:wrap;gap:4px 18px}
+nav a{color:var(--muted);text-decoration:none;border-bottom:1px solid var(--grid)}
+nav a:hover{color:var(--ink)}
+.about{color:var(--muted);max-width:96ch}
+.cards{display:grid;grid-template-columns:minmax(0,1.45fr) minmax(0,1fr) minmax(0,1fr);gap:16px;margin:22px 0}
+.cards section,figure{background:var(--card);border:1px solid var(--grid);border-radius:10px}
+.cards section{padding:16px 20px}
+.cards h2{font-size:13px;font-weight:600;color:var(--muted);margin:0 0 8px;letter-spacing:0}
+.cards p{margin:6px 0 0;font-size:14px;color:var(--muted)}
+.big{font-size:28px;line-height:1.2;font-weight:650;letter-spacing:-.01em;overflow-wrap:anywhere}
+.cards table{font-size:14px}
+figure{margin:0 0 22px;padding:22px 26px 18px}
+figure svg{display:block;width:100%;height:auto;overflow:visible}
+.scroll{overflow-x:auto;margin-top:8px}
+.note{font-size:13px;color:var(--muted);margin:12px 0 0;max-width:110ch}
+pre{margin:0 0 10px;padding:10px 14px;background:var(--page);border:1px solid var(--grid);border-radius:6px;
+font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px}
+.numbers th,.numbers td{padding:5px 12px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+.numbers th:first-child,.numbers td:first-child{text-align:left;padding-left:0}
+.numbers thead th{font-weight:500;color:var(--muted);font-size:13px;vertical-align:bottom}
+.numbers tbody th{font-weight:550}
+.numbers tbody tr:last-child th,.numbers tbody tr:last-child td{border-bottom:0}
+.strong{font-weight:650}
+.heat td{padding:7px 14px;border:2px solid var(--card)}
+.heat td.domain{text-align:left;color:var(--muted)}
+.heat th:nth-child(2){text-align:left}
+small{color:var(--muted);font-size:12px}
+.heat small{color:inherit;opacity:.75}
+.stages{width:100%}
+.stages .total th,.stages .total td{font-weight:650;border-top:1px solid var(--axis)}
+.share{width:32%}
+.numbers td.share{text-align:left}
+.bar{display:inline-block;width:calc(100% - 74px);height:11px;margin-right:10px;background:var(--grid);
+border-radius:2px;overflow:hidden}
+.bar i{display:block;height:100%;background:var(--blue-0)}
+svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--ink);
+font-variant-numeric:tabular-nums}
+svg .tick,svg .muted{fill:var(--muted)}
+svg .panel{font-size:14px;font-weight:650}
+svg .name{font-weight:550}
+.grid{stroke:var(--grid)}
+.axis{stroke:var(--axis)}
+.zero{stroke:var(--ink);stroke-width:1.2}
+.mark{stroke:var(--ink);stroke-width:2}
+.phase{stroke:var(--axis);stroke-dasharray:2 4}
+.curve,.raw,.leader{fill:none;stroke-linejoin:round;stroke-linecap:round}
+.curve{stroke-width:2}
+.dashed{stroke-dasharray:6 5;stroke-linecap:butt}
+.raw{stroke-width:1;opacity:.28}
+.leader{stroke-width:1;opacity:.5}
+.area{opacity:.8}
+@media (max-width:820px){.cards{grid-template-columns:1fr}figure{padding:18px 14px}figure .art{overflow-x:auto}}
+@media print{body{background:none;font-size:12px}main{max-width:none;padding:0}nav{display:none}
+figure,.cards section{break-inside:avoid;border-color:#ccc}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+"""
+
+
+def write(reading: Reading) -> Path:
+    """Write RUN/reports/index.html, whole or not at all."""
+    path = RunDir(reading.run.root).reports / "index.html"
+    write_text(path, render(reading))
+    return path
+
+
+def render(reading: Reading) -> str:
+    """The page; the same reading gives the same bytes."""
+    shown = all_figures(reading)
+    name = _name(reading.run)
+    light = palette.variables(palette.LIGHT, palette.LIGHT_SHADES)
+    dark = palette.variables(palette.DARK, palette.DARK_SHADES)
+    style = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
+    links = "".join(f'<a href="#{f.anchor}">{escape(f.title)}</a>' for f in shown)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>{escape(name)}: training report</title><style>{style}</style></head>\n<body><main>"
+        f'<header><h1>{escape(name)}</h1><p class="about">{escape(about(reading))}</p>{cards(reading)}</header>'
+        f"<nav>{links}</nav>\n{''.join(_figure(f) for f in shown)}</main></body></html>\n"
+    )
+
+
+def all_figures(reading: Reading) -> list[Figure]:
+    made = [
+        figures.loss(reading),
+        figures.loss_by_source(reading),
+        influence_figures.histograms(reading),
+        influence_figures.heat(reading),
+        figures.mixture(reading),
+        figures.held_out(reading),
+        figures.epochs(reading),
+        figures.stages(reading),
+    ]
+    return [f for f in made if f is not None]
+
+
+def about(reading: Reading) -> str:
+    """What was trained, on what, with what."""
+    run = reading.run
+    config, ranks = run.config, summary.ranks(run)
+    domains = palette.domain_order(run.domains)
+    said = (
+        f"A model of {words.count(config.model.parameters())} parameters ({config.model.num_layers} layers, width "
+        f"{config.model.hidden_size:,}), trained on {words.count(run.end['tokens'])} tokens in {run.end['step']:,} steps "
+        f"of {config.tokens_per_step():,}, from {len(run.sources)} sources ({words.both(domains)}), {config.train.precision}"
+    )
+    said += f", {ranks} {'rank' if ranks == 1 else 'ranks'}" if ranks else ""
+    said += f"; {'phase' if len(run.phases) == 1 else 'phases'} {words.both(run.phases)}."
+    if reading.control:
+        said += (
+            f" Control: {reading.arms[1][0]}, to {words.count(reading.control.end['tokens'])} tokens"
+            f" ({reading.control.root})."
+        )
+    return said
+
+
+def cards(reading: Reading) -> str:
+    """The three key numbers."""
+    return f'<div class="cards">{_held_out_card(reading)}{_worst_card(reading)}{_time_card(reading)}</div>'
+
+
+def _held_out_card(reading: Reading) -> str:
+    title = "Held-out loss at the end, nats per token"
+    ends = summary.held_out(reading)
+    if ends is None:
+        return _card(title, '<div class="big">–</div><p>not measured</p>')
+    arms = list(ends.by_arm)
+    head = ["", *arms] + (["difference"] if len(arms) == 2 else [])
+    rows = []
+    for capability in ends.by_arm[arms[0]]:
+        gap = ends.difference(capability)
+        values = "".join(f"<td>{ends.by_arm[a][capability]:.3f}</td>" for a in arms)
+        last = "" if gap is None else f'<td class="strong">{words.signed(gap)}</td>'
+        rows.append(f'<tr><th scope="row">{escape(capability)}</th>{values}{last}</tr>')
+    return _card(title, figures.table(head, rows))
+
+
+def _worst_card(reading: Reading) -> str:
+    title = "Worst source found"
+    found = summary.influence(reading)
+    if not found:
+        return _card(title, '<div class="big">–</div><p>influence not measured yet</p>')
+    worst = found[-1]
+    mixes = list(summary.mixtures(reading.run).values())
+    before, after = (mix.get(worst.source, 0.0) for mix in (mixes[0], mixes[-1]))
+    said = f"mean influence {words.compact(worst.total)}, {100 * worst.kept:.0f} % of its examples help"
+    if len(mixes) > 1:
+        said += f"; its share goes from {words.share(before)} to {words.share(after)}"
+    return _card(title, f'<div class="big">{escape(worst.source)}</div><p>{escape(said)}</p>')
+
+
+def _time_card(reading: Reading) -> str:
+    costs = summary.stage_costs(reading)
+    if costs:
+        total = sum(c.seconds for c in costs)
+        training = summary.seconds_of(costs, "train")
+        said = f"{len(costs)} stages; training {100 * training / total:.0f} % of it" if total else ""
+    else:
+        total = sum(line["seconds"] for _, arm in reading.arms for line in arm.metrics)
+        said = "of training steps; the ledger is empty"
+    return _card("Total time", f'<div class="big">{words.duration(total)}</div><p>{escape(said)}</p>')
+
+
+def _card(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _figure(figure: Figure) -> str:
+    parts = [f"<h2>{escape(figure.title)}</h2>", f"<p>{escape(figure.lead)}</p>"]
+    if figure.command:
+        parts.append(f"<pre>{escape(figure.command)}</pre>")
+    if figure.body:
+        parts.append(f'<div class="art">{figure.body}</div>')
+    if figure.note:
+        parts.append(f'<p class="note">{escape(figure.note)}</p>')
+    return f'<figure id="{figure.anchor}">{"".join(parts)}</figure>\n'
+
+
+def _name(run: Run) -> str:
+    return run.root.resolve().name
