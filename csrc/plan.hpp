@@ -45,7 +45,7 @@ struct SourcePhase {
 class Plan {
  public:
   static constexpr u64 MAX_SAMPLE = u64{1} << 62;
-  static constexpr std::size_t RUN = 4096;
+  static constexpr std::size_t RUN = std::size_t{1} << 18;
 
   // `source_key`: the seed of each source's permutations.
   Plan(bool megatron, bool shuffle, std::vector<u64> source_key)
