@@ -167,8 +167,8 @@ class InfluenceConfig:
     """Checkpoints to score, by step; empty: every checkpoint of the run."""
     micro_batch: int = 8
     """Sequences per forward pass."""
-    curvature: Literal["identity"] = "identity"
-    """H of Eq. 2, whose inverse is applied once to each direction."""
+    curvature: Literal["identity", "adam"] = "identity"
+    """H of Eq. 2, whose inverse is applied once to each direction: none, or Adam's second moment."""
     seed: int = 1234
     """Of the choice of windows."""
 

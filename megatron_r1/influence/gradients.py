@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend
@@ -41,7 +42,7 @@ from megatron.core.tensor_parallel import (
 Directions = dict[str, Tensor]
 """Parameter name -> float32 [C, *shape of this rank's shard]."""
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 22
 """Elements of the per-example gradients formed at a time: they are dotted while the cache holds them."""
 
 
@@ -165,9 +166,9 @@ class Scorer:
             g_BSD = _whole_sequence(g, module).transpose(0, 1) if module.reduce_scatter_embeddings else g
             mine_BS = (tokens_BS >= first) & (tokens_BS < last)
             row_BS = torch.where(mine_BS, tokens_BS - first, 0)
-            g_BSD = g_BSD.float() * mine_BS[:, :, None]
             for c, direction_VD in enumerate(direction):
-                sums.sharded_BC[:, c] += (g_BSD * direction_VD[row_BS]).flatten(1).sum(1)
+                rows_BSD = F.embedding(row_BS, direction_VD)
+                sums.sharded_BC[:, c] += (torch.linalg.vecdot(g_BSD.float(), rows_BSD) * mine_BS).sum(1)
 
         out.register_hook(add)
         return out
@@ -177,8 +178,10 @@ class Scorer:
         partial_sum = getattr(module.weight, "sequence_parallel", False)
 
         def add(g_SBD: Tensor) -> None:
-            unit = torch.nn.functional.rms_norm(x_SBD.float(), x_SBD.shape[-1:], None, module.eps)
-            product_BC = (g_SBD.float() * unit).sum(0) @ direction.T
+            x = x_SBD.float()
+            square_SB1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+            gradient_BD = (x * g_SBD.float()).mul_(torch.rsqrt(square_SB1 + module.eps)).sum(0)
+            product_BC = gradient_BD @ direction.T
             if partial_sum:
                 sums.sharded_BC += product_BC
             else:

@@ -25,7 +25,6 @@ from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import MixWeights, ScoreTable
 from megatron_r1.run_dir import write_text
 
-
 _NOTHING = 1e-12
 """Shares below are rounding, and count 0."""
 

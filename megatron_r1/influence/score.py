@@ -18,6 +18,7 @@ import torch
 
 from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import Config
+from megatron_r1.influence.curvature import precondition
 from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
 from megatron_r1.influence.plan import Part, Work, lay_plan
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
@@ -79,7 +80,10 @@ class _Scoring:
         self.began = ledger.process_start()
         backend.seed_model_parallel(config.train.seed)
         precision = config.train.precision
-        self.gpt = build_model(config.model, config.parallel, precision, config.data.seq_length)
+        # The scorer reaches into each layer, which Transformer Engine's fused ones do not allow.
+        self.gpt = build_model(
+            config.model, config.parallel, precision, config.data.seq_length, plain_layers=True
+        )
         self.model: Any = self.gpt
         if precision == "bf16":
             self.model = Float16Module(get_model_config(self.gpt), self.gpt)
@@ -116,7 +120,7 @@ class _Scoring:
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
         start = time.monotonic()
-        directions = self._directions(ref.step)
+        directions = self._directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows(self.config)
         if self.leads:
@@ -139,7 +143,7 @@ class _Scoring:
             )
         self.began = time.time()
 
-    def _directions(self, step: int) -> Directions:
+    def _directions(self, ref: CheckpointRef) -> Directions:
         """v_c of every capability. Raises ValueError where one is zero or not finite."""
         gradients = []
         for probe in self.work.probes:
@@ -159,11 +163,13 @@ class _Scoring:
             if not 0 < square < float("inf"):
                 what = "zero" if square == 0 else "not finite"
                 raise ValueError(
-                    f"the direction of {probe.name} at step {step} is {what}; look at that checkpoint and "
-                    f"at {probe.prefix}"
+                    f"the direction of {probe.name} at step {ref.step} is {what}; look at that checkpoint "
+                    f"and at {probe.prefix}"
                 )
             gradients.append(gradient)
-        return {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
+        directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
+        precondition(self.work.influence.curvature, directions, ref.path, self.gpt)
+        return directions
 
     def _score_part(self, part: Part, scorer: Scorer, bar: Progress) -> None:
         rows = Windows(part.corpus, part.window_N, self.config.data.seq_length, self.config.model.vocab_size)

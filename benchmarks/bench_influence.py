@@ -1,0 +1,123 @@
+"""What scoring costs, as a multiple of forward and backward of the same batch on the same model.
+
+python benchmarks/bench_influence.py [--repeats 15] [--capabilities 3]
+
+The peer is an ordinary forward and backward pass of this megatron-core model, measured in turns with
+scoring in this process; medians. Below: the floor that any method needs (forward and the backward pass to
+every layer's output, no parameter gradients).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_r1 import backend
+from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.influence.gradients import Scorer, run_passes, score
+from megatron_r1.influence.score import on_device
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
+
+MODEL = Path(__file__).resolve().parent.parent / "examples/models/tiny.yaml"
+
+
+class Floor(Scorer):
+    """The same passes, nothing computed from them."""
+
+    def _linear(self, module: Any, inputs: Any, output: Any, direction: Tensor) -> None:
+        pass
+
+    _norm = _linear
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE.yaml")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--capabilities", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    model = ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
+    with process_groups(ParallelConfig()):
+        torch.set_num_threads(options.threads)
+        report(measure(model, options), options, model)
+
+
+def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
+    """Seconds of each repeat, by what was done."""
+    backend.seed_model_parallel(1)
+    gpt: Any = build_model(model, ParallelConfig(), options.precision, options.seq_length)
+    if options.precision == "bf16":
+        gpt = gpt.bfloat16()
+    size, seq = options.micro_batch, options.seq_length
+    window = np.random.default_rng(0).integers(0, model.vocab_size, (size, seq + 1))
+    batch = on_device(window, np.ones(size, bool))
+    directions = {
+        name: torch.randn(options.capabilities, *p.shape, device=p.device)
+        for name, p in gpt.named_parameters()
+    }
+
+    def train_pass() -> None:
+        run_passes(gpt, iter([batch]), 1, size, seq, lambda _: None)
+        for p in gpt.parameters():
+            p.grad = None
+
+    def score_pass() -> None:
+        with Scorer(gpt, directions) as scorer:
+            score(gpt, scorer, iter([batch]), 1, size, seq)
+
+    def floor_pass() -> None:
+        with Floor(gpt, directions) as scorer:
+            score(gpt, scorer, iter([batch]), 1, size, seq)
+
+    ways: dict[str, Callable[[], None]] = {
+        "forward and backward": train_pass,
+        "influence scores": score_pass,
+        "floor": floor_pass,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(options.repeats + 2):
+        for name, way in ways.items():
+            backend.synchronize()
+            start = time.perf_counter()
+            way()
+            backend.synchronize()
+            if repeat >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], options: Any, model: ModelConfig) -> None:
+    tokens = options.micro_batch * options.seq_length
+    print(
+        f"{model.parameters():,} parameters, {options.micro_batch} x {options.seq_length} tokens, "
+        f"{options.capabilities} capabilities, {options.precision} | {backend.describe()}"
+    )
+    peer = statistics.median(seconds["forward and backward"])
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        ratios = sorted(v / p for v, p in zip(values, seconds["forward and backward"], strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        print(
+            f"{name:22s} {1e3 * middle:9.1f} ms  {tokens / middle:9,.0f} tokens/s  "
+            f"{middle / peer:.2f}x (quartiles {low:.2f} to {high:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
