@@ -27,10 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_r1.model.attention import RMSNorm, SdpaAttention
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
-    """megatron-core's configuration of this shape; fusions only where a GPU has kernels for them."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: str, fused: bool
+) -> TransformerConfig:
+    """megatron-core's configuration of this shape; `fused` where Transformer Engine's layers are used."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    fused = backend.has_transformer_engine()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -67,8 +68,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
     )
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
-    if backend.has_transformer_engine():
+def _layer_spec(config: TransformerConfig, fused: bool) -> Any:
+    if fused:
         return get_gpt_layer_with_transformer_engine_spec(qk_l2_norm=config.qk_l2_norm)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_l2_norm=config.qk_l2_norm)
     layer = spec.submodules
@@ -83,15 +84,23 @@ def padded_vocabulary(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, precision: str, seq_length: int) -> GPTModel:
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    seq_length: int,
+    plain_layers: bool = False,
+) -> GPTModel:
     """This rank's part of the model on its device, initialised from the current seeds.
 
-    Needs megatron-core's process groups and seeded generators.
+    Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
+    layers even where Transformer Engine is installed; checkpoints of the one load into the other.
     """
-    config = transformer_config(model, parallel, precision)
+    fused = backend.has_transformer_engine() and not plain_layers
+    config = transformer_config(model, parallel, precision, fused)
     gpt = GPTModel(
         config,
-        _layer_spec(config),
+        _layer_spec(config, fused),
         vocab_size=padded_vocabulary(model.vocab_size, parallel.tensor),
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
