@@ -93,7 +93,8 @@ struct BatchShape {
 };
 
 // Checks windows against the streams, and one output buffer against rows x (length + extra).
-BatchShape check_batch(const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
+BatchShape check_batch(const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window,
+                       u64 length) {
   if (source.ndim() != 1 || window.ndim() != 1 || source.size() != window.size()) {
     throw std::invalid_argument("source and window must be one-dimensional and of one length");
   }
@@ -107,7 +108,8 @@ T* buffer(py::array& array, std::size_t rows, u64 columns, const char* name) {
   if (!py::isinstance<py::array_t<T>>(array) || !(array.flags() & py::array::c_style) || array.ndim() != 2 ||
       static_cast<std::size_t>(array.shape(0)) != rows || static_cast<u64>(array.shape(1)) != columns) {
     throw std::invalid_argument(std::string(name) + " must be a contiguous " + std::to_string(rows) + " x " +
-                                std::to_string(columns) + " array of " + std::to_string(sizeof(T)) + "-byte integers");
+                                std::to_string(columns) + " array of " + std::to_string(sizeof(T)) +
+                                "-byte integers");
   }
   return static_cast<T*>(array.mutable_data());
 }
@@ -132,7 +134,8 @@ PYBIND11_MODULE(_csrc, m) {
                                            std::to_string(packed.size()));
              }
              std::vector<u64> words((windows + 63) / 64, 0);
-             for (py::ssize_t n = 0; n < packed.size(); ++n) words[n / 8] |= u64{packed.data()[n]} << (n % 8 * 8);
+             for (py::ssize_t n = 0; n < packed.size(); ++n)
+               words[n / 8] |= u64{packed.data()[n]} << (n % 8 * 8);
              return std::make_shared<r1::Keep>(windows, std::move(words));
            }),
            py::arg("windows"), py::arg("packed"))
@@ -149,8 +152,8 @@ PYBIND11_MODULE(_csrc, m) {
            [](r1::Plan& plan, u64 start, const Array<u64>& weights, const Array<double>& exact_weights,
               const Array<u64>& windows, const Array<u64>& limit, const Array<u64>& first_draw,
               const Array<u64>& first_epoch, const Keeps& keep) {
-             add_phase(plan, plan.sources(), start, weights, exact_weights, windows, limit, first_draw, first_epoch,
-                       keep);
+             add_phase(plan, plan.sources(), start, weights, exact_weights, windows, limit, first_draw,
+                       first_epoch, keep);
            })
       .def("locate",
            [](r1::Plan& plan, i64 i) {
@@ -183,14 +186,16 @@ PYBIND11_MODULE(_csrc, m) {
              }
              return py::array_t<u64>(counts.size(), counts.data());
            })
-      .def("count", [](r1::Plan& plan, i32 source, i64 i) { return plan.count(source, sample_index(i)); },
-           py::call_guard<py::gil_scoped_release>())
-      .def("position",
-           [](r1::Plan& plan, i32 source, i64 draw) {
-             const u64 at = plan.position(source, static_cast<u64>(draw));
-             return at == r1::NEVER ? i64{-1} : static_cast<i64>(at);
-           },
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "count", [](r1::Plan& plan, i32 source, i64 i) { return plan.count(source, sample_index(i)); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "position",
+          [](r1::Plan& plan, i32 source, i64 draw) {
+            const u64 at = plan.position(source, static_cast<u64>(draw));
+            return at == r1::NEVER ? i64{-1} : static_cast<i64>(at);
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def("bounds",
            [](r1::Plan& plan) {
              const std::vector<double> bounds = plan.bounds();
@@ -219,11 +224,12 @@ PYBIND11_MODULE(_csrc, m) {
              const py::gil_scoped_release release;
              streams.whole_windows(source.data(), window.data(), shape.rows, length, to);
            })
-      .def("will_need", [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
-        const BatchShape shape = check_batch(streams, source, window, length);
-        const py::gil_scoped_release release;
-        streams.will_need(source.data(), window.data(), shape.rows, length);
-      });
+      .def("will_need",
+           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
+             const BatchShape shape = check_batch(streams, source, window, length);
+             const py::gil_scoped_release release;
+             streams.will_need(source.data(), window.data(), shape.rows, length);
+           });
 
   m.def("segment_rows", [](const Array<i64>& tokens, i64 eod, py::array segment, py::array position) {
     if (tokens.ndim() != 2) throw std::invalid_argument("tokens must be two-dimensional");

@@ -75,10 +75,11 @@ class Streams {
     if (width != 2 && width != 4) throw std::invalid_argument(path + ": a token is 2 or 4 bytes wide");
     MappedFile file(path);
     if (file.bytes() / static_cast<std::size_t>(width) < tokens) {
-      throw std::invalid_argument(path + " holds " + std::to_string(file.bytes()) + " bytes, but " +
-                                  std::to_string(tokens) + " tokens of " + std::to_string(width) +
-                                  " bytes were declared: the file is truncated or not the one that was indexed;"
-                                  " preprocess it again");
+      throw std::invalid_argument(
+          path + " holds " + std::to_string(file.bytes()) + " bytes, but " + std::to_string(tokens) +
+          " tokens of " + std::to_string(width) +
+          " bytes were declared: the file is truncated or not the one that was indexed;"
+          " preprocess it again");
     }
     streams_.push_back({std::move(file), width, tokens});
   }
@@ -90,7 +91,8 @@ class Streams {
     if (length == 0 || length >> 40) throw std::out_of_range("sequence length must be in [1, 2^40)");
     for (std::size_t n = 0; n < size; ++n) {
       if (source[n] < 0 || static_cast<std::size_t>(source[n]) >= streams_.size()) {
-        throw std::out_of_range("source " + std::to_string(source[n]) + " of " + std::to_string(streams_.size()));
+        throw std::out_of_range("source " + std::to_string(source[n]) + " of " +
+                                std::to_string(streams_.size()));
       }
       const u64 tokens = streams_[source[n]].tokens;
       const u64 windows = tokens ? (tokens - 1) / length : 0;
@@ -103,7 +105,8 @@ class Streams {
   }
 
   // tokens, labels: [size, length]. The windows have been checked.
-  void gather(const i64* source, const i64* window, std::size_t size, u64 length, i64* tokens, i64* labels) const {
+  void gather(const i64* source, const i64* window, std::size_t size, u64 length, i64* tokens,
+              i64* labels) const {
     for (std::size_t n = 0; n < size; ++n) {
       copy(source[n], window[n], length, 0, length, tokens + n * length);
       copy(source[n], window[n], length, 1, length, labels + n * length);
@@ -154,7 +157,8 @@ class Streams {
 
 // For rows of `length` tokens: the document number within the row, and the position within the document.
 // A document ends with its `eod` token, which belongs to it.
-inline void segment_rows(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment, i64* position) {
+inline void segment_rows(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
+                         i64* position) {
   for (std::size_t row = 0; row < rows; ++row) {
     i32 document = 0;
     i64 at = 0;

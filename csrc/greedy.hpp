@@ -87,7 +87,9 @@ class Greedy {
     return NEVER;
   }
 
-  std::size_t bytes() const { return checkpoints_.size() * sizeof(double) + checkpoint_at_.size() * sizeof(u64); }
+  std::size_t bytes() const {
+    return checkpoints_.size() * sizeof(double) + checkpoint_at_.size() * sizeof(u64);
+  }
 
  private:
   // Counts before a sample.

@@ -30,13 +30,13 @@
 
 // `to = condition ? from : to`, lane by lane. Compilers take the conditional apart where the CPU has no
 // blend, and do not see one in the masks where it has.
-#define R1_ASSIGN_IF(condition, to, from)                                            \
-  do {                                                                               \
-    if constexpr (WIDTH > 2) {                                                       \
-      to = condition ? from : to;                                                    \
-    } else {                                                                         \
-      to = (Vector)(((Bits)from & condition) | ((Bits)to & ~condition));             \
-    }                                                                                \
+#define R1_ASSIGN_IF(condition, to, from)                                \
+  do {                                                                   \
+    if constexpr (WIDTH > 2) {                                           \
+      to = condition ? from : to;                                        \
+    } else {                                                             \
+      to = (Vector)(((Bits)from & condition) | ((Bits)to & ~condition)); \
+    }                                                                    \
   } while (0)
 
 namespace r1 {
@@ -44,8 +44,9 @@ namespace r1 {
 // Doubles that one vector of this CPU holds.
 inline int vector_width() {
 #ifdef R1_X86
-  static const int width =
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 8 : __builtin_cpu_supports("avx2") ? 4 : 2;
+  static const int width = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 8
+                           : __builtin_cpu_supports("avx2")                                         ? 4
+                                                                                                    : 2;
   return width;
 #else
   return 2;
@@ -76,10 +77,12 @@ inline i32 largest_error(const double* weight, const double* drawn, i32 sources,
 
 // Samples [i, i + steps) by the plain rule; writes the picks, and each pick's number within its source,
 // where the pointers are not null.
-inline void plain_steps(const double* weight, double* drawn, i32 sources, u64 i, u64 steps, i32* pick, u64* draw) {
+inline void plain_steps(const double* weight, double* drawn, i32 sources, u64 i, u64 steps, i32* pick,
+                        u64* draw) {
   for (u64 step = 0; step < steps; ++step) {
     double largest;
-    const i32 best = largest_error(weight, drawn, sources, std::max(static_cast<double>(i + step), 1.0), largest);
+    const i32 best =
+        largest_error(weight, drawn, sources, std::max(static_cast<double>(i + step), 1.0), largest);
     if (pick) pick[step] = best;
     if (draw) draw[step] = static_cast<u64>(drawn[best]);
     drawn[best] += 1.0;
@@ -105,7 +108,8 @@ R1_INLINE void lane_steps(const double* weight, i32 sources, double* drawn, doub
   alignas(64) double picked[BLOCK][LANES];
   if (pick) {
     for (int lane = 0; lane < LANES; ++lane) {
-      for (i32 k = 0; k < sources; ++k) number[lane * sources + k] = static_cast<u64>(drawn[k * LANES + lane]);
+      for (i32 k = 0; k < sources; ++k)
+        number[lane * sources + k] = static_cast<u64>(drawn[k * LANES + lane]);
     }
   }
   for (u64 done = 0; done < steps; done += BLOCK) {
@@ -148,7 +152,8 @@ R1_INLINE void lane_steps(const double* weight, i32 sources, double* drawn, doub
       u64* const number_b = number_a + sources;
       const u64 a = static_cast<u64>(lane) * stride + done, b = a + stride;
       for (u64 step = 0; step < block; ++step) {
-        const i32 of_a = static_cast<i32>(picked[step][lane]), of_b = static_cast<i32>(picked[step][lane + 1]);
+        const i32 of_a = static_cast<i32>(picked[step][lane]),
+                  of_b = static_cast<i32>(picked[step][lane + 1]);
         pick[a + step] = of_a;
         draw[a + step] = number_a[of_a]++;
         pick[b + step] = of_b;
@@ -160,12 +165,12 @@ R1_INLINE void lane_steps(const double* weight, i32 sources, double* drawn, doub
 }
 
 #ifdef R1_X86
-R1_AVX2 inline void lane_steps_avx2(const double* weight, i32 sources, double* drawn, double* x, u64 steps, i32* pick,
-                                    u64* draw, u64 stride, u64* number) {
+R1_AVX2 inline void lane_steps_avx2(const double* weight, i32 sources, double* drawn, double* x, u64 steps,
+                                    i32* pick, u64* draw, u64 stride, u64* number) {
   lane_steps<4, 4>(weight, sources, drawn, x, steps, pick, draw, stride, number);
 }
-R1_AVX512 inline void lane_steps_avx512(const double* weight, i32 sources, double* drawn, double* x, u64 steps,
-                                        i32* pick, u64* draw, u64 stride, u64* number) {
+R1_AVX512 inline void lane_steps_avx512(const double* weight, i32 sources, double* drawn, double* x,
+                                        u64 steps, i32* pick, u64* draw, u64 stride, u64* number) {
   lane_steps<8, 2>(weight, sources, drawn, x, steps, pick, draw, stride, number);
 }
 #endif
@@ -173,8 +178,10 @@ R1_AVX512 inline void lane_steps_avx512(const double* weight, i32 sources, doubl
 inline void lane_steps_any(const double* weight, i32 sources, double* drawn, double* x, u64 steps, i32* pick,
                            u64* draw, u64 stride, u64* number) {
 #ifdef R1_X86
-  if (vector_width() == 8) return lane_steps_avx512(weight, sources, drawn, x, steps, pick, draw, stride, number);
-  if (vector_width() == 4) return lane_steps_avx2(weight, sources, drawn, x, steps, pick, draw, stride, number);
+  if (vector_width() == 8)
+    return lane_steps_avx512(weight, sources, drawn, x, steps, pick, draw, stride, number);
+  if (vector_width() == 4)
+    return lane_steps_avx2(weight, sources, drawn, x, steps, pick, draw, stride, number);
 #endif
   lane_steps<2, 8>(weight, sources, drawn, x, steps, pick, draw, stride, number);
 }
@@ -217,7 +224,9 @@ class Lanes {
   }
 
   // Draws of source k at the end of a stretch of the last run.
-  double drawn_after(int stretch, i32 k) const { return lane_[static_cast<std::size_t>(k) * LANES + stretch]; }
+  double drawn_after(int stretch, i32 k) const {
+    return lane_[static_cast<std::size_t>(k) * LANES + stretch];
+  }
 
  private:
   static constexpr u64 RUN_IN = 2048;
@@ -357,8 +366,8 @@ class Wheel {
   }
 
   R1_AVX2 void run_avx2(u64 i, u64 end, i32* pick, u64* draw) {
-    run_with([this](double x, double& largest) R1_AVX2 { return best_awake_avx2(x, largest); }, i, end,
-             pick, draw);
+    run_with([this](double x, double& largest) R1_AVX2 { return best_awake_avx2(x, largest); }, i, end, pick,
+             draw);
   }
 #endif
 

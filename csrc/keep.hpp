@@ -1,7 +1,8 @@
 // Which windows of a source are kept (Eq. 6): a bitmap with rank and select.
 //
 // A draw from a masked source is select(r), r below the number kept, so a dropped window costs nothing and
-// the rest of the sampler never knows that it existed. State: one bit a window plus 7 % for the directory.
+// the rest of the sampler never knows that it existed. State: one bit a window, 14 % for the ranks
+// beside the bits, and one hint for 512 kept windows.
 #pragma once
 
 #include <cstddef>
@@ -24,61 +25,72 @@ inline u32 bits_set(u64 x) {
 class Keep {
  public:
   // `words`: bit w % 64 of word w / 64 says whether window w is kept; bits from `windows` on are ignored.
-  Keep(u64 windows, std::vector<u64> words) : windows_(windows), words_(std::move(words)) {
-    if (words_.size() != (windows + 63) / 64) throw std::invalid_argument("bitmap has the wrong size");
-    if (windows % 64) words_.back() &= (u64{1} << (windows % 64)) - 1;
-    words_.resize((words_.size() + BLOCK_WORDS - 1) / BLOCK_WORDS * BLOCK_WORDS);
-    u64 kept = 0;
-    for (std::size_t word = 0; word < words_.size(); ++word) {
-      if (word % BLOCK_WORDS == 0) rank_.push_back(kept);
-      const u64 before = kept;
-      kept += bits_set(words_[word]);
-      // The block that holds the kept window number SAMPLE * hint.
-      while (hint_.size() * SAMPLE < kept && hint_.size() * SAMPLE >= before) {
-        hint_.push_back(word / BLOCK_WORDS);
+  Keep(u64 windows, std::vector<u64> words) : windows_(windows) {
+    if (words.size() != (windows + 63) / 64) throw std::invalid_argument("bitmap has the wrong size");
+    if (windows % 64) words.back() &= (u64{1} << (windows % 64)) - 1;
+    lines_.resize(words.size() / WORDS + 1);
+    for (std::size_t line = 0; line < lines_.size(); ++line) {
+      lines_[line].rank = kept_;
+      for (std::size_t word = 0; word < WORDS; ++word) {
+        const std::size_t at = line * WORDS + word;
+        lines_[line].words[word] = at < words.size() ? words[at] : 0;
+        kept_ += bits_set(lines_[line].words[word]);
       }
+      while (hint_.size() * SAMPLE < kept_) hint_.push_back(line);
     }
-    rank_.push_back(kept);
-    kept_ = kept;
+    hint_.push_back(lines_.size() - 1);
   }
 
   u64 windows() const { return windows_; }
   u64 kept() const { return kept_; }
-  bool test(u64 window) const { return words_[window / 64] >> (window % 64) & 1; }
+  bool test(u64 window) const { return word(window) >> (window % 64) & 1; }
 
-  // Kept windows below `window` (at most windows()).
+  // Kept windows below `window`, which may be windows().
   u64 rank(u64 window) const {
-    const u64 word = window / 64;
-    u64 kept = rank_[word / BLOCK_WORDS];
-    for (u64 w = word / BLOCK_WORDS * BLOCK_WORDS; w < word; ++w) kept += bits_set(words_[w]);
-    if (window % 64) kept += bits_set(words_[word] & ((u64{1} << (window % 64)) - 1));
+    const Line& line = lines_[window / 64 / WORDS];
+    u64 kept = line.rank;
+    for (u64 w = 0; w < window / 64 % WORDS; ++w) kept += bits_set(line.words[w]);
+    if (window % 64) kept += bits_set(word(window) & ((u64{1} << (window % 64)) - 1));
     return kept;
   }
 
   // The kept window with `order` kept windows below it; order below kept().
   u64 select(u64 order) const {
-    const u64 sample = order / SAMPLE;
-    u64 low = hint_[sample];
-    u64 high = sample + 1 < hint_.size() ? hint_[sample + 1] + 1 : rank_.size() - 1;
+    u64 low = hint_[order / SAMPLE], high = hint_[order / SAMPLE + 1] + 1;
     while (high - low > 1) {
       const u64 middle = low + (high - low) / 2;
-      if (rank_[middle] <= order) {
+      if (lines_[middle].rank <= order) {
         low = middle;
       } else {
         high = middle;
       }
     }
-    u64 left = order - rank_[low];
-    u64 word = low * BLOCK_WORDS;
-    for (u64 here; left >= (here = bits_set(words_[word])); ++word) left -= here;
-    return word * 64 + select_in_word(words_[word], left);
+    const Line& line = lines_[low];
+    u64 left = order - line.rank, at = 0;
+    for (u64 here; left >= (here = bits_set(line.words[at])); ++at) left -= here;
+    return (low * WORDS + at) * 64 + select_in_word(line.words[at], left);
   }
 
-  std::size_t bytes() const { return (words_.size() + rank_.size() + hint_.size()) * sizeof(u64); }
+  // Bring what select(order) reads first, and then, into the cache.
+  void expect_hint(u64 order) const { __builtin_prefetch(&hint_[order / SAMPLE]); }
+  void expect_lines(u64 order) const {
+    const u64 low = hint_[order / SAMPLE], high = hint_[order / SAMPLE + 1];
+    for (u64 line = low; line <= high && line < low + 3; ++line) __builtin_prefetch(&lines_[line]);
+  }
+
+  std::size_t bytes() const { return lines_.size() * sizeof(Line) + hint_.size() * sizeof(u64); }
 
  private:
-  static constexpr u64 BLOCK_WORDS = 16;
-  static constexpr u64 SAMPLE = 4096;
+  static constexpr u64 WORDS = 7;
+  static constexpr u64 SAMPLE = 512;
+
+  // A cache line: kept windows before it, and which of its 448 are kept.
+  struct alignas(64) Line {
+    u64 rank;
+    u64 words[WORDS];
+  };
+
+  u64 word(u64 window) const { return lines_[window / 64 / WORDS].words[window / 64 % WORDS]; }
 
   static u64 select_in_word(u64 word, u64 order) {
     u64 base = 0;
@@ -91,16 +103,13 @@ class Keep {
       }
     }
     for (; order; --order) word &= word - 1;
-    u64 low = word & (0 - word), at = 0;
-    while (low >>= 1) ++at;
-    return base + at;
+    return base + bits_set((word & (0 - word)) - 1);
   }
 
   u64 windows_;
   u64 kept_ = 0;
-  std::vector<u64> words_;
-  std::vector<u64> rank_;  // Kept windows before each block, and the total at the end.
-  std::vector<u64> hint_;
+  std::vector<Line> lines_;
+  std::vector<u64> hint_;  // The line that holds kept window number SAMPLE * n; the last line at the end.
 };
 
 }  // namespace r1

@@ -68,8 +68,6 @@ class Permutation {
                                         0xd6e8feb86659fd93ull, 0xff51afd7ed558ccdull, 0xc4ceb9fe1a85ec53ull};
     u64 h = (half + key * ODD[round]) * 0xd6e8feb86659fd93ull;
     h ^= h >> 32;
-    h *= 0xd6e8feb86659fd93ull;
-    h ^= h >> 29;
     return high_product(h * 0x9e3779b97f4a7c15ull, limit);
   }
   static u64 add(u64 a, u64 b, u64 modulus) {

@@ -45,6 +45,7 @@ struct SourcePhase {
 class Plan {
  public:
   static constexpr u64 MAX_SAMPLE = u64{1} << 62;
+  static constexpr std::size_t BLOCK = 64;
   static constexpr std::size_t RUN = std::size_t{1} << 18;
 
   // `source_key`: the seed of each source's permutations.
@@ -68,7 +69,8 @@ class Plan {
     phase->exact_weights = std::move(exact_weights);
     phase->sources.reserve(sources.size());
     for (const SourcePhase& source : sources) {
-      phase->sources.push_back({source, Divider(std::max<u64>(1, source.windows)), Permutation(source.windows)});
+      phase->sources.push_back(
+          {source, Divider(std::max<u64>(1, source.windows)), Permutation(source.windows)});
     }
     phases_.push_back(std::move(phase));
     ended_ = false;
@@ -93,13 +95,25 @@ class Plan {
     u64 last = 0;
     for (std::size_t n = 0; n < size; ++n) last = std::max<u64>(last, sample(n));
     require(last);
+    // In blocks, stage by stage: the stages' misses and mispredictions then overlap across samples.
     const Segment* segment = segments_.back().get();
-    for (std::size_t n = 0; n < size; ++n) {
-      const u64 i = sample(n);
-      if (i < segment->start || i >= segment->end) segment = &segment_of(i);
-      u64 draw;
-      const i32 leaf = segment->tree->locate(i - segment->start, draw);
-      write(n, resolve(segment->leaves[leaf], draw));
+    const Leaf* leaf[BLOCK];
+    Draw draws[BLOCK];
+    for (std::size_t first = 0; first < size; first += BLOCK) {
+      const std::size_t block = std::min(BLOCK, size - first);
+      for (std::size_t n = 0; n < block; ++n) {
+        const u64 i = sample(first + n);
+        if (i < segment->start || i >= segment->end) segment = &segment_of(i);
+        leaf[n] = &segment->leaves[segment->tree->locate(i - segment->start, draws[n].window)];
+      }
+      for (std::size_t n = 0; n < block; ++n) {
+        draws[n] = order_of(*leaf[n], draws[n].window);
+        if (const Keep* keep = leaf[n]->epochs->at.keep.get()) keep->expect_hint(draws[n].window);
+      }
+      for (std::size_t n = 0; n < block; ++n) {
+        if (const Keep* keep = leaf[n]->epochs->at.keep.get()) keep->expect_lines(draws[n].window);
+      }
+      for (std::size_t n = 0; n < block; ++n) write(first + n, kept(*leaf[n], draws[n]));
     }
   }
 
@@ -169,8 +183,8 @@ class Plan {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::size_t sum = source_key_.size() * sizeof(u64);
     for (const auto& phase : phases_) {
-      sum += sizeof(Phase) + phase->sources.size() * sizeof(Epochs) +
-             phase->weights.size() * sizeof(u64) + phase->exact_weights.size() * sizeof(double);
+      sum += sizeof(Phase) + phase->sources.size() * sizeof(Epochs) + phase->weights.size() * sizeof(u64) +
+             phase->exact_weights.size() * sizeof(double);
     }
     for (const auto& segment : segments_) {
       sum += sizeof(Segment) + segment->leaves.size() * sizeof(Leaf) + segment->base.size() * sizeof(u64) +
@@ -208,14 +222,20 @@ class Plan {
     std::unique_ptr<Greedy> greedy;
   };
 
-  Draw resolve(const Leaf& leaf, u64 draw) const {
+  // Source, epoch, and the place within the epoch among its kept windows.
+  Draw order_of(const Leaf& leaf, u64 draw) const {
     const Epochs& epochs = *leaf.epochs;
     u64 order;
     const u64 epoch = epochs.at.first_epoch + epochs.windows.divide(draw + leaf.draws, order);
     if (shuffle_) {
       order = epochs.permutation.forward(order, Permutation::epoch_key(source_key_[leaf.source], epoch));
     }
-    return {leaf.source, epoch, epochs.at.keep ? epochs.at.keep->select(order) : order};
+    return {leaf.source, epoch, order};
+  }
+
+  static Draw kept(const Leaf& leaf, Draw draw) {
+    if (leaf.epochs->at.keep) draw.window = leaf.epochs->at.keep->select(draw.window);
+    return draw;
   }
 
   // Opens the segment of the last phase that starts at `start`, or marks the plan as ended there.
@@ -231,7 +251,8 @@ class Plan {
     std::vector<double> exact_weights;
     for (std::size_t k = 0; k < base.size(); ++k) {
       const SourcePhase& source = phase.sources[k].at;
-      if ((megatron_ ? phase.exact_weights[k] == 0.0 : phase.weights[k] == 0) || base[k] >= source.limit) continue;
+      if ((megatron_ ? phase.exact_weights[k] == 0.0 : phase.weights[k] == 0) || base[k] >= source.limit)
+        continue;
       segment->leaf_of[k] = static_cast<i32>(segment->leaves.size());
       segment->leaves.push_back({&phase.sources[k], base[k] - source.first_draw, static_cast<i32>(k)});
       budget.push_back(source.limit == NEVER ? NEVER : source.limit - base[k]);
@@ -303,9 +324,11 @@ class Plan {
     cover(i);
     if (ended_ && i >= end_) {
       const std::string end = std::to_string(end_);
-      throw std::out_of_range("sample " + std::to_string(i) + " is past the end of the plan: at sample " + end +
+      throw std::out_of_range("sample " + std::to_string(i) + " is past the end of the plan: at sample " +
+                              end +
                               " every source with weight has reached max_epochs; raise max_epochs or add a"
-                              " phase that starts at or before sample " + end);
+                              " phase that starts at or before sample " +
+                              end);
     }
   }
 
@@ -352,14 +375,15 @@ class Plan {
       }
       require_start(first);
       const Segment& segment = segment_of(first);
-      const u64 done = first < segment.end
-                     ? segment.greedy->locate(first - segment.start, std::min(steps, segment.end - first),
-                                               pick.data(), draw.data())
-                     : 0;
+      const u64 done = first < segment.end ? segment.greedy->locate(first - segment.start,
+                                                                    std::min(steps, segment.end - first),
+                                                                    pick.data(), draw.data())
+                                           : 0;
       if (done == 0) require(first);  // Opens the segment that holds it; the next turn asks there.
       for (; n < size && sample(order[n]) < first + done; ++n) {
         const u64 at = sample(order[n]) - first;
-        write(order[n], resolve(segment.leaves[pick[at]], draw[at]));
+        const Leaf& leaf = segment.leaves[pick[at]];
+        write(order[n], kept(leaf, order_of(leaf, draw[at])));
       }
     }
   }

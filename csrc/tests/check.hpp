@@ -5,22 +5,22 @@
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      ++failures;                                                              \
-    }                                                                          \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 // The expression throws the exception type.
-#define CHECK_THROWS(expression, type)                                         \
-  do {                                                                         \
-    bool thrown = false;                                                       \
-    try {                                                                      \
-      (void)(expression);                                                      \
-    } catch (const type&) {                                                    \
-      thrown = true;                                                           \
-    }                                                                          \
-    CHECK(thrown && #expression);                                              \
+#define CHECK_THROWS(expression, type) \
+  do {                                 \
+    bool thrown = false;               \
+    try {                              \
+      (void)(expression);              \
+    } catch (const type&) {            \
+      thrown = true;                   \
+    }                                  \
+    CHECK(thrown && #expression);      \
   } while (0)

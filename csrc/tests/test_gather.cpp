@@ -13,7 +13,8 @@ namespace {
 template <class Token>
 std::string write(const std::string& path, const std::vector<Token>& tokens) {
   std::ofstream file(path, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(tokens.data()), static_cast<std::streamsize>(tokens.size() * sizeof(Token)));
+  file.write(reinterpret_cast<const char*>(tokens.data()),
+             static_cast<std::streamsize>(tokens.size() * sizeof(Token)));
   return path;
 }
 

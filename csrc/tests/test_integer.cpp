@@ -5,8 +5,10 @@
 using namespace r1;
 
 int main() {
-  const u64 divisors[] = {1, 2, 3, 7, 63, 64, 4095, 1000003, (u64{1} << 32) - 1, u64{1} << 32, u64{1} << 63, NEVER};
-  const u64 dividends[] = {0, 1, 2, 62, 63, 64, 12345678901234567ull, (u64{1} << 63) - 1, u64{1} << 63, NEVER - 1, NEVER};
+  const u64 divisors[] = {
+      1, 2, 3, 7, 63, 64, 4095, 1000003, (u64{1} << 32) - 1, u64{1} << 32, u64{1} << 63, NEVER};
+  const u64 dividends[] = {
+      0, 1, 2, 62, 63, 64, 12345678901234567ull, (u64{1} << 63) - 1, u64{1} << 63, NEVER - 1, NEVER};
   for (const u64 divisor : divisors) {
     const Divider by(divisor);
     for (const u64 base : dividends) {

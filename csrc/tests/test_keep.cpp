@@ -36,7 +36,8 @@ void rank_and_select_agree(u64 windows, u64 density) {
 
 int main() {
   for (const u64 density : {0, 1, 20, 128, 255, 256}) {
-    for (const u64 windows : {1, 63, 64, 65, 1023, 1024, 1025, 70000}) rank_and_select_agree(windows, density);
+    for (const u64 windows : {1, 63, 64, 65, 1023, 1024, 1025, 70000})
+      rank_and_select_agree(windows, density);
   }
   // A long gap between two runs of ones: hints skip many blocks.
   std::vector<u64> words(40000, 0);

@@ -59,8 +59,9 @@ void threads_see_one_order() {
   std::vector<std::thread> threads;
   for (u64 t = 0; t < 4; ++t) {
     threads.emplace_back([&, t] {
-      plan.locate_each(15000, [t](std::size_t n) { return n * 4 + t; },
-                       [&got, t](std::size_t n, Draw draw) { got[n * 4 + t] = draw; });
+      plan.locate_each(
+          15000, [t](std::size_t n) { return n * 4 + t; },
+          [&got, t](std::size_t n, Draw draw) { got[n * 4 + t] = draw; });
     });
   }
   for (std::thread& thread : threads) thread.join();
