@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.data.sources import build_plan, open_sources
+from megatron_r1.data.sources import build_plan, check_plan, open_sources
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import MixWeights, ScoreTable
 from megatron_r1.run_dir import write_text
@@ -197,6 +197,8 @@ def _epochs(config: Config, weights: MixWeights) -> dict[str, float]:
     if mistakes:
         raise ValueError("; ".join(mistakes))
     plan = build_plan(config, corpora)
+    if mistakes := check_plan(config, plan):
+        raise ValueError("; ".join(mistakes))
     names = list(config.phases)
     steps = [config.phase_steps(name) for name in names]
     first = sum(steps[: names.index(phase)]) * config.train.global_batch

@@ -146,30 +146,39 @@ class _Scoring:
     def _directions(self, ref: CheckpointRef) -> Directions:
         """v_c of every capability. Raises ValueError where one is zero or not finite."""
         gradients = []
-        for probe in self.work.probes:
-            rows = self._windows(probe, self.work.influence.probe_examples)
-            size = self.work.influence.micro_batch
-            gradient = mean_gradient(
-                self.model,
-                self.gpt,
-                self._batches(rows, 0, len(rows)),
-                rows.passes(0, len(rows), size * self.context.data_size),
-                size,
-                self.config.data.seq_length,
-                len(rows),
-                self.context,
-            )
-            square = sum(float(g.double().square().sum()) for g in gradient.values())
-            if not 0 < square < float("inf"):
-                what = "zero" if square == 0 else "not finite"
-                raise ValueError(
-                    f"the direction of {probe.name} at step {ref.step} is {what}; look at that checkpoint "
-                    f"and at {probe.prefix}"
-                )
-            gradients.append(gradient)
+        total = self.work.probe_windows(self.config)
+        with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
+            for probe in self.work.probes:
+                gradient = self._mean_gradient(probe, bar)
+                square = sum(float(g.double().square().sum()) for g in gradient.values())
+                if not 0 < square < float("inf"):
+                    what = "zero" if square == 0 else "not finite"
+                    raise ValueError(
+                        f"the direction of {probe.name} at step {ref.step} is {what}; look at that "
+                        f"checkpoint and at {probe.prefix}"
+                    )
+                gradients.append(gradient)
         directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
         precondition(self.work.influence.curvature, directions, ref.path, self.gpt)
         return directions
+
+    def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, torch.Tensor]:
+        """Of one probing set, on every rank its shard."""
+        influence, seq_length = self.work.influence, self.config.data.seq_length
+        chosen = choose(probe, seq_length, influence.probe_examples, influence.seed)
+        rows = Windows(probe, chosen, seq_length, self.config.model.vocab_size)
+        per_pass = influence.micro_batch * self.context.data_size
+
+        def counted() -> Iterator[Batch]:
+            for number, batch in enumerate(self._batches(rows, 0, len(rows))):
+                bar.advance(min(per_pass, len(rows) - number * per_pass))
+                yield batch
+
+        passes = rows.passes(0, len(rows), per_pass)
+        size, examples = influence.micro_batch, len(rows)
+        return mean_gradient(
+            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context
+        )
 
     def _score_part(self, part: Part, scorer: Scorer, bar: Progress) -> None:
         rows = Windows(part.corpus, part.window_N, self.config.data.seq_length, self.config.model.vocab_size)
@@ -218,11 +227,6 @@ class _Scoring:
         all_rows[:, context.data_rank] = mine
         out = sum_over_data(all_rows).flatten(0, 2)[: last - first].cpu().numpy()
         return out[:, :-1], out[:, -1]
-
-    def _windows(self, corpus: Corpus, most: int | None) -> Windows:
-        seq_length, seed = self.config.data.seq_length, self.work.influence.seed
-        chosen = choose(corpus, seq_length, most, seed)
-        return Windows(corpus, chosen, seq_length, self.config.model.vocab_size)
 
     def _batches(self, rows: Windows, first: int, last: int) -> Iterator[Batch]:
         size, context = self.work.influence.micro_batch, self.context

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_r1 import config_io
 from megatron_r1.config import (
     Config,
     DataConfig,
@@ -303,3 +306,20 @@ def test_tensor_parallel_scores_a_run_alike(whole: Config, trained: Config, tmp_
     for ours, theirs in zip(tables(config), tables(whole), strict=True):
         found, true = ours.score_NCK[:, :, 0], theirs.score_NCK[:, :, 1]
         np.testing.assert_allclose(found, true, rtol=1e-4, atol=1e-5 * np.abs(true).max())
+
+
+def test_the_tool_checks_without_torch(whole: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config_io.dump(whole))
+    script = (
+        "import runpy, sys; sys.argv = ['compute_influence.py', *sys.argv[1:]];"
+        "runpy.run_path('tools/compute_influence.py', run_name='__main__');"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, f"{tmp_path}/config.yaml", "--check", "influence.steps=[4]"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=launch.ROOT, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = sum(len(t.example_N) for t in tables(whole))
+    assert f"2 sources x up to 50 examples x 1 checkpoints = {rows} examples" in done.stdout
+    command = [sys.executable, "tools/compute_influence.py", f"{tmp_path}/config.yaml", "influence.steps=[3]"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=launch.ROOT, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: 1 mistake in the configuration:")
