@@ -1,14 +1,17 @@
-"""Ranks as forks of this process, which has imported megatron.core once: a third of a second a launch."""
+"""Ranks as forks of a server that has imported megatron.core once: a third of a second a launch."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
-import signal
 import socket
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,12 @@ import torch
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
 
 # isort: split
-import megatron.core.models.gpt  # noqa: F401  (paid here, not in every fork)
+import megatron.core.models.gpt  # noqa: F401  (paid by the server, not by every fork)
+
+# Forks of a server that only imports: a fork of the test process would inherit the thread pools of
+# whatever tests ran before, without their threads, and wait for them.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
 
 
 class RankFailedError(AssertionError):
@@ -27,34 +35,33 @@ class RankFailedError(AssertionError):
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
     """What `body(*args)` returns on each of `ranks` ranks, in an environment like torchrun's.
 
-    `body` joins the process groups itself (`parallel.process_groups`). Raises RankFailedError as soon as
-    one rank fails, after ending the others. One thread a rank: OpenMP does not survive a fork.
+    `body`, a function of a module, joins the process groups itself (`parallel.process_groups`). Raises
+    RankFailedError as soon as one rank fails, after ending the others. One thread a rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes, children = [], {}
-    for rank in range(ranks):
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            _be_rank(rank, ranks, port, writer, body, args)
-        os.close(writer)
-        pipes.append(reader)
-        children[pid] = rank
-    try:
-        failed = _wait(dict(children), seconds)
-        answers = [_read(pipe) for pipe in pipes]
-    finally:
-        for pipe in pipes:
-            os.close(pipe)
-    errors = [error for _, error in answers if error]
+    with tempfile.TemporaryDirectory() as directory:
+        answers = [Path(directory) / str(rank) for rank in range(ranks)]
+        children = [
+            _FORKS.Process(target=_be_rank, args=(rank, ranks, port, answers[rank], body, args))
+            for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        failed = _wait(children, seconds)
+        for log in sorted(Path(directory).glob("*.log")):
+            print(log.read_text(errors="replace"), end="")
+        found = [pickle.loads(path.read_bytes()) for path in answers if path.exists()]
+    errors = [error for _, error in found if error]
     if failed is not None or errors:
         raise RankFailedError("\n".join(errors) or failed)
-    return [value for value, _ in answers]
+    return [value for value, _ in found]
 
 
-def _be_rank(rank: int, ranks: int, port: int, writer: int, body: Callable[..., Any], args: Any) -> None:
+def _be_rank(
+    rank: int, ranks: int, port: int, answer: Path, body: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -65,44 +72,37 @@ def _be_rank(rank: int, ranks: int, port: int, writer: int, body: Callable[..., 
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    # The server's output is not the test's; the test prints this once the rank has ended.
+    with open(answer.with_suffix(".log"), "wb", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     try:
-        answer, status = (body(*args), ""), 0
+        found, status = (body(*args), ""), 0
     except BaseException:
-        answer, status = (None, f"rank {rank}: {traceback.format_exc()}"), 1
-    # To a file, not through the pipe: a full pipe would wait for a reader that waits for this process.
-    path = Path(f"/tmp/megatron_r1_test_{os.getpid()}")
-    path.write_bytes(pickle.dumps(answer))
-    os.write(writer, str(path).encode())
-    # Nothing that the parent registered (pytest's own end, say) may run here.
+        found, status = (None, f"rank {rank}: {traceback.format_exc()}"), 1
+    sys.stdout.flush()
+    answer.write_bytes(pickle.dumps(found))
+    # Without the interpreter's end: threads of the process group may still wait for a peer that failed.
     os._exit(status)
 
 
-def _wait(children: dict[int, int], seconds: float) -> str | None:
+def _wait(children: list[BaseProcess], seconds: float) -> str | None:
     """Until all have ended; what went wrong first, if anything did."""
     end, failed = time.monotonic() + seconds, None
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in children:
-            rank = children.pop(pid)
-            if status != 0 and failed is None:
-                failed = f"rank {rank} ended with status {os.waitstatus_to_exitcode(status)}"
+    left = dict(enumerate(children))
+    while left:
+        for rank, child in list(left.items()):
+            child.join(timeout=0.005)
+            if child.exitcode is None:
+                continue
+            del left[rank]
+            if child.exitcode != 0 and failed is None:
+                failed = f"rank {rank} ended with status {child.exitcode}"
                 # Its peers would wait for it; they get a moment to fail by themselves.
                 end = min(end, time.monotonic() + 2)
-        elif time.monotonic() > end:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            failed = failed or f"ranks {sorted(children.values())} still ran after {seconds} s"
+        if time.monotonic() > end:
+            for child in left.values():
+                child.kill()
+            failed = failed or f"ranks {sorted(left)} still ran after {seconds} s"
             end = float("inf")
-        else:
-            time.sleep(0.005)
     return failed
-
-
-def _read(pipe: int) -> tuple[Any, str]:
-    name = os.read(pipe, 4096).decode()
-    if not name:
-        return None, ""
-    path = Path(name)
-    answer: tuple[Any, str] = pickle.loads(path.read_bytes())
-    path.unlink()
-    return answer
