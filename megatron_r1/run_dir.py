@@ -89,8 +89,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         with naming(path):
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            on_disk(stream)
         os.replace(partial, path)
         sync(path.parent)
     except BaseException:
@@ -121,7 +120,18 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Replace a file's contents by indented JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    with replacing(path) as stream:
+        stream.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def on_disk(stream: IO[bytes]) -> None:
+    """Everything written to an open file reaches the disk, or it raises."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:

@@ -24,14 +24,14 @@ import json
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import naming, open_alone, replacing
+from megatron_r1.run_dir import naming, on_disk, open_alone, replacing
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -244,6 +244,10 @@ class IndexedWriter:
             raise ValueError(
                 f"tokens must be a 1-D integer array, not {tokens.dtype} of shape {tokens.shape}"
             )
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1):
+            raise ValueError(
+                f"a document of {lengths.max()} tokens; an index holds up to {2**31 - 1}: split it"
+            )
         if tokens.size and tokens.dtype != self.dtype:
             low, high = int(tokens.min()), int(tokens.max())
             if low < self._bounds.min or high > self._bounds.max:
@@ -252,10 +256,6 @@ class IndexedWriter:
                     f"{self.num_documents + len(lengths) - 1} of {self.prefix} does not fit {self.dtype}; "
                     f"take the dtype from best_dtype(vocab_size)"
                 )
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1):
-            raise ValueError(
-                f"a document of {lengths.max()} tokens; an index holds up to {2**31 - 1}: split it"
-            )
         assert int(lengths.sum()) == tokens.size
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
         with naming(self._partial):
@@ -264,20 +264,22 @@ class IndexedWriter:
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens += tokens.size
 
-    def finalize(self) -> None:
-        """Write the index and give both files their names."""
+    def finalize(self, changing: Callable[[], None] = lambda: None) -> None:
+        """Write the index and give both files their names; `changing` is called between the two.
+
+        Until then nothing that was there has changed, and after it nothing can fail for want of space.
+        """
         assert not self._done
         idx = with_suffix(self.prefix, ".idx")
         try:
             with naming(self._partial):
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
+                on_disk(self._stream)
             with replacing(idx) as stream:
                 for part in self._index():
                     stream.write(part)
                 # Written for certain before the first name changes.
-                stream.flush()
-                os.fsync(stream.fileno())
+                on_disk(stream)
+                changing()
                 # The old index goes before the new .bin comes: at no moment do two halves of different
                 # pairs stand together.
                 idx.unlink(missing_ok=True)

@@ -25,6 +25,8 @@ from megatron_r1.run_dir import replacing
 
 class Tokenizer(Protocol):
     kind: str
+    library: str
+    """The package behind it."""
     vocab_size: int
     eod: int
     """The token that ends a document."""
@@ -36,6 +38,15 @@ class Tokenizer(Protocol):
         """`encode` of each text."""
 
     def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def specials(self) -> list[str]:
+        """Strings that stand for special tokens elsewhere; in a document they are plain text."""
+
+    def parts(self, text: str) -> list[str]:
+        """What is encoded apart, with nothing merged across: the whole text but for rare limits."""
+
+    def fast_model(self) -> str | None:
+        """A tokenizer.json for gigatoken that should give the same tokens; None: there is none."""
 
     def fingerprint(self) -> str:
         """SHA-256 over kind and model: equal fingerprints give equal tokens."""
@@ -82,6 +93,7 @@ def _fingerprint(kind: str, *parts: bytes) -> str:
 
 class SentencePiece:
     kind = "SentencePieceTokenizer"
+    library = "sentencepiece"
 
     def __init__(self, model: Path):
         library = _library("sentencepiece", self.kind)
@@ -107,6 +119,15 @@ class SentencePiece:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens))
 
+    def specials(self) -> list[str]:
+        return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
+
+    def parts(self, text: str) -> list[str]:
+        return [text]
+
+    def fast_model(self) -> str | None:
+        return None
+
     def fingerprint(self) -> str:
         return _fingerprint(self.kind, self._bytes)
 
@@ -115,6 +136,7 @@ class HuggingFace:
     """By `tokenizers`, the library under transformers' fast tokenizers; transformers is not imported."""
 
     kind = "HuggingFaceTokenizer"
+    library = "tokenizers"
 
     def __init__(self, model: Path):
         library = _library("tokenizers", self.kind)
@@ -157,6 +179,19 @@ class HuggingFace:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens), skip_special_tokens=False)
 
+    def specials(self) -> list[str]:
+        return [token["content"] for token in json.loads(self._bytes).get("added_tokens") or []]
+
+    def parts(self, text: str) -> list[str]:
+        return [text]
+
+    def fast_model(self) -> str | None:
+        model = json.loads(self._bytes)
+        # As `encode_special_tokens` has it: such strings are text.
+        added = [token for token in model.get("added_tokens") or [] if not token.get("special")]
+        plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+        return json.dumps({**model, **plain})
+
     def fingerprint(self) -> str:
         return _fingerprint(self.kind, self._bytes, str(self.eod).encode())
 
@@ -198,6 +233,7 @@ class TikToken:
     """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
 
     kind = "TikTokenizer"
+    library = "tiktoken"
 
     def __init__(self, model: Path):
         library = _library("tiktoken", self.kind)
@@ -215,25 +251,31 @@ class TikToken:
         n = len(ranks)
         if sorted(ranks.values()) != list(range(n)):
             raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")
-        specials = {
+        self._ranks = ranks
+        self._specials = {
             _LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): n + i for i in range(_LLAMA3_SPECIALS)
         }
         self._model = library.Encoding(
-            name=model.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials
+            name=model.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self._specials
         )
         self.vocab_size = n + _LLAMA3_SPECIALS
-        self.eod: int = specials["<|end_of_text|>"]
+        self.eod: int = self._specials["<|end_of_text|>"]
 
     def encode(self, text: str) -> list[int]:
-        text = _utf8(text)
-        if len(text) <= _LONGEST_RUN:
+        parts = self.parts(_utf8(text))
+        if len(parts) == 1:
             return self._model.encode_ordinary(text)
+        return [token for part in parts for token in self._model.encode_ordinary(part)]
+
+    def parts(self, text: str) -> list[str]:
+        if len(text) <= _LONGEST_RUN:
+            return [text]
         cuts = set(range(0, len(text), _LONGEST_TEXT))
         for start in sorted(cuts):
             for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
                 cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
         bounds = [*sorted(cuts), len(text)]
-        return [t for lo, hi in pairwise(bounds) for t in self._model.encode_ordinary(text[lo:hi])]
+        return [text[lo:hi] for lo, hi in pairwise(bounds)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(t) for t in texts]
@@ -241,8 +283,45 @@ class TikToken:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens))
 
+    def specials(self) -> list[str]:
+        return sorted(self._specials, key=self._specials.__getitem__)
+
+    def fast_model(self) -> str | None:
+        return _tokenizer_json(self._ranks, _LLAMA3_SPLIT)
+
     def fingerprint(self) -> str:
         return _fingerprint(self.kind, self._bytes)
+
+
+def _tokenizer_json(ranks: dict[bytes, int], split: str) -> str:
+    """Ranks as a byte-level BPE in Hugging Face's format: a merge for each pair whose union has a rank."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def word(token: bytes) -> str:
+        return "".join([letters[byte] for byte in token])
+
+    merges: list[tuple[int, int, int, bytes, bytes]] = []
+    for token, rank in ranks.items():
+        for i in range(1, len(token)):
+            left, right = ranks.get(token[:i]), ranks.get(token[i:])
+            if left is not None and right is not None:
+                merges.append((rank, left, right, token[:i], token[i:]))
+    merges.sort()
+    split_by = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {
+        "type": "BPE",
+        # A piece that is a token stays one, even where no merges lead to it.
+        "ignore_merges": True,
+        "vocab": {word(token): rank for token, rank in ranks.items()},
+        "merges": [[word(left), word(right)] for *_, left, right in merges],
+    }
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split_by, to_bytes]}
+    parts = {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": to_bytes}
+    return json.dumps({**parts, "normalizer": None, "post_processor": None, "model": model})
 
 
 KINDS = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}

@@ -186,6 +186,27 @@ def test_token_beyond_the_dtype_is_refused_and_leaves_nothing(tmp_path, token):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_document_longer_than_an_index_can_say_is_refused(tmp_path):
+    """The array takes no memory; a length of 2^31 in an int32 would be -2^31."""
+    with pytest.raises(ValueError, match=r"a document of 2147483648 tokens; an index holds up to 2147483647"):
+        write(tmp_path / "pair", [np.broadcast_to(np.uint16(1), 2**31)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_index_written_in_parts_is_that_of_megatrons_builder(megatron, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_r1.data.indexed._WRITTEN_AT_ONCE", 2)
+    ours = write(tmp_path / "ours")
+    theirs = write_megatron(megatron, tmp_path / "theirs", DOCUMENTS, np.uint16)
+    assert Path(f"{ours}.idx").read_bytes() == Path(f"{theirs}.idx").read_bytes()
+
+
+def test_empty_pair(megatron, tmp_path):
+    ours = write(tmp_path / "ours", [])
+    theirs = write_megatron(megatron, tmp_path / "theirs", [], np.uint16)
+    assert Path(f"{ours}.idx").read_bytes() == Path(f"{theirs}.idx").read_bytes()
+    assert len(IndexedDataset(ours)) == 0
+
+
 def test_failed_writer_leaves_the_pair_that_was_there(tmp_path):
     prefix = write(tmp_path / "pair")
     with pytest.raises(RuntimeError), IndexedWriter(prefix, np.uint16) as writer:

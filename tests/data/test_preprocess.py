@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -16,10 +17,16 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_r1.data import preprocess as module
+from megatron_r1 import run_dir
+from megatron_r1.data import documents, indexed, store
+from megatron_r1.data import preprocess as preprocess_module
+from megatron_r1.data.documents import Piece
+from megatron_r1.data.encoder import Encoder
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
-from megatron_r1.data.preprocess import document_order, preprocess
+from megatron_r1.data.preprocess import preprocess
+from megatron_r1.data.store import document_order
 from megatron_r1.data.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.data.workers import encode_piece
 
 ROOT = Path(__file__).parents[2]
 KIND = "SentencePieceTokenizer"
@@ -36,7 +43,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(module, "PIECE_DOCUMENTS", 16)
+    monkeypatch.setattr(documents, "PIECE_DOCUMENTS", 16)
 
 
 def jsonl(path: Path, texts) -> Path:
@@ -72,7 +79,7 @@ def test_unshuffled_equals_a_plain_loop(tmp_path, model):
 
 @pytest.mark.usefixtures("small_pieces")
 def test_shuffled_is_the_same_documents_in_the_order_of_the_seed(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(module, "COPY_TOKENS", 1000)
+    monkeypatch.setattr(store, "COPY_TOKENS", 1000)
     run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=5)
     shuffled = [TEXTS[i] for i in document_order(len(TEXTS), 5)]
     assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", shuffled, model)
@@ -96,7 +103,7 @@ ORDER_OF_SEED_1234 = sorted(range(8), key=lambda i: splitmix(i, 1234))
 
 
 def test_result_does_not_depend_on_workers(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_DOCUMENTS", 16)
+    monkeypatch.setattr(documents, "PIECE_DOCUMENTS", 16)
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     with open(source, "a") as stream:
         stream.write("not json\n")
@@ -246,8 +253,8 @@ def test_pair_of_another_tool_is_not_overwritten(tmp_path, model):
 
 KILLED = """
 import os, signal, sys
-from megatron_r1.data import preprocess as module
-module.PIECE_DOCUMENTS = 16
+from megatron_r1.data import documents, preprocess as module, store
+documents.PIECE_DOCUMENTS = 16
 where, pieces = sys.argv[1:3]
 if where == "encoding":
     add = module._Journal.add
@@ -262,7 +269,11 @@ if where == "encoding":
         add(journal, encoded)
     module._Journal.add = kill
 else:
-    module.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    finalize = store.IndexedWriter.finalize
+    def kill(*given):
+        finalize(*given)
+        os.kill(os.getpid(), signal.SIGKILL)
+    store.IndexedWriter.finalize = kill
 module.preprocess([sys.argv[3]], sys.argv[4], "SentencePieceTokenizer", sys.argv[5], append_eod=True)
 """
 
@@ -325,16 +336,80 @@ def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
     command = [sys.executable, "-c", code, "tools/preprocess_data.py", *options, "--tokenizer-model", model]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert "too large" in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "too large" in error
     assert list(out.iterdir()) == []
+
+
+class Full:
+    """A file on a disk with room for so many bytes in all."""
+
+    def __init__(self, stream, room: list[int]):
+        self._stream, self._room = stream, room
+
+    def write(self, data) -> int:
+        self._room[0] -= len(memoryview(data).cast("B"))
+        if self._room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._stream.write(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_disk_full_at_any_moment_names_a_file_and_leaves_nothing(tmp_path, model, monkeypatch):
+    source = jsonl(tmp_path / "in.jsonl", ["", *TEXTS])
+    room = [1 << 40]
+    for module, name in ((preprocess_module, "_open"), (indexed, "open_alone"), (run_dir, "open_alone")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, real=real: Full(real(*given), room))
+    run(source, tmp_path / "whole", model)
+    total, left = (1 << 40) - room[0], sorted(tmp_path.iterdir())
+    # The journal, the tokens, the origins, the sidecar, the rejects, the index.
+    shares = (*np.linspace(0, 0.99, 20), 1 - 40 / total)
+
+    def fails(seed: int) -> None:
+        for share in shares:
+            room[0] = int(total * share)
+            with pytest.raises(OSError, match=r"No space left on device: .*/out") as raised:
+                run(source, tmp_path / "out", model, seed=seed)
+            assert raised.value.errno == errno.ENOSPC
+            room[0] = 1 << 40
+            assert sorted(tmp_path.iterdir()) == left
+
+    fails(seed=1234)
+    run(source, tmp_path / "out", model)
+    assert pair(tmp_path / "out") == pair(tmp_path / "whole")
+    # What was there before stays whole.
+    left = sorted(tmp_path.iterdir())
+    fails(seed=5)
+    assert "already done" in run(source, tmp_path / "out", model)[1]
+
+
+def test_document_longer_than_an_index_can_say_is_rejected(model):
+    """2^31 - 1 tokens with the end-of-document token; the array takes no memory."""
+
+    class Huge(Encoder):
+        def encode_batch(self, texts):
+            return [np.broadcast_to(np.uint32(1), int(text)) for text in texts]
+
+    piece = Piece("in.jsonl", 0, 1, [b'{"text": "%d"}' % n for n in (3, 2**31 - 1, 2**31)], 1)
+    tokenizer = build_tokenizer(KIND, model)
+    [encoded] = encode_piece(tokenizer, Huge(tokenizer), piece, ["text"], append_eod=True)
+    assert np.frombuffer(encoded.lengths, np.int32).tolist() == [4]
+    assert [(r["line"], r["reason"]) for r in encoded.rejects] == [
+        (2, "2147483648 tokens, more than an index can say"),
+        (3, "2147483649 tokens, more than an index can say"),
+    ]
 
 
 def test_second_run_at_once_waits_and_finds_the_work_done(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     said: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        with module._alone(tmp_path / "out.partial", said.append):
+        with store.alone(tmp_path / "out.partial", said.append):
             second = pool.submit(run, source, tmp_path / "out", model)
             time.sleep(0.3)
             assert not second.done()

@@ -1,0 +1,210 @@
+"""The second pass: documents in their final order, with index, origins, rejects and sidecar beside them.
+
+Every file takes its name only when it is whole, the sidecar last: a pair with a sidecar is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.data.documents import Input, digest, identity
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, map_array, with_suffix
+from megatron_r1.data.provenance import ORIGIN, SUFFIX
+from megatron_r1.progress import Progress
+from megatron_r1.run_dir import json_bytes, naming, on_disk, open_alone, replacing
+
+COPY_TOKENS = 1 << 23
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def shard_prefix(output_prefix: str | Path, index: int, count: int) -> Path:
+    return with_suffix(output_prefix, f"_shard-{index:05d}-of-{count:05d}")
+
+
+@contextlib.contextmanager
+def alone(work: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """One process a prefix; a second one waits, and then finds the work done."""
+    lock = work.with_name(work.name + ".lock")
+    with open_alone(lock, lambda: log(f"waiting for another process that writes {work.with_suffix('')}")):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def finished(prefix: Path, about: dict[str, Any], sources: Sequence[Input]) -> dict[str, Any] | None:
+    """The sidecar, if it says that this request has been answered and the pair is whole."""
+    try:
+        sidecar = json.loads(with_suffix(prefix, ".json").read_text(encoding="utf-8"))
+        dataset = IndexedDataset(prefix)
+        if {k: sidecar[k] for k in about} != about or not with_suffix(prefix, SUFFIX).is_file():
+            return None
+        if (sidecar["documents"], sidecar["tokens"]) != (dataset.num_documents, len(dataset.tokens)):
+            return None
+        if len(sidecar["inputs"]) != len(sources):
+            return None
+        for source, before in zip(sources, sidecar["inputs"], strict=True):
+            now = identity(source)
+            # Only a file that moved or was touched is read again.
+            if now != {k: before[k] for k in now} and (
+                now["bytes"] != before["bytes"] or digest(source) != before["sha256"]
+            ):
+                return None
+        return sidecar
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def document_order(documents: int, seed: int | None) -> np.ndarray:
+    """Number of the document stored at each place, [documents]: a permutation by seed; None: the identity."""
+    numbers = np.arange(documents, dtype=np.uint64)
+    if seed is None:
+        return numbers.astype(np.int64)
+    # SplitMix64 of the document's number: the same on every machine and NumPy version.
+    keys = numbers * np.uint64(_GAMMA) + np.uint64((seed * _MIX[0] + _GAMMA) % 2**64)
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable")
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Documents in input order, as the first pass leaves them: of the whole input, or of one shard."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    """[documents] int32."""
+    origins: np.ndarray
+    """[documents] of ORIGIN."""
+    rejects: Path
+    lines_before: Sequence[int] | None = None
+    """Lines or rows of each input that earlier shards read."""
+
+    @staticmethod
+    def of_journal(stem: Path, dtype: np.dtype[Any]) -> Stored:
+        lengths = np.fromfile(with_suffix(stem, ".lengths"), dtype=np.int32)
+        tokens = map_array(with_suffix(stem, ".tokens"), dtype, 0, int(lengths.sum(dtype=np.int64)))
+        origins = map_array(with_suffix(stem, ".origins"), ORIGIN, 0, len(lengths))
+        return Stored(tokens, lengths, origins, with_suffix(stem, ".rejects"))
+
+    def quoted(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        if self.rejects.is_file():
+            with open(self.rejects, "rb") as stream:
+                for line in stream:
+                    found = json.loads(line)
+                    if self.lines_before is not None:
+                        found["line"] += self.lines_before[names.index(found["file"])]
+                    yield found
+
+
+def finish(
+    parts: Sequence[Stored],
+    prefix: Path,
+    rejects_path: Path,
+    about: dict[str, Any],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Copy one key's documents in the final order; then all its files take their names."""
+    dtype = np.dtype(about["dtype"])
+    firsts = np.cumsum([0] + [len(part.lengths) for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
+    order = document_order(len(lengths), about["seed"])
+    names = [source["path"] for source in about["inputs"]]
+    reasons = Counter(r["reason"].split(":")[0] for part in parts for r in part.quoted(names))
+    sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
+    starts = np.concatenate([np.cumsum(p.lengths, dtype=np.int64) - p.lengths for p in parts])
+    tokens_MB = -(-int(lengths.sum(dtype=np.int64)) * dtype.itemsize // 1_000_000)
+    with contextlib.ExitStack() as files:
+        # They take their names in the opposite order, the sidecar last.
+        said = files.enter_context(replacing(sidecar))
+        origins = files.enter_context(replacing(origins_path))
+        quoted = files.enter_context(replacing(rejects_path)) if reasons else None
+        writer = files.enter_context(IndexedWriter(prefix, dtype))
+        progress = files.enter_context(Progress("store", tokens_MB, "MB"))
+        shape = {
+            "descr": np.lib.format.dtype_to_descr(ORIGIN),
+            "fortran_order": False,
+            "shape": (len(order),),
+        }
+        np.lib.format.write_array_header_1_0(origins, shape)
+        ends = np.cumsum(lengths[order], dtype=np.int64)
+        lo = 0
+        while lo < len(order):
+            base = int(ends[lo - 1]) if lo else 0
+            hi = max(lo + 1, int(np.searchsorted(ends, base + COPY_TOKENS, side="right")))
+            stream = np.empty(int(ends[hi - 1]) - base, dtype=dtype)
+            records = np.empty(hi - lo, dtype=ORIGIN)
+            # Read in file order, place in final order: the disk sees one sweep.
+            places = np.argsort(order[lo:hi])
+            documents = order[lo:hi][places]
+            bounds = np.searchsorted(documents, firsts)
+            for n, part in enumerate(parts):
+                here = slice(bounds[n], bounds[n + 1])
+                found = part.origins[documents[here] - firsts[n]]
+                if part.lines_before is not None:
+                    found["line"] += np.array(part.lines_before, dtype=np.uint64)[found["file"]]
+                records[places[here]] = found
+                first, length = starts[documents[here]], lengths[documents[here]]
+                last = ends[lo + places[here]] - base
+                copies = zip((last - length).tolist(), last.tolist(), first.tolist(), strict=True)
+                for to, until, at in copies:
+                    stream[to:until] = part.tokens[at : at + until - to]
+            writer.add_documents(stream, lengths[order[lo:hi]])
+            with naming(origins_path):
+                origins.write(records.data)
+            progress.advance(writer.num_tokens * dtype.itemsize // 1_000_000 - progress.done)
+            lo = hi
+        described = {
+            "tool": _tool(),
+            **about,
+            "documents": len(lengths),
+            "tokens": writer.num_tokens,
+            "rejected": dict(sorted(reasons.items())),
+            "bin_sha256": writer.sha256,
+        }
+        with naming(sidecar):
+            said.write(json_bytes(described))
+            on_disk(said)
+        with naming(origins_path):
+            on_disk(origins)
+        if quoted is not None:
+            with naming(rejects_path):
+                for part in parts:
+                    for rejected in part.quoted(names):
+                        quoted.write(json.dumps(rejected, ensure_ascii=False).encode() + b"\n")
+                on_disk(quoted)
+
+        def forget_earlier() -> None:
+            sidecar.unlink(missing_ok=True)
+            rejects_path.unlink(missing_ok=True)
+
+        writer.finalize(forget_earlier)
+    log(
+        f"wrote {prefix}.bin: {len(lengths)} documents, {writer.num_tokens} {dtype} tokens"
+        + (f", {sum(reasons.values())} rejected, see {rejects_path}" if reasons else "")
+    )
+    return described
+
+
+def _tool() -> str:
+    try:
+        return f"megatron_r1 {importlib.metadata.version('megatron-r1')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "megatron_r1, not installed"

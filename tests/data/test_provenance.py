@@ -1,0 +1,74 @@
+"""Every stored document can be traced to its line, and found by its text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.preprocess import preprocess
+from megatron_r1.data.provenance import read_provenance, text_hash
+from megatron_r1.data.tokenizer import build_tokenizer, train_sentencepiece
+
+KIND = "SentencePieceTokenizer"
+TEXTS = [f"Document {i}: {'words and  spaces ' * (i % 7)}\n\tline {i * i}" for i in range(200)]
+
+
+def jsonl(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    inputs = [jsonl(folder / "a.jsonl", TEXTS[:70]), jsonl(folder / "b.jsonl", ["", *TEXTS[70:]])]
+    model = folder / "sp.model"
+    train_sentencepiece(inputs[:1], model, vocab_size=330)
+    preprocess(inputs, folder / "out", KIND, model, append_eod=True, log=lambda line: None)
+    return folder / "out_text_document", inputs, build_tokenizer(KIND, model)
+
+
+def test_each_document_is_that_of_its_line(made):
+    prefix, inputs, tokenizer = made
+    origins, dataset = read_provenance(prefix), IndexedDataset(prefix)
+    assert origins.inputs == [str(path) for path in inputs]
+    lines = [path.read_text().splitlines() for path in inputs]
+    for i in range(dataset.num_documents):
+        text = json.loads(lines[origins.files[i]][int(origins.lines[i]) - 1])["text"]
+        assert dataset.document(i).tolist() == [*tokenizer.encode(text), tokenizer.eod]
+        assert origins.hashes[i].tobytes() == hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def test_mask_by_content(made):
+    origins = read_provenance(made[0])
+    chosen = set(TEXTS[5:50:3])
+    mask = origins.among([text_hash(text) for text in chosen] + [b"\0" * 16])
+    assert mask.sum() == len(chosen)
+    wanted = {text_hash(text) for text in chosen}
+    assert {h.tobytes() for h in origins.hashes[mask]} == wanted
+    assert not origins.among([]).any()
+
+
+def test_costs_28_bytes_a_document(made):
+    assert Path(f"{made[0]}.docs.npy").stat().st_size == 192 + 28 * len(TEXTS)
+
+
+def test_file_of_another_pair_is_refused(made, tmp_path):
+    prefix = tmp_path / "pair"
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefix}{suffix}").write_bytes(Path(f"{made[0]}{suffix}").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"pair\.docs\.npy does not exist"):
+        read_provenance(prefix)
+    records = np.load(f"{made[0]}.docs.npy")
+    np.save(f"{prefix}.docs.npy", records[:-1])
+    with pytest.raises(ValueError, match="belongs to another pair"):
+        read_provenance(prefix)
+    np.save(f"{prefix}.docs.npy", records)
+    Path(f"{prefix}.docs.npy").write_bytes(Path(f"{prefix}.docs.npy").read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"docs\.npy is damaged"):
+        read_provenance(prefix)
