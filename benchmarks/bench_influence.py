@@ -61,7 +61,7 @@ def main() -> None:
 def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
     """Seconds of each repeat, by what was done."""
     backend.seed_model_parallel(1)
-    gpt: Any = build_model(model, ParallelConfig(), options.precision, options.seq_length)
+    gpt: Any = build_model(model, ParallelConfig(), options.precision, options.seq_length, plain_layers=True)
     if options.precision == "bf16":
         gpt = gpt.bfloat16()
     size, seq = options.micro_batch, options.seq_length

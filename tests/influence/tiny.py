@@ -39,7 +39,7 @@ def windows(rows: int = ROWS, seed: int = 0) -> np.ndarray:
 def build(parallel: ParallelConfig | None = None, precision: str = "fp32") -> Any:
     """The model from one seed; norm weights away from 1, so that leaving them out would show."""
     backend.seed_model_parallel(7)
-    gpt = build_model(MODEL, parallel or ParallelConfig(), precision, SEQ)
+    gpt = build_model(MODEL, parallel or ParallelConfig(), precision, SEQ, plain_layers=True)
     noise = torch.from_numpy(np.random.default_rng(3).normal(1, 0.2, MODEL.hidden_size)).float()
     with torch.no_grad():
         for name, p in gpt.named_parameters():
