@@ -3,7 +3,7 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-HEADERS = ["integer", "permute", "keep", "blend", "greedy_steps", "greedy", "plan", "gather"]
+HEADERS = ["cpu", "integer", "permute", "keep", "blend", "greedy_steps", "greedy", "plan", "gather"]
 
 setup(
     ext_modules=[

@@ -231,6 +231,24 @@ PYBIND11_MODULE(_csrc, m) {
              streams.will_need(source.data(), window.data(), shape.rows, length);
            });
 
+  // megatron-core's build_blending_indices: (source, number of the draw within its source) of each sample.
+  m.def("megatron_order", [](const Array<double>& weights, i64 samples) {
+    if (weights.ndim() != 1 || weights.size() == 0 || samples < 0) {
+      throw std::invalid_argument("megatron_order takes a row of weights and a number of samples");
+    }
+    py::array_t<i32> source(samples);
+    py::array_t<i64> draw(samples);
+    i32* const source_out = source.mutable_data();
+    u64* const draw_out = reinterpret_cast<u64*>(draw.mutable_data());
+    r1::Greedy greedy(to_vector(weights),
+                      std::vector<u64>(static_cast<std::size_t>(weights.size()), r1::NEVER));
+    {
+      const py::gil_scoped_release release;
+      greedy.locate(0, static_cast<u64>(samples), source_out, draw_out);
+    }
+    return py::make_tuple(source, draw);
+  });
+
   m.def("segment_rows", [](const Array<i64>& tokens, i64 eod, py::array segment, py::array position) {
     if (tokens.ndim() != 2) throw std::invalid_argument("tokens must be two-dimensional");
     const std::size_t rows = static_cast<std::size_t>(tokens.shape(0));

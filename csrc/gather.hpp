@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu.hpp"
 #include "integer.hpp"
 
 namespace r1 {
@@ -138,8 +140,21 @@ class Streams {
   };
 
   template <class Token>
-  static void widen(const Token* from, u64 size, i64* to) {
+  R1_INLINE static void widen_any(const Token* from, u64 size, i64* to) {
     for (u64 n = 0; n < size; ++n) to[n] = static_cast<i64>(from[n]);
+  }
+#ifdef R1_X86
+  template <class Token>
+  R1_AVX2 static void widen_avx2(const Token* from, u64 size, i64* to) {
+    widen_any(from, size, to);
+  }
+#endif
+  template <class Token>
+  static void widen(const Token* from, u64 size, i64* to) {
+#ifdef R1_X86
+    if (vector_width() >= 4) return widen_avx2(from, size, to);
+#endif
+    widen_any(from, size, to);
   }
 
   void copy(i64 source, i64 window, u64 length, u64 shift, u64 size, i64* to) const {
@@ -155,22 +170,56 @@ class Streams {
   std::vector<Stream> streams_;
 };
 
+// A stretch of one document, from its token number `at` on.
+R1_INLINE void fill_stretch(i32 document, i64 at, u64 size, i32* segment, i64* position) {
+  for (u64 s = 0; s < size; ++s) segment[s] = document;
+  for (u64 s = 0; s < size; ++s) position[s] = at + static_cast<i64>(s);
+}
+
+R1_INLINE void segment_rows_any(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
+                                i64* position) {
+  constexpr u64 BLOCK = 64;  // Most blocks hold no end of a document, and are written without a branch.
+  for (std::size_t row = 0; row < rows; ++row) {
+    i32 document = 0;
+    i64 at = 0;
+    for (u64 first = 0; first < length; first += BLOCK) {
+      const u64 size = std::min(BLOCK, length - first);
+      bool ends = false;
+      for (u64 s = 0; s < size; ++s) ends |= tokens[s] == eod;
+      for (u64 s = 0, stretch; s < size; s += stretch) {
+        stretch = size - s;
+        if (ends) {
+          for (stretch = 1; stretch < size - s && tokens[s + stretch - 1] != eod;) ++stretch;
+        }
+        fill_stretch(document, at, stretch, segment + s, position + s);
+        at += static_cast<i64>(stretch);
+        if (ends && tokens[s + stretch - 1] == eod) {
+          ++document;
+          at = 0;
+        }
+      }
+      tokens += size;
+      segment += size;
+      position += size;
+    }
+  }
+}
+
+#ifdef R1_X86
+R1_AVX2 inline void segment_rows_avx2(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
+                                      i64* position) {
+  segment_rows_any(tokens, rows, length, eod, segment, position);
+}
+#endif
+
 // For rows of `length` tokens: the document number within the row, and the position within the document.
 // A document ends with its `eod` token, which belongs to it.
 inline void segment_rows(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
                          i64* position) {
-  for (std::size_t row = 0; row < rows; ++row) {
-    i32 document = 0;
-    i64 at = 0;
-    for (u64 s = 0; s < length; ++s, ++tokens, ++segment, ++position) {
-      *segment = document;
-      *position = at++;
-      if (*tokens == eod) {
-        ++document;
-        at = 0;
-      }
-    }
-  }
+#ifdef R1_X86
+  if (vector_width() >= 4) return segment_rows_avx2(tokens, rows, length, eod, segment, position);
+#endif
+  segment_rows_any(tokens, rows, length, eod, segment, position);
 }
 
 }  // namespace r1

@@ -18,15 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu.hpp"
 #include "integer.hpp"
-
-#ifdef __x86_64__
-#include <immintrin.h>
-#define R1_X86 1
-#define R1_AVX2 __attribute__((target("avx2")))
-#define R1_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl")))
-#endif
-#define R1_INLINE __attribute__((always_inline)) inline
 
 // `to = condition ? from : to`, lane by lane. Compilers take the conditional apart where the CPU has no
 // blend, and do not see one in the masks where it has.
@@ -40,18 +33,6 @@
   } while (0)
 
 namespace r1 {
-
-// Doubles that one vector of this CPU holds.
-inline int vector_width() {
-#ifdef R1_X86
-  static const int width = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 8
-                           : __builtin_cpu_supports("avx2")                                         ? 4
-                                                                                                    : 2;
-  return width;
-#else
-  return 2;
-#endif
-}
 
 // Doubles side by side, and what comparing them gives: all bits or none.
 template <int WIDTH>

@@ -87,34 +87,25 @@ class Plan {
   template <class Sample, class Write>
   void locate_each(std::size_t size, Sample sample, Write write) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (size == 0) return;
     if (megatron_) {
       locate_replayed(size, sample, write);
       return;
     }
-    if (size == 0) return;
     u64 last = 0;
     for (std::size_t n = 0; n < size; ++n) last = std::max<u64>(last, sample(n));
     require(last);
-    // In blocks, stage by stage: the stages' misses and mispredictions then overlap across samples.
     const Segment* segment = segments_.back().get();
-    const Leaf* leaf[BLOCK];
-    Draw draws[BLOCK];
-    for (std::size_t first = 0; first < size; first += BLOCK) {
-      const std::size_t block = std::min(BLOCK, size - first);
-      for (std::size_t n = 0; n < block; ++n) {
-        const u64 i = sample(first + n);
-        if (i < segment->start || i >= segment->end) segment = &segment_of(i);
-        leaf[n] = &segment->leaves[segment->tree->locate(i - segment->start, draws[n].window)];
-      }
-      for (std::size_t n = 0; n < block; ++n) {
-        draws[n] = order_of(*leaf[n], draws[n].window);
-        if (const Keep* keep = leaf[n]->epochs->at.keep.get()) keep->expect_hint(draws[n].window);
-      }
-      for (std::size_t n = 0; n < block; ++n) {
-        if (const Keep* keep = leaf[n]->epochs->at.keep.get()) keep->expect_lines(draws[n].window);
-      }
-      for (std::size_t n = 0; n < block; ++n) write(first + n, kept(*leaf[n], draws[n]));
-    }
+    in_blocks(
+        size,
+        [&](std::size_t n) {
+          const u64 i = sample(n);
+          if (i < segment->start || i >= segment->end) segment = &segment_of(i);
+          u64 draw;
+          const i32 leaf = segment->tree->locate(i - segment->start, draw);
+          return Item{&segment->leaves[leaf], draw};
+        },
+        write);
   }
 
   // Draws of every source among samples [0, i).
@@ -211,6 +202,12 @@ class Plan {
     u64 draws;  // Draws of the source between `first_draw` and the segment's start.
     i32 source;
   };
+  // A draw of a segment's source, counted from the segment's start.
+  struct Item {
+    const Leaf* leaf;
+    u64 draw;
+    const Keep* keep() const { return leaf->epochs->at.keep.get(); }
+  };
   struct Segment {
     u64 start;
     u64 end;  // NEVER while unknown.
@@ -222,20 +219,39 @@ class Plan {
     std::unique_ptr<Greedy> greedy;
   };
 
-  // Source, epoch, and the place within the epoch among its kept windows.
-  Draw order_of(const Leaf& leaf, u64 draw) const {
-    const Epochs& epochs = *leaf.epochs;
-    u64 order;
-    const u64 epoch = epochs.at.first_epoch + epochs.windows.divide(draw + leaf.draws, order);
-    if (shuffle_) {
-      order = epochs.permutation.forward(order, Permutation::epoch_key(source_key_[leaf.source], epoch));
+  // Answers `size` questions, `item(n)` each, block by block and stage by stage: the stages' cache misses
+  // and mispredictions then overlap across samples.
+  template <class ItemOf, class Write>
+  void in_blocks(std::size_t size, ItemOf item, Write write) const {
+    Item items[BLOCK];
+    Draw draws[BLOCK];
+    for (std::size_t first = 0; first < size; first += BLOCK) {
+      const std::size_t block = std::min(BLOCK, size - first);
+      for (std::size_t n = 0; n < block; ++n) items[n] = item(first + n);
+      for (std::size_t n = 0; n < block; ++n) {
+        draws[n] = in_epoch(items[n]);
+        if (const Keep* keep = items[n].keep()) keep->expect_hint(draws[n].window);
+      }
+      for (std::size_t n = 0; n < block; ++n) {
+        if (const Keep* keep = items[n].keep()) keep->expect_lines(draws[n].window);
+      }
+      for (std::size_t n = 0; n < block; ++n) {
+        if (const Keep* keep = items[n].keep()) draws[n].window = keep->select(draws[n].window);
+        write(first + n, draws[n]);
+      }
     }
-    return {leaf.source, epoch, order};
   }
 
-  static Draw kept(const Leaf& leaf, Draw draw) {
-    if (leaf.epochs->at.keep) draw.window = leaf.epochs->at.keep->select(draw.window);
-    return draw;
+  // Source, epoch, and for a window its place among the epoch's kept windows.
+  Draw in_epoch(const Item& item) const {
+    const Epochs& epochs = *item.leaf->epochs;
+    u64 place;
+    const u64 epoch = epochs.at.first_epoch + epochs.windows.divide(item.draw + item.leaf->draws, place);
+    if (shuffle_) {
+      const u64 key = Permutation::epoch_key(source_key_[item.leaf->source], epoch);
+      place = epochs.permutation.forward(place, key);
+    }
+    return {item.leaf->source, epoch, place};
   }
 
   // Opens the segment of the last phase that starts at `start`, or marks the plan as ended there.
@@ -357,34 +373,47 @@ class Plan {
     return **(after - 1);
   }
 
-  // Megatron's order is replayed, so the questions are asked in ascending order whatever order they come in,
-  // and runs of consecutive samples as one.
+  // Megatron's order is replayed, so the questions are asked in ascending order whatever order they come in.
   template <class Sample, class Write>
   void locate_replayed(std::size_t size, Sample sample, Write write) {
+    const u64 first = sample(0);
+    bool in_sequence = true;
+    for (std::size_t n = 1; n < size; ++n) in_sequence = in_sequence && sample(n) == first + n;
+    if (in_sequence) {
+      replay(first, size, write);
+      return;
+    }
     std::vector<std::size_t> order(size);
     std::iota(order.begin(), order.end(), std::size_t{0});
-    const auto earlier = [&sample](std::size_t a, std::size_t b) { return sample(a) < sample(b); };
-    if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
-    std::vector<i32> pick(std::min(size, RUN));
-    std::vector<u64> draw(pick.size());
-    for (std::size_t n = 0; n < size;) {
-      const u64 first = sample(order[n]);
-      u64 steps = 1;
-      for (std::size_t next = n + 1; next < size && sample(order[next]) <= first + steps; ++next) {
-        if (sample(order[next]) == first + steps && ++steps == RUN) break;
+    std::sort(order.begin(), order.end(),
+              [&](std::size_t a, std::size_t b) { return sample(a) < sample(b); });
+    for (std::size_t n = 0, next; n < size; n = next) {
+      const u64 low = sample(order[n]);
+      Draw draw;
+      replay(low, 1, [&](std::size_t, Draw it) { draw = it; });
+      for (next = n; next < size && sample(order[next]) == low; ++next) write(order[next], draw);
+    }
+  }
+
+  // Samples [first, first + size).
+  template <class Write>
+  void replay(u64 first, std::size_t size, Write write) {
+    pick_.resize(std::min(size, RUN));
+    draw_.resize(pick_.size());
+    for (std::size_t done = 0; done < size;) {
+      const u64 i = first + done;
+      require_start(i);
+      const Segment& segment = segment_of(i);
+      u64 steps = 0;
+      if (i < segment.end) {
+        steps = std::min<u64>({size - done, RUN, segment.end - i});
+        steps = segment.greedy->locate(i - segment.start, steps, pick_.data(), draw_.data());
       }
-      require_start(first);
-      const Segment& segment = segment_of(first);
-      const u64 done = first < segment.end ? segment.greedy->locate(first - segment.start,
-                                                                    std::min(steps, segment.end - first),
-                                                                    pick.data(), draw.data())
-                                           : 0;
-      if (done == 0) require(first);  // Opens the segment that holds it; the next turn asks there.
-      for (; n < size && sample(order[n]) < first + done; ++n) {
-        const u64 at = sample(order[n]) - first;
-        const Leaf& leaf = segment.leaves[pick[at]];
-        write(order[n], kept(leaf, order_of(leaf, draw[at])));
-      }
+      if (steps == 0) require(i);  // Opens the segment that holds it; the next turn asks there.
+      in_blocks(
+          steps, [&](std::size_t n) { return Item{&segment.leaves[pick_[n]], draw_[n]}; },
+          [&](std::size_t n, const Draw& draw) { write(done + n, draw); });
+      done += steps;
     }
   }
 
@@ -394,7 +423,9 @@ class Plan {
   std::vector<std::unique_ptr<Phase>> phases_;
   std::vector<std::unique_ptr<Segment>> segments_;
   bool ended_ = false;
-  u64 end_ = NEVER;  // Where the plan ended, if it did.
+  u64 end_ = NEVER;        // Where the plan ended, if it did.
+  std::vector<i32> pick_;  // Room for replayed runs.
+  std::vector<u64> draw_;
   std::mutex mutex_;
 };
 

@@ -45,6 +45,7 @@ class BatchLoader:
         self.eod = eod
         self.pin_memory = pin_memory
         self._number = {name: k for k, name in enumerate(plan.sources)}
+        self._position_S = torch.arange(seq_length)
         self._streams = Streams()
         for name in plan.sources:
             corpus = by_name[name]
@@ -64,8 +65,7 @@ class BatchLoader:
         position_BS = self._empty(rows, self.seq_length)
         segment_BS = None
         if self.eod is None:
-            torch.arange(self.seq_length, out=position_BS[:1].view(-1)) if rows else None
-            position_BS[1:] = position_BS[:1]
+            position_BS.copy_(self._position_S)
         else:
             segment_BS = self._empty(rows, self.seq_length, torch.int32)
             segment_rows(tokens_BS.numpy(), self.eod, segment_BS.numpy(), position_BS.numpy())
