@@ -19,7 +19,7 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be trained, and exit")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with user_errors():
         # torchrun says how many ranks there are; without it, one model copy is meant.
         ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None

@@ -108,7 +108,7 @@ def kill_in_stage(number: int, whole: Path, tmp_path: Path, kind: str, delay: fl
 
 
 def _kill_session(leader: int) -> None:
-    """Every process that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
+    """All that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
     import psutil
 
     family = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
