@@ -1,4 +1,4 @@
-"""Write a run's report: one HTML page, readable offline, with every figure of the run and its control.
+"""Write a run's report: one HTML page, readable offline, with the figures of the run and its control.
 
 python tools/report.py runs/quickstart
 python tools/report.py runs/quickstart --control runs/quickstart/control
@@ -7,9 +7,9 @@ python tools/report.py runs/quickstart --control runs/quickstart/control
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from megatron_r1.cli import user_errors
 from megatron_r1.report import load, page
 
 
@@ -17,17 +17,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; writes RUN/reports/index.html")
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="run directory; the page is RUN/reports/index.html"
-    )
-    parser.add_argument(
-        "--control", type=Path, metavar="RUN", help="run to compare with (default: RUN/control)"
+        "--control",
+        type=Path,
+        metavar="CONTROL_RUN",
+        help="run to compare with (default: RUN/control, if any)",
     )
     options = parser.parse_args()
-    try:
+    with user_errors():
         print(page.write(load.read_all(options.run, options.control)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

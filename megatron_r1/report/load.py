@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config_io, ledger
 from megatron_r1.config import Config
+from megatron_r1.influence.store import read_scores
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir
 
@@ -57,6 +59,8 @@ class Reading:
     run: Run
     control: Run | None = None
     scores: list[ScoreTable] = field(default_factory=list)
+    mix: dict[str, Any] | None = None
+    """What tools/make_mix.py wrote beside the weights (RUN/mix.json)."""
 
     @property
     def arms(self) -> list[tuple[str, Run]]:
@@ -87,9 +91,10 @@ def read_all(root: Path, control: Path | None = None) -> Reading:
     run = read_run(root)
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
-    scores: list[ScoreTable] = []
-    if RunDir(root).influence.is_dir():
-        from megatron_r1.influence.store import read_scores
-
-        scores = read_scores(root)
-    return Reading(run, read_run(control) if control else None, scores)
+    mix = root / "mix.json"
+    return Reading(
+        run,
+        read_run(control) if control else None,
+        read_scores(root, run.sources),
+        json.loads(mix.read_text(encoding="utf-8")) if mix.is_file() else None,
+    )

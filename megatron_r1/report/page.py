@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from megatron_r1.report import figures, influence_figures, palette, summary, words
-from megatron_r1.report.figures import Figure
+from megatron_r1.report import bars, curves, influence, palette, summary, words
+from megatron_r1.report.figure import Figure, table
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.run_dir import RunDir, write_text
 
 STYLE = """
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif}
+:root{--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--font)}
 main{max-width:1120px;margin:0 auto;padding:36px 20px 64px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
 h2{font-size:20px;margin:0 0 6px;letter-spacing:-.005em}
@@ -37,26 +37,27 @@ figure svg{display:block;width:100%;height:auto;overflow:visible}
 pre{margin:0 0 10px;padding:10px 14px;background:var(--page);border:1px solid var(--grid);border-radius:6px;
 font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px}
-.numbers th,.numbers td{padding:5px 12px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+.numbers th,.numbers td{padding:5px 12px;text-align:right;white-space:nowrap;
+border-bottom:1px solid var(--grid)}
 .numbers th:first-child,.numbers td:first-child{text-align:left;padding-left:0}
 .numbers thead th{font-weight:500;color:var(--muted);font-size:13px;vertical-align:bottom}
 .numbers tbody th{font-weight:550}
 .numbers tbody tr:last-child th,.numbers tbody tr:last-child td{border-bottom:0}
 .strong{font-weight:650}
 .heat td{padding:7px 14px;border:2px solid var(--card)}
+.numbers.heat th{border-bottom:0}
 .heat td.domain{text-align:left;color:var(--muted)}
 .heat th:nth-child(2){text-align:left}
 small{color:var(--muted);font-size:12px}
 .heat small{color:inherit;opacity:.75}
 .stages{width:100%}
 .stages .total th,.stages .total td{font-weight:650;border-top:1px solid var(--axis)}
-.share{width:32%}
+.share{width:26%}
 .numbers td.share{text-align:left}
-.bar{display:inline-block;width:calc(100% - 74px);height:11px;margin-right:10px;background:var(--grid);
+.bar{display:inline-block;width:calc(100% - 70px);height:11px;margin-right:10px;background:var(--grid);
 border-radius:2px;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue-0)}
-svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--ink);
-font-variant-numeric:tabular-nums}
+svg text{font:12px var(--font);fill:var(--ink);font-variant-numeric:tabular-nums}
 svg .tick,svg .muted{fill:var(--muted)}
 svg .panel{font-size:14px;font-weight:650}
 svg .name{font-weight:550}
@@ -71,8 +72,13 @@ svg .name{font-weight:550}
 .raw{stroke-width:1;opacity:.28}
 .leader{stroke-width:1;opacity:.5}
 .area{opacity:.8}
-@media (max-width:820px){.cards{grid-template-columns:1fr}figure{padding:18px 14px}figure .art{overflow-x:auto}}
+@media screen and (max-width:820px){.cards{grid-template-columns:1fr}figure{padding:18px 14px}
+figure .art{overflow-x:auto}}
 @media print{body{background:none;font-size:12px}main{max-width:none;padding:0}nav{display:none}
+h1{font-size:22px}h2,.big{font-size:16px}.cards,.cards table,.cards p{font-size:11px}.note,pre{font-size:10px}
+figure{padding:12px 14px;margin-bottom:12px}figure svg{min-width:0!important}.scroll{overflow:visible}
+.cards section{padding:10px 12px}table,.numbers thead th{font-size:11px}small{font-size:9px}
+.numbers th,.numbers td,.heat td{padding:3px 7px}p,.note,.about{max-width:none}
 figure,.cards section{break-inside:avoid;border-color:#ccc}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
@@ -97,21 +103,22 @@ def render(reading: Reading) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         f"<title>{escape(name)}: training report</title><style>{style}</style></head>\n<body><main>"
-        f'<header><h1>{escape(name)}</h1><p class="about">{escape(about(reading))}</p>{cards(reading)}</header>'
+        f'<header><h1>{escape(name)}</h1><p class="about">{escape(about(reading))}</p>'
+        f"{cards(reading)}</header>"
         f"<nav>{links}</nav>\n{''.join(_figure(f) for f in shown)}</main></body></html>\n"
     )
 
 
 def all_figures(reading: Reading) -> list[Figure]:
     made = [
-        figures.loss(reading),
-        figures.loss_by_source(reading),
-        influence_figures.histograms(reading),
-        influence_figures.heat(reading),
-        figures.mixture(reading),
-        figures.held_out(reading),
-        figures.epochs(reading),
-        figures.stages(reading),
+        curves.loss(reading),
+        curves.loss_by_source(reading),
+        influence.histograms(reading),
+        influence.heat(reading),
+        bars.mixture(reading),
+        curves.held_out(reading),
+        bars.epochs(reading),
+        bars.stages(reading),
     ]
     return [f for f in made if f is not None]
 
@@ -120,19 +127,18 @@ def about(reading: Reading) -> str:
     """What was trained, on what, with what."""
     run = reading.run
     config, ranks = run.config, summary.ranks(run)
-    domains = palette.domain_order(run.domains)
+    members = list(run.domains.values())
+    domains = [f"{members.count(d)} {d}" for d in palette.domain_order(run.domains)]
     said = (
-        f"A model of {words.count(config.model.parameters())} parameters ({config.model.num_layers} layers, width "
-        f"{config.model.hidden_size:,}), trained on {words.count(run.end['tokens'])} tokens in {run.end['step']:,} steps "
-        f"of {config.tokens_per_step():,}, from {len(run.sources)} sources ({words.both(domains)}), {config.train.precision}"
+        f"A model of {words.count(config.model.parameters())} parameters ({config.model.num_layers} layers, "
+        f"width {config.model.hidden_size:,}), trained on {words.count(run.end['tokens'])} tokens in "
+        f"{words.many(run.end['step'], 'step')} of {config.tokens_per_step():,}, from "
+        f"{words.many(len(run.sources), 'source')} ({', '.join(domains)}), in {config.train.precision}"
     )
-    said += f", {ranks} {'rank' if ranks == 1 else 'ranks'}" if ranks else ""
+    said += f" on {words.many(ranks, 'rank')}" if ranks else ""
     said += f"; {'phase' if len(run.phases) == 1 else 'phases'} {words.both(run.phases)}."
     if reading.control:
-        said += (
-            f" Control: {reading.arms[1][0]}, to {words.count(reading.control.end['tokens'])} tokens"
-            f" ({reading.control.root})."
-        )
+        said += f" Control: arm {reading.arms[1][0]}, to {words.count(reading.control.end['tokens'])} tokens."
     return said
 
 
@@ -154,7 +160,7 @@ def _held_out_card(reading: Reading) -> str:
         values = "".join(f"<td>{ends.by_arm[a][capability]:.3f}</td>" for a in arms)
         last = "" if gap is None else f'<td class="strong">{words.signed(gap)}</td>'
         rows.append(f'<tr><th scope="row">{escape(capability)}</th>{values}{last}</tr>')
-    return _card(title, figures.table(head, rows))
+    return _card(title, table(head, rows))
 
 
 def _worst_card(reading: Reading) -> str:
@@ -162,21 +168,28 @@ def _worst_card(reading: Reading) -> str:
     found = summary.influence(reading)
     if not found:
         return _card(title, '<div class="big">–</div><p>influence not measured yet</p>')
-    worst = found[-1]
+    best, worst = found[0], found[-1]
+    low, high = words.compact(worst.total), words.compact(best.total)
+    said = f"mean influence {low}; best: {best.source}, {high}"
     mixes = list(summary.mixtures(reading.run).values())
-    before, after = (mix.get(worst.source, 0.0) for mix in (mixes[0], mixes[-1]))
-    said = f"mean influence {words.compact(worst.total)}, {100 * worst.kept:.0f} % of its examples help"
     if len(mixes) > 1:
-        said += f"; its share goes from {words.share(before)} to {words.share(after)}"
+        shares = [words.share(mix.get(worst.source, 0.0)) for mix in (mixes[0], mixes[-1])]
+        said += f". Its share went from {shares[0]} to {shares[1]}"
     return _card(title, f'<div class="big">{escape(worst.source)}</div><p>{escape(said)}</p>')
 
 
 def _time_card(reading: Reading) -> str:
     costs = summary.stage_costs(reading)
-    if costs:
-        total = sum(c.seconds for c in costs)
-        training = summary.seconds_of(costs, "train")
-        said = f"{len(costs)} stages; training {100 * training / total:.0f} % of it" if total else ""
+    total = sum(c.seconds for c in costs)
+    if total:
+        parts = [
+            ("train", "training"),
+            ("train control", "its control"),
+            ("influence", "measuring influence"),
+        ]
+        shares = [(name, summary.seconds_of(costs, kind) / total) for kind, name in parts]
+        said = ", ".join(f"{name} {words.percent(100 * share)}" for name, share in shares if share)
+        said += f"{', other ' if said else 'other '}{words.percent(100 * (1 - sum(s for _, s in shares)))}"
     else:
         total = sum(line["seconds"] for _, arm in reading.arms for line in arm.metrics)
         said = "of training steps; the ledger is empty"

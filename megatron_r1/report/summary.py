@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from megatron_r1.config import MixConfig
+from megatron_r1.influence.mixture import checkpoint_weights
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Reading, Run
 
@@ -55,78 +58,103 @@ class SourceInfluence:
 
 
 def influence(reading: Reading) -> list[SourceInfluence]:
-    """Every scored source, the most helpful first."""
-    mix = reading.run.config.mix
-    by_step = mix is None or mix.checkpoint_weight == "step"
-    given = mix.capability_weight if mix else {}
+    """Every scored source, the most helpful first. Checkpoints and capabilities weigh as in the mixture."""
+    tables = [table for table in reading.scores if len(table.example_N)]
+    if not tables:
+        return []
+    alpha_CK = _alpha(reading, tables[0])
+    weight_C = alpha_CK.sum(1)
+    time_K = alpha_CK.sum(0)
     out = []
-    for table in reading.scores:
-        if len(table.example_N) == 0:
-            continue
-        score_NC = _over_checkpoints(table, by_step)
-        weight_C = np.array([given.get(c, 0.0) if given else 1.0 for c in table.capabilities])
-        weight_C = weight_C / max(weight_C.sum(), 1e-30)
+    for table in tables:
+        score_NC = table.score_NCK.astype(np.float64) @ time_K
         share_N = table.length_N / table.length_N.sum()
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
         total_N = score_NC @ weight_C
-        out.append(
-            SourceInfluence(
-                table.source, score_NC, mean_C, error_C, float(share_N @ total_N), float((total_N > 0).mean())
-            )
-        )
+        kept = float((total_N > 0).mean())
+        out.append(SourceInfluence(table.source, score_NC, mean_C, error_C, float(share_N @ total_N), kept))
     return sorted(out, key=lambda s: -s.total)
 
 
-def _over_checkpoints(table: ScoreTable, by_step: bool) -> np.ndarray:
-    """[N, C]: checkpoints summed with weights that add up to 1, proportional to the step or equal."""
-    steps = np.asarray(table.steps, dtype=np.float64)
-    alpha_K = steps / steps.sum() if by_step and steps.sum() > 0 else np.full(len(steps), 1 / len(steps))
-    return table.score_NCK.astype(np.float64) @ alpha_K
+def _alpha(reading: Reading, table: ScoreTable) -> np.ndarray:
+    """alpha of Eq. 4, [C, K]: the made mixture's own where it fits these scores, else the default."""
+    made = reading.mix
+    if made and made["capabilities"] == list(table.capabilities) and set(made["steps"]) <= set(table.steps):
+        alpha_CK = np.zeros((len(table.capabilities), len(table.steps)))
+        alpha_CK[:, [table.steps.index(step) for step in made["steps"]]] = made["alpha"]
+        return alpha_CK
+    return checkpoint_weights(reading.run.config.mix or MixConfig(""), table.capabilities, table.steps)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    arm: str
-    stage: str
-    times: int
-    """Ledger lines of this stage: more than one where it was interrupted or continued."""
+    label: str
+    kind: Literal["train", "train control", "influence", "other"]
     seconds: float
     tokens: int
     devices: int
+    device_hours: float
 
     @property
     def rate(self) -> float | None:
+        """Tokens per second."""
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 def stage_costs(reading: Reading) -> list[StageCost]:
-    """Every stage of the run and then of the control, in the order in which they first finished."""
-    rows: dict[tuple[str, str], StageCost] = {}
-    runs = [("run", reading.run)] + ([("control", reading.control)] if reading.control else [])
+    """Every stage of the run and then of the control, in the order in which they first finished.
+
+    Datasets preprocessed and checkpoints scored are many stages of one kind: three or more become one.
+    """
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    trained: dict[str, list[str]] = {}
+    runs = [("", reading.run)] + ([("control", reading.control)] if reading.control else [])
     for arm, run in runs:
-        for line in run.stages:
-            key = (arm, line["stage"])
-            old = rows.get(key, StageCost(*key, 0, 0.0, 0, 0))
-            rows[key] = StageCost(
-                *key,
-                old.times + 1,
-                old.seconds + line["seconds"],
-                old.tokens + line["tokens"],
-                max(old.devices, line["devices"]),
-            )
-    return list(rows.values())
+        trained[arm] = [f"train {phase}" for phase in run.config.phases]
+        kinds = [line["stage"].split()[0] for line in run.stages]
+        for line, kind in zip(run.stages, kinds, strict=True):
+            many = kind in ("preprocess", "influence") and kinds.count(kind) > 2
+            rows.setdefault((arm, kind if many else line["stage"]), []).append(line)
+    return [
+        StageCost(
+            _label(arm, stage, lines),
+            _kind(arm, stage, trained[arm]),
+            sum(line["seconds"] for line in lines),
+            sum(line["tokens"] for line in lines),
+            max(line["devices"] for line in lines),
+            sum(line["device_hours"] for line in lines),
+        )
+        for (arm, stage), lines in rows.items()
+    ]
 
 
-def seconds_of(costs: list[StageCost], word: str) -> float:
-    """Wall seconds of the stages named after `word`."""
-    return sum(c.seconds for c in costs if word in c.stage.lower())
+def _kind(
+    arm: str, stage: str, trained: list[str]
+) -> Literal["train", "train control", "influence", "other"]:
+    if stage in trained:
+        return "train control" if arm else "train"
+    return "influence" if stage.split()[0] == "influence" else "other"
+
+
+def _label(arm: str, stage: str, lines: list[dict[str, Any]]) -> str:
+    """A stage's name, how many stages it stands for, how often it ran, and whose it is."""
+    names = {line["stage"] for line in lines}
+    said = f"{stage} ({len(names)} stages)" if len(names) > 1 else stage
+    said += f", {len(lines)} times" if len(lines) > len(names) else ""
+    return f"{said} (control)" if arm and arm not in stage else said
+
+
+def seconds_of(costs: list[StageCost], *kinds: str) -> float:
+    """Wall seconds of the stages of these kinds."""
+    return sum(c.seconds for c in costs if c.kind in kinds)
 
 
 def ranks(run: Run) -> int | None:
     """Devices of the last training stage."""
-    trained = [line["devices"] for line in run.stages if line["stage"].startswith("train")]
-    return trained[-1] if trained else None
+    trained = [f"train {phase}" for phase in run.config.phases]
+    devices = [line["devices"] for line in run.stages if line["stage"] in trained]
+    return devices[-1] if devices else None
 
 
 def mixtures(run: Run) -> dict[str, dict[str, float]]:

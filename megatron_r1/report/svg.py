@@ -15,8 +15,8 @@ import numpy as np
 
 Points = Sequence[tuple[float, float]]
 
-CHARACTER = 6.5
-"""Width of an average character of a label (12 px system font), for margins."""
+CHARACTER = 7.2
+"""Width of an average character of a label (12 px, half bold, in a wide system font), for margins."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Panel:
         return [(self.x(a), self.y(b)) for a, b in points if math.isfinite(a) and math.isfinite(b)]
 
 
-def element(tag: str, content: str = "", **attributes: object) -> str:
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
     """One element. `content` is markup; attribute values are escaped, `_` in their names becomes `-`."""
     given = {k: short(v) if isinstance(v, float) else str(v) for k, v in attributes.items() if v is not None}
     said = "".join(f" {k.strip('_').replace('_', '-')}={quoteattr(v)}" for k, v in given.items())
@@ -130,7 +130,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(n * step, 12) + 0.0 for n in range(first, last + 1)]
+    return [n * step + 0.0 for n in range(first, last + 1)]
 
 
 def axes(
@@ -174,7 +174,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 def end_labels(panel: Panel, ends: Sequence[tuple[float, float, str, str]], gap: float = 14.0) -> str:
     """Names right of the panel for curves that end at (x, y): (x, y, words, colour), moved apart."""
     at = [(panel.x(x), panel.y(y)) for x, y, _, _ in ends]
-    places = spread([y for _, y in at], gap, panel.y.end + 2, panel.y.start)
+    places = spread([y for _, y in at], gap, panel.y.end + 2, panel.y.start - 6)
     right = panel.x.end
     parts = []
     for (x, y), place, (_, _, words, color) in zip(at, places, ends, strict=True):

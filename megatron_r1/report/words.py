@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+SPACE = "\u00a0"
+"""Between a number and its unit: no line breaks there."""
+
 
 def count(value: float) -> str:
     """717 k, 2.66 M, 1.2 T: three figures at most."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * 0.9995:
-            return f"{_three(value / limit)} {unit}"
+            return f"{_three(value / limit)}{SPACE}{unit}"
     return _three(value)
 
 
@@ -32,17 +35,26 @@ def tick(value: float, step: float) -> str:
 
 
 def share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return percent(100 * value, 1)
+
+
+def percent(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}f}{SPACE}%"
 
 
 def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    if seconds < 9.95:
+        return f"{seconds:.1f}{SPACE}s"
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours:,}{SPACE}h {minutes:02d}{SPACE}min"
+    return f"{minutes}{SPACE}min {rest:02d}{SPACE}s" if minutes else f"{rest}{SPACE}s"
+
+
+def hours(value: float) -> str:
+    """Hours, to three figures, for a table."""
+    return _three(value) if value >= 0.01 else "< 0.01"
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -62,9 +74,30 @@ def compact(value: float) -> str:
     return minus(f"{value:+.{digits}f}")
 
 
+def power_of(most: float) -> int:
+    """The power of ten to take out of numbers up to `most`; 0 where they read well as they are."""
+    power = math.floor(math.log10(most)) if most > 0 and math.isfinite(most) else 0
+    return 0 if -3 < power < 4 else power
+
+
+def power(exponent: int) -> str:
+    """×10⁻⁶"""
+    return "×10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def digits_for(most: float) -> int:
+    """Decimals that show three figures of the greatest number of a column."""
+    return max(0, 2 - math.floor(math.log10(most))) if most > 0 and math.isfinite(most) else 2
+
+
 def minus(said: str) -> str:
     """A true minus sign."""
     return said.replace("-", "−")
+
+
+def many(number: int, noun: str) -> str:
+    """1 step; 4,096 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def both(names: Sequence[str], last: str = "and") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ from megatron_r1.config import (
     SourceConfig,
     TrainConfig,
 )
+from megatron_r1.influence.store import FORMAT, ScoreStore, directory_of
 from megatron_r1.records import CAPABILITIES, ScoreTable
+
+# Not collected, rather than skipped, where there is no browser.
+collect_ignore = [] if shutil.which("chromium") else ["test_browser.py"]
 
 SOURCES = {
     "python-stdlib": ("code", 5.2),
@@ -118,7 +123,8 @@ def make_arm(root: Path, last: str, weights: dict[str, float] | str, first_step:
     if not first_step:
         ledger.append(root, "gather text", seconds=21.0)
         ledger.append(root, "train uniform", devices=2, tokens=UNIFORM_STEPS * BATCH * LENGTH, seconds=48.0)
-        ledger.append(root, "influence", devices=2, tokens=7 * 64 * 3 * LENGTH, seconds=33.0)
+        for step in (50, 75, 100):
+            ledger.append(root, f"influence step {step}", devices=2, tokens=7 * 64 * LENGTH, seconds=11.0)
         ledger.append(root, "mix", seconds=1.2)
     ledger.append(root, f"train {last}", devices=2, tokens=MIXED_STEPS * BATCH * LENGTH, seconds=36.0)
 
@@ -143,6 +149,23 @@ def make_scores(examples: int = 64) -> list[ScoreTable]:
     return tables
 
 
+def write_scores(root: Path, tables: list[ScoreTable]) -> None:
+    """RUN/influence as tools/compute_influence.py leaves it."""
+    for position, table in enumerate(tables):
+        for k, step in enumerate(table.steps):
+            manifest = {
+                "format": FORMAT,
+                "source": table.source,
+                "position": position,
+                "step": step,
+                "capabilities": list(table.capabilities),
+            }
+            store = ScoreStore(
+                directory_of(root, step, table.source), manifest, table.example_N, table.length_N
+            )
+            store.write(0, table.score_NCK[:, :, k], np.ones(len(table.example_N), np.float32))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of two phases, without control and scores."""
@@ -156,3 +179,10 @@ def pair(run: Path) -> Path:
     """The same run with its control beside it."""
     make_arm(run / "control", "control", "uniform", UNIFORM_STEPS, 0.0)
     return run
+
+
+@pytest.fixture
+def whole(pair: Path) -> Path:
+    """The pair with influence scores of every source."""
+    write_scores(pair, make_scores())
+    return pair

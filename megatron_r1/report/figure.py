@@ -1,0 +1,108 @@
+"""What every figure of the report shares: the record, the token axis, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from megatron_r1.report import words
+from megatron_r1.report.load import Reading, Run
+from megatron_r1.report.svg import Panel, Points, Scale, axes, line, smooth, text, ticks, width_of
+
+WIDTH = 1040.0
+CONTROL = "var(--control)"
+INK = "var(--ink)"
+
+
+@dataclass(frozen=True)
+class Figure:
+    anchor: str
+    title: str
+    lead: str
+    """Plain sentences: what it shows and what to look for. Text, not markup."""
+    body: str = ""
+    """Markup; empty where data are missing."""
+    note: str = ""
+    """How it is drawn. Text."""
+    command: str = ""
+    """Makes what is missing."""
+
+
+def table(head: Sequence[str], rows: Sequence[str], cls: str = "numbers") -> str:
+    """An HTML table from column names (text) and ready rows (markup)."""
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    return (
+        f'<div class="scroll"><table class="{cls}"><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def token_panel(
+    reading: Reading, left: float, right: float, top: float, bottom: float, span: tuple[float, float]
+) -> Panel:
+    """x: tokens from 0 to the furthest arm's end; y: `span`."""
+    most = max(arm.end["tokens"] for _, arm in reading.arms)
+    return Panel(Scale(0.0, float(most), left, right), Scale(*span, bottom, top))
+
+
+def token_axes(panel: Panel, y_label: str = "", x_label: str = "", most: int = 6) -> str:
+    """Axes of a panel whose x is tokens."""
+    xs, ys = ticks(panel.x.low, panel.x.high, most), ticks(panel.y.low, panel.y.high, 5)
+    step = ys[1] - ys[0] if len(ys) > 1 else 0.01
+    return axes(
+        panel, [(v, words.count(v)) for v in xs], [(v, words.tick(v, step)) for v in ys], x_label, y_label
+    )
+
+
+def phase_name(phase: str) -> str:
+    """A phase as figures name it, without saying the word twice."""
+    return phase if phase.lower().startswith("phase") else f"phase {phase}"
+
+
+def phase_marks(panel: Panel, run: Run, named: bool = True) -> str:
+    """A broken line where a phase begins, and the phases' names above where there is room."""
+    parts = []
+    start = 0.0
+    for phase in run.phases:
+        end = float(run.last_of(phase)["tokens"])
+        left, right = panel.x(start), panel.x(end)
+        if start > 0:
+            parts.append(line(left, panel.y.end, left, panel.y.start, "phase"))
+        if named and right - left > width_of(phase) + 50:
+            parts.append(text((left + right) / 2, panel.y.end - 10, phase_name(phase), "muted", "middle"))
+        start = end
+    return "".join(parts)
+
+
+def padded(low: float, high: float) -> tuple[float, float]:
+    """A range with a little room above and below."""
+    room = 0.06 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def reach(run: Run) -> int:
+    """Neighbours on either side of a smoothed point: a tenth of a short run in all, 2 % of a long one."""
+    steps = len(run.metrics)
+    return max(2, min(steps // 20, max(8, steps // 100)))
+
+
+def calm(run: Run, points: Points, neighbours: int) -> list[tuple[float, float]]:
+    """Smoothed within each phase of `run`: a new mixture moves the loss at once, which must stay visible."""
+    out: list[tuple[float, float]] = []
+    begin = -math.inf
+    for phase in run.phases:
+        end = float(run.last_of(phase)["tokens"])
+        part = [p for p in points if begin < p[0] <= end]
+        values = smooth([v for _, v in part], neighbours)
+        out += [(t, float(v)) for (t, _), v in zip(part, values, strict=True)]
+        begin = end
+    return out
+
+
+def before(run: Run, arm: Run, points: Points) -> list[tuple[float, float]]:
+    """The run's last point before `arm` begins, where the control forks off; none for the run itself."""
+    if arm is run:
+        return []
+    return [p for p in points if p[0] < arm.metrics[0]["tokens"]][-1:]
