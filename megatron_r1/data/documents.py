@@ -12,6 +12,7 @@ files cannot be entered in the middle and belong whole to the part that has thei
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -25,6 +26,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_r1.run_dir import sha256
+
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment,unused-ignore]
 
 PIECE_BYTES = 1 << 20
 PIECE_DOCUMENTS = 4096
@@ -85,6 +91,8 @@ def identity(source: Input) -> dict[str, Any]:
 
 def digest(source: Input) -> str:
     """SHA-256 of its file; of several, SHA-256 of their SHA-256 in order."""
+    if isinstance(source, Lines) and source.read_digest:
+        return source.read_digest
     found = [sha256(path) for path in source.files]
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
@@ -104,6 +112,8 @@ class Lines(_OnDisk):
     def __init__(self, path: Path):
         super().__init__(str(path), [path])
         self.packed = path.suffix in (".gz", ".zst")
+        self.read_digest = ""
+        """SHA-256 of a plain file, known once `pieces` has given all of it."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         if hi <= lo or (self.packed and lo > 0):
@@ -115,11 +125,15 @@ class Lines(_OnDisk):
                 raw.readline()
             rows: list[bytes] = []
             first, size, at = 1, 0, raw.tell()
+            seen = hashlib.sha256()
+            whole = not self.packed and not lo and hi == self.size
             if not self.packed and at >= hi:
                 return
             try:
                 for line in stream:
                     at += len(line)
+                    if whole:
+                        seen.update(line)
                     if first == 1 and not rows and not lo:
                         line = line.removeprefix(b"\xef\xbb\xbf")
                     rows.append(line)
@@ -134,6 +148,8 @@ class Lines(_OnDisk):
                 raise ValueError(f"{self.name} is damaged after line {line_number}: {error}") from None
             if rows:
                 yield Piece(self.name, number, first, rows, raw.tell() if self.packed else at)
+            if whole:
+                self.read_digest = seen.hexdigest()
 
 
 def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
@@ -300,6 +316,12 @@ def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
     """A JSON line as an object; ValueError says what is wrong."""
     if isinstance(row, dict):
         return row
+    if orjson is not None:
+        # Twice as fast, and stricter: whatever it refuses is for the standard library to judge.
+        with contextlib.suppress(ValueError):
+            record = orjson.loads(row)
+            if isinstance(record, dict):
+                return record
     try:
         record = json.loads(row.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:

@@ -22,7 +22,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,15 +118,10 @@ def preprocess(
                 "keys": list(json_keys),
                 "pieces": piece_rule(),
             }
-            # Hashing a large input takes about as long as reading it: beside the encoding. The inputs of
-            # shards are hashed once, when they are merged.
-            with (
-                ThreadPoolExecutor(1) as hasher,
-                contextlib.closing(_Journal(work, json_keys, header)) as journal,
-            ):
-                hashes = hasher.map(digest, sources if shard is None else [])
+            with contextlib.closing(_Journal(work, json_keys, header)) as journal:
                 lines = _encode_all(job, journal, sources, ranges, log)
-                digests = list(hashes) if shard is None else [None] * len(sources)
+            # Those of shards are hashed once, when they are merged.
+            digests = [digest(source) if shard is None else None for source in sources]
             if [identity(source) for source in sources] != stats:
                 raise ValueError("an input changed while it was read; run again when it is complete")
             about["inputs"] = [{**stat, "sha256": d} for stat, d in zip(stats, digests, strict=True)]
@@ -229,9 +223,9 @@ class _Journal:
     def add(self, encoded: list[Encoded]) -> None:
         with naming(Path(self._log.name).parent):
             for key, found in zip(self.keys, encoded, strict=True):
-                self._files[key, "tokens"].write(found.tokens)
-                self._files[key, "lengths"].write(found.lengths)
-                self._files[key, "origins"].write(found.origins)
+                self._files[key, "tokens"].write(found.tokens.data)
+                self._files[key, "lengths"].write(found.lengths.data)
+                self._files[key, "origins"].write(found.origins.data)
                 for rejected in found.rejects:
                     line = json.dumps(rejected, ensure_ascii=False)
                     self._files[key, "rejects"].write(line.encode() + b"\n")

@@ -2,7 +2,7 @@
 
 A NumPy array (format 1.0, memory-mapped), one record of 28 bytes a document, in stored order:
 
-    hash    16 bytes    BLAKE2b-128 of the document's text in UTF-8, without any token added
+    hash    16 bytes    XXH3-128 of the document's text in UTF-8, in the canonical (big-endian) byte order
     file    uint32      number of the input, from 0, in the sidecar's "inputs"
     line    uint64      line (JSONL) or row (tables) of that input, from 1
 
@@ -12,12 +12,12 @@ turned into a mask over the documents of every pair.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
 
@@ -27,7 +27,7 @@ SUFFIX = ".docs.npy"
 
 def text_hash(text: str | bytes) -> bytes:
     """16 bytes that tell a text."""
-    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=16).digest()
+    return xxhash.xxh3_128_digest(text.encode() if isinstance(text, str) else text)
 
 
 @dataclass(frozen=True)

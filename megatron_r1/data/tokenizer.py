@@ -229,6 +229,17 @@ _LONGEST_TEXT, _LONGEST_RUN = 400_000, 25_000
 _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
 
+def _may_have_long_run(text: str) -> bool:
+    """False only where no run is too long; much sooner found than where the runs are."""
+    # A run of two blocks' length holds a whole block, wherever it begins.
+    block = _LONGEST_RUN // 2
+    for lo in range(0, len(text) - block + 1, block):
+        part = text[lo : lo + block]
+        if part.isspace() or len(part.split(None, 1)[0]) == block:
+            return True
+    return False
+
+
 class TikToken:
     """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
 
@@ -271,9 +282,10 @@ class TikToken:
         if len(text) <= _LONGEST_RUN:
             return [text]
         cuts = set(range(0, len(text), _LONGEST_TEXT))
-        for start in sorted(cuts):
-            for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
-                cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
+        if _may_have_long_run(text):
+            for start in sorted(cuts):
+                for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
+                    cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
         bounds = [*sorted(cuts), len(text)]
         return [text[lo:hi] for lo, hi in pairwise(bounds)]
 

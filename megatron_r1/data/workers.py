@@ -30,11 +30,11 @@ LONGEST = 2**31 - 1
 class Encoded:
     """What one key of a piece became."""
 
-    tokens: bytes
-    lengths: bytes
-    """int32, tokens of each document."""
-    origins: bytes
-    """Records of provenance.ORIGIN."""
+    tokens: np.ndarray
+    lengths: np.ndarray
+    """[documents] int32."""
+    origins: np.ndarray
+    """[documents] of provenance.ORIGIN."""
     rejects: list[dict[str, Any]]
 
 
@@ -102,8 +102,12 @@ def encode_piece(
         if len(kept):
             hashes, records["file"], records["line"] = zip(*(origins[k][i] for i in kept), strict=True)
             records["hash"] = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
-        counts = lengths[kept].astype(np.int32).tobytes()
-        found.append(Encoded(stream.astype(dtype).tobytes(), counts, records.tobytes(), rejects[k]))
+        counts = lengths[kept].astype(np.int32)
+        # Same bits: what int32 could not hold has been refused above.
+        stream = (
+            stream.view(dtype) if stream.dtype == np.uint32 and dtype == np.int32 else stream.astype(dtype)
+        )
+        found.append(Encoded(stream, counts, records, rejects[k]))
     return found
 
 

