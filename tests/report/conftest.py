@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,6 @@ from megatron_r1.config import (
 )
 from megatron_r1.influence.store import FORMAT, ScoreStore, directory_of
 from megatron_r1.records import CAPABILITIES, ScoreTable
-
-# Not collected, rather than skipped, where there is no browser.
-collect_ignore = [] if shutil.which("chromium") else ["test_browser.py"]
 
 SOURCES = {
     "python-stdlib": ("code", 5.2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_r1.report import load, page
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 
 # Asks the browser itself for the boxes of all labels. 2 px of a text's box are room above and below it.
 PROBE = """<script>
