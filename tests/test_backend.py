@@ -1,0 +1,48 @@
+"""The CPU path: megatron-core bound to the CPU, torch left alone, and nothing of it where CUDA exists."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+WITH_CUDA = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+before = list(sys.meta_path)
+from megatron_r1 import backend
+assert sys.meta_path == before, "an import hook is active"
+assert backend.DISTRIBUTED_BACKEND == "nccl"
+import importlib.util
+loader = importlib.util.find_spec("megatron.core").loader
+assert type(loader).__module__ != "megatron_r1.backend", type(loader)
+"""
+TOO_LATE = """
+import sys, types
+sys.modules["megatron.core"] = types.ModuleType("megatron.core")
+import megatron_r1.backend
+"""
+ON_CPU = """
+import inspect, torch
+real = {name: getattr(torch.cuda, name) for name in ("current_device", "Stream", "synchronize")}
+from megatron_r1 import backend
+import megatron.core.tensor_parallel.random as random
+import megatron.core.pipeline_parallel.schedules as schedules
+assert random.get_cuda_rng_tracker() is not None
+assert real == {name: getattr(torch.cuda, name) for name in real}, "torch was changed"
+assert "__cpu_as_cuda__" in vars(schedules)
+assert 'device="cuda"' in open(inspect.getsourcefile(schedules)).read(), "the file on disk was changed"
+assert backend.device().type == "cpu" and backend.DISTRIBUTED_BACKEND == "gloo"
+"""
+
+
+@pytest.mark.parametrize("code", [WITH_CUDA, ON_CPU], ids=["with CUDA", "on a CPU"])
+def test_megatron_core_is_rewritten_on_a_cpu_and_only_there(code: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_too_late_is_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", TOO_LATE], capture_output=True, text=True)
+    assert "was imported before megatron_r1.backend; import megatron_r1.backend first" in done.stderr
