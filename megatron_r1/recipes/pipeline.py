@@ -100,4 +100,5 @@ def _call(stage: Stage) -> float:
 
 def _short(command: Sequence[str]) -> str:
     """The command as a reader would type it."""
-    return " ".join("python" if word == sys.executable else word for word in command)
+    words = " ".join("python" if word == sys.executable else word for word in command)
+    return words.replace("python -m torch.distributed.run", "torchrun")
