@@ -118,7 +118,7 @@ class Lines(_OnDisk):
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         if hi <= lo or (self.packed and lo > 0):
             return
-        with open(self.files[0], "rb") as raw, _unpacked(raw, self.name) as stream:
+        with open(self.files[0], "rb", buffering=PIECE_BYTES) as raw, _unpacked(raw, self.name) as stream:
             if lo:
                 # Whatever line began before belongs to the part before.
                 raw.seek(lo - 1)
