@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--cold", action="store_true", help="also measure after emptying the page cache")
-    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--megabytes", type=int, default=128)
     parser.add_argument("--folder", type=Path, help="where the files go: a real disk, for --cold")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,6 +96,10 @@ def ours(corpus: Corpus, eod: int | None) -> BatchLoader:
 def warm(corpus: Corpus, eod: int | None, repeats: int) -> list[tuple[float, float]]:
     """Seconds of a batch, (ours, megatron-core), by turn; every window was read before."""
     loader, dataset = ours(corpus, eod), peer(corpus, eod)
+    for row in np.arange(len(dataset) // B * B).reshape(-1, B):
+        loader.batch(row)
+        for i in row:
+            dataset[i]
     random = np.random.default_rng(2)
     turns = []
     for turn in range(repeats + 3):

@@ -7,7 +7,8 @@
 //   the counts, run in for a while; it stands only if the stretch before it ends in the same counts.
 // - wheel: only sources whose error can reach a threshold are compared. Errors rise linearly, so the sample
 //   at which a source gets there is known, and it sleeps until one before. If nobody reaches the threshold,
-//   all are compared and it is lowered.
+//   all are compared and it is lowered. Sources of one weight take turns in their order, so they are one
+//   entry that stands for the one whose turn it is.
 //
 // All counts are whole numbers in doubles, below 2^53. Build with -ffp-contract=off.
 #pragma once
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -242,52 +244,75 @@ class Wheel {
   static constexpr i32 MIN_SOURCES = 33;
   static constexpr u64 MAX_SAMPLE = u64{1} << 46;
 
-  // Samples [i, i + steps), below MAX_SAMPLE; outputs may be null. The weights sum to 1, nearly.
+  // Samples [i, i + steps), below MAX_SAMPLE; outputs may be null. The weights sum to 1, nearly, and are
+  // the same in every call. `drawn` must have come about by the rule.
   void run(const double* weight, double* drawn, i32 sources, u64 i, u64 steps, i32* pick, u64* draw) {
-    prepare(weight, drawn, sources);
-#ifdef R1_X86
-    if (vector_width() >= 4) return run_avx2(i, i + steps, pick, draw);
-#endif
-    run_with([this](double x, double& largest) { return best_awake(x, largest); }, i, i + steps, pick, draw);
+    if (member_.empty()) lay_out(weight, sources);
+    take(drawn);
+    run_any(i, i + steps, pick, draw);
+    give_back(drawn);
   }
 
  private:
   // Below the largest error by these, the threshold is lowered to and raised to. A matter of speed alone:
-  // lower keeps more sources awake, higher has all of them compared more often.
+  // lower keeps more entries awake, higher has all of them compared more often.
   static constexpr double LOWER = 0.005, RAISE = 0.0005;
   static constexpr double MIN_WEIGHT = 1e-9;
   static constexpr double VOID = 1e300;
 
+  // The sources of one weight, in their order.
+  struct Entry {
+    double weight;
+    double pace;   // Samples in which the error rises by 1; 0 for a weight that never sleeps.
+    double drawn;  // Of the member whose turn it is.
+    i32 first, size;
+    i32 turn;
+  };
+
+  i32 source_of(i32 e) const { return member_[entry_[e].first + entry_[e].turn]; }
+
+  void run_any(u64 i, u64 end, i32* pick, u64* draw) {
+#ifdef R1_X86
+    if (vector_width() >= 4) return run_avx2(i, end, pick, draw);
+#endif
+    run_with([this](double x, double& largest) { return best_awake(x, largest); }, i, end, pick, draw);
+  }
+
   template <class Best>
   R1_INLINE void run_with(Best best, u64 i, u64 end, i32* pick, u64* draw) {
     double largest;
-    largest_error(weight_, drawn_, sources_, std::max(static_cast<double>(i), 1.0), largest);
+    best_of_all(std::max(static_cast<double>(i), 1.0), largest);
     set_threshold(largest - LOWER, i);
     double lowest = VOID;
     for (; i < end; ++i) {
       const double x = std::max(static_cast<double>(i), 1.0);
-      for (i32 k = std::exchange(slot_[i & mask_], -1); k >= 0;) {
-        const i32 next = next_[k];
-        place(k, i);
-        k = next;
+      for (i32 e = std::exchange(slot_[i & mask_], -1); e >= 0;) {
+        const i32 next = next_[e];
+        place(e, i);
+        e = next;
       }
       const i32 at = best(x, largest);
       const bool found = largest >= threshold_;
-      const i32 k = found ? awake_[at] : largest_error(weight_, drawn_, sources_, x, largest);
-      if (pick) *pick++ = k;
-      if (draw) *draw++ = static_cast<u64>(drawn_[k]);
-      drawn_[k] += 1.0;
+      const i32 e = found ? awake_[at] : best_of_all(x, largest);
+      Entry& entry = entry_[e];
+      if (pick) *pick++ = source_of(e);
+      if (draw) *draw++ = static_cast<u64>(entry.drawn);
+      if (++entry.turn == entry.size) {
+        entry.turn = 0;
+        entry.drawn += 1.0;
+      }
       if (!found) {
         set_threshold(largest - LOWER, i + 1);
         lowest = VOID;
         continue;
       }
-      const u64 wakes = wake(k);
+      const u64 wakes = wake(entry);
       if (wakes <= i + 1) {
-        awake_drawn_[at] = drawn_[k];
+        awake_drawn_[at] = entry.drawn;
+        awake_source_[at] = source_of(e);
       } else {
         retire(at);
-        sleep(k, wakes, i + 1);
+        sleep(e, wakes, i + 1);
       }
       lowest = std::min(lowest, largest);
       if ((i & mask_) == mask_) {
@@ -297,6 +322,20 @@ class Wheel {
     }
   }
 
+  // The entry with the largest error, and of the lowest source where several have it.
+  i32 best_of_all(double x, double& largest) const {
+    i32 best = 0;
+    largest = -VOID;
+    for (i32 e = 0; e < static_cast<i32>(entry_.size()); ++e) {
+      const double error = entry_[e].weight * x - entry_[e].drawn;
+      if (error > largest || (error == largest && source_of(e) < source_of(best))) {
+        largest = error;
+        best = e;
+      }
+    }
+    return best;
+  }
+
   // The largest error among those awake, below any threshold if none is, and where the one of the lowest
   // number is that has it.
   i32 best_awake(double x, double& largest) const {
@@ -304,7 +343,7 @@ class Wheel {
     largest = -VOID;
     for (i32 at = 0; at < awakes_; ++at) {
       const double error = awake_weight_[at] * x - awake_drawn_[at];
-      if (error > largest || (error == largest && awake_[at] < awake_[best])) {
+      if (error > largest || (error == largest && awake_source_[at] < awake_source_[best])) {
         largest = error;
         best = at;
       }
@@ -340,7 +379,7 @@ class Wheel {
       }
       for (; equal; equal &= equal - 1) {
         const i32 at = group + __builtin_ctzll(equal);
-        if (best < 0 || awake_[at] < awake_[best]) best = at;
+        if (best < 0 || awake_source_[at] < awake_source_[best]) best = at;
       }
     }
     return best;
@@ -352,53 +391,79 @@ class Wheel {
   }
 #endif
 
-  void prepare(const double* weight, double* drawn, i32 sources) {
-    weight_ = weight;
-    drawn_ = drawn;
-    sources_ = sources;
+  void lay_out(const double* weight, i32 sources) {
+    member_.resize(sources);
+    std::iota(member_.begin(), member_.end(), 0);
+    std::stable_sort(member_.begin(), member_.end(), [&](i32 a, i32 b) { return weight[a] < weight[b]; });
+    for (i32 n = 0; n < sources; ++n) {
+      const double w = weight[member_[n]];
+      if (n == 0 || w != entry_.back().weight) {
+        entry_.push_back({w, w < MIN_WEIGHT ? 0.0 : 1.0 / w, 0.0, n, 0, 0});
+      }
+      ++entry_.back().size;
+    }
     std::size_t slots = 64;
-    while (slots < 2 * static_cast<std::size_t>(sources)) slots *= 2;
+    while (slots < 2 * entry_.size()) slots *= 2;
     mask_ = slots - 1;
     slot_.resize(slots);
-    next_.resize(sources);
-    pace_.resize(sources);
-    const std::size_t padded = static_cast<std::size_t>(sources) + 8;
+    next_.resize(entry_.size());
+    const std::size_t padded = entry_.size() + 8;
     awake_.resize(padded);
+    awake_source_.resize(padded);
     awake_weight_.resize(padded);
     awake_drawn_.resize(padded);
     errors_.resize(padded);
-    for (i32 k = 0; k < sources; ++k) pace_[k] = weight[k] < MIN_WEIGHT ? 0.0 : 1.0 / weight[k];
   }
 
-  // A sample at or before which the source's error reaches the threshold: a tenth of a sample would cover
-  // the rounding here and in the error. Sources of less than MIN_WEIGHT never sleep.
-  u64 wake(i32 k) const {
-    const double sample = (drawn_[k] + threshold_) * pace_[k] - 1.0;
+  // Whose turn it is: the members before it were drawn once more than those from it on.
+  void take(const double* drawn) {
+    for (Entry& entry : entry_) {
+      const i32* const members = &member_[entry.first];
+      entry.drawn = drawn[members[entry.size - 1]];
+      entry.turn = 0;
+      while (drawn[members[entry.turn]] > entry.drawn) ++entry.turn;
+    }
+  }
+
+  void give_back(double* drawn) const {
+    for (const Entry& entry : entry_) {
+      for (i32 n = 0; n < entry.size; ++n) {
+        drawn[member_[entry.first + n]] = entry.drawn + (n < entry.turn ? 1.0 : 0.0);
+      }
+    }
+  }
+
+  // A sample at or before which the error reaches the threshold: a tenth of a sample would cover the
+  // rounding here and in the error.
+  u64 wake(const Entry& entry) const {
+    const double sample = (entry.drawn + threshold_) * entry.pace - 1.0;
     return sample < 1.0 ? 0 : sample < 0x1p50 ? static_cast<u64>(sample) : u64{1} << 50;
   }
 
-  // A source that sleeps longer than the wheel is around is looked at once a turn.
-  void sleep(i32 k, u64 until, u64 now) {
+  // An entry that sleeps longer than the wheel is around is looked at once a turn.
+  void sleep(i32 e, u64 until, u64 now) {
     i32& slot = slot_[std::min(until, now + mask_) & mask_];
-    next_[k] = slot;
-    slot = k;
+    next_[e] = slot;
+    slot = e;
   }
 
-  void place(i32 k, u64 now) {
-    const u64 wakes = wake(k);
+  void place(i32 e, u64 now) {
+    const u64 wakes = wake(entry_[e]);
     if (wakes > now) {
-      sleep(k, wakes, now);
+      sleep(e, wakes, now);
       return;
     }
-    awake_[awakes_] = k;
-    awake_weight_[awakes_] = weight_[k];
-    awake_drawn_[awakes_] = drawn_[k];
+    awake_[awakes_] = e;
+    awake_source_[awakes_] = source_of(e);
+    awake_weight_[awakes_] = entry_[e].weight;
+    awake_drawn_[awakes_] = entry_[e].drawn;
     ++awakes_;
   }
 
   void retire(i32 at) {
     --awakes_;
     awake_[at] = awake_[awakes_];
+    awake_source_[at] = awake_source_[awakes_];
     awake_weight_[at] = awake_weight_[awakes_];
     awake_drawn_[at] = awake_drawn_[awakes_];
     clear(awakes_);
@@ -415,33 +480,31 @@ class Wheel {
     std::fill(slot_.begin(), slot_.end(), -1);
     awakes_ = 0;
     for (i32 n = 0; n < static_cast<i32>(awake_.size()); ++n) clear(n);
-    for (i32 k = 0; k < sources_; ++k) place(k, now);
+    for (i32 e = 0; e < static_cast<i32>(entry_.size()); ++e) place(e, now);
   }
 
   void raise_threshold(double threshold, u64 now) {
     if (threshold <= threshold_) return;
     threshold_ = threshold;
     for (i32 at = 0; at < awakes_;) {
-      const i32 k = awake_[at];
-      const u64 wakes = wake(k);
+      const i32 e = awake_[at];
+      const u64 wakes = wake(entry_[e]);
       if (wakes > now) {
         retire(at);
-        sleep(k, wakes, now);
+        sleep(e, wakes, now);
       } else {
         ++at;
       }
     }
   }
 
-  const double* weight_ = nullptr;
-  double* drawn_ = nullptr;
-  i32 sources_ = 0;
+  std::vector<i32> member_;  // Sources by weight, and in their order within one weight.
+  std::vector<Entry> entry_;
   double threshold_ = 0.0;
   u64 mask_ = 0;
   std::vector<i32> slot_, next_;  // Sleepers that wake at sample s are a list from slot_[s & mask_].
-  std::vector<double> pace_;
   i32 awakes_ = 0;
-  std::vector<i32> awake_;  // Those that are compared, side by side, with room for a row of eight.
+  std::vector<i32> awake_, awake_source_;  // Entries that are compared, with room for a row of eight.
   std::vector<double> awake_weight_, awake_drawn_, errors_;
 };
 

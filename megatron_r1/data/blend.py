@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,8 +145,7 @@ class BlendPlan:
             np.array([at.first_epoch for at in epochs], dtype=np.uint64),
             [masks[name].bitmap if name in masks else None for name in self._names],
         )
-        caps_given = dict(max_epochs) if isinstance(max_epochs, Mapping) else max_epochs
-        self.phases += (Phase(start, given, caps_given, masks, unseen, epochs),)
+        self.phases += (Phase(start, given, _plain(max_epochs), masks, unseen, epochs),)
 
     def _check_start(self, start: int) -> int:
         if start != int(start) or not 0 <= start < MAX_SAMPLE:
@@ -458,7 +457,7 @@ class BlendPlan:
                         f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
                         f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
                     )
-                object.__setattr__(loaded, "path", mask["path"])
+                plan.phases[-1].keep[name] = replace(loaded, path=mask["path"])
         if parts.get("fingerprint") not in (None, plan.fingerprint()):
             raise ValueError(
                 "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
@@ -493,6 +492,17 @@ def _integer_weights(weights: Sequence[Number]) -> np.ndarray:
     if excess > 1:
         exact = [max(1, (weight + (1 << (excess - 1))) >> excess) if weight else 0 for weight in exact]
     return np.array(exact, dtype=np.uint64)
+
+
+def _plain(max_epochs: Number | Mapping[str, Number] | None) -> Number | dict[str, Number] | None:
+    """As JSON can hold it: no NumPy numbers, and no cap for an infinite one."""
+    if isinstance(max_epochs, Mapping):
+        return {name: _number(cap) for name, cap in max_epochs.items() if cap != math.inf}
+    return None if max_epochs is None or max_epochs == math.inf else _number(max_epochs)
+
+
+def _number(value: Any) -> Number:
+    return int(value) if isinstance(value, int | np.integer) else float(value)
 
 
 def _limit(cap: Fraction | None, at: Epochs) -> int:

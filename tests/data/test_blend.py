@@ -161,6 +161,15 @@ def test_json_round_trip(
             break
 
 
+def test_json_takes_numpy_numbers_and_infinite_caps() -> None:
+    plan = BlendPlan({"a": 10, "b": 20})
+    plan.add_phase(0, np.array([1, 3]), {"a": np.float64(2.5), "b": math.inf})
+    plan.add_phase(np.int64(9), np.array([0.5, 0.25]), np.int64(7))
+    plan.add_phase(19, [1, 1], math.inf)
+    assert json.loads(plan.to_json())["phases"][0]["max_epochs"] == {"a": 2.5}
+    assert BlendPlan.from_json(plan.to_json()).fingerprint() == plan.fingerprint()
+
+
 # -- the balanced order
 
 
