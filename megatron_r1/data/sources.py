@@ -90,7 +90,12 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
     plan = BlendPlan(windows, seed=data.seed, order=data.order, shuffle=data.shuffle)
     start = 0
     for name, phase in config.phases.items():
-        plan.add_phase(start, config.phase_weights(name), max_epochs=phase.max_epochs)
+        weights = config.phase_weights(name)
+        if data.order == "megatron":
+            # Its greedy rule takes weights as they are, and Megatron gives it shares.
+            total = sum(weights.values())
+            weights = {source: weight / total for source, weight in weights.items()}
+        plan.add_phase(start, weights, max_epochs=phase.max_epochs)
         start += config.phase_steps(name) * config.train.global_batch
     return plan
 

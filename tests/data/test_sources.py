@@ -75,6 +75,12 @@ def test_epoch_caps_that_end_the_data_early_are_refused(words: list[str]) -> Non
         resolve_data(config)
 
 
+def test_megatrons_order_is_given_shares(words: list[str]) -> None:
+    config = config_io.load([*words, "data.order=megatron", "phases.one.weights={a: 3, b: 1}"])
+    _, plan = resolve_data(config)
+    assert plan.count("a", 20) == 15 and plan.count("b", 20) == 5
+
+
 def test_phases_meet_at_whole_steps(words: list[str]) -> None:
     config = config_io.load([*words, "phases.two={steps: 3, weights: {b: 1}}"], also=data_mistakes)
     corpora, plan = resolve_data(config)
