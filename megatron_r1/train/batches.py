@@ -26,10 +26,19 @@ def micro_batches(
 
     Which rank computes a sample never changes which samples a step holds.
     """
+    samples = rank_samples(first_sample, global_batch, micro_batch, context)
+    for sample_B in samples.reshape(-1, micro_batch):
+        yield on_device(loader.batch(sample_B), context)
+
+
+def rank_samples(
+    first_sample: int, global_batch: int, micro_batch: int, context: ParallelContext
+) -> np.ndarray:
+    """int64 numbers of the samples of a global batch that this data-parallel rank computes, in order."""
     per_pass = micro_batch * context.data_size
-    for first in range(first_sample, first_sample + global_batch, per_pass):
-        mine = first + context.data_rank * micro_batch
-        yield on_device(loader.batch(np.arange(mine, mine + micro_batch, dtype=np.int64)), context)
+    first = np.arange(first_sample, first_sample + global_batch, per_pass, dtype=np.int64)
+    mine = first + context.data_rank * micro_batch
+    return (mine[:, None] + np.arange(micro_batch)).ravel()
 
 
 def on_device(batch: Batch, context: ParallelContext) -> Batch:

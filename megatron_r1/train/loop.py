@@ -18,10 +18,13 @@ from megatron_r1.progress import Progress
 from megatron_r1.records import Corpus, TrainState
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
-from megatron_r1.train.batches import ProbeSet, micro_batches
+from megatron_r1.train.batches import ProbeSet, micro_batches, rank_samples
 from megatron_r1.train.metrics import MetricsLog
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, label_losses, train_step
+
+_READ_AHEAD = 256
+"""Windows that a rank asks for before they are needed."""
 
 
 def train(config: Config) -> None:
@@ -61,7 +64,7 @@ class Trainer:
         self.config, self.plan, self.context, self.run = config, plan, context, run
         self.sources = [corpus.name for corpus in corpora]
         self.windows = {corpus.name: corpus.windows(config.data.seq_length) for corpus in corpora}
-        self.loader = BatchLoader(plan, corpora, config.data.seq_length)
+        self.loader = BatchLoader(plan, corpora, config.data.seq_length, pin_memory=backend.HAS_CUDA)
         self.training: Training = build_training(config)
         self.state = self._resume()
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
@@ -71,6 +74,9 @@ class Trainer:
             if config.data.probes
             else None
         )
+        self.last_step = phase_spans(config)[-1].end
+        self.asked = self.state.step
+        """Steps whose windows the disk has been asked for."""
         self.log: MetricsLog | None = None
         self.began = ledger.process_start()
 
@@ -135,8 +141,18 @@ class Trainer:
             )
         self.began = time.time()
 
+    def _read_ahead(self) -> None:
+        """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""
+        size = self.config.train.global_batch
+        steps = -(-_READ_AHEAD * self.context.data_size // size)
+        while self.asked < min(self.state.step + steps, self.last_step):
+            first = self.state.samples + (self.asked - self.state.step) * size
+            self.loader.read_ahead(rank_samples(first, size, self.config.train.micro_batch, self.context))
+            self.asked += 1
+
     def _step(self, lr: float) -> StepResult:
         config = self.config
+        self._read_ahead()
         set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
