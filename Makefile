@@ -47,5 +47,6 @@ $(VENV)/.dev: $(VENV)/.core
 test-py312:
 	$(MAKE) test VENV=.venv312 PYTHON=python3.12
 
+# Leaves runs/ alone.
 clean:
-	rm -rf build runs .venv .venv312 megatron_r1/*.so *.egg-info
+	rm -rf build .venv .venv312 megatron_r1/*.so *.egg-info

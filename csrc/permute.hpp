@@ -25,9 +25,10 @@ class Permutation {
 
   Permutation() : Permutation(1) {}
   explicit Permutation(u64 size)
-      : size_(size), rows_(ceil_sqrt(size < 1 ? 1 : size)), columns_((size + rows_ - 1) / rows_) {
-    if (size == 0) columns_ = Divider(1);
-  }
+      // A source without windows is never drawn, but may stand in a plan.
+      : size_(size),
+        rows_(ceil_sqrt(size < 1 ? 1 : size)),
+        columns_(size < 1 ? 1 : (size + rows_ - 1) / rows_) {}
 
   // The key of one epoch of one source.
   static u64 epoch_key(u64 source_key, u64 epoch) {

@@ -161,9 +161,12 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
     data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
     out: list[str] = []
     if model:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "vocab_size"):
-            if getattr(model, name) < 1:
-                out.append(f"model.{name}={getattr(model, name)} must be positive")
+        for spec in dataclasses.fields(model):
+            value = getattr(model, spec.name)
+            if not isinstance(value, bool) and not value > 0:
+                out.append(f"model.{spec.name}={value} must be positive")
+        if model.head_dim % 2:
+            out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
         if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
             out.append(
                 f"model.num_attention_heads={model.num_attention_heads} is no multiple of "
@@ -198,6 +201,10 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
         for name in ("checkpoint_every", "probe_every"):
             if getattr(train, name) < 1:
                 out.append(f"train.{name}={getattr(train, name)} must be positive")
+    optimizer = sections.get("optimizer")
+    for name in ("adam_beta1", "adam_beta2"):
+        if optimizer and not 0 <= getattr(optimizer, name) < 1:
+            out.append(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)
     mix = sections.get("mix")
@@ -221,6 +228,8 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             out.append(
                 f"{path}.warmup_steps={phase.warmup_steps} is not within the phase's {phase.steps} steps"
             )
+        if not 0 <= phase.min_lr_ratio <= 1:
+            out.append(f"{path}.min_lr_ratio={phase.min_lr_ratio} must be within 0 and 1")
         if not phase.learning_rate > 0:
             out.append(f"{path}.learning_rate={phase.learning_rate} must be positive")
         if phase.weights == "uniform" or sources is None:

@@ -32,17 +32,6 @@ class ParallelContext:
     """Among the ranks that hold different samples."""
     data_size: int
 
-    @property
-    def first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
-    def last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    def model_copy_ranks(self) -> int:
-        return self.world_size // self.data_size
-
 
 @contextmanager
 def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Iterator[ParallelContext]:

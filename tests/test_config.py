@@ -78,6 +78,11 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("phases.one.weights=[1, 2]", "phases.one.weights=[1, 2]: weights name their sources"),
         ("phazes.one.steps=3", "phazes: unknown section; did you mean phases?"),
         ("data.seq_length=0", "data.seq_length=0 must be positive"),
+        ("model.head_dim=31", "model.head_dim=31 must be even"),
+        ("model.head_dim=0", "model.head_dim=0 must be positive"),
+        ("model.num_attention_heads=0", "model.num_attention_heads=0 must be positive"),
+        ("optimizer.adam_beta2=1.5", "optimizer.adam_beta2=1.5 must be at least 0 and below 1"),
+        ("phases.one.min_lr_ratio=-3", "phases.one.min_lr_ratio=-3.0 must be within 0 and 1"),
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
     ],
 )

@@ -28,6 +28,8 @@ def main() -> None:
         if not options.check:
             assert config.mix is not None
             output = options.output or Path(config.train.run) / "mix.yaml"
+            if output.suffix == ".json":
+                raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
             write(mixture, used, config.mix, output)
             print(f"wrote {output} and {output.with_suffix('.json')}")
 

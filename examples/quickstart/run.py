@@ -20,6 +20,7 @@ import yaml
 
 from megatron_r1.cli import user_errors
 from megatron_r1.recipes.pipeline import Stage, run
+from megatron_r1.run_dir import write_text
 from megatron_r1.run_lock import exit_when_orphaned
 
 HERE = Path("examples/quickstart")
@@ -179,6 +180,15 @@ def stages(directory: Path, size: Size) -> list[Stage]:
     ]  # fmt: skip
 
 
+def _same_size(directory: Path, size: str) -> None:
+    """Refuse to put a run of one size into the directory of another."""
+    path = directory / "size"
+    if not path.exists():
+        write_text(path, size)
+    elif (before := path.read_text()) != size:
+        raise ValueError(f"{directory} holds a run of --size {before}; name another --run, or remove it")
+
+
 def _steps(file: str, phase: str, overrides: tuple[str, ...]) -> int:
     """Steps of a phase: the file's, unless this size says otherwise."""
     steps = yaml.safe_load((ROOT / HERE / file).read_text())["phases"][phase]["steps"]
@@ -193,16 +203,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=DEFAULT, help="run directory")
+    parser.add_argument("--run", type=Path, help="run directory (default: runs/quickstart[-small])")
     parser.add_argument("--size", choices=SIZES, default="full", help="small: as the tests run it")
     options = parser.parse_args()
-    directory = options.run.resolve()
+    directory = (options.run or (DEFAULT if options.size == "full" else Path(f"{DEFAULT}-small"))).resolve()
     os.chdir(ROOT)
     if directory.is_relative_to(ROOT):
         directory = directory.relative_to(ROOT)
     # Killed together with whatever started it: nothing writes on behind the next start's back.
     exit_when_orphaned()
     with user_errors():
+        _same_size(directory, options.size)
         run(directory, stages(directory, SIZES[options.size]))
         print(f"open {directory / 'reports' / 'index.html'} in a browser; tensorboard --logdir {directory}")
 

@@ -68,14 +68,14 @@ def _tokenizer_mistakes(
         return []
     out = []
     made_with = json.loads(sidecar.read_text())
-    if made_with["vocab_size"] > vocab_size and corpus.tokenizer_hash not in hashes.values():
+    if made_with.get("vocab_size", 0) > vocab_size and corpus.tokenizer_hash not in hashes.values():
         out.append(
             f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} "
             f"fewer; set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
         )
-    other = next((name for name, digest in hashes.items() if digest != corpus.tokenizer_hash), None)
     hashes[path] = corpus.tokenizer_hash
-    if other is not None:
+    other = next(iter(hashes))
+    if hashes[other] != corpus.tokenizer_hash:
         out.append(
             f"{path}: made with tokenizer {corpus.tokenizer_hash[:12]}, {other} with {hashes[other][:12]}; "
             f"preprocess both with the same one"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -87,8 +86,12 @@ def _call(stage: Stage) -> float:
     try:
         status = child.wait()
     except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
-        child.wait()
+        # The terminal has interrupted the child too, and a second signal would break off its own end.
+        try:
+            child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
         raise
     if status != 0:
         raise PipelineError(

@@ -47,12 +47,24 @@ def _finished(config: Config, plan: BlendPlan) -> bool:
     saved = checkpoint.found(RunDir(Path(config.train.run)).checkpoints)
     if not saved or saved[-1].step < phase_spans(config)[-1].end:
         return False
-    meta = checkpoint.read_meta(saved[-1].path)
-    plan.extends(BlendPlan.from_json(meta["plan"]), meta["state"]["samples"])
+    _check_past(saved[-1].path, config, plan)
     checkpoint.check_model(saved[-1].path, config.model)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{config.train.run}: finished before, at {saved[-1].path}", flush=True)
     return True
+
+
+def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
+    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn."""
+    meta = checkpoint.read_meta(path)
+    step, samples = meta["state"]["step"], meta["state"]["samples"]
+    if samples != step * config.train.global_batch:
+        raise ValueError(
+            f"train.global_batch={config.train.global_batch}, but {path} has drawn {samples} samples in "
+            f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
+            f"begin a new run"
+        )
+    plan.extends(BlendPlan.from_json(meta["plan"]), samples)
 
 
 class Trainer:
@@ -201,6 +213,9 @@ class Trainer:
         return dict(zip(names, (loss_C / tokens_C).tolist(), strict=True))
 
     def _save(self, phase: str) -> None:
+        # First: a run that resumes at this checkpoint never writes these steps' lines again.
+        if self.log is not None:
+            self.log.flush()
         checkpoint.save(
             self.run.checkpoints,
             self.training.gpt,
@@ -210,8 +225,6 @@ class Trainer:
             phase,
             self.plan.to_json(),
         )
-        if self.log is not None:
-            self.log.flush()
 
     def _resume(self) -> TrainState:
         """Fill the model from the run's last checkpoint, else from `train.init_from`."""
@@ -222,8 +235,7 @@ class Trainer:
             path = Path(self.config.train.init_from)
         else:
             return TrainState()
-        meta = checkpoint.read_meta(path)
-        self.plan.extends(BlendPlan.from_json(meta["plan"]), meta["state"]["samples"])
+        _check_past(path, self.config, self.plan)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
         if self.leads:
             print(f"{self.run.root}: continues from {path}", flush=True)

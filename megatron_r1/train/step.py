@@ -156,9 +156,6 @@ def _forward_step(
     batches: Iterator[Batch], model: Any, sources: int
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
-    inner = model
-    while not hasattr(inner, "post_process"):
-        inner = inner.module
     out = model(batch.tokens_BS, batch.position_BS, None, labels=batch.labels_BS)
     return out, partial(_sum_losses, batch, sources)
 

@@ -570,3 +570,11 @@ def test_importing_the_blend_loads_neither_torch_nor_megatron_core() -> None:
         "assert not {'torch', 'megatron.core'} & sys.modules.keys(), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_source_of_no_windows_may_stand_in_a_plan_with_weight_0() -> None:
+    plan = BlendPlan({"empty": 0, "masked": 8, "full": 10})
+    keep = {"masked": np.zeros(8, dtype=bool)}
+    plan.add_phase(0, {"empty": 0, "masked": 0, "full": 1}, keep=keep)
+    assert {plan.locate(i)[0] for i in range(25)} == {2}
+    assert plan.count("empty", 25) == plan.count("masked", 25) == 0
