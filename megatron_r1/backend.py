@@ -59,12 +59,6 @@ def place(module: torch.nn.Module) -> Any:
     return module.to(device()) if HAS_CUDA else module
 
 
-def synchronize() -> None:
-    """Wait for the device; before reading a clock."""
-    if HAS_CUDA:
-        torch.cuda.synchronize()
-
-
 def peak_flops(precision: str) -> float | None:
     """Dense matrix FLOP/s of this device for `precision`, for MFU; None where it is not known."""
     if not HAS_CUDA or precision != "bf16":

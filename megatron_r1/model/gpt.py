@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import ModelConfig, ParallelConfig
@@ -110,9 +109,3 @@ def build_model(
         share_embeddings_and_output_weights=True,
     )
     return backend.place(gpt)
-
-
-def token_losses(gpt: Any, tokens_BS: Tensor, position_BS: Tensor, labels_BS: Tensor) -> Tensor:
-    """float32 [B, S] cross-entropy of each label (on the last pipeline stage; else hidden states)."""
-    out = gpt(tokens_BS, position_BS, None, labels=labels_BS)
-    return out.float() if gpt.post_process else out

@@ -122,9 +122,7 @@ def _kill_session(leader: int) -> None:
 @pytest.mark.parametrize("kind", ["group", "make"])
 @pytest.mark.parametrize("number", range(1, STAGES + 1))
 def test_killed_in_any_stage_it_goes_on(number: int, kind: str, whole: Path, tmp_path: Path) -> None:
-    long = number in (11, 12, 14, 15)
-    delay = random.Random(number).uniform(0.0, 14.0) if long else random.Random(number).uniform(0.0, 0.6)
-    try:
-        kill_in_stage(number, whole, tmp_path, kind, delay)
-    except pytest.fail.Exception:
-        return  # the pipeline had ended before the kill
+    longest = 14.0 if number in (11, 12, 14, 15) else 0.6
+    # Nothing follows the last stage: it is killed as it begins, or there is nothing left to kill.
+    delay = random.Random(number).uniform(0.0, longest) if number < STAGES else 0.0
+    kill_in_stage(number, whole, tmp_path, kind, delay)
