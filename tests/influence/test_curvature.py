@@ -12,7 +12,6 @@ import torch
 from megatron_r1 import checkpoint
 from megatron_r1.config import OptimizerConfig, ParallelConfig
 from megatron_r1.influence.curvature import adam_scale, precondition
-from megatron_r1.model.gpt import token_losses
 from megatron_r1.optimizer import build_optimizer, set_schedule
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
@@ -40,7 +39,7 @@ def _train(directory: Path) -> dict[str, np.ndarray]:
             optimizer.zero_grad()
             window = torch.from_numpy(tiny.windows(4, seed=step))
             position = torch.arange(tiny.SEQ).expand(4, -1)
-            token_losses(model.module, window[:, :-1], position, window[:, 1:].contiguous()).mean().backward()
+            model.module(window[:, :-1], position, None, labels=window[:, 1:].contiguous()).mean().backward()
             model.finish_grad_sync()
             for name, p in gpt.named_parameters():
                 v[name] = 0.95 * v[name] + 0.05 * p.main_grad.double().numpy() ** 2

@@ -13,7 +13,7 @@ from megatron_r1 import backend, checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
 from megatron_r1.influence.score import on_device
-from megatron_r1.model.gpt import build_model, token_losses
+from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import ParallelContext, process_groups, sum_over_data
 from megatron_r1.records import Batch, TrainState
 
@@ -121,7 +121,7 @@ def row_loss(gpt: Any, window_S: np.ndarray) -> torch.Tensor:
     """Mean label loss of one window, differentiable: the oracle's forward pass."""
     window = torch.from_numpy(window_S)[None]
     position = torch.arange(SEQ)[None]
-    return token_losses(gpt, window[:, :-1], position, window[:, 1:].contiguous()).mean()
+    return gpt(window[:, :-1], position, None, labels=window[:, 1:].contiguous()).mean()
 
 
 def row_gradient(gpt: Any, window_S: np.ndarray) -> dict[str, torch.Tensor]:
