@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+
+# isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -25,6 +29,10 @@ class SdpaAttention(MegatronModule):
 
     Under context parallelism the keys and values of all ranks are gathered; a rank's queries are
     megatron-core's zigzag halves (chunks r and 2n-1-r of 2n), so a mask replaces the causal flag.
+
+    megatron-core hands `attention_mask` through untouched; here it is None, or the document number of
+    each token of this rank's sequences, int [b, s], not falling along a row: then no token sees another
+    document. On a CPU each document is attended by itself, which also saves the work between documents.
     """
 
     def __init__(
@@ -58,19 +66,35 @@ class SdpaAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, heads, d] queries, [s, b, groups, d] keys and values -> [s, b, heads * d]."""
         if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("packed sequences need Transformer Engine's attention")
-        s, b, heads, d = query.shape
-        mask = None
-        ranks = self.context_group.size() if self.context_group is not None else 1
-        if self.context_group is not None and ranks > 1:
-            key, value = (
-                gather_from_sequence_parallel_region(t.contiguous(), group=self.context_group)
-                for t in (key, value)
+            raise NotImplementedError(
+                "packed_seq_params and attention_bias need Transformer Engine's attention"
             )
-            position = _zigzag_positions(s, ranks, query.device)
-            mask = position.flatten()[None, :] <= position[self.context_group.rank()][:, None]
+        s, b, heads, d = query.shape
+        segment, key_segment, mask = attention_mask, attention_mask, None
+        group = self.context_group
+        if group is not None and group.size() > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(t.contiguous(), group=group) for t in (key, value)
+            )
+            position = _zigzag_positions(s, group.size(), query.device)
+            mask = position.flatten()[None, :] <= position[group.rank()][:, None]
+            if segment is not None:
+                key_segment = gather_from_sequence_parallel_region(segment.t().contiguous(), group=group).t()
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
+        if segment is not None and key_segment is not None:
+            if mask is None and q.device.type == "cpu":
+                out = self._by_document(q, k, v, segment)
+            else:
+                causal = torch.ones(s, s, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+                apart = segment[:, :, None] != key_segment[:, None, :]
+                out = self._attend(q, k, v, (causal & ~apart)[:, None])
+        else:
+            out = self._attend(q, k, v, mask)
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[b, heads, s, d]; causal unless a mask says what is seen."""
+        return F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -78,9 +102,17 @@ class SdpaAttention(MegatronModule):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
             scale=self.scale,
-            enable_gqa=k.shape[1] != heads,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, segment: Tensor) -> Tensor:
+        rows = []
+        for row, segment_S in enumerate(segment):
+            lengths = torch.unique_consecutive(segment_S, return_counts=True)[1].tolist()
+            q_n, k_n, v_n = (t[row : row + 1].split(lengths, dim=2) for t in (q, k, v))
+            parts = [self._attend(*part, mask=None) for part in zip(q_n, k_n, v_n, strict=True)]
+            rows.append(torch.cat(parts, dim=2))
+        return torch.cat(rows)
 
 
 def _zigzag_positions(local: int, ranks: int, device: torch.device) -> Tensor:
