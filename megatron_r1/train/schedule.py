@@ -18,19 +18,25 @@ class PhaseSpan:
     config: PhaseConfig
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak, then decay to `min_lr_ratio` of it at the phase's end.
+        """Linear warm-up to the peak, then decay towards `min_lr_ratio` of it at the phase's end.
 
         A function of the step alone, so that resuming needs no scheduler state.
         """
-        phase, step = self.config, step - self.start
+        phase, step, steps = self.config, step - self.start, self.end - self.start
         peak, low = phase.learning_rate, phase.learning_rate * phase.min_lr_ratio
         if step < phase.warmup_steps:
             return peak * (step + 1) / phase.warmup_steps
         if phase.decay == "constant":
             return peak
-        done = (step - phase.warmup_steps) / max(1, self.end - self.start - phase.warmup_steps)
-        share = 1 - done if phase.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        first = steps - decay_steps(phase, steps) if phase.decay == "wsd" else phase.warmup_steps
+        done = max(0.0, (step - first) / max(1, steps - first))
+        share = 0.5 * (1 + math.cos(math.pi * done)) if phase.decay == "cosine" else 1 - done
         return low + (peak - low) * share
+
+
+def decay_steps(phase: PhaseConfig, steps: int) -> int:
+    """Last steps of a wsd phase, over which its learning rate falls."""
+    return phase.decay_steps if phase.decay_steps is not None else max(1, steps // 10)
 
 
 def phase_spans(config: Config) -> list[PhaseSpan]:
