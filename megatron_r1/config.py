@@ -13,6 +13,24 @@ _STRICT = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotation for a context longer than the one first trained with (megatron_r1/model/rope.py)."""
+
+    rope_type: Literal["linear", "llama3"]
+    """All frequencies alike, or the low ones only, as Llama 3.1 does."""
+    factor: float
+    """What the slowed frequencies are divided by."""
+    low_freq_factor: float = 1.0
+    """llama3: slow in full what turns less often than this over the original context."""
+    high_freq_factor: float = 4.0
+    """llama3: leave alone what turns more often than this over the original context."""
+    original_max_position_embeddings: int = 8192
+    """llama3: the original context, tokens."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A MobileLLM-R1 shape (paper, Table 3)."""
 
@@ -27,6 +45,7 @@ class ModelConfig:
     """Rows of the tied embedding, before any padding for tensor parallelism."""
     head_dim: int = 64
     rotary_base: float = 1e6
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     qk_norm: bool = True
     """RMS norm of each query and key head, without a weight."""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_r1.config import Config
+from megatron_r1.config import Config, RopeScaling
 
 
 class ConfigError(ValueError):
@@ -138,12 +138,10 @@ def _field_names(hint: Any, path: list[str]) -> list[str]:
     """Names of the dataclass that `path` leads to, for a suggestion."""
     for inner in [a for a in typing.get_args(hint) if a is not type(None)] or [hint]:
         if dataclasses.is_dataclass(inner):
-            return [f.name for f in dataclasses.fields(inner)]
+            sub = typing.get_type_hints(inner)
+            return _field_names(sub[path[0]], path[1:]) if path and path[0] in sub else list(sub)
         if typing.get_origin(inner) is dict and path:
             return _field_names(typing.get_args(inner)[1], path[1:])
-    if dataclasses.is_dataclass(hint):
-        sub = typing.get_type_hints(hint)
-        return _field_names(sub[path[0]], path[1:]) if path and path[0] in sub else list(sub)
     return []
 
 
@@ -163,8 +161,10 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
     if model:
         for spec in dataclasses.fields(model):
             value = getattr(model, spec.name)
-            if not isinstance(value, bool) and not value > 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 out.append(f"model.{spec.name}={value} must be positive")
+        if model.rope_scaling:
+            out += _check_rope_scaling(model.rope_scaling)
         if model.head_dim % 2:
             out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
         if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
@@ -210,6 +210,23 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
     mix = sections.get("mix")
     if mix and not 0 <= mix.floor <= mix.cap <= 1:
         out.append(f"mix: 0 <= floor <= cap <= 1 does not hold for floor={mix.floor}, cap={mix.cap}")
+    return out
+
+
+def _check_rope_scaling(scaling: RopeScaling) -> list[str]:
+    out = []
+    if not scaling.factor >= 1:
+        out.append(f"model.rope_scaling.factor={scaling.factor} must be at least 1")
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        out.append(
+            f"model.rope_scaling: 0 < low_freq_factor < high_freq_factor does not hold for "
+            f"{scaling.low_freq_factor}, {scaling.high_freq_factor}"
+        )
+    if scaling.original_max_position_embeddings < 1:
+        out.append(
+            f"model.rope_scaling.original_max_position_embeddings="
+            f"{scaling.original_max_position_embeddings} must be positive"
+        )
     return out
 
 

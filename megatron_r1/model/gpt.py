@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.model.attention import RMSNorm, SdpaAttention
+from megatron_r1.model.rope import scaled_frequencies
 
 
 def transformer_config(
@@ -89,14 +90,17 @@ def build_model(
     precision: str,
     seq_length: int,
     plain_layers: bool = False,
+    initialise: bool = True,
 ) -> GPTModel:
     """This rank's part of the model on its device, initialised from the current seeds.
 
     Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
     layers even where Transformer Engine is installed; checkpoints of the one load into the other.
+    `initialise` False: memory without values, for a caller that fills every weight.
     """
     fused = backend.has_transformer_engine() and not plain_layers
     config = transformer_config(model, parallel, precision, fused)
+    config.perform_initialization = initialise
     gpt = GPTModel(
         config,
         _layer_spec(config, fused),
@@ -108,4 +112,8 @@ def build_model(
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=True,
     )
+    if model.rope_scaling is not None:
+        # megatron-core's own `rope_scaling` has Llama 3.1's other constants built in.
+        rotary = gpt.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rope_scaling)
     return backend.place(gpt)
