@@ -1,0 +1,69 @@
+"""RankMe (Eq. 8): how many directions the model's output embeddings use, of `hidden_size`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1 import backend
+from megatron_r1.parallel import ParallelContext, sum_over_data
+from megatron_r1.records import Batch
+
+# isort: split
+from megatron.core import parallel_state as ps
+
+
+class OutputEmbeddings:
+    """Second moments of the hidden states before the head, gathered while batches pass through the model.
+
+    As a context manager it watches the decoder's output; rows without labels are left out. Memory: one
+    float64 [D, D]; cost: 2 D^2 FLOP a token.
+    """
+
+    def __init__(self, gpt: Any, context: ParallelContext):
+        self._gpt, self._context = gpt, context
+        size = gpt.config.hidden_size
+        self._gram_DD = torch.zeros(size, size, dtype=torch.float64, device=backend.device())
+        self._real_B: Tensor | None = None
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, noted as they are taken."""
+        for batch in batches:
+            self._real_B = batch.loss_mask_BS.any(dim=1)
+            yield batch
+
+    def __enter__(self) -> OutputEmbeddings:
+        self._hook = self._gpt.decoder.register_forward_hook(self._add)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _add(self, _module: Any, _inputs: Any, hidden_SBD: Any) -> None:
+        if not self._gpt.post_process:
+            return
+        assert self._real_B is not None
+        rows_ND = hidden_SBD.detach()[:, self._real_B].flatten(0, 1).float()
+        self._gram_DD += (rows_ND.t() @ rows_ND).double()
+
+    def rank_me(self) -> float:
+        """Of all tokens seen on all ranks; every rank calls this and gets the same number."""
+        gram_DD = self._gram_DD
+        sum_over_data(gram_DD)
+        if self._gpt.config.sequence_parallel:
+            dist.all_reduce(gram_DD, group=ps.get_tensor_model_parallel_group())
+        if self._context.pipeline_size > 1:
+            last = ps.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(gram_DD, last, group=ps.get_pipeline_model_parallel_group())
+        return rank_me(gram_DD)
+
+
+def rank_me(gram_DD: Tensor) -> float:
+    """exp of the entropy of p_k = sigma_k / sum sigma + 1e-7, sigma the singular values of Z, from Z^T Z."""
+    sigma_D = torch.linalg.eigvalsh(gram_DD.double().cpu()).clamp(min=0).sqrt()
+    p_D = sigma_D / sigma_D.sum() + 1e-7
+    return float(torch.exp(-(p_D * p_D.log()).sum()))
