@@ -1,10 +1,12 @@
 """A batch of 16 windows of 2048 tokens: ours against megatron-core's GPTDataset and default collation.
 
-python benchmarks/bench_gather.py [--repeats 30] [--cold] [--megabytes 256]
+python benchmarks/bench_gather.py [--repeats 30] [--cold] [--megabytes 128]
 
-Both read one `.bin` of documents of random length, in random order: plain, with documents as segments of
-their own (positions and attention reset), and with --cold from a page cache that was just emptied of the
-file. Measured in turns in one process; medians, and the median ratio of a turn.
+Both read one `.bin` of documents of random length, in random order: plain, and with documents as segments of
+their own (positions and attention reset); each of windows that this process has read before, and of windows
+that it reads for the first time, as training does, of a file that lies in the page cache. With --cold from a
+page cache that was just emptied of the file. Measured in turns in one process; medians, and the median ratio
+of a turn. The last line is the floor: the bytes of a batch, moved by memcpy in the same process.
 """
 
 from __future__ import annotations
@@ -46,9 +48,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         corpus = write(Path(folder) / "corpus", options.megabytes)
         for name, eod in (("plain", None), ("documents apart", EOD)):
-            report(f"{B} x {S}, {name}", warm(corpus, eod, options.repeats), B)
+            report(f"{name}, read before", warm(corpus, eod, options.repeats), B)
+            report(f"{name}, first read", first(corpus, eod, options.repeats), B)
+        floor(options.repeats)
         if options.cold:
-            report(f"{COLD_WINDOWS} windows, cold", cold(corpus, max(3, options.repeats // 5)), COLD_WINDOWS)
+            report(
+                f"plain, {COLD_WINDOWS} cold windows",
+                cold(corpus, max(3, options.repeats // 5)),
+                COLD_WINDOWS,
+            )
 
 
 def write(prefix: Path, megabytes: int) -> Corpus:
@@ -112,6 +120,20 @@ def warm(corpus: Corpus, eod: int | None, repeats: int) -> list[tuple[float, flo
     return turns
 
 
+def first(corpus: Corpus, eod: int | None, repeats: int) -> list[tuple[float, float]]:
+    """Seconds of a batch, (ours, megatron-core), by turn; no window was read before by this loader."""
+    Path(f"{corpus.prefix}.bin").read_bytes()  # Into the page cache.
+    random = np.random.default_rng(4)
+    loader, dataset = ours(corpus, eod), peer(corpus, eod)
+    order = random.permutation(len(dataset))
+    turns = []
+    for rows in order[: min(repeats + 1, len(order) // (8 * B)) * 8 * B].reshape(-1, 8, B):
+        mine = sum(seconds(lambda row=row: loader.batch(row)) for row in rows)
+        theirs = sum(seconds(lambda row=row: default_collate([dataset[i] for i in row])) for row in rows)
+        turns.append((mine / len(rows), theirs / len(rows)))
+    return turns[1:]
+
+
 def cold(corpus: Corpus, repeats: int) -> list[tuple[float, float]]:
     """Seconds for COLD_WINDOWS windows, (ours, megatron-core), each after dropping the file's pages."""
     random = np.random.default_rng(3)
@@ -142,6 +164,21 @@ def cold(corpus: Corpus, repeats: int) -> list[tuple[float, float]]:
     return turns
 
 
+def floor(repeats: int) -> None:
+    """Seconds to copy as many bytes as a batch reads and writes: half of them read, half written."""
+    for name, token in (("plain", 2 + 28), ("documents apart", 2 + 32)):
+        source = np.ones(B * S * token // 2, np.uint8)
+        target = np.empty_like(source)
+        copies = [
+            seconds(lambda source=source, target=target: np.copyto(target, source))
+            for _ in range(8 * repeats)
+        ]
+        print(
+            f"{name}, memcpy of its bytes".ljust(30),
+            f"     {statistics.median(copies) * 1e6:9.1f} us ({B * S * token} bytes)",
+        )
+
+
 def drop(corpus: Corpus) -> None:
     file = os.open(f"{corpus.prefix}.bin", os.O_RDONLY)
     os.fsync(file)
@@ -160,7 +197,7 @@ def report(what: str, turns: list[tuple[float, float]], windows: int) -> None:
     theirs = statistics.median(turn[1] for turn in turns)
     ratio = statistics.median(turn[1] / turn[0] for turn in turns)
     print(
-        f"{what:28s} ours {mine * 1e6:9.1f} us ({windows / mine:9.0f} windows/s)   "
+        f"{what:30s} ours {mine * 1e6:9.1f} us ({windows / mine:9.0f} windows/s)   "
         f"megatron-core {theirs * 1e6:9.1f} us   ratio {ratio:.1f}"
     )
 

@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <cstdlib>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -92,8 +95,8 @@ struct BatchShape {
   u64 length;
 };
 
-// Checks windows against the streams, and one output buffer against rows x (length + extra).
-BatchShape check_batch(const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window,
+// Checks windows against the streams.
+BatchShape check_batch(const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window,
                        u64 length) {
   if (source.ndim() != 1 || window.ndim() != 1 || source.size() != window.size()) {
     throw std::invalid_argument("source and window must be one-dimensional and of one length");
@@ -103,15 +106,49 @@ BatchShape check_batch(const r1::Streams& streams, const Array<i64>& source, con
   return shape;
 }
 
-template <class T>
-T* buffer(py::array& array, std::size_t rows, u64 columns, const char* name) {
-  if (!py::isinstance<py::array_t<T>>(array) || !(array.flags() & py::array::c_style) || array.ndim() != 2 ||
-      static_cast<std::size_t>(array.shape(0)) != rows || static_cast<u64>(array.shape(1)) != columns) {
-    throw std::invalid_argument(std::string(name) + " must be a contiguous " + std::to_string(rows) + " x " +
-                                std::to_string(columns) + " array of " + std::to_string(sizeof(T)) +
-                                "-byte integers");
+// Room for arrays of rows x columns, in one allocation that lives until the last of them dies: so a batch
+// costs one call to the allocator, and each array starts on a cache line.
+class Block {
+ public:
+  // `arrays`: how many at most; `bytes_each`: of one element of all of them.
+  Block(std::size_t rows, u64 columns, std::size_t arrays, std::size_t bytes_each)
+      : shape_{static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(columns)} {
+    const std::size_t most = rows * columns * bytes_each + (arrays + 1) * LINE;
+    next_ = static_cast<unsigned char*>(std::aligned_alloc(LINE, most / LINE * LINE));
+    if (!next_) throw std::bad_alloc();
+    owner_ = py::capsule(next_, [](void* block) { std::free(block); });
   }
-  return static_cast<T*>(array.mutable_data());
+
+  template <class T>
+  py::array_t<T> array() {
+    py::array_t<T> made(shape_, reinterpret_cast<T*>(next_), owner_);
+    next_ += (static_cast<std::size_t>(made.nbytes()) + LINE - 1) / LINE * LINE;
+    return made;
+  }
+
+ private:
+  static constexpr std::size_t LINE = 64;
+  std::vector<py::ssize_t> shape_;
+  unsigned char* next_;
+  py::capsule owner_;
+};
+
+// tokens, labels, loss_mask, position, segment (None without `eod`).
+py::tuple gather(const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length,
+                 std::optional<i64> eod) {
+  const BatchShape shape = check_batch(streams, source, window, length);
+  Block block(shape.rows, length, 5, 3 * sizeof(i64) + sizeof(float) + sizeof(i32));
+  py::array_t<i64> tokens = block.array<i64>(), labels = block.array<i64>(), position = block.array<i64>();
+  py::array_t<float> loss_mask = block.array<float>();
+  std::optional<py::array_t<i32>> segment;
+  if (eod) segment = block.array<i32>();
+  const r1::BatchRows out{tokens.mutable_data(), labels.mutable_data(), loss_mask.mutable_data(),
+                          position.mutable_data(), segment ? segment->mutable_data() : nullptr};
+  {
+    const py::gil_scoped_release release;
+    streams.gather(source.data(), window.data(), shape.rows, length, eod.value_or(0), out);
+  }
+  return py::make_tuple(tokens, labels, loss_mask, position, segment);
 }
 
 }  // namespace
@@ -207,25 +244,20 @@ PYBIND11_MODULE(_csrc, m) {
   py::class_<r1::Streams>(m, "Streams")
       .def(py::init<>())
       .def("add", &r1::Streams::add, py::arg("path"), py::arg("width"), py::arg("tokens"))
-      .def("gather",
-           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length,
-              py::array tokens, py::array labels) {
-             const BatchShape shape = check_batch(streams, source, window, length);
-             i64* const tokens_out = buffer<i64>(tokens, shape.rows, length, "tokens");
-             i64* const labels_out = buffer<i64>(labels, shape.rows, length, "labels");
-             const py::gil_scoped_release release;
-             streams.gather(source.data(), window.data(), shape.rows, length, tokens_out, labels_out);
-           })
+      .def("gather", &gather)
       .def("whole_windows",
-           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length,
-              py::array out) {
+           [](const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length) {
              const BatchShape shape = check_batch(streams, source, window, length);
-             i64* const to = buffer<i64>(out, shape.rows, length + 1, "out");
-             const py::gil_scoped_release release;
-             streams.whole_windows(source.data(), window.data(), shape.rows, length, to);
+             py::array_t<i64> out({shape.rows, static_cast<std::size_t>(length + 1)});
+             i64* const to = out.mutable_data();
+             {
+               const py::gil_scoped_release release;
+               streams.whole_windows(source.data(), window.data(), shape.rows, length, to);
+             }
+             return out;
            })
       .def("will_need",
-           [](const r1::Streams& streams, const Array<i64>& source, const Array<i64>& window, u64 length) {
+           [](const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length) {
              const BatchShape shape = check_batch(streams, source, window, length);
              const py::gil_scoped_release release;
              streams.will_need(source.data(), window.data(), shape.rows, length);
@@ -247,15 +279,5 @@ PYBIND11_MODULE(_csrc, m) {
       greedy.locate(0, static_cast<u64>(samples), source_out, draw_out);
     }
     return py::make_tuple(source, draw);
-  });
-
-  m.def("segment_rows", [](const Array<i64>& tokens, i64 eod, py::array segment, py::array position) {
-    if (tokens.ndim() != 2) throw std::invalid_argument("tokens must be two-dimensional");
-    const std::size_t rows = static_cast<std::size_t>(tokens.shape(0));
-    const u64 length = static_cast<u64>(tokens.shape(1));
-    i32* const segment_out = buffer<i32>(segment, rows, length, "segment");
-    i64* const position_out = buffer<i64>(position, rows, length, "position");
-    const py::gil_scoped_release release;
-    r1::segment_rows(tokens.data(), rows, length, eod, segment_out, position_out);
   });
 }

@@ -1,12 +1,21 @@
 // Windows of token streams -> batch buffers.
 //
-// A stream is a Megatron `.bin`: the concatenated tokens, 2 or 4 bytes each, mapped read-only. Window w of
-// length S is tokens [wS, wS + S]: S inputs and, one further, S labels. Copies widen to int64, which is
-// what an embedding and a loss take. No state besides the maps; cost: one pass over the window.
+// A stream is a Megatron `.bin`: the concatenated tokens, 2 or 4 bytes each. Window w of length S is tokens
+// [wS, wS + S]: S inputs and, one further, S labels. Tokens widen to int64, which is what an embedding and a
+// loss take.
+//
+// State: one open file a stream and nothing between calls, so any threads may gather at once. Cost: each
+// window is read once, by one `pread` for every 4096 tokens into a buffer on the stack, and each output is
+// written once from there while the tokens are in the first-level cache. A token moves 2 or 4 bytes in and
+// 28 out (tokens, labels, positions: 8 each; loss mask: 4), or 32 with segments.
+//
+// Why `pread` and not a map: a window is read once an epoch, so a map pays page faults that cost more than
+// the copy they save; and a map turns a file that was cut short, or a disk that fails, into a signal that
+// ends the process. Here both are errors that name the file and the offset. A file that another one replaced
+// by rename is read on as it was; one overwritten in place is not noticed.
 #pragma once
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,6 +23,8 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -25,61 +36,184 @@
 
 namespace r1 {
 
-// A file mapped read-only for as long as the object lives.
-class MappedFile {
+// What a read brought: its bytes, and the errno that stopped it (0: all came, or the file ended).
+struct ReadResult {
+  std::size_t bytes;
+  int error;
+};
+
+// Calls `read(to, bytes, offset)`, which answers as pread does, until all came, the file ended or it failed.
+template <class Read>
+ReadResult read_fully(const Read& read, void* to, std::size_t bytes, u64 offset) noexcept {
+  unsigned char* const begin = static_cast<unsigned char*>(to);
+  std::size_t done = 0;
+  while (done < bytes) {
+    const ssize_t got = read(begin + done, bytes - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return {done, errno};
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  return {done, 0};
+}
+
+// A file open for reading for as long as the object lives.
+class InputFile {
  public:
-  explicit MappedFile(const std::string& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) throw std::system_error(errno, std::generic_category(), path);
+  explicit InputFile(const std::string& path) : path_(path) {
+    file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file_ < 0) throw std::system_error(errno, std::generic_category(), path);
+  }
+  InputFile(InputFile&& other) noexcept
+      : path_(std::move(other.path_)), file_(std::exchange(other.file_, -1)) {}
+  InputFile& operator=(InputFile&&) = delete;
+  ~InputFile() {
+    if (file_ >= 0) ::close(file_);
+  }
+
+  const std::string& path() const { return path_; }
+
+  u64 bytes() const {
     struct stat status;
-    if (::fstat(file, &status) != 0) {
-      const int reason = errno;
-      ::close(file);
-      throw std::system_error(reason, std::generic_category(), path);
-    }
-    bytes_ = static_cast<std::size_t>(status.st_size);
-    if (bytes_) {
-      void* map = ::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file, 0);
-      const int reason = errno;
-      ::close(file);
-      if (map == MAP_FAILED) throw std::system_error(reason, std::generic_category(), path);
-      data_ = static_cast<const unsigned char*>(map);
-    } else {
-      ::close(file);
-    }
-  }
-  MappedFile(MappedFile&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  MappedFile& operator=(MappedFile&&) = delete;
-  ~MappedFile() {
-    if (data_) ::munmap(const_cast<unsigned char*>(data_), bytes_);
+    if (::fstat(file_, &status) != 0) throw std::system_error(errno, std::generic_category(), path_);
+    return static_cast<u64>(status.st_size);
   }
 
-  const unsigned char* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
+  ReadResult read(void* to, std::size_t bytes, u64 offset) const noexcept {
+    const auto pread = [this](void* at, std::size_t size, off_t from) {
+      return ::pread(file_, at, size, from);
+    };
+    return read_fully(pread, to, bytes, offset);
+  }
 
-  // Asks for the pages of [begin, end) to be read; returns without waiting. A hint: failure is no error.
-  void will_need(std::size_t begin, std::size_t end) const {
-    const std::size_t page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-    begin -= begin % page;
-    ::madvise(const_cast<unsigned char*>(data_) + begin, end - begin, MADV_WILLNEED);
+  // Asks for [begin, end) to be read from disk; returns without waiting. A hint: failure is no error.
+  void will_need(u64 begin, u64 end) const noexcept {
+#ifdef POSIX_FADV_WILLNEED
+    ::posix_fadvise(file_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_WILLNEED);
+#else
+    static_cast<void>(begin), static_cast<void>(end);
+#endif
   }
 
  private:
-  const unsigned char* data_ = nullptr;
-  std::size_t bytes_ = 0;
+  std::string path_;
+  int file_ = -1;
 };
+
+// Where a batch goes, [rows, length] each. `segment`, the document's number within its row, is null where
+// windows attend across documents; positions then count through the row.
+struct BatchRows {
+  i64* tokens;
+  i64* labels;
+  float* loss_mask;
+  i64* position;
+  i32* segment;
+
+  BatchRows from(u64 n) const {
+    return {tokens + n, labels + n, loss_mask + n, position + n, segment ? segment + n : nullptr};
+  }
+};
+
+// The loops over one stretch of a window, for the vectors that this CPU has.
+namespace loops {
+
+// The document that a row is in, and the next token's position within it.
+struct Place {
+  i32 document = 0;
+  i64 position = 0;
+};
+
+template <class Token>
+R1_INLINE void widen_any(const Token* from, u64 size, i64* to) {
+  for (u64 s = 0; s < size; ++s) to[s] = static_cast<i64>(from[s]);
+}
+
+R1_INLINE Place fill_document(Place place, u64 size, i32* segment, i64* position) {
+  for (u64 s = 0; s < size; ++s) segment[s] = place.document;
+  for (u64 s = 0; s < size; ++s) position[s] = place.position + static_cast<i64>(s);
+  return {place.document, place.position + static_cast<i64>(size)};
+}
+
+// A document ends with its `eod` token, which belongs to it.
+template <class Token>
+R1_INLINE Place fill_documents(const Token* from, u64 size, Token eod, Place place, i32* segment,
+                               i64* position) {
+  constexpr u64 BLOCK = 64;  // Most blocks hold no end of a document, and are passed over as vectors.
+  u64 start = 0;
+  for (u64 first = 0; first < size; first += BLOCK) {
+    const u64 end = std::min(first + BLOCK, size);
+    if (end - first == BLOCK) {
+      Token found = 0;
+      for (u64 s = 0; s < BLOCK; ++s) found |= static_cast<Token>(from[first + s] == eod);
+      if (!found) continue;
+    }
+    for (u64 s = first; s < end; ++s) {
+      if (from[s] != eod) continue;
+      fill_document(place, s + 1 - start, segment + start, position + start);
+      place = {place.document + 1, 0};
+      start = s + 1;
+    }
+  }
+  return fill_document(place, size - start, segment + start, position + start);
+}
+
+// All outputs of `size` inputs; `from` holds one token more. `eod` is read only where there are segments.
+template <class Token>
+R1_INLINE Place fill_any(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
+  widen_any(from, size, to.tokens);
+  widen_any(from + 1, size, to.labels);
+  for (u64 s = 0; s < size; ++s) to.loss_mask[s] = 1.0f;
+  if (!to.segment) {
+    for (u64 s = 0; s < size; ++s) to.position[s] = place.position + static_cast<i64>(s);
+    return {0, place.position + static_cast<i64>(size)};
+  }
+  // Narrowed, an eod that no token can be would equal some other token.
+  using Limits = std::numeric_limits<Token>;
+  if (eod < Limits::min() || eod > Limits::max()) {
+    return fill_document(place, size, to.segment, to.position);
+  }
+  return fill_documents(from, size, static_cast<Token>(eod), place, to.segment, to.position);
+}
+
+#ifdef R1_X86
+template <class Token>
+R1_AVX2 void widen_avx2(const Token* from, u64 size, i64* to) {
+  widen_any(from, size, to);
+}
+template <class Token>
+R1_AVX2 Place fill_avx2(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
+  return fill_any(from, size, place, eod, to);
+}
+#endif
+
+template <class Token>
+void widen(const Token* from, u64 size, i64* to) {
+#ifdef R1_X86
+  if (vector_width() >= 4) return widen_avx2(from, size, to);
+#endif
+  widen_any(from, size, to);
+}
+template <class Token>
+Place fill(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
+#ifdef R1_X86
+  if (vector_width() >= 4) return fill_avx2(from, size, place, eod, to);
+#endif
+  return fill_any(from, size, place, eod, to);
+}
+
+}  // namespace loops
 
 class Streams {
  public:
   // `width`: bytes of a token, 2 (uint16) or 4 (int32). `tokens`: the leading tokens that may be read.
   void add(const std::string& path, int width, u64 tokens) {
     if (width != 2 && width != 4) throw std::invalid_argument(path + ": a token is 2 or 4 bytes wide");
-    MappedFile file(path);
-    if (file.bytes() / static_cast<std::size_t>(width) < tokens) {
+    InputFile file(path);
+    const u64 bytes = file.bytes();
+    if (bytes / static_cast<u64>(width) < tokens) {
       throw std::invalid_argument(
-          path + " holds " + std::to_string(file.bytes()) + " bytes, but " + std::to_string(tokens) +
-          " tokens of " + std::to_string(width) +
+          path + " holds " + std::to_string(bytes) + " bytes, but " + std::to_string(tokens) + " tokens of " +
+          std::to_string(width) +
           " bytes were declared: the file is truncated or not the one that was indexed;"
           " preprocess it again");
     }
@@ -89,7 +223,7 @@ class Streams {
   std::size_t size() const { return streams_.size(); }
 
   // Throws std::out_of_range, before anything is read, unless every window lies within its stream.
-  void check(const i64* source, const i64* window, std::size_t size, u64 length) const {
+  void check(const i32* source, const i64* window, std::size_t size, u64 length) const {
     if (length == 0 || length >> 40) throw std::out_of_range("sequence length must be in [1, 2^40)");
     for (std::size_t n = 0; n < size; ++n) {
       if (source[n] < 0 || static_cast<std::size_t>(source[n]) >= streams_.size()) {
@@ -106,24 +240,29 @@ class Streams {
     }
   }
 
-  // tokens, labels: [size, length]. The windows have been checked.
-  void gather(const i64* source, const i64* window, std::size_t size, u64 length, i64* tokens,
-              i64* labels) const {
-    for (std::size_t n = 0; n < size; ++n) {
-      copy(source[n], window[n], length, 0, length, tokens + n * length);
-      copy(source[n], window[n], length, 1, length, labels + n * length);
-    }
+  // The windows have been checked. Throws std::invalid_argument where a file has become shorter since it was
+  // added and std::system_error where it cannot be read; the outputs are then not to be used.
+  void gather(const i32* source, const i64* window, std::size_t size, u64 length, i64 eod,
+              const BatchRows& out) const {
+    read(source, window, size, length, [&](std::size_t n) {
+      return [to = out.from(n * length), place = loops::Place{}, eod](const auto* from, u64 first,
+                                                                      u64 count) mutable {
+        place = loops::fill(from, count, place, eod, to.from(first));
+      };
+    });
   }
 
-  // out: [size, length + 1]. The windows have been checked.
-  void whole_windows(const i64* source, const i64* window, std::size_t size, u64 length, i64* out) const {
-    for (std::size_t n = 0; n < size; ++n) {
-      copy(source[n], window[n], length, 0, length + 1, out + n * (length + 1));
-    }
+  // out: [size, length + 1]. As `gather`.
+  void whole_windows(const i32* source, const i64* window, std::size_t size, u64 length, i64* out) const {
+    read(source, window, size, length, [&](std::size_t n) {
+      return [to = out + n * (length + 1)](const auto* from, u64 first, u64 count) {
+        loops::widen(from, count + 1, to + first);
+      };
+    });
   }
 
-  // Starts reading the windows' pages from disk. The windows have been checked.
-  void will_need(const i64* source, const i64* window, std::size_t size, u64 length) const {
+  // Starts reading the windows from disk. The windows have been checked.
+  void will_need(const i32* source, const i64* window, std::size_t size, u64 length) const noexcept {
     for (std::size_t n = 0; n < size; ++n) {
       const Stream& stream = streams_[source[n]];
       const u64 begin = static_cast<u64>(window[n]) * length;
@@ -134,92 +273,65 @@ class Streams {
 
  private:
   struct Stream {
-    MappedFile file;
+    InputFile file;
     int width;
     u64 tokens;
   };
 
-  template <class Token>
-  R1_INLINE static void widen_any(const Token* from, u64 size, i64* to) {
-    for (u64 n = 0; n < size; ++n) to[n] = static_cast<i64>(from[n]);
-  }
-#ifdef R1_X86
-  template <class Token>
-  R1_AVX2 static void widen_avx2(const Token* from, u64 size, i64* to) {
-    widen_any(from, size, to);
-  }
-#endif
-  template <class Token>
-  static void widen(const Token* from, u64 size, i64* to) {
-#ifdef R1_X86
-    if (vector_width() >= 4) return widen_avx2(from, size, to);
-#endif
-    widen_any(from, size, to);
+  // A read that did not bring all it was asked for.
+  struct Failure {
+    const Stream* stream;
+    u64 offset;
+    std::size_t wanted;
+    ReadResult came;
+  };
+
+  // For each window n, `make_use(n)` is called with each stretch (tokens, first, count): inputs
+  // [first, first + count) of the window, and tokens[count], the last label.
+  template <class MakeUse>
+  void read(const i32* source, const i64* window, std::size_t size, u64 length,
+            const MakeUse& make_use) const {
+    std::optional<Failure> failure;
+    for (std::size_t n = 0; n < size && !failure; ++n) {
+      const Stream& stream = streams_[source[n]];
+      const u64 begin = static_cast<u64>(window[n]) * length;
+      failure = stream.width == 2 ? read_window<std::uint16_t>(stream, begin, length, make_use(n))
+                                  : read_window<std::int32_t>(stream, begin, length, make_use(n));
+    }
+    if (failure) refuse(*failure);
   }
 
-  void copy(i64 source, i64 window, u64 length, u64 shift, u64 size, i64* to) const {
-    const Stream& stream = streams_[source];
-    const u64 begin = static_cast<u64>(window) * length + shift;
-    if (stream.width == 2) {
-      widen(reinterpret_cast<const std::uint16_t*>(stream.file.data()) + begin, size, to);
-    } else {
-      widen(reinterpret_cast<const std::int32_t*>(stream.file.data()) + begin, size, to);
+  template <class Token, class Use>
+  static std::optional<Failure> read_window(const Stream& stream, u64 begin, u64 length, Use use) noexcept {
+    constexpr u64 STRETCH = 4096;
+    Token tokens[STRETCH + 1];
+    for (u64 first = 0; first < length; first += STRETCH) {
+      const u64 count = std::min(STRETCH, length - first);
+      const u64 offset = (begin + first) * sizeof(Token);
+      const std::size_t wanted = (count + 1) * sizeof(Token);
+      const ReadResult came = stream.file.read(tokens, wanted, offset);
+      if (came.bytes != wanted) return Failure{&stream, offset, wanted, came};
+      use(tokens, first, count);
     }
+    return std::nullopt;
+  }
+
+  [[noreturn]] static void refuse(const Failure& failure) {
+    const std::string& path = failure.stream->file.path();
+    const std::string what = std::to_string(failure.wanted) + " bytes at offset " +
+                             std::to_string(failure.offset);
+    if (failure.came.error) {
+      throw std::system_error(failure.came.error, std::generic_category(),
+                              path + ": cannot read " + what +
+                                  "; see that its disk answers, then start again");
+    }
+    throw std::invalid_argument(path + " ends at byte " +
+                                std::to_string(failure.offset + failure.came.bytes) + ", where " + what +
+                                " were wanted: it was cut short after it was opened; restore it or preprocess"
+                                " it again, then start again");
   }
 
   std::vector<Stream> streams_;
 };
-
-// A stretch of one document, from its token number `at` on.
-R1_INLINE void fill_stretch(i32 document, i64 at, u64 size, i32* segment, i64* position) {
-  for (u64 s = 0; s < size; ++s) segment[s] = document;
-  for (u64 s = 0; s < size; ++s) position[s] = at + static_cast<i64>(s);
-}
-
-R1_INLINE void segment_rows_any(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
-                                i64* position) {
-  constexpr u64 BLOCK = 64;  // Most blocks hold no end of a document, and are written without a branch.
-  for (std::size_t row = 0; row < rows; ++row) {
-    i32 document = 0;
-    i64 at = 0;
-    for (u64 first = 0; first < length; first += BLOCK) {
-      const u64 size = std::min(BLOCK, length - first);
-      bool ends = false;
-      for (u64 s = 0; s < size; ++s) ends |= tokens[s] == eod;
-      for (u64 s = 0, stretch; s < size; s += stretch) {
-        stretch = size - s;
-        if (ends) {
-          for (stretch = 1; stretch < size - s && tokens[s + stretch - 1] != eod;) ++stretch;
-        }
-        fill_stretch(document, at, stretch, segment + s, position + s);
-        at += static_cast<i64>(stretch);
-        if (ends && tokens[s + stretch - 1] == eod) {
-          ++document;
-          at = 0;
-        }
-      }
-      tokens += size;
-      segment += size;
-      position += size;
-    }
-  }
-}
-
-#ifdef R1_X86
-R1_AVX2 inline void segment_rows_avx2(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
-                                      i64* position) {
-  segment_rows_any(tokens, rows, length, eod, segment, position);
-}
-#endif
-
-// For rows of `length` tokens: the document number within the row, and the position within the document.
-// A document ends with its `eod` token, which belongs to it.
-inline void segment_rows(const i64* tokens, std::size_t rows, u64 length, i64 eod, i32* segment,
-                         i64* position) {
-#ifdef R1_X86
-  if (vector_width() >= 4) return segment_rows_avx2(tokens, rows, length, eod, segment, position);
-#endif
-  segment_rows_any(tokens, rows, length, eod, segment, position);
-}
 
 }  // namespace r1

@@ -1,4 +1,4 @@
-"""Global samples -> batches: the plan says which windows, C++ copies them out of the mapped streams.
+"""Global samples -> batches: the plan says which windows, C++ reads them from the token files.
 
 Nothing is kept between batches, so any rank may ask for any samples in any order.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1._csrc import Streams, segment_rows
+from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.records import Batch, Corpus
 
@@ -45,7 +45,6 @@ class BatchLoader:
         self.eod = eod
         self.pin_memory = pin_memory
         self._number = {name: k for k, name in enumerate(plan.sources)}
-        self._position_S = torch.arange(seq_length)
         self._streams = Streams()
         for name in plan.sources:
             corpus = by_name[name]
@@ -56,26 +55,21 @@ class BatchLoader:
             self._streams.add(f"{corpus.prefix}.bin", WIDTH[corpus.dtype], corpus.tokens)
 
     def batch(self, sample_N: np.ndarray) -> Batch:
-        """The windows of these global samples, one a row, in the order asked."""
+        """The windows of these global samples, one a row, in the order asked.
+
+        ValueError where a file has become shorter since the loader was made, OSError where its disk fails.
+        """
         source_N, _, window_N = self.plan.locate_many(sample_N)
-        rows = len(source_N)
-        tokens_BS = self._empty(rows, self.seq_length)
-        labels_BS = self._empty(rows, self.seq_length)
-        self._streams.gather(source_N, window_N, self.seq_length, tokens_BS.numpy(), labels_BS.numpy())
-        position_BS = self._empty(rows, self.seq_length)
-        segment_BS = None
-        if self.eod is None:
-            position_BS.copy_(self._position_S)
-        else:
-            segment_BS = self._empty(rows, self.seq_length, torch.int32)
-            segment_rows(tokens_BS.numpy(), self.eod, segment_BS.numpy(), position_BS.numpy())
+        tokens_BS, labels_BS, loss_mask_BS, position_BS, segment_BS = self._streams.gather(
+            source_N, window_N, self.seq_length, self.eod
+        )
         return Batch(
-            tokens_BS=tokens_BS,
-            labels_BS=labels_BS,
-            loss_mask_BS=self._empty(rows, self.seq_length, torch.float32).fill_(1.0),
-            position_BS=position_BS,
-            source_B=torch.from_numpy(source_N).long(),
-            segment_BS=segment_BS,
+            tokens_BS=self._tensor(tokens_BS),
+            labels_BS=self._tensor(labels_BS),
+            loss_mask_BS=self._tensor(loss_mask_BS),
+            position_BS=self._tensor(position_BS),
+            source_B=self._tensor(source_N.astype(np.int64)),
+            segment_BS=None if segment_BS is None else self._tensor(segment_BS),
         )
 
     def read_ahead(self, sample_N: np.ndarray) -> None:
@@ -91,13 +85,12 @@ class BatchLoader:
         if source not in self._number:
             raise ValueError(f"no source is named '{source}'; the plan has {list(self._number)}")
         window_N = np.asarray(window_N, dtype=np.int64)
-        out = self._empty(len(window_N), self.seq_length + 1)
-        source_N = np.full(len(window_N), self._number[source], dtype=np.int64)
-        self._streams.whole_windows(source_N, window_N, self.seq_length, out.numpy())
-        return out
+        source_N = np.full(len(window_N), self._number[source], dtype=np.int32)
+        return self._tensor(self._streams.whole_windows(source_N, window_N, self.seq_length))
 
-    def _empty(self, rows: int, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, pin_memory=self.pin_memory)
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.pin_memory else tensor
 
 
 def _matched(plan: BlendPlan, corpora: Sequence[Corpus], seq_length: int) -> dict[str, Corpus]:

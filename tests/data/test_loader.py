@@ -1,5 +1,6 @@
 """Batches against plain slicing of the token streams."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,43 @@ def test_a_stream_shorter_than_declared_is_refused_at_open(plan: BlendPlan, corp
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"web.bin"):
         BatchLoader(plan, corpora, S)
+
+
+def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S, eod=EOD)
+    last = plan.sources["web"] - 1
+    path = Path(f"{corpora[0].prefix}.bin")
+    offset = 2 * last * S
+    os.truncate(path, offset + 6)
+    message = rf"web.bin ends at byte {offset + 6}, where {2 * S + 2} bytes at offset {offset} .* restore"
+    with pytest.raises(ValueError, match=message):
+        loader.batch(np.array([plan.position("web", j) for j in range(last + 1)]))
+    with pytest.raises(ValueError, match=message):
+        loader.window_tokens("web", np.array([last]))
+    os.truncate(path, 0)
+    with pytest.raises(ValueError, match=r"web.bin ends at byte 0,"):
+        loader.window_tokens("web", np.array([0]))
+
+
+def test_a_stream_replaced_while_open_is_read_on_as_it_was(plan: BlendPlan, corpora: list[Corpus]) -> None:
+    loader = BatchLoader(plan, corpora, S)
+    before = loader.batch(np.arange(64)).tokens_BS
+    for c in corpora:
+        Path(f"{c.prefix}.other").write_bytes(b"\7")
+        os.replace(f"{c.prefix}.other", f"{c.prefix}.bin")
+    assert torch.equal(loader.batch(np.arange(64)).tokens_BS, before)
+
+
+def test_a_stream_that_the_system_cannot_read_is_one_error(tmp_path: Path) -> None:
+    folder = tmp_path / "web.bin"
+    folder.mkdir()
+    (folder / ("a" * 200)).touch()  # A folder opens like a file, and has a size.
+    head = Corpus("web", tmp_path / "web", 1, S + 1, "uint16", None)
+    plan = BlendPlan({"web": 1})
+    plan.add_phase(0, [1])
+    loader = BatchLoader(plan, [head], S)
+    with pytest.raises(IsADirectoryError, match=r"web.bin: cannot read 34 bytes at offset 0; "):
+        loader.batch(np.arange(1))
 
 
 def test_a_head_of_a_stream_is_a_corpus(tmp_path: Path) -> None:
