@@ -41,6 +41,59 @@ void only_true_stretches_stand() {
   CHECK(whole > 4 && part > 0);
 }
 
+// Weights of one kind: any; with shares down to 1e-30; of few values, which tie; whole percents, which tie
+// also across values; all but one next to nothing.
+std::vector<double> weights_like(int kind, std::size_t sources) {
+  std::vector<double> weights;
+  double sum = 0;
+  for (std::size_t k = 0; k < sources; ++k) {
+    const u64 random = mix(k * 5 + static_cast<u64>(kind) + sources);
+    const double uniform = static_cast<double>(random % 10000 + 1) / 10000;
+    weights.push_back(kind == 0   ? uniform
+                      : kind == 1 ? std::pow(uniform, 8.0)
+                      : kind == 2 ? static_cast<double>(random % 3 + 1)
+                      : kind == 3 ? static_cast<double>(random % 40 + 1)
+                      : k == 7    ? 1.0
+                                  : uniform * 1e-11);
+    sum += weights.back();
+  }
+  for (double& weight : weights) weight /= sum;
+  return weights;
+}
+
+// Calls of every length leave the same counts and write the same as the plain loop, from any sample on.
+void steps_like_the_plain_rule(const std::vector<double>& weights, u64 from) {
+  const i32 sources = static_cast<i32>(weights.size());
+  std::vector<double> plain(weights.size());
+  for (std::size_t k = 0; k < plain.size(); ++k) {
+    plain[k] = std::floor(weights[k] * static_cast<double>(from));
+  }
+  std::vector<double> turning = plain;
+  std::vector<OfLanes> lanes(weights.size());
+  for (std::size_t k = 0; k < plain.size(); ++k) std::fill_n(lanes[k].lane, LANES, plain[k]);
+  OfLanes x;
+  std::fill_n(x.lane, LANES, static_cast<double>(from));
+  Wheel wheel;
+  for (const u64 steps : {1, 31, 32, 33, 1, 64, 700, 1300}) {
+    std::vector<i32> want(steps), pick(steps), pick_lanes(LANES * steps);
+    std::vector<u64> want_draw(steps), draw(steps), draw_lanes(LANES * steps), number(LANES * weights.size());
+    plain_steps(weights.data(), plain.data(), sources, from, steps, want.data(), want_draw.data());
+    wheel.run(weights.data(), turning.data(), sources, from, steps, pick.data(), draw.data());
+    CHECK(turning == plain);
+    CHECK(pick == want);
+    CHECK(draw == want_draw);
+    lane_steps_any(weights.data(), sources, lanes.data(), x, steps, pick_lanes.data(), draw_lanes.data(),
+                   steps, number.data());
+    for (int lane = 0; lane < LANES; ++lane) {
+      for (std::size_t k = 0; k < plain.size(); ++k) CHECK(lanes[k].lane[lane] == plain[k]);
+      const std::ptrdiff_t start = static_cast<std::ptrdiff_t>(steps) * lane;
+      CHECK(std::equal(want.begin(), want.end(), pick_lanes.begin() + start));
+      CHECK(std::equal(want_draw.begin(), want_draw.end(), draw_lanes.begin() + start));
+    }
+    from += steps;
+  }
+}
+
 // Megatron-core's loop, word for word.
 void megatron(const std::vector<double>& weights, std::vector<i32>& pick, std::vector<u64>& draw, u64 size) {
   std::vector<i64> current(weights.size(), 0);
@@ -111,6 +164,13 @@ void ends_at_the_first_budget(const std::vector<double>& weights, const std::vec
 
 int main() {
   only_true_stretches_stand();
+  for (int kind = 0; kind < 5; ++kind) {
+    for (const std::size_t sources : {17, 64, 203}) {
+      for (const u64 from : {u64{1}, u64{123457}, u64{1} << 45}) {
+        steps_like_the_plain_rule(weights_like(kind, sources), from);
+      }
+    }
+  }
   equals_megatron({1.0}, 500);
   equals_megatron({0.5, 0.5}, 10000);
   equals_megatron({0.25, 0.25, 0.25, 0.25}, 10000);
