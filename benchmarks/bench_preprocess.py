@@ -8,6 +8,7 @@ in turns; where other work shares the cores, the ratio of processor seconds is t
 tokenizer, and for ours trying the encoder, is left out: it does not grow with the input.
 
     ours        tools/preprocess_data.py: rejects, origins, journal, shuffle, hashes, flushed to the disk
+    in-order    the same with --no-shuffle: the order of the input, which is that of the loops
     classic     Hugging Face `tokenizers` encodes a document, IndexedDatasetBuilder takes a list
     loop        gigatoken encodes a document, IndexedDatasetBuilder takes a list, as Megatron's tools give it
     loop-array  the same with arrays: the best a plain loop can do
@@ -35,7 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ARMS = ("ours", "classic", "loop", "loop-array", "encode")
+ARMS = ("ours", "in-order", "classic", "loop", "loop-array", "encode")
+OURS = ("ours", "in-order")
 ROOT = Path(__file__).parents[1]
 
 
@@ -113,8 +115,8 @@ def run_arm(arm: str, documents: Path, kind: str, model: str, folder: Path, prof
     from megatron_r1.data.tokenizer import build_tokenizer
 
     prefix = str(folder / f"out-{os.getpid()}")
-    if arm == "ours":
-        return run_ours(documents, kind, model, prefix, profile)
+    if arm in OURS:
+        return run_ours(documents, kind, model, prefix, arm == "ours", profile)
     tokenizer = build_tokenizer(kind, model)
     eod, vocab_size, count = tokenizer.eod, tokenizer.vocab_size, 0
     encode: Callable[[str], Any]
@@ -168,7 +170,9 @@ class Clock:
         return found
 
 
-def run_ours(documents: Path, kind: str, model: str, prefix: str, profile: bool) -> dict[str, Any]:
+def run_ours(
+    documents: Path, kind: str, model: str, prefix: str, shuffle: bool, profile: bool
+) -> dict[str, Any]:
     from megatron_r1.data import preprocess as module
 
     flushed = 0.0
@@ -197,9 +201,8 @@ def run_ours(documents: Path, kind: str, model: str, prefix: str, profile: bool)
     said: list[str] = []
     clock = Clock()
     with profiler if profile else contextlib.nullcontext():
-        [sidecar] = module.preprocess(
-            [documents], prefix, kind, model, append_eod=True, log=said.append
-        ).values()
+        options = {"append_eod": True, "log": said.append, **({} if shuffle else {"seed": None})}
+        [sidecar] = module.preprocess([documents], prefix, kind, model, **options).values()
     times = clock.read()
     if profile:
         pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(18)
@@ -228,7 +231,7 @@ def turns(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[st
         for arm in ARMS:
             source = tenth if arm == "classic" else documents
             command = [sys.executable, __file__, "--arm", arm, str(source), kind, model, str(folder)]
-            if args.profile and turn == 0 and arm == "ours":
+            if args.profile and turn == 0 and arm in OURS:
                 subprocess.run([*command, "profile"], env=environment, stdout=subprocess.DEVNULL, check=True)
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             for path in folder.glob("out-*"):
@@ -259,7 +262,7 @@ def main() -> None:
         for arm, found in turns(args, Path(folder)):
             rates[arm].append(found["tokens"] / found["seconds"] / 1e6)
             cpu_rates[arm].append(found["tokens"] / found["cpu"] / 1e6)
-            if arm == "ours":
+            if arm in OURS:
                 ours.append(found)
     print(ours[0]["encoder"])
     middle = {arm: statistics.median(values) for arm, values in rates.items()}
@@ -272,13 +275,15 @@ def main() -> None:
     for part in ("flushed", "apart"):
         print(f"ours, {part}: {statistics.median(found[part] for found in ours):.2f} s of each run")
     print("(flushed: waiting for the disk, within ours; apart: loading and trying, not counted)")
-    for arm in ("classic", "loop", "loop-array"):
-        ratios = [a / b for a, b in zip(rates["ours"], rates[arm], strict=True)]
-        busy = [a / b for a, b in zip(cpu_rates["ours"], cpu_rates[arm], strict=True)]
-        print(
-            f"preprocessing: {statistics.median(ratios):.2f}x {arm} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}), {statistics.median(busy):.2f}x by processor seconds"
-        )
+    for mine in OURS:
+        for arm in ("classic", "loop", "loop-array"):
+            ratios = [a / b for a, b in zip(rates[mine], rates[arm], strict=True)]
+            busy = [a / b for a, b in zip(cpu_rates[mine], cpu_rates[arm], strict=True)]
+            print(
+                f"preprocessing, {mine}: {statistics.median(ratios):.2f}x {arm} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}), "
+                f"{statistics.median(busy):.2f}x by processor seconds"
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 
 from megatron_r1.cli import user_errors
 from megatron_r1.data.preprocess import preprocess
@@ -48,7 +47,6 @@ def main() -> None:
     missing = [name for name, value in given.items() if not value]
     if missing and not args.merge:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    start = time.monotonic()
     # Each shard is a run of its own: its mistakes are not for rank 0 to tell.
     shard = None
     with user_errors():
@@ -57,9 +55,9 @@ def main() -> None:
             os.environ.pop("RANK", None)
         try:
             if args.merge:
-                sidecars = merge(args.output_prefix, json_keys=args.json_keys, reject_limit=args.reject_limit)
+                merge(args.output_prefix, json_keys=args.json_keys, reject_limit=args.reject_limit)
             else:
-                sidecars = preprocess(
+                preprocess(
                     args.input,
                     args.output_prefix,
                     args.tokenizer_type,
@@ -75,8 +73,6 @@ def main() -> None:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
-    tokens = ", ".join(f"{prefix}.bin {s['tokens']} tokens" for prefix, s in sidecars.items())
-    print(f"{tokens}; {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

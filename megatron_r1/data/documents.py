@@ -12,7 +12,6 @@ files cannot be entered in the middle and belong whole to the part that has thei
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import importlib
@@ -53,7 +52,7 @@ class Piece:
     """Line (or row) number of the first, from 1 at the beginning of the part that is read."""
     rows: Sequence[bytes | dict[str, Any]]
     position: int
-    """Bytes of the input consumed after this piece (compressed bytes where compressed)."""
+    """Bytes of the input consumed so far (compressed bytes where compressed)."""
 
 
 class Input(Protocol):
@@ -123,31 +122,29 @@ class Lines(_OnDisk):
                 # Whatever line began before belongs to the part before.
                 raw.seek(lo - 1)
                 raw.readline()
-            rows: list[bytes] = []
-            first, size, at = 1, 0, raw.tell()
+            first, at = 1, raw.tell()
             seen = hashlib.sha256()
             whole = not self.packed and not lo and hi == self.size
-            if not self.packed and at >= hi:
-                return
-            try:
-                for line in stream:
-                    at += len(line)
-                    if whole:
-                        seen.update(line)
-                    if first == 1 and not rows and not lo:
-                        line = line.removeprefix(b"\xef\xbb\xbf")
-                    rows.append(line)
-                    size += len(line)
-                    if size >= PIECE_BYTES or len(rows) >= PIECE_DOCUMENTS:
-                        yield Piece(self.name, number, first, rows, raw.tell() if self.packed else at)
-                        first, rows, size = first + len(rows), [], 0
-                    if not self.packed and at >= hi:
-                        break
-            except (EOFError, OSError, zlib.error) as error:
-                line_number = first + len(rows) - 1
-                raise ValueError(f"{self.name} is damaged after line {line_number}: {error}") from None
-            if rows:
-                yield Piece(self.name, number, first, rows, raw.tell() if self.packed else at)
+            while self.packed or at < hi:
+                want = PIECE_BYTES if self.packed else min(PIECE_BYTES, hi - at)
+                try:
+                    # The lines up to the one that brings them to `want` bytes; 0 would mean all.
+                    rows = stream.readlines(want - 1) if want > 1 else [stream.readline()]
+                except (EOFError, OSError, zlib.error) as error:
+                    raise ValueError(f"{self.name} is damaged after line {first - 1}: {error}") from None
+                read = b"".join(rows)
+                if not read:
+                    break
+                if whole:
+                    seen.update(read)
+                at += len(read)
+                if first == 1 and not lo:
+                    rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")
+                position = raw.tell() if self.packed else at
+                for some in range(0, len(rows), PIECE_DOCUMENTS):
+                    part = rows[some : some + PIECE_DOCUMENTS]
+                    yield Piece(self.name, number, first, part, position)
+                    first += len(part)
             if whole:
                 self.read_digest = seen.hexdigest()
 
@@ -318,10 +315,12 @@ def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
         return row
     if orjson is not None:
         # Twice as fast, and stricter: whatever it refuses is for the standard library to judge.
-        with contextlib.suppress(ValueError):
+        try:
             record = orjson.loads(row)
-            if isinstance(record, dict):
-                return record
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            return record
     try:
         record = json.loads(row.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:

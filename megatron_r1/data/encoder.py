@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,15 @@ class Encoder:
         self.name = tokenizer.library
         self._tokenizer = tokenizer
 
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
-        return [np.array(tokens, dtype=np.int64) for tokens in self._tokenizer.encode_batch(texts)]
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts, one after the other, and how many each has, [texts]. utf8: the texts again."""
+        found = self._tokenizer.encode_batch(texts)
+        lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(found), np.int64, count=int(lengths.sum())), lengths
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of one text."""
+        return self.encode_batch([text], [text.encode()])[0].tolist()
 
 
 class Gigatoken(Encoder):
@@ -66,21 +74,26 @@ class Gigatoken(Encoder):
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
-        self._encode = None
-        self._encode = load_hf_json(self.model).encode
+        # The old one goes first: two of them never share the memory.
+        self._model = None
+        self._model = load_hf_json(self.model)
         self._loaded = _memory()
 
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if _memory() - self._loaded > REMEMBERED_BYTES:
             self._load()
-        return [self._one(text) for text in texts]
+        parts = [self._tokenizer.parts(text) for text in texts]
+        counts = np.array([len(some) for some in parts], dtype=np.int64)
+        if len(counts) and counts.max() > 1:
+            utf8 = [part.encode() for some in parts for part in some]
+        flat, ends = self._rows(utf8)
+        return flat, np.diff(ends[np.append(0, np.cumsum(counts))])
 
-    def _one(self, text: str) -> np.ndarray:
-        assert self._encode is not None
-        parts = self._tokenizer.parts(text)
-        if len(parts) == 1:
-            return self._encode(text)
-        return np.concatenate([self._encode(part) for part in parts])
+    def _rows(self, utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all, and where those of each begin and end, [texts + 1]. On this thread alone."""
+        assert self._model is not None
+        rows = self._model.encode_batch(list(utf8), parallel=False).layout
+        return np.asarray(rows.content.data), np.asarray(rows.offsets.data)
 
 
 def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> tuple[Encoder, str]:
@@ -94,8 +107,9 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
     try:
         fast = Gigatoken(tokenizer, model)
         texts = [*HARD, *_with_specials(tokenizer), *sample]
-        for text in texts:
-            if fast.encode_batch([text])[0].tolist() != tokenizer.encode(text):
+        flat, lengths = fast.encode_batch(texts, [text.encode() for text in texts])
+        for text, tokens in zip(texts, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
+            if tokens.tolist() != tokenizer.encode(text):
                 return reference, f"{reference.name}, since {fast.name} gives other tokens for {text[:60]!r}"
     except ImportError:
         return reference, f"{reference.name}; pip install gigatoken for a faster one"

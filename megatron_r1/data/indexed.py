@@ -19,6 +19,7 @@ made elsewhere may hold several sequences a document, and is read all the same.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import naming, on_disk, open_alone, replacing
+from megatron_r1.run_dir import naming, on_disk, open_alone, replacing, sync
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -221,6 +222,7 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         self.num_tokens = 0
         self._done = False
+        self._adopted: tuple[Path, str] | None = None
         self._partial = with_suffix(prefix, ".bin.partial")
         self._stream = open_alone(self._partial)
 
@@ -231,7 +233,7 @@ class IndexedWriter:
     @property
     def sha256(self) -> str:
         """Hash of the .bin so far."""
-        return self._hash.hexdigest()
+        return self._adopted[1] if self._adopted else self._hash.hexdigest()
 
     def add_document(self, tokens: np.ndarray) -> None:
         """Append one document, [T]; ValueError for a token that the dtype cannot hold."""
@@ -264,6 +266,28 @@ class IndexedWriter:
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens += tokens.size
 
+    def adopt(self, path: Path, lengths: np.ndarray, sha256: str) -> bool:
+        """Take a file with all the tokens, in order, as the .bin, without a copy.
+
+        path: on the same file system; it stays, as a second name of the same file. lengths: [documents].
+        sha256: of the file. False, and nothing is changed, where the file system knows no second names.
+        """
+        assert not self.num_documents and not self._adopted
+        tokens = int(lengths.sum(dtype=np.int64))
+        assert path.stat().st_size == tokens * self.dtype.itemsize
+        link = with_suffix(path, ".link")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+                raise
+            return False
+        self._adopted = link, sha256
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.num_tokens = tokens
+        return True
+
     def finalize(self, changing: Callable[[], None] = lambda: None) -> None:
         """Write the index and give both files their names; `changing` is called between the two.
 
@@ -272,8 +296,10 @@ class IndexedWriter:
         assert not self._done
         idx = with_suffix(self.prefix, ".idx")
         try:
-            with naming(self._partial):
-                on_disk(self._stream)
+            whole = self._adopted[0] if self._adopted else self._partial
+            with naming(whole):
+                self._stream.flush()
+                sync(whole)
             with replacing(idx) as stream:
                 for part in self._index():
                     stream.write(part)
@@ -283,7 +309,7 @@ class IndexedWriter:
                 # The old index goes before the new .bin comes: at no moment do two halves of different
                 # pairs stand together.
                 idx.unlink(missing_ok=True)
-                os.replace(self._partial, with_suffix(self.prefix, ".bin"))
+                os.replace(whole, with_suffix(self.prefix, ".bin"))
             self._done = True
         finally:
             self.close()
@@ -308,8 +334,10 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Drop what was written, unless finalized."""
-        if not self._done and not self._stream.closed:
+        if not self._stream.closed and not (self._done and not self._adopted):
             self._partial.unlink(missing_ok=True)
+            if self._adopted:
+                self._adopted[0].unlink(missing_ok=True)
         # A disk that is full is so when the buffer goes, too; the first error has said it.
         with contextlib.suppress(OSError):
             self._stream.close()

@@ -30,6 +30,12 @@ def text_hash(text: str | bytes) -> bytes:
     return xxhash.xxh3_128_digest(text.encode() if isinstance(text, str) else text)
 
 
+def text_hashes(texts: Iterable[bytes]) -> np.ndarray:
+    """`text_hash` of each text in UTF-8, [texts, 16] uint8."""
+    joined = b"".join(map(xxhash.xxh3_128_digest, texts))
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Arrays over the documents of a pair, in stored order, memory-mapped."""

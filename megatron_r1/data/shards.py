@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from megatron_r1.data.documents import Input, digest, identity, open_input
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
 from megatron_r1.data.provenance import SUFFIX
-from megatron_r1.data.store import Stored, alone, finish, finished, say, shard_prefix
+from megatron_r1.data.store import Stored, alone, finish, finished, refuse_empty, say, shard_prefix
 
 _ENVIRONMENT = (
     ("RANK", "WORLD_SIZE", None),
@@ -55,7 +56,7 @@ def merge(
         raise ValueError(
             f"reject_limit={reject_limit}, {len(json_keys)} keys: take a key and no negative limit"
         )
-    output_prefix = Path(output_prefix)
+    output_prefix, began = Path(output_prefix), time.monotonic()
     sidecars = {}
     with alone(with_suffix(output_prefix, ".partial"), log):
         for key in json_keys:
@@ -89,7 +90,8 @@ def merge(
                 origins = np.load(with_suffix(shard, SUFFIX), mmap_mode="r" if len(dataset) else None)
                 parts.append(Stored(dataset.tokens, dataset.lengths, origins, quoted, before.tolist()))
                 before += sidecar["lines"]
-            sidecars[str(prefix)] = finish(parts, prefix, rejects, about, log)
+            refuse_empty(parts, key, rejects, about["inputs"])
+            sidecars[str(prefix)] = finish(parts, prefix, rejects, about, began, log)
     return sidecars
 
 

@@ -9,8 +9,9 @@ import contextlib
 import importlib.metadata
 import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from megatron_r1.data.provenance import ORIGIN, SUFFIX
 from megatron_r1.progress import Progress
 from megatron_r1.run_dir import json_bytes, naming, on_disk, open_alone, replacing
 
-COPY_TOKENS = 1 << 23
+COPY_TOKENS = 1 << 21
+"""Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
+_SHOWN_MB = 1000
+"""Less is stored sooner than one could read of it."""
 
 
 def say(line: str) -> None:
@@ -96,13 +100,18 @@ class Stored:
     rejects: Path
     lines_before: Sequence[int] | None = None
     """Lines or rows of each input that earlier shards read."""
+    whole: tuple[Path, str] | None = None
+    """The file of the tokens, where it may become the .bin as it is, and its SHA-256."""
 
     @staticmethod
-    def of_journal(stem: Path, dtype: np.dtype[Any]) -> Stored:
+    def of_journal(stem: Path, dtype: np.dtype[Any], sha256: str | None) -> Stored:
+        """sha256: of the tokens, where their order is final."""
         lengths = np.fromfile(with_suffix(stem, ".lengths"), dtype=np.int32)
-        tokens = map_array(with_suffix(stem, ".tokens"), dtype, 0, int(lengths.sum(dtype=np.int64)))
+        path = with_suffix(stem, ".tokens")
+        tokens = map_array(path, dtype, 0, int(lengths.sum(dtype=np.int64)))
         origins = map_array(with_suffix(stem, ".origins"), ORIGIN, 0, len(lengths))
-        return Stored(tokens, lengths, origins, with_suffix(stem, ".rejects"))
+        whole = None if sha256 is None else (path, sha256)
+        return Stored(tokens, lengths, origins, with_suffix(stem, ".rejects"), None, whole)
 
     def quoted(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         if self.rejects.is_file():
@@ -114,63 +123,71 @@ class Stored:
                     yield found
 
 
+def refuse_empty(
+    parts: Sequence[Stored], key: str, rejects_path: Path, inputs: Sequence[dict[str, Any]]
+) -> None:
+    """ValueError where no document is left, with the rejects written to say why."""
+    if any(len(part.lengths) for part in parts):
+        return
+    names = [source["path"] for source in inputs]
+    rejects = [found for part in parts for found in part.quoted(names)]
+    if not rejects:
+        raise ValueError(f"no document in {', '.join(names)}: nothing is written")
+    with replacing(rejects_path) as stream:
+        for line in _rejected(rejects):
+            stream.write(line)
+    first = rejects[0]
+    raise ValueError(
+        f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}, the first "
+        f"{first['file']}:{first['line']}: {first['reason']}; all are in {rejects_path}"
+    )
+
+
+def _rejected(rejects: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    return (json.dumps(found, ensure_ascii=False).encode() + b"\n" for found in rejects)
+
+
 def finish(
     parts: Sequence[Stored],
     prefix: Path,
     rejects_path: Path,
     about: dict[str, Any],
+    began: float,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Copy one key's documents in the final order; then all its files take their names."""
+    """Bring one key's documents into their final order; then all its files take their names.
+
+    Tokens that are in that order already, in one file, are not copied. began: `time.monotonic()` of the run.
+    """
     dtype = np.dtype(about["dtype"])
-    firsts = np.cumsum([0] + [len(part.lengths) for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
-    order = document_order(len(lengths), about["seed"])
     names = [source["path"] for source in about["inputs"]]
     reasons = Counter(r["reason"].split(":")[0] for part in parts for r in part.quoted(names))
     sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
-    starts = np.concatenate([np.cumsum(p.lengths, dtype=np.int64) - p.lengths for p in parts])
-    tokens_MB = -(-int(lengths.sum(dtype=np.int64)) * dtype.itemsize // 1_000_000)
     with contextlib.ExitStack() as files:
         # They take their names in the opposite order, the sidecar last.
         said = files.enter_context(replacing(sidecar))
         origins = files.enter_context(replacing(origins_path))
         quoted = files.enter_context(replacing(rejects_path)) if reasons else None
         writer = files.enter_context(IndexedWriter(prefix, dtype))
-        progress = files.enter_context(Progress("store", tokens_MB, "MB"))
         shape = {
             "descr": np.lib.format.dtype_to_descr(ORIGIN),
             "fortran_order": False,
-            "shape": (len(order),),
+            "shape": (len(lengths),),
         }
         np.lib.format.write_array_header_1_0(origins, shape)
-        ends = np.cumsum(lengths[order], dtype=np.int64)
-        lo = 0
-        while lo < len(order):
-            base = int(ends[lo - 1]) if lo else 0
-            hi = max(lo + 1, int(np.searchsorted(ends, base + COPY_TOKENS, side="right")))
-            stream = np.empty(int(ends[hi - 1]) - base, dtype=dtype)
-            records = np.empty(hi - lo, dtype=ORIGIN)
-            # Read in file order, place in final order: the disk sees one sweep.
-            places = np.argsort(order[lo:hi])
-            documents = order[lo:hi][places]
-            bounds = np.searchsorted(documents, firsts)
-            for n, part in enumerate(parts):
-                here = slice(bounds[n], bounds[n + 1])
-                found = part.origins[documents[here] - firsts[n]]
-                if part.lines_before is not None:
-                    found["line"] += np.array(part.lines_before, dtype=np.uint64)[found["file"]]
-                records[places[here]] = found
-                first, length = starts[documents[here]], lengths[documents[here]]
-                last = ends[lo + places[here]] - base
-                copies = zip((last - length).tolist(), last.tolist(), first.tolist(), strict=True)
-                for to, until, at in copies:
-                    stream[to:until] = part.tokens[at : at + until - to]
-            writer.add_documents(stream, lengths[order[lo:hi]])
+        whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
+        if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
             with naming(origins_path):
-                origins.write(records.data)
-            progress.advance(writer.num_tokens * dtype.itemsize // 1_000_000 - progress.done)
-            lo = hi
+                origins.write(parts[0].origins.data)
+        else:
+            tokens_MB = -(-int(lengths.sum(dtype=np.int64)) * dtype.itemsize // 1_000_000)
+            progress = files.enter_context(Progress("store", tokens_MB, "MB", show=tokens_MB >= _SHOWN_MB))
+            for tokens, counts, records in _in_order(parts, lengths, about["seed"], dtype):
+                writer.add_documents(tokens, counts)
+                with naming(origins_path):
+                    origins.write(records.data)
+                progress.advance(writer.num_tokens * dtype.itemsize // 1_000_000 - progress.done)
         described = {
             "tool": _tool(),
             **about,
@@ -187,8 +204,8 @@ def finish(
         if quoted is not None:
             with naming(rejects_path):
                 for part in parts:
-                    for rejected in part.quoted(names):
-                        quoted.write(json.dumps(rejected, ensure_ascii=False).encode() + b"\n")
+                    for line in _rejected(part.quoted(names)):
+                        quoted.write(line)
                 on_disk(quoted)
 
         def forget_earlier() -> None:
@@ -197,10 +214,54 @@ def finish(
 
         writer.finalize(forget_earlier)
     log(
-        f"wrote {prefix}.bin: {len(lengths)} documents, {writer.num_tokens} {dtype} tokens"
+        f"wrote {prefix}.bin: {len(lengths)} documents, {writer.num_tokens} {dtype} tokens, "
+        f"{time.monotonic() - began:.1f} s"
         + (f", {sum(reasons.values())} rejected, see {rejects_path}" if reasons else "")
     )
     return described
+
+
+def _in_order(
+    parts: Sequence[Stored], lengths: np.ndarray, seed: int | None, dtype: np.dtype[Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens, lengths and origins of consecutive documents in their final order, about COPY_TOKENS a time.
+
+    The tokens are good until the next are asked for.
+    """
+    order = document_order(len(lengths), seed)
+    firsts = np.cumsum([0] + [len(part.lengths) for part in parts])
+    starts = np.concatenate([np.cumsum(p.lengths, dtype=np.int64) - p.lengths for p in parts])
+    ends = np.cumsum(lengths[order], dtype=np.int64)
+    # Plain views: a slice of one costs a fifth of that of an array.
+    sources = [np.asarray(part.tokens).data for part in parts]
+    lo, room = 0, np.empty(0, dtype=dtype)
+    while lo < len(order):
+        base = int(ends[lo - 1]) if lo else 0
+        hi = max(lo + 1, int(np.searchsorted(ends, base + COPY_TOKENS, side="right")))
+        size = int(ends[hi - 1]) - base
+        if size > len(room):
+            room = np.empty(size, dtype=dtype)
+        tokens = room[:size]
+        records = np.empty(hi - lo, dtype=ORIGIN)
+        into = tokens.data
+        # Read in file order, place in final order: the disk sees one sweep.
+        places = np.argsort(order[lo:hi])
+        documents = order[lo:hi][places]
+        bounds = np.searchsorted(documents, firsts)
+        for n, part in enumerate(parts):
+            here = slice(bounds[n], bounds[n + 1])
+            found = part.origins[documents[here] - firsts[n]]
+            if part.lines_before is not None:
+                found["line"] += np.array(part.lines_before, dtype=np.uint64)[found["file"]]
+            records[places[here]] = found
+            first, length = starts[documents[here]], lengths[documents[here]]
+            last = ends[lo + places[here]] - base
+            source = sources[n]
+            copies = zip((last - length).tolist(), last.tolist(), first.tolist(), strict=True)
+            for to, until, at in copies:
+                into[to:until] = source[at : at + until - to]
+        yield tokens, lengths[order[lo:hi]], records
+        lo = hi
 
 
 def _tool() -> str:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from megatron_r1.data.documents import Piece, parse, reject, text_of
 from megatron_r1.data.encoder import COMPARED, Encoder, Gigatoken
 from megatron_r1.data.indexed import best_dtype
-from megatron_r1.data.provenance import ORIGIN, text_hash
+from megatron_r1.data.provenance import ORIGIN, text_hashes
 from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
 
 LONGEST = 2**31 - 1
@@ -58,65 +58,80 @@ def encode_piece(
 
     Raises ValueError only where the encoder's tokens are not the reference's.
     """
-    texts: list[list[str]] = [[] for _ in keys]
-    origins: list[list[tuple[bytes, int, int]]] = [[] for _ in keys]
-    rejects: list[list[dict[str, Any]]] = [[] for _ in keys]
+    columns = [_Column(key) for key in keys]
     for number, row in enumerate(piece.rows, piece.first):
         try:
             record = parse(row)
         except ValueError as error:
-            for into in rejects:
-                into.append(reject(piece.path, number, str(error), row))
+            for column in columns:
+                column.rejects.append(reject(piece.path, number, str(error), row))
             continue
-        for k, key in enumerate(keys):
+        for column in columns:
             try:
-                text, data = text_of(record, key)
+                text, data = text_of(record, column.key)
             except ValueError as error:
-                rejects[k].append(reject(piece.path, number, str(error), row))
+                column.rejects.append(reject(piece.path, number, str(error), row))
                 continue
-            texts[k].append(text)
-            origins[k].append((text_hash(data), piece.input, number))
-    dtype = best_dtype(tokenizer.vocab_size)
-    found = []
-    for k in range(len(keys)):
-        end = np.array([tokenizer.eod], dtype=np.uint32)
-        lengths = np.zeros(len(texts[k]), dtype=np.int64)
-        flat: list[np.ndarray] = []
-        for i, tokens in enumerate(encoder.encode_batch(texts[k])):
-            name, _, number = origins[k][i]
-            if isinstance(encoder, Gigatoken) and int.from_bytes(name[:4], "little") % COMPARED == 0:
-                _compare(tokenizer, encoder, texts[k][i], tokens, f"{piece.path}:{number}")
-            length = len(tokens) + append_eod if len(tokens) else 0
-            if not length or length > LONGEST:
-                reason = "no tokens" if not length else f"{length} tokens, more than an index can say"
-                rejects[k].append(reject(piece.path, number, reason, texts[k][i][:200].encode()))
-                continue
-            lengths[i] = length
-            flat += (tokens, end) if append_eod else (tokens,)
-        stream = np.concatenate(flat) if flat else np.empty(0, np.int64)
-        # A tokenizer that gives a token beyond its vocabulary is broken: say so, never wrap around.
-        assert not stream.size or 0 <= stream.min() <= stream.max() < tokenizer.vocab_size
-        rejects[k].sort(key=lambda rejected: rejected["line"])
-        kept = np.flatnonzero(lengths)
-        records = np.zeros(len(kept), dtype=ORIGIN)
-        if len(kept):
-            hashes, records["file"], records["line"] = zip(*(origins[k][i] for i in kept), strict=True)
-            records["hash"] = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
-        counts = lengths[kept].astype(np.int32)
-        # Same bits: what int32 could not hold has been refused above.
-        stream = (
-            stream.view(dtype) if stream.dtype == np.uint32 and dtype == np.int32 else stream.astype(dtype)
-        )
-        found.append(Encoded(stream, counts, records, rejects[k]))
-    return found
+            column.texts.append(text)
+            column.utf8.append(data)
+            column.lines.append(number)
+    return [_encode_column(tokenizer, encoder, piece, column, append_eod) for column in columns]
 
 
-def _compare(tokenizer: Tokenizer, encoder: Encoder, text: str, tokens: np.ndarray, place: str) -> None:
-    if tokens.tolist() != tokenizer.encode(text):
-        raise ValueError(
-            f"{place}: {encoder.name} and {tokenizer.library} give other tokens; "
-            f"take --encoder reference for this input"
-        )
+@dataclass
+class _Column:
+    """What a piece has under one key."""
+
+    key: str
+    texts: list[str] = field(default_factory=list)
+    utf8: list[bytes] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _encode_column(
+    tokenizer: Tokenizer, encoder: Encoder, piece: Piece, column: _Column, append_eod: bool
+) -> Encoded:
+    flat, counts = encoder.encode_batch(column.texts, column.utf8)
+    origins = np.zeros(len(counts), dtype=ORIGIN)
+    origins["hash"], origins["file"], origins["line"] = text_hashes(column.utf8), piece.input, column.lines
+    if isinstance(encoder, Gigatoken):
+        chosen = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
+        ends = np.cumsum(counts)
+        for i in np.flatnonzero(chosen):
+            if flat[ends[i] - counts[i] : ends[i]].tolist() != tokenizer.encode(column.texts[i]):
+                raise ValueError(
+                    f"{piece.path}:{column.lines[i]}: {encoder.name} and {tokenizer.library} give other "
+                    f"tokens; take --encoder reference for this input"
+                )
+    lengths = np.where(counts, counts + append_eod, 0)
+    bad = (lengths == 0) | (lengths > LONGEST)
+    if bad.any():
+        for i in np.flatnonzero(bad):
+            length = lengths[i]
+            reason = "no tokens" if not length else f"{length} tokens, more than an index can say"
+            excerpt = column.texts[i][:200].encode()
+            column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
+        column.rejects.sort(key=lambda rejected: rejected["line"])
+        ends = np.cumsum(counts)
+        good = [flat[ends[i] - counts[i] : ends[i]] for i in np.flatnonzero(~bad)]
+        flat = np.concatenate(good) if good else flat[:0]
+        origins, lengths = origins[~bad], lengths[~bad]
+    if flat.dtype == np.uint32:
+        # The same bits, or negative, which is caught next.
+        flat = flat.view(np.int32)
+    # A tokenizer that gives a token beyond its vocabulary is broken: say so, never wrap around.
+    assert not flat.size or 0 <= flat.min() <= flat.max() < tokenizer.vocab_size
+    flat = flat.astype(best_dtype(tokenizer.vocab_size), copy=False)
+    tokens = flat
+    if append_eod:
+        lasts = np.cumsum(lengths) - 1
+        tokens = np.empty(flat.size + len(lasts), dtype=flat.dtype)
+        body = np.ones(tokens.size, dtype=bool)
+        body[lasts] = False
+        tokens[lasts] = tokenizer.eod
+        tokens[body] = flat
+    return Encoded(tokens, lengths.astype(np.int32), origins, column.rejects)
 
 
 _worker: tuple[Tokenizer, Encoder, Sequence[str], bool] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -73,8 +74,9 @@ def oracle(prefix: Path, texts, model) -> tuple[bytes, bytes]:
 
 @pytest.mark.usefixtures("small_pieces")
 def test_unshuffled_equals_a_plain_loop(tmp_path, model):
-    run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=None)
+    sidecar, _ = run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=None)
     assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", TEXTS, model)
+    assert sidecar["bin_sha256"] == hashlib.sha256(pair(tmp_path / "out")[0]).hexdigest()
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -83,6 +85,17 @@ def test_shuffled_is_the_same_documents_in_the_order_of_the_seed(tmp_path, model
     run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=5)
     shuffled = [TEXTS[i] for i in document_order(len(TEXTS), 5)]
     assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", shuffled, model)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_unshuffled_without_second_names_of_a_file_is_the_same(tmp_path, model, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    sidecar, _ = run(jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out", model, seed=None)
+    assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", TEXTS, model)
+    assert sidecar["bin_sha256"] == hashlib.sha256(pair(tmp_path / "out")[0]).hexdigest()
 
 
 def test_order_is_a_permutation_fixed_for_ever():
@@ -206,6 +219,29 @@ def test_rejects_beyond_the_limit_stop_the_run_and_leave_nothing(tmp_path, model
     assert sidecar["rejected"] == {"empty document": 2}
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            ["", "", ""],
+            r"every document is rejected .*: 3, the first .*in\.jsonl:1: empty document",
+        ),
+        ([], r"no document in .*in\.jsonl: nothing is written"),
+    ],
+)
+@pytest.mark.parametrize("keys", [["text"], ["text", "title"], ["title", "text"]])
+def test_no_document_is_an_error_and_writes_no_pair(tmp_path, model, texts, message, keys):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t, "title": "a"}) + "\n" for t in texts))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "in.jsonl", out / "x", model, json_keys=keys)
+    assert [path.name for path in out.iterdir()] == ["x_text_rejects.jsonl"] * bool(texts)
+    if texts:
+        rejects = [json.loads(line) for line in (out / "x_text_rejects.jsonl").open()]
+        assert [r["line"] for r in rejects] == [1, 2, 3]
+
+
 def test_sidecar_says_what_was_made_and_from_what(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     sidecar, _ = run(source, tmp_path / "out", model)
@@ -255,7 +291,9 @@ KILLED = """
 import os, signal, sys
 from megatron_r1.data import documents, preprocess as module, store
 documents.PIECE_DOCUMENTS = 16
-where, pieces = sys.argv[1:3]
+where, pieces, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
+# Two pieces a commit.
+module.COMMIT_BYTES, module.COMMIT_SECONDS = 3000, 1e9
 if where == "encoding":
     add = module._Journal.add
     def kill(journal, encoded):
@@ -274,21 +312,28 @@ else:
         finalize(*given)
         os.kill(os.getpid(), signal.SIGKILL)
     store.IndexedWriter.finalize = kill
-module.preprocess([sys.argv[3]], sys.argv[4], "SentencePieceTokenizer", sys.argv[5], append_eod=True)
+source, out, model = sys.argv[4:]
+module.preprocess([source], out, "SentencePieceTokenizer", model, append_eod=True, seed=seed)
 """
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize(("where", "pieces"), [("encoding", 0), ("encoding", 5), ("sidecar", 19)])
-def test_killed_run_goes_on_to_the_same_bytes(tmp_path, model, where, pieces):
+@pytest.mark.parametrize("seed", [1234, None])
+@pytest.mark.parametrize(
+    ("where", "pieces", "kept"), [("encoding", 0, 0), ("encoding", 5, 4), ("sidecar", 19, 19)]
+)
+def test_killed_run_goes_on_to_the_same_bytes(tmp_path, model, where, pieces, kept, seed):
     source = jsonl(tmp_path / "in.jsonl", [*TEXTS[:40], "", *TEXTS[40:]])
-    run(source, tmp_path / "whole", model)
-    command = [sys.executable, "-c", KILLED, where, str(pieces), source, tmp_path / "out", model]
+    run(source, tmp_path / "whole", model, seed=seed)
+    command = [sys.executable, "-c", KILLED, where, str(pieces), str(seed or 0)]
+    command += [source, tmp_path / "out", model]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out_text_document.json").exists()
-    sidecar, said = run(source, tmp_path / "out", model)
-    assert (f"going on after {pieces} pieces" in said) == (pieces > 0)
+    sidecar, said = run(source, tmp_path / "out", model, seed=seed)
+    assert [line for line in said.splitlines() if "going" in line] == [
+        f"going on after {kept} pieces of an interrupted run"
+    ] * (kept > 0)
     assert pair(tmp_path / "out") == pair(tmp_path / "whole")
     assert sidecar["rejected"] == {"empty document": 1}
     assert not list(tmp_path.glob("*partial*"))
@@ -365,13 +410,15 @@ def test_disk_full_at_any_moment_names_a_file_and_leaves_nothing(tmp_path, model
     for module, name in ((preprocess_module, "_open"), (indexed, "open_alone"), (run_dir, "open_alone")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, real=real: Full(real(*given), room))
+    run(source, tmp_path / "in-order", model, seed=None)
+    total_in_order, room[0] = (1 << 40) - room[0], 1 << 40
     run(source, tmp_path / "whole", model)
-    total, left = (1 << 40) - room[0], sorted(tmp_path.iterdir())
-    # The journal, the tokens, the origins, the sidecar, the rejects, the index.
-    shares = (*np.linspace(0, 0.99, 20), 1 - 40 / total)
+    total_shuffled, left = (1 << 40) - room[0], sorted(tmp_path.iterdir())
 
-    def fails(seed: int) -> None:
-        for share in shares:
+    def fails(seed: int | None) -> None:
+        total = total_in_order if seed is None else total_shuffled
+        # The journal, the tokens, the origins, the sidecar, the rejects, the index.
+        for share in (*np.linspace(0, 0.99, 20), 1 - 40 / total):
             room[0] = int(total * share)
             with pytest.raises(OSError, match=r"No space left on device: .*/out") as raised:
                 run(source, tmp_path / "out", model, seed=seed)
@@ -380,6 +427,7 @@ def test_disk_full_at_any_moment_names_a_file_and_leaves_nothing(tmp_path, model
             assert sorted(tmp_path.iterdir()) == left
 
     fails(seed=1234)
+    fails(seed=None)
     run(source, tmp_path / "out", model)
     assert pair(tmp_path / "out") == pair(tmp_path / "whole")
     # What was there before stays whole.
@@ -392,8 +440,9 @@ def test_document_longer_than_an_index_can_say_is_rejected(model):
     """2^31 - 1 tokens with the end-of-document token; the array takes no memory."""
 
     class Huge(Encoder):
-        def encode_batch(self, texts):
-            return [np.broadcast_to(np.uint32(1), int(text)) for text in texts]
+        def encode_batch(self, texts, utf8):
+            lengths = np.array([int(text) for text in texts])
+            return np.broadcast_to(np.uint32(1), lengths.sum()), lengths
 
     piece = Piece("in.jsonl", 0, 1, [b'{"text": "%d"}' % n for n in (3, 2**31 - 1, 2**31)], 1)
     tokenizer = build_tokenizer(KIND, model)

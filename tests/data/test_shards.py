@@ -148,6 +148,16 @@ def test_rejects_of_all_shards_are_counted(tmp_path, model):
         merge(tmp_path / "out", reject_limit=1, log=quiet)
 
 
+def test_shards_without_any_document_are_not_merged(tmp_path, model):
+    shards([jsonl(tmp_path / "in.jsonl", [""] * 4)], tmp_path / "out", model, 2)
+    left = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"every document is rejected for key 'text'.*: 4, the first"):
+        merge(tmp_path / "out", log=quiet)
+    made = set(tmp_path.iterdir()) - set(left)
+    assert made == {tmp_path / "out_text_rejects.jsonl"}
+    assert [json.loads(line)["line"] for line in made.pop().open()] == [1, 2, 3, 4]
+
+
 def test_which_shard_we_are():
     assert parse_shard("3/16") == (3, 16)
     assert parse_shard("env", {"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}) == (1, 4)
