@@ -129,9 +129,17 @@ class PhaseConfig:
     min_lr_ratio: float = 0.1
     """Last learning rate of the phase, as a share of the peak."""
     warmup_steps: int = 0
-    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Of this phase; 0: it starts at the peak."""
+    decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """After the warm-up: down all the way, not at all, or (warm-up, stable, decay) over the last steps."""
+    decay_steps: int | None = None
+    """Steps at the phase's end over which wsd decays, linearly; None: a tenth of the phase."""
+    reset_optimizer: bool = False
+    """Forget Adam's moments where the phase begins; else they carry over."""
     max_epochs: float | dict[str, float] | None = None
     """Most passes over a source, counted over the whole plan; its weight goes to the others."""
+    keep: dict[str, str] = field(default_factory=dict)
+    """Source -> file of the windows or documents that may be drawn (Eq. 6; see data/keep.py). Others: all."""
 
     __pydantic_config__ = _STRICT
 
@@ -164,10 +172,33 @@ class TrainConfig:
     """Of the initial weights."""
     checkpoint_every: int = 1000
     """Steps; the end of every phase is saved too."""
+    keep_last: int | None = None
+    """Newest checkpoints to keep; None: all. The ends of phases, influence.steps, and what keep_every and
+    keep_spaced name are never deleted."""
+    keep_every: int | None = None
+    """With keep_last: keep those of every multiple of so many steps, too."""
+    keep_spaced: int = 0
+    """Save and keep so many evenly spaced checkpoints of every phase, for influence (the paper: 10)."""
     probe_every: int = 1000
     """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
     init_from: str | None = None
     """A checkpoint to start a new run from: weights, optimizer state and data position."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """When a step is skipped, and when a run gives up."""
+
+    loss_spike: float = 2.0
+    """Skip a step whose loss is so many times the median of the last 128 steps; 0: only if not finite."""
+    grad_norm_spike: float = 20.0
+    """The same of the gradient norm, before clipping."""
+    max_skipped: int = 10
+    """Stop, with a checkpoint, after so many skipped steps in a row."""
+    hang_seconds: int = 1800
+    """End a rank, with its stacks in RUN/logs, when a step takes so long; 0: wait for ever."""
 
     __pydantic_config__ = _STRICT
 
@@ -226,6 +257,7 @@ class Config:
     """Name -> phase, in training order; a later file may append one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     influence: InfluenceConfig | None = None
     mix: MixConfig | None = None
 

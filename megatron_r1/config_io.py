@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -198,13 +199,23 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
         )
     if train:
-        for name in ("checkpoint_every", "probe_every"):
-            if getattr(train, name) < 1:
-                out.append(f"train.{name}={getattr(train, name)} must be positive")
+        for name in ("checkpoint_every", "probe_every", "keep_last", "keep_every"):
+            if (value := getattr(train, name)) is not None and value < 1:
+                out.append(f"train.{name}={value} must be positive")
+        if train.keep_spaced < 0:
+            out.append(f"train.keep_spaced={train.keep_spaced} must not be negative")
+        if train.keep_every is not None and train.keep_last is None:
+            out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
     optimizer = sections.get("optimizer")
     for name in ("adam_beta1", "adam_beta2"):
         if optimizer and not 0 <= getattr(optimizer, name) < 1:
             out.append(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")
+    health = sections.get("health")
+    if health:
+        least_of = {"loss_spike": 0, "grad_norm_spike": 0, "max_skipped": 1, "hang_seconds": 0}
+        for name, least in least_of.items():
+            if not getattr(health, name) >= least:
+                out.append(f"health.{name}={getattr(health, name)} must be at least {least}")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)
     mix = sections.get("mix")
@@ -245,10 +256,22 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             out.append(
                 f"{path}.warmup_steps={phase.warmup_steps} is not within the phase's {phase.steps} steps"
             )
+        if phase.decay_steps is not None and phase.decay != "wsd":
+            out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
+        elif phase.decay_steps is not None and not 1 <= phase.decay_steps <= (phase.steps or math.inf):
+            out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
         if not 0 <= phase.min_lr_ratio <= 1:
             out.append(f"{path}.min_lr_ratio={phase.min_lr_ratio} must be within 0 and 1")
         if not phase.learning_rate > 0:
             out.append(f"{path}.learning_rate={phase.learning_rate} must be positive")
+        if sources is not None:
+            caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
+            for what, names in (("max_epochs", caps), ("keep", phase.keep)):
+                out += [
+                    f"{path}.{what}.{key}: no such source in data.sources{_near(key, sources)}"
+                    for key in names
+                    if key not in sources
+                ]
         if phase.weights == "uniform" or sources is None:
             continue
         for key in phase.weights:

@@ -19,15 +19,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_r1._csrc import Keep
 from megatron_r1._csrc import Plan as NativePlan
+from megatron_r1.data.changes import changes, listed
+from megatron_r1.data.keep import KeptWindows, Mask, load_mask
 
 Order = Literal["balanced", "megatron"]
 Number = int | float
-Mask = np.ndarray | str | Path
-"""Kept windows of one source: bool [windows], or uint8 [ceil(windows / 8)] with window 0 in the lowest bit
-(`np.packbits(kept, bitorder="little")`), or the path of a `.npy` file with one of the two."""
-
 FORMAT = "megatron_r1.blend"
 VERSION = 1
 NEVER = 2**64 - 1
@@ -44,15 +41,6 @@ class Epochs(NamedTuple):
     """Draws of one epoch: the windows kept."""
     used: Fraction
     """Epochs drawn before `first_draw`, a closed one counting for the part of it that was drawn."""
-
-
-@dataclass(frozen=True)
-class KeptWindows:
-    """A keep mask and where it came from."""
-
-    bitmap: Any
-    sha256: str
-    path: str | None
 
 
 @dataclass(frozen=True)
@@ -165,7 +153,7 @@ class BlendPlan:
             missing = [name for name in self._names if name not in weights]
             if missing:
                 raise ValueError(
-                    f"weights lack the sources {_listed(missing)} and have {_listed(weights)}; name every "
+                    f"weights lack the sources {listed(missing)} and have {listed(weights)}; name every "
                     f"source and give weight 0 to leave one out"
                 )
             values = [weights[name] for name in self._names]
@@ -173,7 +161,7 @@ class BlendPlan:
             values = list(weights)
             if len(values) != len(self._names):
                 raise ValueError(
-                    f"{len(values)} weights for the {len(self._names)} sources {_listed(self._names)}"
+                    f"{len(values)} weights for the {len(self._names)} sources {listed(self._names)}"
                 )
         given = tuple(int(value) if isinstance(value, int | np.integer) else float(value) for value in values)
         for name, weight in zip(self._names, given, strict=True):
@@ -192,7 +180,7 @@ class BlendPlan:
                 for match in difflib.get_close_matches(str(name), self._names, n=1)
             )
             raise ValueError(
-                f"{what} name {_listed(unknown)}, but the sources are {_listed(self._names)}{near}"
+                f"{what} name {listed(unknown)}, but the sources are {listed(self._names)}{near}"
             )
 
     def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> list[Fraction | None]:
@@ -216,9 +204,13 @@ class BlendPlan:
 
     def _masks(self, keep: Mapping[str, Mask] | None) -> dict[str, KeptWindows]:
         self._check_names("keep", keep or {})
-        masks = {name: _load_mask(name, self.sources[name], mask) for name, mask in (keep or {}).items()}
+        masks = {name: load_mask(name, self.sources[name], mask) for name, mask in (keep or {}).items()}
         # A mask that keeps everything is no mask: it must not close an epoch.
-        return {name: mask for name, mask in masks.items() if mask.bitmap.kept < self.sources[name]}
+        return {
+            name: mask
+            for name, mask in masks.items()
+            if mask.stretch_N2 is not None or mask.bitmap.kept < self.sources[name]
+        }
 
     def _drawn_before(self, start: int) -> list[int]:
         try:
@@ -331,11 +323,11 @@ class BlendPlan:
             "order": self.order,
             "shuffle": self.shuffle,
             "sources": list(self.sources.items()),
-            "phases": [self._identity(phase) for phase in self.phases],
+            "phases": [self.identity(phase) for phase in self.phases],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _identity(self, phase: Phase) -> dict[str, Any]:
+    def identity(self, phase: Phase) -> dict[str, Any]:
         """What of a phase decides the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
         if self.order == "balanced":
             whole = _integer_weights(phase.weights).tolist()
@@ -355,52 +347,13 @@ class BlendPlan:
 
         Raises ValueError that lists what changed. What `other` planned from `samples` on may differ.
         """
-        changed = [
-            f"{what} {before!r} -> {now!r}"
-            for what, before, now in (
-                ("seed", other.seed, self.seed),
-                ("order", other.order, self.order),
-                ("shuffle", other.shuffle, self.shuffle),
-            )
-            if before != now
-        ]
-        changed += _changed_sources(other.sources, self.sources)
-        if tuple(other.sources) == tuple(self.sources):
-            changed += self._changed_phases(other, samples)
+        changed = changes(other, self, samples)
         if changed:
             raise ValueError(
                 f"this plan differs from the one that drew the first {samples} samples: "
                 f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
                 f"new phase at sample {samples} or later"
             )
-
-    def _changed_phases(self, other: BlendPlan, samples: int) -> list[str]:
-        before = [phase for phase in other.phases if phase.start < samples]
-        now = [phase for phase in self.phases if phase.start < samples]
-        changed: list[str] = []
-        for number, (old, new) in enumerate(zip(before, now, strict=False)):
-            if old.start != new.start:
-                changed.append(f"phase {number} start {old.start} -> {new.start}")
-            was, is_ = other._identity(old), self._identity(new)
-            if was["weights"] != is_["weights"]:
-                changed.append(f"phase {number} weights {_differing(self._names, old.weights, new.weights)}")
-            if was["max_epochs"] != is_["max_epochs"]:
-                caps = _differing(self._names, was["max_epochs"], is_["max_epochs"])
-                changed.append(f"phase {number} max_epochs {caps}")
-            masks = [name for name in self._names if was["keep"].get(name) != is_["keep"].get(name)]
-            if masks:
-                changed.append(f"phase {number} keep masks of {_listed(masks)}")
-        changed += [
-            f"phase {number} (start {old.start}) is gone"
-            for number, old in enumerate(before)
-            if number >= len(now)
-        ]
-        changed += [
-            f"phase {number} is new but starts at sample {new.start}"
-            for number, new in enumerate(now)
-            if number >= len(before)
-        ]
-        return changed
 
     def to_json(self) -> str:
         """The plan as text. Keep masks by path and hash: a mask given as an array must be saved first."""
@@ -512,25 +465,6 @@ def _limit(cap: Fraction | None, at: Epochs) -> int:
     return max(0, at.first_draw + math.floor((cap - at.used) * at.windows))
 
 
-def _load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
-    path = None if isinstance(mask, np.ndarray) else str(mask)
-    bits = mask if isinstance(mask, np.ndarray) else np.load(mask, allow_pickle=False)
-    where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
-    if bits.dtype == np.bool_ and bits.shape == (windows,):
-        packed = np.packbits(bits, bitorder="little")
-    elif bits.dtype == np.uint8 and bits.shape == ((windows + 7) // 8,):
-        packed = bits.copy()
-        if windows % 8:
-            packed[-1] &= (1 << windows % 8) - 1
-    else:
-        raise ValueError(
-            f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
-            f"[{windows}] or packed uint8 [{(windows + 7) // 8}]"
-        )
-    digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes()).hexdigest()
-    return KeptWindows(Keep(windows, packed), digest, path)
-
-
 def _greedy_bound(weights: list[Number]) -> float:
     """How far the greedy order strays from weights that sum to 1.
 
@@ -543,31 +477,3 @@ def _greedy_bound(weights: list[Number]) -> float:
     behind = math.fsum(1 / k for k in range(2, len(weights) + 1)) - 1 / len(weights) + max(weights)
     rounding = 2.0**40 * (abs(math.fsum(weights) - 1) + 2.0**-52)
     return max(1 - min(weights), behind) + rounding
-
-
-def _listed(names: Any) -> str:
-    quoted = [f"'{name}'" for name in names]
-    return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
-
-
-def _differing(names: Sequence[str], before: Sequence[Any], now: Sequence[Any]) -> str:
-    rows = [f"{name} {a} -> {b}" for name, a, b in zip(names, before, now, strict=True) if a != b]
-    return ", ".join(rows[:12]) or "in scale"
-
-
-def _changed_sources(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    if tuple(before) == tuple(now):
-        return [
-            f"source '{name}' windows {before[name]} -> {now[name]}"
-            for name in now
-            if before[name] != now[name]
-        ]
-    gone = [name for name in before if name not in now]
-    new = [name for name in now if name not in before]
-    if len(before) == len(now) and gone:
-        pairs = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
-        if len(pairs) == len(gone):
-            return [f"source '{a}' renamed to '{b}'" for a, b in pairs]
-    changed = [f"source {_listed(gone)} removed"] if gone else []
-    changed += [f"source {_listed(new)} added"] if new else []
-    return changed or [f"sources reordered from {_listed(before)} to {_listed(now)}"]

@@ -5,7 +5,7 @@ Nothing is kept between batches, so any rank may ask for any samples in any orde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.keep import mask_labels
 from megatron_r1.records import Batch, Corpus
 
 WIDTH = {"uint16": 2, "int32": 4}
@@ -25,6 +26,9 @@ class BatchLoader:
     `corpora`: one for each source of the plan, matched by name. `eod`: None lets a window attend across
     the documents in it; the tokenizer's end-of-document token makes documents segments of their own, with
     positions from 0. `pin_memory`: page-locked buffers, for a copy to the GPU that does not wait.
+
+    Where the plan's phase has a keep mask over documents (data/keep.py), the loss mask leaves out the labels
+    of dropped documents.
 
     ValueError where plan and corpora disagree or a stream is shorter than its corpus says.
     """
@@ -63,6 +67,8 @@ class BatchLoader:
         tokens_BS, labels_BS, loss_mask_BS, position_BS, segment_BS = self._streams.gather(
             source_N, window_N, self.seq_length, self.eod
         )
+        for row, stretch_N2 in self._masked(np.asarray(sample_N), source_N):
+            mask_labels(stretch_N2, int(window_N[row]), loss_mask_BS[row])
         return Batch(
             tokens_BS=self._tensor(tokens_BS),
             labels_BS=self._tensor(labels_BS),
@@ -71,6 +77,20 @@ class BatchLoader:
             source_B=self._tensor(source_N.astype(np.int64)),
             segment_BS=None if segment_BS is None else self._tensor(segment_BS),
         )
+
+    def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""
+        phases = self.plan.phases
+        by_phase = [
+            {self._number[name]: mask.stretch_N2 for name, mask in phase.keep.items()} for phase in phases
+        ]
+        if not any(stretch_N2 is not None for masks in by_phase for stretch_N2 in masks.values()):
+            return
+        phase_N = np.searchsorted([phase.start for phase in phases], sample_N, side="right") - 1
+        for row, (phase, source) in enumerate(zip(phase_N.tolist(), source_N.tolist(), strict=True)):
+            stretch_N2 = by_phase[phase].get(source)
+            if stretch_N2 is not None:
+                yield row, stretch_N2
 
     def read_ahead(self, sample_N: np.ndarray) -> None:
         """Ask the kernel to read these samples' windows from disk; returns at once.

@@ -84,7 +84,10 @@ def _tokenizer_mistakes(
 
 
 def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
-    """The data plan of all phases. A phase begins at the sample where the one before it ends."""
+    """The data plan of all phases. A phase begins at the sample where the one before it ends.
+
+    Raises ConfigError for a phase that draws nothing, or whose keep masks do not fit.
+    """
     data = config.data
     windows = {corpus.name: corpus.windows(data.seq_length) for corpus in corpora}
     plan = BlendPlan(windows, seed=data.seed, order=data.order, shuffle=data.shuffle)
@@ -95,7 +98,10 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
             # Its greedy rule takes weights as they are, and Megatron gives it shares.
             total = sum(weights.values())
             weights = {source: weight / total for source, weight in weights.items()}
-        plan.add_phase(start, weights, max_epochs=phase.max_epochs)
+        try:
+            plan.add_phase(start, weights, max_epochs=phase.max_epochs, keep=phase.keep)
+        except (OSError, ValueError) as error:
+            raise config_io.ConfigError([f"phases.{name}: {error}"]) from None
         start += config.phase_steps(name) * config.train.global_batch
     return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config
+from megatron_r1.data.blend import Phase
 from megatron_r1.data.sources import resolve_data
 
 
@@ -21,7 +22,7 @@ def summary(config: Config) -> str:
         f"{config.tokens_per_step():,} tokens",
     ]
     samples = 0
-    for name in config.phases:
+    for name, laid in zip(config.phases, plan.phases, strict=True):
         steps = config.phase_steps(name)
         end = samples + steps * config.train.global_batch
         before, after = plan.epochs(samples), plan.epochs(end)
@@ -32,7 +33,14 @@ def summary(config: Config) -> str:
             share = weights.get(corpus.name, 0) / total
             lines.append(
                 f"  {corpus.name:24s} {share:7.2%}  {after[corpus.name] - before[corpus.name]:8.3f} epochs"
-                f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens)"
+                f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens){_kept(corpus.name, laid)}"
             )
         samples = end
     return "\n".join(lines)
+
+
+def _kept(source: str, phase: Phase) -> str:
+    """What a keep mask leaves of a source, and what its coming leaves unseen of the epoch in progress."""
+    mask, unseen = phase.keep.get(source), phase.unseen.get(source)
+    kept = f"; {mask.bitmap.kept:,} of {mask.bitmap.windows:,} windows kept" if mask else ""
+    return kept + (f"; a new mask: {unseen:,} windows of the epoch before stay unseen" if unseen else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
+from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
@@ -16,8 +17,10 @@ from megatron_r1.optimizer import set_schedule
 from megatron_r1.parallel import ParallelContext, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Corpus, TrainState
+from megatron_r1.retention import Retention, evenly_spaced
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
+from megatron_r1.stop_request import StopRequest
 from megatron_r1.train.batches import ProbeSet, micro_batches, rank_samples
 from megatron_r1.train.metrics import MetricsLog
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
@@ -28,7 +31,8 @@ _READ_AHEAD = 256
 
 
 def train(config: Config) -> None:
-    """Train what is left of the run; every rank of the launch calls this.
+    """Train what is left of the run, or until SIGTERM, which any rank may get; every rank of the launch
+    calls this.
 
     Raises ConfigError or ValueError before anything is written when the configuration does not fit
     the launch, the datasets, or the past of the run.
@@ -38,8 +42,8 @@ def train(config: Config) -> None:
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
-    with process_groups(config.parallel) as context, holding(run.root, context):
-        Trainer(config, corpora, plan, context, run).train()
+    with StopRequest() as stop, process_groups(config.parallel) as context, holding(run.root, context):
+        Trainer(config, corpora, plan, context, run, stop).train()
 
 
 def _finished(config: Config, plan: BlendPlan) -> bool:
@@ -71,14 +75,28 @@ class Trainer:
     """The state of a run on this rank, and its steps."""
 
     def __init__(
-        self, config: Config, corpora: list[Corpus], plan: BlendPlan, context: ParallelContext, run: RunDir
+        self,
+        config: Config,
+        corpora: list[Corpus],
+        plan: BlendPlan,
+        context: ParallelContext,
+        run: RunDir,
+        stop: StopRequest,
     ):
-        self.config, self.plan, self.context, self.run = config, plan, context, run
+        self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
-        self.windows = {corpus.name: corpus.windows(config.data.seq_length) for corpus in corpora}
         self.loader = BatchLoader(plan, corpora, config.data.seq_length, pin_memory=backend.HAS_CUDA)
         self.training: Training = build_training(config)
         self.state = self._resume()
+        self.ends = {span.end for span in phase_spans(config)}
+        self.kept = _kept_steps(config)
+        keep = config.train
+        self.saver = checkpoint.Saver(
+            run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept))
+        )
+        self.agreement = Agreement(flags=2)
+        self.stopping = False
+        """All ranks have agreed to stop, because one was asked to."""
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
         self.probes = (
@@ -110,7 +128,7 @@ class Trainer:
             )
             self.log = MetricsLog(self.run, self.state.step)
         for span in spans:
-            if self.state.step < span.end:
+            if self.state.step < span.end and not self.stopping:
                 self._train_phase(span)
         if self.log is not None:
             self.log.close()
@@ -118,10 +136,11 @@ class Trainer:
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
         target = _shares(config.phase_weights(span.name), self.sources)
+        self._say_unseen(span)
         with Progress(
             f"train {span.name}", span.end - span.start, "steps", self.state.step - span.start, self.leads
         ) as bar:
-            while self.state.step < span.end:
+            while self.state.step < span.end and not self.stopping:
                 start = time.perf_counter()
                 lr = span.learning_rate(self.state.step)
                 result = self._step(lr)
@@ -133,8 +152,7 @@ class Trainer:
                 if self.log is not None:
                     self.log.write(line)
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
-                if done % config.train.checkpoint_every == 0 or done == span.end:
-                    self._save(span.name)
+                self._between_steps(span.name)
         if self.leads:
             steps = self.state.step - first
             saved = str(self.run.checkpoints / f"step_{self.state.step:08d}")
@@ -146,12 +164,25 @@ class Trainer:
                 seconds=time.time() - self.began,
                 outputs=[saved],
             )
+            end = "ends" if self.state.step == span.end else "was asked to stop (SIGTERM)"
             print(
-                f"{self.run.root}: phase {span.name} ends at step {self.state.step}, "
+                f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
                 f"loss {line['loss']:.4f}; wrote {saved}",
                 flush=True,
             )
         self.began = time.time()
+
+    def _say_unseen(self, span: PhaseSpan) -> None:
+        """Say which windows the coming of a phase's keep masks leaves undrawn in the epochs they close."""
+        start = span.start * self.config.train.global_batch
+        unseen = next(phase.unseen for phase in self.plan.phases if phase.start == start)
+        if self.leads and self.state.step == span.start:
+            for name, windows in unseen.items():
+                print(
+                    f"{self.run.root}: phase {span.name} brings another keep mask of {name}; "
+                    f"{windows:,} windows of its epoch stay unseen",
+                    flush=True,
+                )
 
     def _read_ahead(self) -> None:
         """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""
@@ -194,7 +225,7 @@ class Trainer:
             "loss": result.loss(),
             "loss_by_source": {n: mean_N[i] for i, n in enumerate(self.sources) if seen[i]},
             "tokens_by_source": {n: drawn[n] * config.data.seq_length for n in self.sources},
-            "epochs_by_source": {n: drawn[n] / self.windows[n] for n in self.sources},
+            "epochs_by_source": self.plan.epochs(state.samples),
             "mix_target": target,
             "mix_actual": _shares(in_phase, self.sources),
             "learning_rate": lr,
@@ -212,12 +243,24 @@ class Trainer:
         loss_C, tokens_C = label_losses(self.training.model, self.probes.batches(), self.probes.passes, shape)
         return dict(zip(names, (loss_C / tokens_C).tolist(), strict=True))
 
+    def _between_steps(self, phase: str) -> None:
+        """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
+        step = self.state.step
+        stop, writing = self.agreement.heard()
+        self.saver.poll(writing)
+        self.stopping = bool(stop)
+        last = self.stopping or step in self.ends
+        if last or step in self.kept or step % self.config.train.checkpoint_every == 0:
+            self._save(phase)
+        if last:
+            self.saver.wait()
+        self.agreement.tell(self.stop.requested, self.saver.writing)
+
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
         if self.log is not None:
             self.log.flush()
-        checkpoint.save(
-            self.run.checkpoints,
+        self.saver.save(
             self.training.gpt,
             self.training.optimizer,
             self.state,
@@ -245,3 +288,11 @@ class Trainer:
 def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
     total = sum(weights.values())
     return {name: weights.get(name, 0) / total for name in names}
+
+
+def _kept_steps(config: Config) -> set[int]:
+    """Steps that are saved, and kept, besides the regular ones: what influence is to score."""
+    kept = set(config.influence.steps if config.influence else ())
+    for span in phase_spans(config):
+        kept |= {span.end, *evenly_spaced(span.start, span.end, config.train.keep_spaced)}
+    return kept

@@ -1,0 +1,139 @@
+"""Keep masks (Eq. 6): which windows of a source may be drawn, and which of their labels count.
+
+A mask over windows is a `.npy` file: bool [windows], or packed to uint8 [ceil(windows / 8)] with window 0 in
+the lowest bit. A mask over documents is a `.npz` file that `save_documents` writes, for one sequence length:
+
+    windows      uint8 [ceil(windows / 8)]: windows with at least one label in a kept document
+    stretches    int64 [n, 2]: the kept documents as tokens [begin, end), ascending, neighbours joined
+    seq_length   int64
+
+A dropped document's tokens carry no loss wherever a window that is drawn crosses it, and a window that
+has no label left is never drawn. Window w's labels are tokens wS + 1 to wS + S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1._csrc import Keep
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.records import Corpus
+from megatron_r1.run_dir import replacing
+
+Mask = np.ndarray | str | Path
+"""A mask over windows in memory, or the path of either kind of file."""
+
+
+@dataclass(frozen=True)
+class KeptWindows:
+    """A keep mask and where it came from."""
+
+    bitmap: Any
+    sha256: str
+    path: str | None
+    stretch_N2: np.ndarray | None = None
+    """Of a mask over documents: tokens whose labels count, int64 [n, 2], begin and end."""
+
+
+def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
+    """Read and check the mask of a source that has so many windows. Raises ValueError, FileNotFoundError."""
+    path = None if isinstance(mask, np.ndarray) else str(mask)
+    where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
+    stretch_N2 = None
+    if isinstance(mask, np.ndarray):
+        bits = mask
+    else:
+        try:
+            found = np.load(mask, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                bits = found
+            else:
+                with found:
+                    bits, stretch_N2 = found["windows"], found["stretches"]
+                    where += f", for windows of {int(found['seq_length'])} tokens,"
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
+                f"with megatron_r1.data.keep.save_documents"
+            ) from None
+    if bits.dtype == np.bool_ and bits.shape == (windows,):
+        packed = np.packbits(bits, bitorder="little")
+    elif bits.dtype == np.uint8 and bits.shape == ((windows + 7) // 8,):
+        packed = bits.copy()
+        if windows % 8:
+            packed[-1] &= (1 << windows % 8) - 1
+    else:
+        raise ValueError(
+            f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
+            f"[{windows}] or packed uint8 [{(windows + 7) // 8}]"
+        )
+    digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
+    if stretch_N2 is not None:
+        digest.update(stretch_N2.tobytes())
+    return KeptWindows(Keep(windows, packed), digest.hexdigest(), path, stretch_N2)
+
+
+def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
+    """Write the mask that keeps these documents of a corpus, bool [documents], for `PhaseConfig.keep`.
+
+    ValueError where `kept_D` is not over the corpus's documents, or leaves no label to train on.
+    """
+    if kept_D.dtype != np.bool_ or kept_D.shape != (corpus.documents,):
+        raise ValueError(
+            f"source '{corpus.name}' has {corpus.documents} documents, so kept_D must be bool "
+            f"[{corpus.documents}], not {kept_D.dtype} {list(kept_D.shape)}"
+        )
+    stretch_N2 = kept_stretches(corpus, kept_D)
+    windows = kept_windows(stretch_N2, corpus.windows(seq_length), seq_length)
+    if not windows.any():
+        raise ValueError(
+            f"the mask of source '{corpus.name}' leaves no label within its windows of {seq_length} tokens; "
+            f"give the source weight 0 instead"
+        )
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: a mask over documents is a .npz file; name it so")
+    packed = np.packbits(windows, bitorder="little")
+    # An archive goes back to its headers, which a file that only grows does not allow.
+    archive = io.BytesIO()
+    np.savez(archive, windows=packed, stretches=stretch_N2, seq_length=np.int64(seq_length))
+    with replacing(path) as stream:
+        stream.write(archive.getbuffer())
+
+
+def kept_stretches(corpus: Corpus, kept_D: np.ndarray) -> np.ndarray:
+    """The kept documents as tokens [begin, end) of the stream, int64 [n, 2], neighbours joined."""
+    dataset = IndexedDataset(corpus.prefix)
+    size = dataset.dtype.itemsize
+    byte_S = np.append(dataset.pointers, len(dataset.tokens) * size)
+    start_D = byte_S[dataset.documents[: corpus.documents + 1]] // size
+    # A document without tokens is neither kept nor dropped.
+    kept_D, start_D = kept_D[np.diff(start_D) > 0], np.unique(start_D)
+    turn = np.flatnonzero(np.diff(np.concatenate(([False], kept_D, [False])).astype(np.int8)))
+    return start_D[turn].reshape(-1, 2)
+
+
+def kept_windows(stretch_N2: np.ndarray, windows: int, seq_length: int) -> np.ndarray:
+    """Windows that have a label in a stretch: bool [windows]. Token t is a label of window (t - 1) // S."""
+    begin_N, end_N = np.maximum(stretch_N2[:, 0], 1), stretch_N2[:, 1]
+    has_label = begin_N < end_N
+    first_N, last_N = (begin_N[has_label] - 1) // seq_length, (end_N[has_label] - 2) // seq_length
+    opened = np.bincount(np.minimum(first_N, windows), minlength=windows + 1)
+    closed = np.bincount(np.minimum(last_N + 1, windows), minlength=windows + 1)
+    return np.cumsum(opened - closed)[:windows] > 0
+
+
+def mask_labels(stretch_N2: np.ndarray, window: int, mask_S: np.ndarray) -> None:
+    """Fill a row of the loss mask: 1 where the label lies in a stretch, 0 elsewhere."""
+    first = window * len(mask_S) + 1
+    lo = int(np.searchsorted(stretch_N2[:, 1], first, side="right"))
+    hi = int(np.searchsorted(stretch_N2[:, 0], first + len(mask_S), side="left"))
+    mask_S[:] = 0
+    for begin, end in (stretch_N2[lo:hi] - first).tolist():
+        mask_S[max(begin, 0) : end] = 1
