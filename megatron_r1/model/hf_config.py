@@ -1,0 +1,253 @@
+"""Configurations of the two Hugging Face classes that compute what GPTModel computes.
+
+llama4_text, MobileLLM-R1's own class, normalises each query and key head without a weight and turns
+neighbouring pairs of a head; llama does not normalise, and turns a head's first half with its second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_r1.config import ModelConfig, RopeScaling
+
+Family = Literal["llama", "llama4_text"]
+_CLASS = {"llama": "LlamaForCausalLM", "llama4_text": "Llama4ForCausalLM"}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    },
+    "llama4_text": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "rope_theta": 500_000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "moe_layers": None,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 8192,
+        "layer_types": None,
+    },
+}
+"""What each class takes a key for that its config.json lacks."""
+
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "attn_temperature_tuning": False,
+    "quantization_config": None,
+}
+"""The one value that GPTModel has, where a class offers others."""
+
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """What a config.json says."""
+
+    family: Family
+    model: ModelConfig
+    context: int
+    """max_position_embeddings, tokens."""
+
+
+def to_hf(model: ModelConfig, context: int, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
+    """config.json of this model, in keys that transformers 4 and 5 both read.
+
+    `context`: longest sequence, tokens. `dtype`: of the weights, as torch names it.
+    Raises ValueError for a shape that the class refuses.
+    """
+    family: Family = "llama4_text" if model.qk_norm else "llama"
+    if family == "llama" and model.hidden_size % model.num_attention_heads:
+        raise ValueError(
+            f"{_CLASS[family]} needs model.hidden_size={model.hidden_size} to be a multiple of "
+            f"model.num_attention_heads={model.num_attention_heads}; with model.qk_norm it would not matter"
+        )
+    config = {
+        "architectures": [_CLASS[family]],
+        "model_type": family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": context,
+        "rms_norm_eps": model.rms_norm_eps,
+        "initializer_range": model.init_std,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _rope_to_hf(model.rope_scaling),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+    }
+    if family == "llama":
+        return {**config, "mlp_bias": False}
+    return {
+        **config,
+        "intermediate_size_mlp": model.ffn_hidden_size,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": False,
+        # 1: with rotary embedding.
+        "no_rope_layers": [1] * model.num_layers,
+        "layer_types": ["full_attention"] * model.num_layers,
+        "attention_chunk_size": context,
+        # Readers differ in which of these tells them that no layer has experts.
+        "moe_layers": [],
+        "interleave_moe_layer_step": 0,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+
+
+def from_hf(config: dict[str, Any]) -> HfModel:
+    """The model that a config.json describes.
+
+    Raises ValueError naming every field whose value GPTModel cannot represent.
+    """
+    family = config.get("model_type")
+    if family not in DEFAULTS:
+        raise ValueError(f"model_type={family!r}: only {' and '.join(DEFAULTS)} can be read")
+    has = {**DEFAULTS[family], **config}
+    ffn = "intermediate_size" if family == "llama" else "intermediate_size_mlp"
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", ffn)
+    refused = [f"{key}: missing" for key in needed if key not in has]
+    refused += [
+        f"{key}={has[key]!r}: only {only!r} is supported"
+        for key, only in _ONLY.items()
+        if key in has and has[key] != only
+    ]
+    refused += _layer_refusals(has)
+    theta, scaling = _rope_from_hf(has, refused)
+    if refused:
+        raise ValueError(
+            "GPTModel cannot represent this model:\n" + "\n".join(f"  {line}" for line in refused)
+        )
+    heads = has["num_attention_heads"]
+    return HfModel(
+        family,
+        ModelConfig(
+            num_layers=has["num_hidden_layers"],
+            hidden_size=has["hidden_size"],
+            ffn_hidden_size=has[ffn],
+            num_attention_heads=heads,
+            num_query_groups=has["num_key_value_heads"] or heads,
+            vocab_size=has["vocab_size"],
+            head_dim=has["head_dim"] or has["hidden_size"] // heads,
+            rotary_base=float(theta),
+            rope_scaling=scaling,
+            rms_norm_eps=has["rms_norm_eps"],
+            qk_norm=has.get("use_qk_norm", False),
+            init_std=has["initializer_range"],
+        ),
+        has["max_position_embeddings"],
+    )
+
+
+def _layer_refusals(has: dict[str, Any]) -> list[str]:
+    """Layers without rotary embedding, with experts, or that see less than the context."""
+    layers, context = has.get("num_hidden_layers", 0), has["max_position_embeddings"]
+    out = []
+    window = has.get("sliding_window")
+    if window is not None and window < context:
+        out.append(f"sliding_window={window}: shorter than max_position_embeddings={context}")
+    if has["model_type"] != "llama4_text":
+        return out
+    interval = has["no_rope_layer_interval"]
+    rotary = has["no_rope_layers"] or [int((n + 1) % interval != 0) for n in range(layers)]
+    if not all(rotary[:layers]):
+        out.append(
+            f"no_rope_layers={has['no_rope_layers']}, no_rope_layer_interval={interval}: every layer must "
+            f"have rotary embedding"
+        )
+    step = has["interleave_moe_layer_step"]
+    experts = has["moe_layers"]
+    if experts is None:
+        experts = list(range(step - 1, layers, step)) if step else []
+    if experts:
+        out.append(
+            f"moe_layers={has['moe_layers']}, interleave_moe_layer_step={step}: no layer may have experts"
+        )
+    kinds = has["layer_types"] or ["chunked_attention"]
+    out += [
+        f"layer_types: {kind!r} is not supported"
+        for kind in sorted({*kinds} - {"full_attention", "chunked_attention"})
+    ]
+    chunk = has["attention_chunk_size"]
+    if "chunked_attention" in kinds and chunk is not None and chunk < context:
+        out.append(f"attention_chunk_size={chunk}: shorter than max_position_embeddings={context}")
+    return out
+
+
+def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    keys = ["rope_type", *_ROPE_NEEDS[scaling.rope_type]]
+    if scaling.rope_type == "llama3":
+        keys.append("original_max_position_embeddings")
+    return {key: getattr(scaling, key) for key in keys}
+
+
+def _rope_from_hf(has: dict[str, Any], refused: list[str]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling; adds to `refused` what cannot be represented."""
+    # transformers 5 writes one mapping, earlier ones rope_theta beside rope_scaling.
+    field = "rope_scaling" if has.get("rope_scaling") else "rope_parameters"
+    rope = has.get(field) or {}
+    theta = rope.get("rope_theta", has["rope_theta"])
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    share = rope.get("partial_rotary_factor", has.get("partial_rotary_factor", 1.0))
+    if share != 1:
+        refused.append(f"{field}.partial_rotary_factor={share}: the whole head is turned")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    refused += [f"{field}.{key}={rope[key]}: one rotary embedding serves all layers" for key in nested]
+    if kind not in _ROPE_NEEDS:
+        refused.append(f"{field}.rope_type={kind!r}: only {', '.join(_ROPE_NEEDS)} are supported")
+        return theta, None
+    missing = [key for key in _ROPE_NEEDS[kind] if key not in rope]
+    refused += [f"{field}.{key}: missing, and rope_type={kind!r} needs it" for key in missing]
+    if kind == "default" or missing:
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", rope["factor"])
+    original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
+    return theta, RopeScaling(
+        "llama3",
+        rope["factor"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        has.get("original_max_position_embeddings", original),
+    )

@@ -1,0 +1,155 @@
+"""A checkpoint of any layout becomes a folder that transformers reads, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1 import backend, checkpoint
+from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.data.tokenizer_files import TokenizerFiles
+from megatron_r1.model import hf
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
+from megatron_r1.recipes import convert
+from megatron_r1.records import TrainState
+from tests.distributed import on_ranks
+from tests.launch import ROOT, tensors
+
+# 97 rows do not divide by two ranks: the embedding of their checkpoint is padded.
+MODEL = ModelConfig(2, 48, 80, 6, 2, 97, head_dim=16)
+SPLIT = ParallelConfig(tensor=2, pipeline=2)
+
+
+def save(directory: Path, model: ModelConfig = MODEL, precision: str = "fp32") -> Path:
+    """A checkpoint of new weights on one rank."""
+    with process_groups(ParallelConfig()):
+        backend.seed_model_parallel(1)
+        gpt = build_model(model, ParallelConfig(), precision, 8)
+        return checkpoint.save(directory, gpt, None, TrainState(), model, "phase", plan="{}").path
+
+
+def save_again(source: Path, directory: Path, parallel: ParallelConfig) -> None:
+    """The same weights from as many ranks as the layout has."""
+    with process_groups(parallel):
+        backend.seed_model_parallel(1)
+        gpt = build_model(MODEL, parallel, "fp32", 8)
+        checkpoint.load(source, gpt, None, MODEL)
+        checkpoint.save(directory, gpt, None, TrainState(), MODEL, "phase", plan="{}")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    a, b = tensors(one), tensors(other)
+    # Of the embedding, the final norm, and six of the stacked layers.
+    assert a.keys() == b.keys() and len(a) == 8
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run") / "checkpoints")
+
+
+def test_there_and_back_again_is_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
+    convert.to_hf(saved, tmp_path / "hf", context=64)
+    back = convert.to_megatron(tmp_path / "hf", tmp_path / "back")
+    assert checkpoint.check_model(back, MODEL)["state"] == {"step": 0, "samples": 0, "tokens": 0}
+    assert_same_weights(saved, back)
+    convert.to_hf(back, tmp_path / "hf again", context=64)
+    assert contents(tmp_path / "hf again") == contents(tmp_path / "hf")
+
+
+def test_any_layout_becomes_the_same_files(saved: Path, tmp_path: Path) -> None:
+    on_ranks(4, save_again, saved, tmp_path / "split", SPLIT)
+    convert.to_hf(saved, tmp_path / "one", context=64)
+    convert.to_hf(tmp_path / "split" / saved.name, tmp_path / "four", context=64)
+    assert contents(tmp_path / "four") == contents(tmp_path / "one")
+
+
+@torch.no_grad()
+def test_transformers_computes_what_the_checkpoint_computes(saved: Path, tmp_path: Path) -> None:
+    # Here, so that the ranks of other tests do not import it.
+    from transformers import AutoModelForCausalLM
+
+    convert.to_hf(saved, tmp_path / "hf", context=64)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(60)[None]
+    with process_groups(ParallelConfig()):
+        backend.seed_model_parallel(2)
+        gpt = build_model(MODEL, ParallelConfig(), "fp32", 60).eval()
+        checkpoint.load(saved, gpt, None, MODEL)
+        ours = gpt(tokens, tokens, None)
+    logits = theirs(tokens).logits
+    assert float((ours - logits).abs().max() / logits.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("asked", "written"), [(None, "BF16"), ("fp32", "F32")])
+def test_precision_is_that_of_the_checkpoint_unless_asked(tmp_path: Path, asked: Any, written: str) -> None:
+    source = save(tmp_path / "checkpoints", precision="bf16")
+    convert.to_hf(source, tmp_path / "hf", context=64, precision=asked)
+    assert hf.stored_dtype(tmp_path / "hf") == written
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["torch_dtype"] == {"BF16": "bfloat16", "F32": "float32"}[written]
+    # bf16 to fp32 and back loses nothing.
+    assert_same_weights(source, convert.to_megatron(tmp_path / "hf", tmp_path / "back", "bf16"))
+
+
+def test_a_failed_export_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf, "save", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        convert.to_hf(saved, tmp_path / "hf", context=64)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_mistakes_are_said_before_anything_is_written(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("mine")
+    large = TokenizerFiles(98, 0, {})
+    for call, said in (
+        (lambda: convert.to_hf(saved, tmp_path / "kept", 64), "is not an empty folder"),
+        (lambda: convert.to_hf(saved, tmp_path / "new"), "give --context TOKENS"),
+        (lambda: convert.to_hf(saved, tmp_path / "new", 64, None, large), "has 98 tokens, the model .* 97"),
+        (lambda: convert.to_hf(tmp_path, tmp_path / "new", 64), "is no complete checkpoint"),
+        (lambda: convert.to_megatron(saved, tmp_path / "new"), "has no config.json"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_the_tool_writes_what_the_run_says(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/convert_checkpoint.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
+        tool.main()
+
+    (saved.parent.parent / "config.yaml").write_text("data: {seq_length: 640}\n")
+    call("--to", "hf", saved, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["architectures"]) == (640, ["Llama4ForCausalLM"])
+    call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
+    assert capsys.readouterr().out.split() == ["wrote", str(tmp_path / "hf"), "wrote",
+        str(tmp_path / "back" / "step_00000000")]  # fmt: skip
+    with pytest.raises(SystemExit) as status:
+        call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
+    assert status.value.code == 2 and "is not an empty folder" in capsys.readouterr().err

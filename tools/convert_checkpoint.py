@@ -1,0 +1,55 @@
+"""Convert a checkpoint to a Hugging Face folder, or such a folder to a checkpoint.
+
+python tools/convert_checkpoint.py --to hf runs/x/checkpoints/step_00001000 runs/x/hf \\
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model
+python tools/convert_checkpoint.py --to megatron downloads/MobileLLM-R1-950M imported
+
+One process; docs/convert.md says what can be represented.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_r1.cli import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a step_N checkpoint, or a folder with config.json")
+    add("target", type=Path, metavar="DST", help="folder to write; must not exist, or be empty")
+    add("--to", required=True, choices=("hf", "megatron"))
+    add("--precision", choices=("bf16", "fp32"), help="of the written weights (default: as they are stored)")
+    add("--context", type=int, metavar="TOKENS", help="to hf: longest sequence (default: the run's)")
+    add("--tokenizer-type", metavar="KIND", help="to hf: as for tools/preprocess_data.py")
+    add("--tokenizer-model", metavar="MODEL", help="to hf: the tokenizer that the model was trained with")
+    args = parser.parse_args()
+    with user_errors():
+        only_hf = ("context", "tokenizer_type", "tokenizer_model")
+        if args.to == "megatron" and any(getattr(args, name) for name in only_hf):
+            raise ValueError("--context and --tokenizer-* concern --to hf; a checkpoint holds neither")
+        if bool(args.tokenizer_type) != bool(args.tokenizer_model):
+            raise ValueError("give --tokenizer-type and --tokenizer-model together, or neither")
+        try:
+            from megatron_r1.recipes import convert
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}: pip install -e '.[hf]'") from None
+
+        if args.to == "megatron":
+            print(f"wrote {convert.to_megatron(args.source, args.target, args.precision)}")
+            return
+        tokenizer = None
+        if args.tokenizer_type:
+            from megatron_r1.data.tokenizer_files import tokenizer_files
+
+            tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
+        convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer)
+        print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    main()
