@@ -28,6 +28,8 @@ from megatron_r1.data.blend import BlendPlan, Order
 FOURTEEN = [0.52, 23.33, 54.83, 0.14, 1.32, 0.86, 1.26, 0.03, 0.72, 3.01, 2.7, 3.18, 8.01, 0.08]
 
 # Targets: how many times faster than megatron-core, by the number of sources; ns a sample.
+PLAN_READY = 10_000
+STATE_BYTES = 64 << 10
 EXACT_ORDER = {14: 4, 1024: 20}
 LOOKUP_NS = 60
 
@@ -61,7 +63,9 @@ def plan_ready(build: Callable[[np.ndarray, int], object], samples: int, repeats
     mine = statistics.median(seconds(ours) for _ in range(repeats * 10))
     print(
         f"plan of {samples:.0e} samples x 14    ours {mine * 1e6:8.0f} us, {ours().state_bytes()} bytes   "
-        f"megatron-core {theirs:7.2f} s, {samples * 10:.0e} bytes   ratio {theirs / mine:.0f}"
+        f"megatron-core {theirs:7.2f} s, {samples * 10:.0e} bytes   ratio {theirs / mine:.0f} "
+        f"(target >= {PLAN_READY}: {verdict(theirs / mine >= PLAN_READY)}; "
+        f"state <= {STATE_BYTES} bytes: {verdict(ours().state_bytes() <= STATE_BYTES)})"
     )
 
 
