@@ -14,6 +14,8 @@ from megatron_r1 import backend  # noqa: F401  (before megatron.core)
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_r1.model.cpu_attention import causal_attention
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, its weight marked for megatron-core's sequence-parallel gradient sum."""
@@ -25,7 +27,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class SdpaAttention(MegatronModule):
-    """Causal attention on `scaled_dot_product_attention`, which is flash attention on a GPU.
+    """Causal attention: `scaled_dot_product_attention`, which is flash attention on a GPU, or cpu_attention.
 
     Under context parallelism the keys and values of all ranks are gathered; a rank's queries are
     megatron-core's zigzag halves (chunks r and 2n-1-r of 2n), so a mask replaces the causal flag.
@@ -94,12 +96,15 @@ class SdpaAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[b, heads, s, d]; causal unless a mask says what is seen."""
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and q.device.type == "cpu" and dropout == 0.0:
+            return causal_attention(q, k, v, self.scale or q.shape[-1] ** -0.5)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=mask is None,
             scale=self.scale,
             enable_gqa=k.shape[1] != q.shape[1],
