@@ -1,174 +1,289 @@
-"""Sharded checkpoints through megatron-core's dist_checkpointing: save, find, load, reshard.
+"""Sharded checkpoints through megatron-core's dist_checkpointing: save, load, reshard.
 
-A checkpoint is a directory `checkpoints/step_00000120/` that appears whole, by a rename after every
-rank has written and flushed, or not at all. Any layout loads what any other saved.
+Any layout loads what any other saved. Saving copies this rank's part and leaves the writing to a thread;
+what is on the disk in the end is the state of the step at which it began.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import inspect
 import os
 import queue
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+from megatron_r1 import backend, checkpoint_files
+from megatron_r1.checkpoint_files import FileFacts, check_model, found, read_meta
 from megatron_r1.config import ModelConfig
+from megatron_r1.optimizer_shards import METADATA, rectangles_of
+from megatron_r1.parallel import broadcast_object
 from megatron_r1.records import CheckpointRef, TrainState
+from megatron_r1.retention import Retention
 from megatron_r1.run_dir import sync
 
 # isort: split
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-_META = "megatron_r1.json"
-# The optimizer's shards as whole parameters, so that any TP, PP and DP size can load them.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+__all__ = ["Saver", "check_model", "found", "load", "read_meta", "save"]
+
+# 0.19 has another package write by default; here it is only asked what is to be written.
+_ASYNC = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    _ASYNC["async_strategy"] = "mcore"  # type: ignore[assignment]
 
 
 def save(
-    directory: Path,
-    gpt: Any,
-    optimizer: Any,
-    state: TrainState,
-    model: ModelConfig,
-    phase: str,
-    plan: str,
+    directory: Path, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
 ) -> CheckpointRef:
-    """Write `directory/step_N` from all ranks; returns when it is complete on disk.
-
-    `plan` is the data plan (JSON) in which the data position counts: a resumed run must agree with it.
-    """
-    final = directory / f"step_{state.step:08d}"
-    ref = CheckpointRef(final, state.step, phase)
-    if _complete(final):
-        return ref
-    temporary = directory / f".step_{state.step:08d}.tmp"
-    if dist.get_rank() == 0:
-        # What a killed save left.
-        for leftover in directory.glob(".step_*.tmp"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    # Saved synchronously, the writers report within this process: megatron-core's own queue would
-    # start a server process for that, several seconds at the first save.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_state_dict(gpt, optimizer), str(temporary), content_metadata=_SHARDING)
-    if dist.get_rank() == 0:
-        meta = {
-            "format": 1,
-            "phase": phase,
-            "state": dataclasses.asdict(state),
-            "model": dataclasses.asdict(model),
-            "plan": plan,
-            "bytes": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
-        }
-        (temporary / _META).write_text(json.dumps(meta, indent=1))
-        for path in temporary.iterdir():
-            sync(path)
-        os.rename(temporary, final)
-        sync(directory)
-    dist.barrier()
+    """Write `directory/step_N` from all ranks; returns when it is complete on disk. See `Saver.save`."""
+    saver = Saver(directory)
+    ref = saver.save(gpt, optimizer, state, model, phase, plan)
+    saver.wait()
     return ref
-
-
-def found(directory: Path) -> list[CheckpointRef]:
-    """Complete checkpoints under `directory`, in training order."""
-    refs = []
-    for path in sorted(directory.glob("step_*")):
-        if _complete(path):
-            refs.append(CheckpointRef(path, int(path.name.removeprefix("step_")), read_meta(path)["phase"]))
-    return refs
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises ValueError where there is none, or a file is short."""
-    try:
-        meta = json.loads((path / _META).read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is no complete checkpoint ({_META} is missing); name a step_N directory"
-        ) from None
-    for name, size in meta["bytes"].items():
-        actual = (path / name).stat().st_size if (path / name).exists() else 0
-        if actual != size:
-            raise ValueError(
-                f"{path / name} has {actual} bytes where {size} were saved; the checkpoint is damaged, "
-                f"remove {path} and continue from an earlier one"
-            )
-    return meta
-
-
-def check_model(path: Path, model: ModelConfig) -> dict[str, Any]:
-    """`read_meta` of a checkpoint of this model. Raises ValueError when it holds another one."""
-    meta = read_meta(path)
-    theirs = meta["model"]
-    changed = [
-        f"{key} {theirs.get(key)} there, {value} here"
-        for key, value in dataclasses.asdict(model).items()
-        if theirs.get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"{path} holds another model: {'; '.join(changed)}")
-    return meta
 
 
 def load(path: Path, gpt: Any, optimizer: Any | None, model: ModelConfig) -> TrainState:
     """Fill the model, and the optimizer unless None, from a checkpoint of the same model.
 
-    Raises ValueError when the checkpoint is of another shape.
+    Every file is verified first, each by one rank. Raises ValueError on all ranks when the checkpoint is
+    of another shape, or names the files that are missing, short or altered.
     """
     meta = check_model(path, model)
-    loaded = dist_checkpointing.load(_state_dict(gpt, optimizer, loading=True), str(path))
-    gpt.load_state_dict(loaded["model"])
-    if optimizer is not None:
-        with torch.no_grad():
-            optimizer.load_state_dict(loaded["optimizer"])
+    faults: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(
+        faults, checkpoint_files.faults(path, meta["files"], dist.get_rank(), dist.get_world_size())
+    )
+    checkpoint_files.refuse(path, [fault for share in faults for fault in share])
+    wanted: dict[str, Any] = {"model": gpt.sharded_state_dict()}
+    if optimizer is None:
+        loaded = dist_checkpointing.load(wanted, str(path))
+        gpt.load_state_dict(loaded["model"])
+        return TrainState(**meta["state"])
+    with torch.no_grad(), rectangles_of(optimizer):
+        wanted["optimizer"] = optimizer.sharded_state_dict(
+            wanted["model"], is_loading=True, metadata=METADATA
+        )
+        loaded = dist_checkpointing.load(wanted, str(path))
+        gpt.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
     return TrainState(**meta["state"])
 
 
-def _state_dict(gpt: Any, optimizer: Any | None, loading: bool = False) -> dict[str, Any]:
+@dataclass
+class _Flight:
+    """A save that has begun."""
+
+    ref: CheckpointRef
+    temporary: Path
+    request: Any
+    """megatron-core's: what this rank writes, and what completes the checkpoint on all."""
+    publish: Callable[[FileFacts], None]
+    thread: threading.Thread
+    facts: FileFacts
+    error: str = ""
+
+
+class Saver:
+    """Saves of one run, one at a time, in the background. Every rank has one and calls it alike.
+
+    Host memory: a copy of what this rank writes, kept from save to save.
+    """
+
+    def __init__(self, directory: Path, retention: Retention | None = None):
+        self._directory = directory
+        self._retention = retention or Retention()
+        self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._flight: _Flight | None = None
+        self._remover: threading.Thread | None = None
+
+    def save(
+        self, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
+    ) -> CheckpointRef:
+        """Begin to write `directory/step_N`; the state may change once this returns.
+
+        `plan` is the data plan (JSON) in which the data position counts: a resumed run must agree with
+        it. `optimizer` None: weights only. A save still under way is waited for. Raises OSError on all
+        ranks where the disk is full or not writable.
+        """
+        self.wait()
+        final = checkpoint_files.step_path(self._directory, state.step)
+        ref = CheckpointRef(final, state.step, phase)
+        if (final / checkpoint_files.META).is_file():
+            return ref
+        temporary = checkpoint_files.temporary_path(self._directory, state.step)
+
+        def begin() -> None:
+            if self._remover is not None:
+                self._remover.join()
+            checkpoint_files.begin(self._directory, state.step)
+
+        _on_first_rank(begin, ref)
+        # The writers report within this process: megatron-core's own queue would start a server for that,
+        # which runs the main program again.
+        filesystem_async._results_queue = queue.Queue()
+        request = dist_checkpointing.save(
+            self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
+        )
+        saved = TrainState(state.step, state.samples, state.tokens)
+        flight = _Flight(
+            ref,
+            temporary,
+            request,
+            lambda facts: checkpoint_files.publish(temporary, final, facts, saved, model, phase, plan),
+            threading.Thread(target=lambda: _write(flight), name="checkpoint", daemon=True),
+            {},
+        )
+        flight.thread.start()
+        self._flight = flight
+        return ref
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a save is not on the disk yet."""
+        return self._flight is not None and self._flight.thread.is_alive()
+
+    def poll(self, writing: int) -> None:
+        """Complete the save under way, on all ranks, once `writing` of them, a number that all have
+        agreed on, is none. Raises OSError on all ranks if any could not write; earlier checkpoints stay."""
+        if not writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Complete the save under way, if there is one; see `poll`."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        flight.thread.join()
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (flight.error, flight.facts))
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(told) if error]
+        if dist.get_rank() == 0:
+            checkpoint_files.release(self._directory)
+            if errors:
+                shutil.rmtree(flight.temporary, ignore_errors=True)
+        if errors:
+            raise OSError(_failed(flight.ref, "; ".join(errors)))
+        for finish in flight.request.finalize_fns:
+            finish()
+
+        def publish() -> None:
+            facts: FileFacts = {name: fact for _, part in told for name, fact in part.items()}
+            rest = [p for p in flight.temporary.iterdir() if p.name not in facts]
+            for path in rest:
+                sync(path)
+            flight.publish(facts | checkpoint_files.facts_of(rest))
+
+        _on_first_rank(publish, flight.ref)
+        if dist.get_rank() == 0:
+            self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Only now that a newer checkpoint is complete. Deleting may take long, and nobody waits for it."""
+        steps = self._retention.surplus(checkpoint_files.saved_steps(self._directory))
+        hidden = [checkpoint_files.discard(checkpoint_files.step_path(self._directory, s)) for s in steps]
+        if hidden:
+            self._remover = threading.Thread(target=_delete, args=(hidden,), name="remover")
+            self._remover.start()
+
+    def _copied(self, sharded: dict[str, Any]) -> dict[str, Any]:
+        """The same state with the tensors that this rank writes copied to the host.
+
+        The copies are kept: fresh memory costs more than the copying.
+        """
+        apply_factories(sharded)
+        for shard in nested_values(sharded):
+            if not isinstance(shard, ShardedTensor) or not is_main_replica(shard.replica_id):
+                continue
+            copy = self._copies.get(place := (shard.key, shard.global_offset))
+            if copy is None:
+                copy = torch.empty(shard.data.shape, dtype=shard.dtype, pin_memory=backend.HAS_CUDA)
+                self._copies[place] = copy
+            shard.data = copy.copy_(shard.data.detach(), non_blocking=True)
+        if backend.HAS_CUDA:
+            torch.accelerator.synchronize()
+        return sharded
+
+
+def _sharded(gpt: Any, optimizer: Any | None) -> dict[str, Any]:
+    """What is saved, in place."""
     model = gpt.sharded_state_dict()
     if optimizer is None:
         return {"model": model}
-    with _places_without_padding(optimizer):
-        state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING)
-    return {"model": model, "optimizer": state}
+    with rectangles_of(optimizer):
+        return {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=METADATA)}
 
 
-@contextmanager
-def _places_without_padding(optimizer: Any) -> Iterator[None]:
-    """Let megatron-core find each parameter's state where it has put it.
+def _write(flight: _Flight) -> None:
+    """Write this rank's files, flushed, and take their checksums. Runs in a thread; never raises.
 
-    It gathers the state of all buckets one after the other, without the padding at each bucket's end,
-    but looks a parameter up at its place in the padded buffer (0.16.1 and 0.19.2). Wherever a bucket but
-    the last is padded, every later parameter would be saved shifted, and the last one cut off.
+    In a thread: megatron-core forks writers, whose copies of the memory and of the process groups'
+    threads are no gain where a write leaves the interpreter lock alone.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    buffers = [buffer for part in parts for buffer in part.buffers]
-    padded = [buffer.param_index_map for buffer in buffers]
+    if flight.request.async_fn is None:
+        return
     try:
-        for buffer in buffers:
-            shift, shifts = 0, []
-            for (start, end), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
-                shifts.append(shift)
-                shift += end - start - bucket.numel_unpadded
-            buffer.param_index_map = {
-                param: (start - shifts[number], end - shifts[number], number)
-                for param, (start, end, number) in buffer.param_index_map.items()
-            }
-        yield
-    finally:
-        for buffer, places in zip(buffers, padded, strict=True):
-            buffer.param_index_map = places
+        if sys.platform == "linux":
+            # There a thread has a priority of its own: where training computes on the same cores, it
+            # goes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        transforms = flight.request.async_fn.args[0]
+        _, buckets, answer = flight.request.async_fn_args
+        written = {}
+        for number, bucket in enumerate(buckets):
+            results: queue.Queue[Any] = queue.Queue()
+            begun: queue.Queue[int] = queue.Queue()
+            begun.put(number)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, bucket, results, begun, use_fsync=True
+            )
+            _, written[number] = results.get()
+            if isinstance(written[number], Exception):
+                raise written[number]
+            flight.facts.update(checkpoint_files.facts_of([Path(bucket[0])]))
+        answer.put(written)
+    except Exception as error:
+        flight.error = _cause(error)
 
 
-def _complete(path: Path) -> bool:
-    return (path / _META).is_file()
+def _cause(error: BaseException) -> str:
+    """What the system said, where torch says only that a write came out short."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return str(inner) if inner is not None else f"{type(error).__name__}: {error}"
+
+
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _on_first_rank(action: Callable[[], None], ref: CheckpointRef) -> None:
+    """Run `action` on the first rank; where it fails, OSError on all."""
+    error: object = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = _failed(ref, str(caught))
+    error = broadcast_object(error)
+    if error is not None:
+        raise OSError(error)
+
+
+def _failed(ref: CheckpointRef, why: str) -> str:
+    return (
+        f"{ref.path} could not be saved ({why}); earlier checkpoints are whole: make room, and the same "
+        f"command goes on from the last of them"
+    )

@@ -38,17 +38,8 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, seconds: float = 
     `body`, a function of a module, joins the process groups itself (`parallel.process_groups`). Raises
     RankFailedError as soon as one rank fails, after ending the others. One thread a rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
-        answers = [Path(directory) / str(rank) for rank in range(ranks)]
-        children = [
-            _FORKS.Process(target=_be_rank, args=(rank, ranks, port, answers[rank], body, args))
-            for rank in range(ranks)
-        ]
-        for child in children:
-            child.start()
+        children, answers = start_ranks(ranks, Path(directory), body, *args)
         failed = _wait(children, seconds)
         for log in sorted(Path(directory).glob("*.log")):
             print(log.read_text(errors="replace"), end="")
@@ -57,6 +48,23 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, seconds: float = 
     if failed is not None or errors:
         raise RankFailedError("\n".join(errors) or failed)
     return [value for value, _ in found]
+
+
+def start_ranks(
+    ranks: int, directory: Path, body: Callable[..., Any], *args: Any
+) -> tuple[list[BaseProcess], list[Path]]:
+    """The processes of a launch, and the files under `directory` to which each writes what it found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = [directory / str(rank) for rank in range(ranks)]
+    children: list[BaseProcess] = [
+        _FORKS.Process(target=_be_rank, args=(rank, ranks, port, answers[rank], body, args))
+        for rank in range(ranks)
+    ]
+    for child in children:
+        child.start()
+    return children, answers
 
 
 def _be_rank(

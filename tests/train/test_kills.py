@@ -1,0 +1,111 @@
+"""Ranks that end at any moment: what is complete stays whole, and the run comes to the same end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1 import checkpoint, checkpoint_files
+from megatron_r1.config import Config, DataConfig, PhaseConfig, SourceConfig, TrainConfig
+from megatron_r1.ledger import read_jsonl
+from megatron_r1.train.loop import train
+from tests import launch
+from tests.distributed import on_ranks, start_ranks
+from tests.influence import tiny
+
+STEPS = 10
+RANKS = 2
+
+
+def run_of(config: Config, directory: Path, **train_values: Any) -> Config:
+    return replace(config, train=replace(config.train, run=str(directory), **train_values))
+
+
+def tensors(config: Config) -> dict[str, torch.Tensor]:
+    return launch.tensors(Path(config.train.run) / f"checkpoints/step_{STEPS:08d}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, torch.Tensor], float]:
+    """A run without interruption that saves every step and keeps two; its end, and its seconds."""
+    root = tmp_path_factory.mktemp("kills")
+    launch.write_corpus(root / "a", 40, seed=0)
+    config = Config(
+        model=tiny.MODEL,
+        data=DataConfig(sources={"a": SourceConfig(f"{root}/a")}, seq_length=32),
+        train=TrainConfig(
+            f"{root}/run", global_batch=4, micro_batch=2, precision="fp32", checkpoint_every=1, keep_last=2
+        ),
+        phases={"one": PhaseConfig(steps=STEPS, learning_rate=1e-2)},
+    )
+    began = time.monotonic()
+    on_ranks(RANKS, train, config)
+    return config, tensors(config), time.monotonic() - began
+
+
+def steps(config: Config) -> list[int]:
+    return checkpoint_files.saved_steps(Path(config.train.run) / "checkpoints")
+
+
+def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor], float], tmp_path: Path) -> None:
+    config, end, seconds = run_of(whole[0], tmp_path / "run"), whole[1], whole[2]
+    chance = random.Random(number)
+    ranks, _ = start_ranks(RANKS, tmp_path, train, config)
+    # Half the time goes by before the first step.
+    ended = connection.wait([rank.sentinel for rank in ranks], timeout=chance.uniform(0.3, 0.95) * seconds)
+    assert not ended, "the kill came too late"
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+    directory = Path(config.train.run) / "checkpoints"
+    for ref in checkpoint.found(directory) if directory.exists() else []:
+        files = checkpoint.read_meta(ref.path)["files"]
+        assert checkpoint_files.faults(ref.path, files) == []
+    on_ranks(RANKS, train, config)
+    found = tensors(config)
+    assert found.keys() == end.keys() and len(end) > 10
+    assert [name for name in end if not torch.equal(found[name], end[name])] == []
+    assert steps(config) == [STEPS - 1, STEPS]
+    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [*range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_killed_at_any_moment_it_comes_to_the_same_end(number: int, whole: Any, tmp_path: Path) -> None:
+    kill_and_go_on(number, whole, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(4, 34))
+def test_killed_at_many_moments(number: int, whole: Any, tmp_path: Path) -> None:
+    kill_and_go_on(number, whole, tmp_path)
+
+
+def _told_to_stop(config: Config) -> None:
+    """Rank 1 alone gets SIGTERM, once a checkpoint is there."""
+
+    def ask() -> None:
+        launch.wait_for(lambda: len(steps(config)) > 0, "a checkpoint")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=ask).start()
+    train(config)
+
+
+def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(whole: Any, tmp_path: Path) -> None:
+    config = run_of(whole[0], tmp_path / "run", checkpoint_every=3)
+    many = replace(config, phases={"one": PhaseConfig(steps=10_000, learning_rate=1e-2)})
+    on_ranks(RANKS, _told_to_stop, many)
+    done = [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")]
+    assert 3 <= done[-1] < 10_000 and steps(config)[-1] == done[-1]
