@@ -184,6 +184,10 @@ template <class Token>
 R1_AVX2 Place fill_avx2(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
   return fill_any(from, size, place, eod, to);
 }
+template <class Token>
+R1_AVX512 Place fill_avx512(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
+  return fill_any(from, size, place, eod, to);
+}
 #endif
 
 template <class Token>
@@ -196,6 +200,7 @@ void widen(const Token* from, u64 size, i64* to) {
 template <class Token>
 Place fill(const Token* from, u64 size, Place place, i64 eod, const BatchRows& to) {
 #ifdef R1_X86
+  if (vector_width() >= 8) return fill_avx512(from, size, place, eod, to);
   if (vector_width() >= 4) return fill_avx2(from, size, place, eod, to);
 #endif
   return fill_any(from, size, place, eod, to);
@@ -304,7 +309,7 @@ class Streams {
   template <class Token, class Use>
   static std::optional<Failure> read_window(const Stream& stream, u64 begin, u64 length, Use use) noexcept {
     constexpr u64 STRETCH = 4096;
-    Token tokens[STRETCH + 1];
+    alignas(64) Token tokens[STRETCH + 1];
     for (u64 first = 0; first < length; first += STRETCH) {
       const u64 count = std::min(STRETCH, length - first);
       const u64 offset = (begin + first) * sizeof(Token);

@@ -108,6 +108,10 @@ class DataConfig:
     """How sources interleave: even spacing, or megatron-core's own greedy order bit for bit."""
     shuffle: bool = True
     """Permute each epoch of each source."""
+    cross_documents: bool = True
+    """A window's tokens attend to all before them; false: each document by itself, positions from 0."""
+    eod: int | None = None
+    """Token that ends a document, where `cross_documents` is false; None: as the datasets' sidecars say."""
     probes: dict[str, str] = field(default_factory=dict)
     """Capability -> prefix of a held-out dataset whose NLL is reported while training."""
 

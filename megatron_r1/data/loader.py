@@ -14,10 +14,8 @@ from torch import Tensor
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
+from megatron_r1.data.windows import add_stream
 from megatron_r1.records import Batch, Corpus
-
-WIDTH = {"uint16": 2, "int32": 4}
-"""Bytes of a token, by `Corpus.dtype`."""
 
 
 class BatchLoader:
@@ -51,12 +49,7 @@ class BatchLoader:
         self._number = {name: k for k, name in enumerate(plan.sources)}
         self._streams = Streams()
         for name in plan.sources:
-            corpus = by_name[name]
-            if corpus.dtype not in WIDTH:
-                raise ValueError(
-                    f"source '{name}' has tokens of type {corpus.dtype}; use one of {list(WIDTH)}"
-                )
-            self._streams.add(f"{corpus.prefix}.bin", WIDTH[corpus.dtype], corpus.tokens)
+            add_stream(self._streams, by_name[name])
 
     def batch(self, sample_N: np.ndarray) -> Batch:
         """The windows of these global samples, one a row, in the order asked.
@@ -100,17 +93,30 @@ class BatchLoader:
         source_N, _, window_N = self.plan.locate_many(sample_N)
         self._streams.will_need(source_N, window_N, self.seq_length)
 
-    def window_tokens(self, source: str, window_N: np.ndarray) -> Tensor:
-        """Whole windows of one source, inputs and the last label: int64 [N, S + 1]."""
-        if source not in self._number:
-            raise ValueError(f"no source is named '{source}'; the plan has {list(self._number)}")
-        window_N = np.asarray(window_N, dtype=np.int64)
-        source_N = np.full(len(window_N), self._number[source], dtype=np.int32)
-        return self._tensor(self._streams.whole_windows(source_N, window_N, self.seq_length))
-
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.pin_memory else tensor
+
+
+def whole_batch(window_NS: np.ndarray, real_N: np.ndarray, source_N: np.ndarray, eod: int | None) -> Batch:
+    """Whole windows, int64 [N, S + 1], as a batch on the CPU; rows that are not real carry no labels."""
+    tokens_NS, labels_NS = window_NS[:, :-1], window_NS[:, 1:]
+    position_NS = np.broadcast_to(np.arange(tokens_NS.shape[1]), tokens_NS.shape)
+    segment_NS = None
+    if eod is not None:
+        ends_NS = np.zeros_like(tokens_NS)
+        ends_NS[:, 1:] = tokens_NS[:, :-1] == eod
+        segment_NS = ends_NS.cumsum(axis=1)
+        position_NS = position_NS - np.maximum.accumulate(position_NS * ends_NS, axis=1)
+    mask_NS = np.broadcast_to(real_N[:, None], labels_NS.shape).astype(np.float32)
+    return Batch(
+        tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_NS)),
+        labels_BS=torch.from_numpy(np.ascontiguousarray(labels_NS)),
+        loss_mask_BS=torch.from_numpy(mask_NS),
+        position_BS=torch.from_numpy(np.ascontiguousarray(position_NS)),
+        source_B=torch.from_numpy(source_N.astype(np.int64)),
+        segment_BS=None if segment_NS is None else torch.from_numpy(segment_NS.astype(np.int32)),
+    )
 
 
 def _matched(plan: BlendPlan, corpora: Sequence[Corpus], seq_length: int) -> dict[str, Corpus]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import open_corpus
+from megatron_r1.data.indexed import open_corpus, read_sidecar
 from megatron_r1.records import Corpus
 
 
@@ -27,6 +27,18 @@ def data_mistakes(config: Config, ranks: int | None = None) -> list[str]:
     """What is wrong with the datasets, or with training on `ranks` ranks (default: one model copy)."""
     ranks = config.parallel.model_ranks() if ranks is None else ranks
     return open_sources(config)[1] + config_io.check_world(config, ranks)
+
+
+def document_end(config: Config) -> int | None:
+    """The token that ends each document where windows must not attend across them; else None."""
+    if config.data.cross_documents:
+        return None
+    if config.data.eod is not None:
+        return config.data.eod
+    sidecar = read_sidecar(next(iter(config.data.sources.values())).prefix) or {}
+    found = sidecar.get("eod")
+    assert found is not None, "open_sources asks every sidecar"
+    return int(found)
 
 
 def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
@@ -48,12 +60,13 @@ def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
                 f"{config.data.seq_length}"
             )
         mistakes += _tokenizer_mistakes(path, source.prefix, corpus, hashes, config.model.vocab_size)
+        mistakes += document_end_mistakes(path, source.prefix, config)
     for name, prefix in config.data.probes.items():
         try:
             probe = open_corpus(name, prefix)
-            mistakes += _tokenizer_mistakes(
-                f"data.probes.{name}", prefix, probe, hashes, config.model.vocab_size
-            )
+            path = f"data.probes.{name}"
+            mistakes += _tokenizer_mistakes(path, prefix, probe, hashes, config.model.vocab_size)
+            mistakes += document_end_mistakes(path, prefix, config)
         except (OSError, ValueError) as error:
             mistakes.append(f"data.probes.{name}: {error}")
     return corpora, mistakes
@@ -81,6 +94,28 @@ def _tokenizer_mistakes(
             f"preprocess both with the same one"
         )
     return out
+
+
+def document_end_mistakes(path: str, prefix: str, config: Config) -> list[str]:
+    """Datasets whose documents cannot be told apart, though `data.cross_documents` is false."""
+    if config.data.cross_documents:
+        return []
+    sidecar = read_sidecar(prefix)
+    if sidecar is None:
+        if config.data.eod is not None:
+            return []
+        return [
+            f"{path}: {prefix} has no sidecar that names its end-of-document token, which "
+            f"data.cross_documents=false needs; set data.eod"
+        ]
+    if not sidecar.get("append_eod"):
+        return [
+            f"{path}: {prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
+            f"tell its documents apart; preprocess it again with --append-eod"
+        ]
+    if config.data.eod is not None and sidecar.get("eod") != config.data.eod:
+        return [f"{path}: its documents end with token {sidecar.get('eod')}, not data.eod={config.data.eod}"]
+    return []
 
 
 def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:

@@ -247,7 +247,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     batch = next(batches)
     sums = begin(len(batch.tokens_BS))
-    out = model(batch.tokens_BS, batch.position_BS, None, labels=batch.labels_BS)
+    out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
     return out, partial(_row_means, batch, sums)
 
 

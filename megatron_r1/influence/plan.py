@@ -12,7 +12,7 @@ import numpy as np
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import open_corpus, with_suffix
-from megatron_r1.data.sources import open_sources
+from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.windows import choose
 from megatron_r1.records import Corpus
@@ -81,6 +81,7 @@ class Work:
                     for name in ("examples", "probe_examples", "curvature", "seed")
                 },
                 "seq_length": config.data.seq_length,
+                "eod": document_end(config),
                 "precision": config.train.precision,
             }
             window_N = choose(corpus, config.data.seq_length, self.influence.examples, self.influence.seed)
@@ -134,6 +135,7 @@ def _open(config: Config) -> tuple[Work | None, list[str]]:
             mistakes.append(f"influence.directions.{name}: {error}")
             continue
         probes.append(probe)
+        mistakes += document_end_mistakes(f"influence.directions.{name}", prefix, config)
         mistakes += _check_probe(probe, sources, config.data.seq_length)
     mistakes += [
         f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"

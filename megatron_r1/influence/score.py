@@ -7,6 +7,7 @@ was never cut off.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import torch
 
 from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import Config
+from megatron_r1.data.loader import whole_batch
+from megatron_r1.data.sources import document_end
 from megatron_r1.influence.curvature import precondition
 from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
 from megatron_r1.influence.plan import Part, Work, lay_plan
@@ -78,6 +81,7 @@ class _Scoring:
     def __init__(self, config: Config, work: Work, context: ParallelContext, parts: dict[int, list[Part]]):
         self.config, self.work, self.context, self.parts = config, work, context, parts
         self.began = ledger.process_start()
+        self.eod = document_end(config)
         backend.seed_model_parallel(config.train.seed)
         precision = config.train.precision
         # The scorer reaches into each layer, which Transformer Engine's fused ones do not allow.
@@ -231,18 +235,9 @@ class _Scoring:
     def _batches(self, rows: Windows, first: int, last: int) -> Iterator[Batch]:
         size, context = self.work.influence.micro_batch, self.context
         for window_BS, real_B in rows.batches(first, last, size, context.data_rank, context.data_size):
-            yield on_device(window_BS, real_B)
+            yield on_device(whole_batch(window_BS, real_B, np.zeros(size), self.eod))
 
 
-def on_device(window_BS: np.ndarray, real_B: np.ndarray) -> Batch:
-    """[B, S + 1] tokens -> Batch; rows that only fill up carry no labels."""
-    window = torch.from_numpy(window_BS).to(backend.device())
-    labels = window[:, 1:].contiguous()
-    mask = torch.from_numpy(real_B).to(labels.device)[:, None].expand_as(labels).float()
-    return Batch(
-        tokens_BS=window[:, :-1].contiguous(),
-        labels_BS=labels,
-        loss_mask_BS=mask.contiguous(),
-        position_BS=torch.arange(labels.shape[1], device=labels.device).expand_as(labels).contiguous(),
-        source_B=torch.zeros(len(labels), dtype=torch.long, device=labels.device),
-    )
+def on_device(batch: Batch) -> Batch:
+    fields = ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
+    return dataclasses.replace(batch, **{name: t.to(backend.device()) for name, t in fields if t is not None})

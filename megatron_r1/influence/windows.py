@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.windows import WindowReader
 from megatron_r1.records import Corpus
 
 
@@ -26,7 +26,7 @@ class Windows:
 
     def __init__(self, corpus: Corpus, window_N: np.ndarray, seq_length: int, vocab_size: int):
         self.window_N, self.seq_length = window_N, seq_length
-        self._tokens = IndexedDataset(corpus.prefix).tokens
+        self._reader = WindowReader(corpus, seq_length)
         # Where a sidecar names the tokenizer, it was asked already.
         if corpus.tokenizer_hash is None:
             worst = max(int(self.rows(np.array([n])).max()) for n in range(len(window_N)))
@@ -41,8 +41,7 @@ class Windows:
 
     def rows(self, row_B: np.ndarray) -> np.ndarray:
         """int64 [B, S + 1]: inputs and, one later, labels."""
-        start_B = self.window_N[row_B] * self.seq_length
-        return np.stack([self._tokens[s : s + self.seq_length + 1] for s in start_B]).astype(np.int64)
+        return self._reader.rows(self.window_N[row_B])
 
     def passes(self, first: int, last: int, rows_per_pass: int) -> int:
         return -(-(last - first) // rows_per_pass)

@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from megatron_r1 import backend
-from megatron_r1.data.indexed import IndexedDataset
-from megatron_r1.data.loader import BatchLoader
+from megatron_r1.data.indexed import open_corpus
+from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.windows import WindowReader
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch
 
@@ -62,23 +62,30 @@ _CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
 class ProbeSet:
     """Held-out windows of each capability, laid out for forward passes; `source_B` is the capability."""
 
-    def __init__(self, prefixes: dict[str, str], seq_length: int, micro_batch: int, context: ParallelContext):
-        self.capabilities = tuple(prefixes)
+    def __init__(
+        self,
+        prefixes: dict[str, str],
+        seq_length: int,
+        micro_batch: int,
+        context: ParallelContext,
+        eod: int | None = None,
+    ):
+        self.capabilities, self.eod = tuple(prefixes), eod
         self.context, self.micro_batch = context, micro_batch
         windows, capability = [], []
         for number, (name, prefix) in enumerate(prefixes.items()):
-            tokens = IndexedDataset(prefix).tokens
-            count = max(0, (len(tokens) - 1) // seq_length)
+            probe = open_corpus(name, prefix)
+            count = probe.windows(seq_length)
             if count == 0:
                 raise ValueError(
-                    f"probing set {name} ({prefix}) holds {len(tokens)} tokens, less than one window of "
+                    f"probing set {name} ({prefix}) holds {probe.tokens} tokens, less than one window of "
                     f"{seq_length}; set more documents aside"
                 )
-            windows += [tokens[w * seq_length : w * seq_length + seq_length + 1] for w in range(count)]
+            windows.append(WindowReader(probe, seq_length).rows(np.arange(count)))
             capability += [number] * count
-        self.windows_NS = np.stack(windows).astype(np.int64)
+        self.windows_NS = np.concatenate(windows)
         self.capability_N = np.array(capability, dtype=np.int64)
-        self.passes = -(-len(windows) // (micro_batch * context.data_size))
+        self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size))
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches; rows beyond the last window carry no labels."""
@@ -87,16 +94,5 @@ class ProbeSet:
             row_B = np.arange(n) + (number * size + rank) * n
             real_B = row_B < len(self.windows_NS)
             row_B = np.where(real_B, row_B, 0)
-            window_BS = torch.from_numpy(self.windows_NS[row_B])
-            labels_BS = window_BS[:, 1:].contiguous()
-            mask_BS = torch.from_numpy(real_B)[:, None].expand_as(labels_BS).float()
-            yield on_device(
-                Batch(
-                    tokens_BS=window_BS[:, :-1].contiguous(),
-                    labels_BS=labels_BS,
-                    loss_mask_BS=mask_BS.contiguous(),
-                    position_BS=torch.arange(labels_BS.shape[1]).expand_as(labels_BS).contiguous(),
-                    source_B=torch.from_numpy(self.capability_N[row_B]),
-                ),
-                self.context,
-            )
+            batch = whole_batch(self.windows_NS[row_B], real_B, self.capability_N[row_B], self.eod)
+            yield on_device(batch, self.context)

@@ -66,7 +66,14 @@ def build_training(config: Config) -> Training:
     """Model, gradient buffers and distributed optimizer on this rank, from `train.seed`."""
     backend.seed_model_parallel(config.train.seed)
     precision = config.train.precision
-    gpt = build_model(config.model, config.parallel, precision, config.data.seq_length)
+    gpt = build_model(
+        config.model,
+        config.parallel,
+        precision,
+        config.data.seq_length,
+        # Transformer Engine's attention takes documents apart in another layout only.
+        plain_layers=not config.data.cross_documents,
+    )
     core = get_model_config(gpt)
     wrapped = Float16Module(core, gpt) if precision == "bf16" else gpt
     model = DistributedDataParallel(
@@ -156,7 +163,7 @@ def _forward_step(
     batches: Iterator[Batch], model: Any, sources: int
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
-    out = model(batch.tokens_BS, batch.position_BS, None, labels=batch.labels_BS)
+    out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
     return out, partial(_sum_losses, batch, sources)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.loader import BatchLoader
+from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.windows import WindowReader
 from megatron_r1.records import Corpus
 
 S = 16
@@ -84,15 +85,30 @@ def test_end_of_document_makes_segments(plan: BlendPlan, corpora: list[Corpus]) 
     assert batch.segment_BS.max() > 2
 
 
+@pytest.mark.parametrize("eod", [None, EOD])
+def test_whole_windows_make_the_batch_that_the_loader_makes(
+    plan: BlendPlan, corpora: list[Corpus], eod: int | None
+) -> None:
+    sample_N = np.array([plan.position("math", j) for j in range(plan.sources["math"])])
+    want = BatchLoader(plan, corpora, S, eod=eod).batch(sample_N)
+    source_N, _, window_N = plan.locate_many(sample_N)
+    real_N = np.ones(len(window_N), dtype=bool)
+    got = whole_batch(WindowReader(corpora[2], S).rows(window_N), real_N, source_N, eod)
+    for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_BS", "source_B", "segment_BS"):
+        one, two = getattr(want, name), getattr(got, name)
+        assert (one is None and two is None) or (torch.equal(one, two) and one.dtype == two.dtype), name
+    real_N[1] = False
+    masked = whole_batch(WindowReader(corpora[2], S).rows(window_N), real_N, source_N, eod).loss_mask_BS
+    assert masked.sum(1).tolist() == [0.0 if row == 1 else float(S) for row in range(len(window_N))]
+
+
 def test_whole_windows_of_a_source(plan: BlendPlan, corpora: list[Corpus]) -> None:
-    loader = BatchLoader(plan, corpora, S)
+    reader = WindowReader(corpora[1], S)
     last = plan.sources["code"] - 1
-    tokens = loader.window_tokens("code", np.array([last, 0]))
+    tokens = reader.rows(np.array([last, 0]))
     assert tokens.tolist() == [STREAMS["code"][w * S : w * S + S + 1].tolist() for w in (last, 0)]
-    with pytest.raises(IndexError, match=f"window {last + 1} of source 1, which has {last + 1} windows"):
-        loader.window_tokens("code", np.array([last + 1]))
-    with pytest.raises(ValueError, match="no source is named 'cod'"):
-        loader.window_tokens("cod", np.array([0]))
+    with pytest.raises(IndexError, match=f"window {last + 1} of source 0, which has {last + 1} windows"):
+        reader.rows(np.array([last + 1]))
 
 
 def test_read_ahead_changes_nothing(plan: BlendPlan, corpora: list[Corpus]) -> None:
@@ -120,6 +136,7 @@ def test_a_stream_shorter_than_declared_is_refused_at_open(plan: BlendPlan, corp
 
 def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: list[Corpus]) -> None:
     loader = BatchLoader(plan, corpora, S, eod=EOD)
+    reader = WindowReader(corpora[0], S)
     last = plan.sources["web"] - 1
     path = Path(f"{corpora[0].prefix}.bin")
     offset = 2 * last * S
@@ -128,10 +145,10 @@ def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: li
     with pytest.raises(ValueError, match=message):
         loader.batch(np.array([plan.position("web", j) for j in range(last + 1)]))
     with pytest.raises(ValueError, match=message):
-        loader.window_tokens("web", np.array([last]))
+        reader.rows(np.array([last]))
     os.truncate(path, 0)
     with pytest.raises(ValueError, match=r"web.bin ends at byte 0,"):
-        loader.window_tokens("web", np.array([0]))
+        reader.rows(np.array([0]))
 
 
 def test_a_stream_replaced_while_open_is_read_on_as_it_was(plan: BlendPlan, corpora: list[Corpus]) -> None:
@@ -159,10 +176,10 @@ def test_a_head_of_a_stream_is_a_corpus(tmp_path: Path) -> None:
     head = corpus(tmp_path, "web", tokens=100)
     plan = BlendPlan({"web": head.windows(S)})
     plan.add_phase(0, [1])
-    loader = BatchLoader(plan, [head], S)
+    BatchLoader(plan, [head], S)
     assert plan.sources == {"web": 6}
     with pytest.raises(IndexError, match="has 6 windows"):
-        loader.window_tokens("web", np.array([6]))
+        WindowReader(head, S).rows(np.array([6]))
 
 
 def test_plan_and_corpora_must_agree(plan: BlendPlan, corpora: list[Corpus]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from megatron_r1 import config_io
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset
-from megatron_r1.data.sources import data_mistakes, resolve_data
+from megatron_r1.data.sources import data_mistakes, document_end, resolve_data
 from tests.launch import TINY_MODEL, write_corpus
 
 
@@ -86,3 +86,18 @@ def test_phases_meet_at_whole_steps(words: list[str]) -> None:
     corpora, plan = resolve_data(config)
     assert [corpus.name for corpus in corpora] == ["a", "b"]
     assert plan.count("a", 20) == 10 and plan.count("a", 32) == 10 and plan.count("b", 32) == 22
+
+
+def test_documents_apart_need_a_known_end(words: list[str], tmp_path: Path) -> None:
+    apart = [*words, "data.cross_documents=false"]
+    assert "a has no sidecar that names its end-of-document token" in mistakes(apart)[0]
+    assert data_mistakes(config_io.load([*apart, "data.eod=0"])) == []
+    sidecar(tmp_path / "a", "1" * 64, 128)
+    assert "was preprocessed without --append-eod" in mistakes([*apart, "data.eod=0"])[0]
+    for name in "ab":
+        sidecar(tmp_path / name, "1" * 64, 128)
+        made_with = json.loads((tmp_path / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps({**made_with, "append_eod": True, "eod": 5}))
+    assert mistakes([*apart, "data.eod=4"])[0].endswith("its documents end with token 5, not data.eod=4")
+    assert document_end(config_io.load(apart)) == 5
+    assert document_end(config_io.load(words)) is None

@@ -11,6 +11,7 @@ import torch
 
 from megatron_r1 import backend, checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.data.loader import whole_batch
 from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
 from megatron_r1.influence.score import on_device
 from megatron_r1.model.gpt import build_model
@@ -53,7 +54,9 @@ def batches(window_NS: np.ndarray, micro_batch: int, rank: int = 0, ranks: int =
     for first in range(rank * micro_batch, _up(len(window_NS), micro_batch * ranks), micro_batch * ranks):
         row_B = first + np.arange(micro_batch)
         real_B = row_B < len(window_NS)
-        yield on_device(window_NS[np.where(real_B, row_B, 0)], real_B)
+        yield on_device(
+            whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B, np.zeros(micro_batch), None)
+        )
 
 
 def passes(rows: int, micro_batch: int, ranks: int = 1) -> int:
