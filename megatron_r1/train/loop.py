@@ -12,7 +12,7 @@ from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.sources import resolve_data
+from megatron_r1.data.sources import document_end, resolve_data
 from megatron_r1.optimizer import set_schedule
 from megatron_r1.parallel import ParallelContext, holding, process_groups
 from megatron_r1.progress import Progress
@@ -85,7 +85,8 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
-        self.loader = BatchLoader(plan, corpora, config.data.seq_length, pin_memory=backend.HAS_CUDA)
+        eod = document_end(config)
+        self.loader = BatchLoader(plan, corpora, config.data.seq_length, eod, pin_memory=backend.HAS_CUDA)
         self.training: Training = build_training(config)
         self.state = self._resume()
         self.ends = {span.end for span in phase_spans(config)}
@@ -100,7 +101,7 @@ class Trainer:
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
         self.probes = (
-            ProbeSet(config.data.probes, config.data.seq_length, config.train.micro_batch, context)
+            ProbeSet(config.data.probes, config.data.seq_length, config.train.micro_batch, context, eod)
             if config.data.probes
             else None
         )
@@ -164,7 +165,7 @@ class Trainer:
                 seconds=time.time() - self.began,
                 outputs=[saved],
             )
-            end = "ends" if self.state.step == span.end else "was asked to stop (SIGTERM)"
+            end = "ends" if self.state.step == span.end else "stops (SIGTERM; the same command goes on)"
             print(
                 f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
                 f"loss {line['loss']:.4f}; wrote {saved}",
