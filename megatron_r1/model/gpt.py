@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -25,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.model.attention import RMSNorm, SdpaAttention
 from megatron_r1.model.rope import scaled_frequencies
+from megatron_r1.model.vocabulary import VocabularyGpt
 
 
 def transformer_config(
@@ -91,7 +91,7 @@ def build_model(
     seq_length: int,
     plain_layers: bool = False,
     initialise: bool = True,
-) -> GPTModel:
+) -> VocabularyGpt:
     """This rank's part of the model on its device, initialised from the current seeds.
 
     Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
@@ -101,7 +101,7 @@ def build_model(
     fused = backend.has_transformer_engine() and not plain_layers
     config = transformer_config(model, parallel, precision, fused)
     config.perform_initialization = initialise
-    gpt = GPTModel(
+    gpt = VocabularyGpt(
         config,
         _layer_spec(config, fused),
         vocab_size=padded_vocabulary(model.vocab_size, parallel.tensor),

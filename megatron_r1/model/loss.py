@@ -1,0 +1,144 @@
+"""Vocabulary projection and cross-entropy as one operation, whole or in chunks of tokens.
+
+The gradient of token i's logits is g_i (softmax(z_i) - onehot_i), with g_i the gradient of its loss. As g_i
+scales a row, it can wait: with m_i the largest logit and s_i = sum exp(z_i - m_i),
+
+    E_i = exp(z_i - m_i) - s_i onehot_i,   dH = a * (E W),   dW = E^T (a * H),   a_i = g_i / s_i
+
+so the logits become E while they lie in the cache, and the backward pass is two matrix products. In chunks
+E is formed again instead of kept: a third more products, and the logits of one chunk at a time.
+
+Under tensor parallelism the rows of W are a shard of the vocabulary; m, s and the label's logit are reduced
+over the ranks, and dH is each rank's part of a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.model.gradient import main_gradient, say_added
+
+_ROWS = 16
+"""Tokens whose logits pass through the exponential together on a CPU: what its caches hold."""
+_FORWARD_CHUNK = 1024
+"""Tokens whose logits exist at a time where no gradient is wanted, and chunks cost nothing."""
+_STRIPE = 8192
+"""Rows of the weight's gradient formed at a time where it is summed in another type: likewise."""
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, group: Any = None, chunk: int | None = None
+) -> Tensor:
+    """Cross-entropy of softmax(H W^T) against the labels, nats, float32 [N].
+
+    `group`: the tensor-parallel group, whose ranks hold consecutive shards of W; the gradient of H is then
+    a part, to be summed over it. `chunk`: tokens whose logits exist at a time; None: all of them, where a
+    backward pass is to come.
+    """
+    if not torch.is_grad_enabled():
+        chunk = chunk or _FORWARD_CHUNK
+    loss_N: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk)
+    return loss_N
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, group: Any, chunk: int | None
+    ) -> Tensor:
+        tokens, shard = len(hidden_ND), len(weight_VD)
+        if group is not None and group.size() > 1:
+            # Labels of other ranks' shards fall outside [0, V).
+            labels_N = labels_N - group.rank() * shard
+        else:
+            group = None
+        size = min(chunk or tokens, tokens)
+        logits_NV = hidden_ND.new_empty(size, shard)
+        max_N, sum_N, label_N = hidden_ND.new_empty(3, tokens, dtype=torch.float32)
+        for rows in _slices(tokens, size):
+            logits = torch.mm(hidden_ND[rows], weight_VD.t(), out=logits_NV[: len(hidden_ND[rows])])
+            mine, column = _label_columns(labels_N[rows], shard)
+            max_N[rows] = _reduced(logits.amax(1).float(), group, dist.ReduceOp.MAX)
+            label = torch.where(mine, logits.gather(1, column[:, None])[:, 0].float(), 0.0)
+            label_N[rows] = _reduced(label, group)
+            sum_N[rows] = _reduced(_exponentiate(logits, max_N[rows]), group)
+        kept = None
+        if size == tokens and any(ctx.needs_input_grad):
+            kept = _subtract_labels(logits_NV, labels_N, max_N, sum_N, label_N)
+        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, kept)
+        ctx.weight, ctx.size = weight_VD, size
+        return max_N + sum_N.log() - label_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+        hidden_ND, labels_N, max_N, sum_N, label_N, kept = ctx.saved_tensors
+        weight_VD: Tensor = ctx.weight
+        main_VD = main_gradient(weight_VD)
+        total_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if main_VD is None else main_VD
+        grad_ND = torch.empty_like(hidden_ND)
+        buffer_NV = hidden_ND.new_empty(ctx.size, len(weight_VD)) if kept is None else kept
+        for rows in _slices(len(hidden_ND), ctx.size):
+            hidden, factor = hidden_ND[rows], (grad_N[rows] / sum_N[rows])[:, None]
+            residual = buffer_NV[: len(hidden)]
+            if kept is None:
+                torch.mm(hidden, weight_VD.t(), out=residual)
+                _exponentiate(residual, max_N[rows])
+                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows])
+            grad_ND[rows] = (residual @ weight_VD) * factor
+            _add_product(total_VD, residual, (hidden * factor).to(hidden.dtype))
+        if main_VD is None:
+            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None
+        say_added(weight_VD)
+        return grad_ND, None, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _label_columns(labels_N: Tensor, shard: int) -> tuple[Tensor, Tensor]:
+    """Whether each label lies in this rank's shard, and a column that is always inside."""
+    return (labels_N >= 0) & (labels_N < shard), labels_N.clamp(0, shard - 1)
+
+
+def _reduced(values: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    if group is not None:
+        dist.all_reduce(values, op, group=group)
+    return values
+
+
+def _exponentiate(logits_NV: Tensor, max_N: Tensor) -> Tensor:
+    """z -> exp(z - m) in place, computed in float32; the sum of each row, float32 [N]."""
+    sum_N = torch.empty_like(max_N)
+    for rows in _slices(len(logits_NV), _ROWS if logits_NV.device.type == "cpu" else len(logits_NV)):
+        part = logits_NV[rows]
+        wide = part.float().sub_(max_N[rows, None]).exp_()
+        sum_N[rows] = wide.sum(1)
+        if wide is not part:
+            part.copy_(wide)
+    return sum_N
+
+
+def _subtract_labels(
+    exponentials_NV: Tensor, labels_N: Tensor, max_N: Tensor, sum_N: Tensor, label_N: Tensor
+) -> Tensor:
+    """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
+    mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
+    row_n = mine_N.nonzero()[:, 0]
+    value_N = (label_N - max_N).exp() - sum_N
+    exponentials_NV[row_n, column_N[row_n]] = value_N[row_n].to(exponentials_NV.dtype)
+    return exponentials_NV
+
+
+def _add_product(total_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
+    """total += E^T H."""
+    if total_VD.dtype == residual_NV.dtype:
+        total_VD.addmm_(residual_NV.t(), hidden_ND)
+        return
+    # What no product can be summed into goes by stripes, which the cache holds in between.
+    for stripe in _slices(len(total_VD), _STRIPE):
+        total_VD[stripe] += residual_NV[:, stripe].t() @ hidden_ND

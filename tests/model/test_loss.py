@@ -1,0 +1,96 @@
+"""Projection and loss as one operation against the two in a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_r1.config import ParallelConfig
+from megatron_r1.model.loss import linear_cross_entropy
+from megatron_r1.parallel import process_groups
+from tests.distributed import on_ranks
+
+TOKENS, HIDDEN, VOCABULARY = 37, 16, 300
+NAMES = ("loss", "gradient of the hidden states", "gradient of the weight")
+
+
+def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels, and the gradient of each token's loss, zero for some."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(TOKENS, HIDDEN) * scale).to(dtype)
+    weight = torch.randn(VOCABULARY, HIDDEN).to(dtype)
+    upstream = torch.rand(TOKENS) * (torch.rand(TOKENS) > 0.3)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (TOKENS,)), upstream
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """In float64."""
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    loss = F.cross_entropy(h @ w.t(), labels, reduction="none")
+    return loss.detach(), *torch.autograd.grad(loss, (h, w), upstream.double())
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 8, TOKENS, 1000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_fp32_is_plain_cross_entropy(chunk: int | None, scale: float) -> None:
+    hidden, weight, labels, upstream = inputs(scale=scale)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream), strict=True):
+        # The logits' own rounding grows with them.
+        assert (ours - exact).abs().max() <= 1e-6 * max(scale, 1) * exact.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_bf16_is_within_its_rounding(chunk: int | None) -> None:
+    hidden, weight, labels, upstream = inputs(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream), strict=True):
+        assert (ours - exact).norm() <= 2**-7 * exact.norm(), name
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_a_certain_label_leaves_a_small_gradient_exact(chunk: int | None) -> None:
+    """Where p is near 1, p - 1 must not be the difference of two rounded numbers."""
+    weight = torch.tensor([[6.0], [0.0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]), chunk=chunk)
+    (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+    assert gradient.item() == pytest.approx(-6 * torch.sigmoid(torch.tensor(-6.0)).item(), rel=2**-7)
+
+
+def test_a_gradient_buffer_is_added_to() -> None:
+    hidden, weight, labels, upstream = inputs(torch.bfloat16)
+    before = torch.randn(VOCABULARY, HIDDEN)
+    weight.main_grad, weight.grad_added_to_main_grad = before.clone(), False  # type: ignore[attr-defined]
+    linear_cross_entropy(hidden, weight, labels).backward(upstream)
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    exact = plain(hidden, weight, labels, upstream)[2]
+    assert (weight.main_grad - before - exact).norm() <= 2**-7 * exact.norm()  # type: ignore[attr-defined]
+
+
+def on_a_shard(ranks: int, chunk: int | None) -> tuple[Tensor, ...]:
+    """A rank's body: loss, gradient of the hidden states summed over ranks, gradient of its shard."""
+    with process_groups(ParallelConfig(tensor=ranks)) as context:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+        hidden, weight, labels, upstream = inputs()
+        shard = weight.detach().chunk(ranks)[context.tensor_rank].clone().requires_grad_()
+        loss = linear_cross_entropy(hidden, shard, labels, group, chunk)
+        of_hidden, of_shard = torch.autograd.grad(loss, (hidden, shard), upstream)
+        torch.distributed.all_reduce(of_hidden, group=group)
+        return loss.detach(), of_hidden, of_shard
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_shards_of_the_vocabulary_agree(chunk: int | None) -> None:
+    exact = plain(*inputs())
+    ranks = on_ranks(2, on_a_shard, 2, chunk)
+    found = ranks[0][0], ranks[0][1], torch.cat([rank[2] for rank in ranks])
+    for name, ours, expected in zip(NAMES, found, exact, strict=True):
+        assert (ours - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), name
+    assert torch.equal(ranks[0][0], ranks[1][0])
