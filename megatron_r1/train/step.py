@@ -88,12 +88,23 @@ def build_training(config: Config) -> Training:
         ),
         wrapped,
     )
+    skip_exchange_with_nobody(model)
     model.broadcast_params()
     optimizer = build_optimizer(config.optimizer, precision, [model])
     core.finalize_model_grads_func = finalize_model_grads
     core.grad_scale_func = optimizer.scale_loss
     core.no_sync_func = model.no_sync
     return Training(gpt, model, optimizer)
+
+
+def skip_exchange_with_nobody(model: Any) -> None:
+    """Where one rank holds all the data, its gradients are the sum: gloo would copy them to itself."""
+    for group in model.bucket_groups:
+        if group.intra_distributed_optimizer_instance_size == 1:
+            group.start_grad_sync = group.finish_grad_sync = group.start_param_sync = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def train_step(training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape) -> StepResult:
