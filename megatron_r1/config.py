@@ -172,6 +172,8 @@ class TrainConfig:
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main parameters and gradients."""
+    head_chunk: int | None = None
+    """Tokens whose logits exist at a time: less memory, more time. None: all of a micro-batch."""
     seed: int = 1234
     """Of the initial weights."""
     checkpoint_every: int = 1000

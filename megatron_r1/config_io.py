@@ -199,7 +199,7 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
         )
     if train:
-        for name in ("checkpoint_every", "probe_every", "keep_last", "keep_every"):
+        for name in ("head_chunk", "checkpoint_every", "probe_every", "keep_last", "keep_every"):
             if (value := getattr(train, name)) is not None and value < 1:
                 out.append(f"train.{name}={value} must be positive")
         if train.keep_spaced < 0:

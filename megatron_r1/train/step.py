@@ -74,6 +74,7 @@ def build_training(config: Config) -> Training:
         # Transformer Engine's attention takes documents apart in another layout only.
         plain_layers=not config.data.cross_documents,
     )
+    gpt.head_chunk = config.train.head_chunk
     core = get_model_config(gpt)
     wrapped = Float16Module(core, gpt) if precision == "bf16" else gpt
     model = DistributedDataParallel(
