@@ -9,7 +9,7 @@ import argparse
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import keep_freed_memory, user_errors
 from megatron_r1.data.sources import data_mistakes
 
 
@@ -29,6 +29,7 @@ def main() -> None:
 
             print(summary(config))
         else:
+            keep_freed_memory()
             from megatron_r1.train.loop import train
 
             train(config)
