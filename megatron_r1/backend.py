@@ -24,6 +24,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import resource
 import sys
 import types
 import warnings
@@ -68,6 +69,13 @@ def peak_flops(precision: str) -> float | None:
         if key in name:
             return flops
     return None
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most: on the GPU, else in the machine's memory."""
+    if HAS_CUDA:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def seed_model_parallel(seed: int) -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Saver:
         request = dist_checkpointing.save(
             self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
         )
-        saved = TrainState(state.step, state.samples, state.tokens)
+        saved = replace(state)
         flight = _Flight(
             ref,
             temporary,

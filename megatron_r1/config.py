@@ -74,6 +74,8 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline rank, for the interleaved schedule: smaller bubbles, more messages."""
     sequence: bool = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
 
@@ -174,6 +176,8 @@ class TrainConfig:
     """bf16 keeps fp32 main parameters and gradients."""
     head_chunk: int | None = None
     """Tokens whose logits exist at a time: less memory, more time. None: all of a micro-batch."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, of the feed-forward, or all but each layer's input."""
     seed: int = 1234
     """Of the initial weights."""
     checkpoint_every: int = 1000
@@ -187,6 +191,10 @@ class TrainConfig:
     """Save and keep so many evenly spaced checkpoints of every phase, for influence (the paper: 10)."""
     probe_every: int = 1000
     """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
+    validation_windows: int = 0
+    """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
+    wandb_project: str | None = None
+    """Also report to this Weights & Biases project, where wandb is installed."""
     init_from: str | None = None
     """A checkpoint to start a new run from: weights, optimizer state and data position."""
 
@@ -203,7 +211,7 @@ class HealthConfig:
     """The same of the gradient norm, before clipping."""
     max_skipped: int = 10
     """Stop, with a checkpoint, after so many skipped steps in a row."""
-    hang_seconds: int = 1800
+    hang_seconds: int = 540
     """End a rank, with its stacks in RUN/logs, when a step takes so long; 0: wait for ever."""
 
     __pydantic_config__ = _STRICT

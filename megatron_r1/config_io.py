@@ -180,13 +180,15 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             out.append(
                 f"parallel.tensor={tp} does not divide model.num_query_groups={groups}; use one of {legal}"
             )
-        if parallel.pipeline < 1 or model.num_layers % max(1, parallel.pipeline):
-            out.append(
-                f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers={model.num_layers}"
-            )
+        stages = parallel.pipeline * parallel.virtual_pipeline
+        if parallel.pipeline < 1 or parallel.virtual_pipeline < 1 or model.num_layers % stages:
+            by = " x virtual_pipeline" if parallel.virtual_pipeline != 1 else ""
+            out.append(f"parallel.pipeline{by}={stages} does not divide model.num_layers={model.num_layers}")
     if parallel:
         if parallel.context < 1:
             out.append(f"parallel.context={parallel.context} must be positive")
+        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+            out.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1")
         if parallel.sequence and parallel.tensor == 1:
             out.append("parallel.sequence=true needs parallel.tensor > 1")
     if data:
@@ -296,6 +298,13 @@ def check_world(config: Config, world_size: int) -> list[str]:
         ]
     data_parallel, train = world_size // ranks, config.train
     if train.global_batch % (train.micro_batch * data_parallel) == 0:
+        passes = train.global_batch // (train.micro_batch * data_parallel)
+        if config.parallel.virtual_pipeline > 1 and passes % config.parallel.pipeline:
+            return [
+                f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} interleaves groups of "
+                f"parallel.pipeline={config.parallel.pipeline} micro-batches, but a step has {passes} on "
+                f"each data-parallel rank; change train.global_batch or train.micro_batch"
+            ]
         return []
     share, rest = divmod(train.global_batch, data_parallel)
     if rest:

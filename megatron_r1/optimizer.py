@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron_r1.config import OptimizerConfig
 from megatron.core import optimizer as core_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -93,6 +96,41 @@ def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -
         use_distributed_optimizer=True,
     )
     return get_megatron_optimizer(core, model)
+
+
+def guarded_step(
+    optimizer: Any, refuses: Callable[[float], str | None], spoiled: bool = False
+) -> tuple[float, str | None]:
+    """One Adam step on the summed gradients, unless `refuses(norm)` says why not: (norm, why not).
+
+    megatron-core's own `step`, with the question between norm and clipping. The norm is the global one,
+    alike on every rank. `spoiled`: this rank's gradients are not to be used; the norm is then NaN on
+    every rank.
+    """
+    if optimizer.prepare_grads():
+        return math.inf, "gradients are not finite"
+    if spoiled:
+        next(p for p in optimizer.get_parameters() if p.numel()).grad.fill_(math.nan)
+    norm = float(optimizer.get_grad_norm())
+    refused = refuses(norm)
+    if refused is None:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+        optimizer.step_with_ready_grads()
+    return norm, refused
+
+
+def forget_moments(optimizer: Any) -> None:
+    """Adam begins anew: moments 0, step 0."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for state in inner.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name].zero_()
+        for group in inner.param_groups:
+            group["step"] = 0
 
 
 def set_schedule(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -6,9 +6,9 @@ N examples, C capabilities, K checkpoints, P projection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the step guard has seen, so that a resumed run judges steps as the interrupted one would."""
 
 
 @dataclass(frozen=True)

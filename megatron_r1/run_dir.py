@@ -1,6 +1,6 @@
 """Layout of a run directory, and writing into it so that a crash leaves the old file or the new one.
 
-RUN/ config.yaml  plan.json  metrics.jsonl  ledger.jsonl  checkpoints/  tb/  influence/  reports/
+RUN/ config.yaml  plan.json  metrics.jsonl  ledger.jsonl  checkpoints/  tb/  logs/  influence/  reports/
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.root / "logs" / f"rank_{rank:05d}.log"
 
     @property
     def tensorboard(self) -> Path:

@@ -78,7 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     directory = tmp_path_factory.mktemp("checkpoints")
     with process_groups(ParallelConfig()):
         training = trained()
-        buckets = training.model.buffers[0].buckets
+        buckets = training.chunks[0].buffers[0].buckets
         assert any(b.grad_data.numel() > b.numel_unpadded for b in buckets[:-1]), "no padding inside"
         checkpoint.save(
             directory, training.gpt, training.optimizer, TrainState(2, 4, 64), TINY, "phase", plan="{}"
@@ -151,7 +151,7 @@ def test_training_on_while_it_is_written_changes_nothing(
         saver.save(training.gpt, training.optimizer, state, TINY, "phase", plan="{}")
         state.step += 1
         with torch.no_grad():
-            for buffer in training.model.buffers:
+            for buffer in training.chunks[0].buffers:
                 buffer.param_data.zero_()
             for moments in training.optimizer.chained_optimizers[0].optimizer.state.values():
                 moments["exp_avg"].zero_()

@@ -28,7 +28,7 @@ from megatron_r1.model.vocabulary import VocabularyGpt
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: str, fused: bool
+    model: ModelConfig, parallel: ParallelConfig, precision: str, fused: bool, recompute: str = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of this shape; `fused` where Transformer Engine's layers are used."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -50,6 +50,12 @@ def transformer_config(
         init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        # Interleaved, megatron-core sends one by one; in batches it would be silently wrong on gloo.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
@@ -65,17 +71,22 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=fused,
+        recompute_granularity=None if recompute == "none" else recompute,  # type: ignore[arg-type]
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        # Attention keeps nothing of size S^2; the feed-forward keeps most of what a layer does.
+        recompute_modules=["mlp"] if recompute == "selective" else None,
     )
 
 
-def _layer_spec(config: TransformerConfig, fused: bool) -> Any:
+def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None) -> Any:
     if fused:
         return get_gpt_layer_with_transformer_engine_spec(qk_l2_norm=config.qk_l2_norm)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_l2_norm=config.qk_l2_norm)
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = SdpaAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config)
+    layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
@@ -91,29 +102,43 @@ def build_model(
     seq_length: int,
     plain_layers: bool = False,
     initialise: bool = True,
+    recompute: str = "none",
+    chunk: int | None = None,
 ) -> VocabularyGpt:
     """This rank's part of the model on its device, initialised from the current seeds.
 
     Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
     layers even where Transformer Engine is installed; checkpoints of the one load into the other.
-    `initialise` False: memory without values, for a caller that fills every weight.
+    `initialise` False: memory without values, for a caller that fills every weight. `recompute`: see
+    TrainConfig. `chunk`: which of the rank's parts, where the pipeline is interleaved.
     """
     fused = backend.has_transformer_engine() and not plain_layers
-    config = transformer_config(model, parallel, precision, fused)
+    config = transformer_config(model, parallel, precision, fused, recompute)
     config.perform_initialization = initialise
+    interleaved = parallel.virtual_pipeline > 1
     gpt = VocabularyGpt(
         config,
-        _layer_spec(config, fused),
+        _layer_spec(config, fused, chunk),
         vocab_size=padded_vocabulary(model.vocab_size, parallel.tensor),
         max_sequence_length=seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=chunk),
         position_embedding_type="rope",
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=True,
+        vp_stage=chunk,
     )
     if model.rope_scaling is not None:
         # megatron-core's own `rope_scaling` has Llama 3.1's other constants built in.
         rotary = gpt.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rope_scaling)
     return backend.place(gpt)
+
+
+class Chunks(torch.nn.ModuleList):
+    """The parts of an interleaved pipeline rank as one module to save and to load."""
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """megatron-core names each shard by its place in the whole model, so that any layout loads it."""
+        parts = ((number, chunk.sharded_state_dict()) for number, chunk in enumerate(self))  # type: ignore[operator]
+        return {f"{number}.{name}": shard for number, part in parts for name, shard in part.items()}

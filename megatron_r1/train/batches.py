@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 
 from megatron_r1 import backend
-from megatron_r1.data.indexed import open_corpus
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.windows import WindowReader
 from megatron_r1.parallel import ParallelContext
-from megatron_r1.records import Batch
+from megatron_r1.records import Batch, Corpus
 
 # isort: split
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -29,6 +29,34 @@ def micro_batches(
     samples = rank_samples(first_sample, global_batch, micro_batch, context)
     for sample_B in samples.reshape(-1, micro_batch):
         yield on_device(loader.batch(sample_B), context)
+
+
+class Tolerant:
+    """Batches that go on, with no labels, after one could not be read: `error` says why.
+
+    The other ranks wait within the step's collectives for this one. It takes part to the end of the step,
+    whose gradients `spoil` then keeps out of every rank's weights, and only then do they speak.
+    """
+
+    def __init__(self, batches: Iterator[Batch], passes: int, shape: tuple[int, int]):
+        self._batches, self._left, self._shape = batches, passes, shape
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self._batches:
+                yield batch
+                self._left -= 1
+        except (OSError, ValueError) as error:
+            self.error = error
+            for _ in range(self._left):
+                yield self._without_labels()
+
+    def _without_labels(self) -> Batch:
+        tokens_BS = torch.zeros(self._shape, dtype=torch.long, device=backend.device())
+        mask_BS = torch.zeros(self._shape, device=backend.device())
+        source_B = torch.zeros(self._shape[0], dtype=torch.long, device=backend.device())
+        return Batch(tokens_BS, tokens_BS, mask_BS, torch.zeros_like(tokens_BS), source_B)
 
 
 def rank_samples(
@@ -59,32 +87,24 @@ def on_device(batch: Batch, context: ParallelContext) -> Batch:
 _CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
 
 
-class ProbeSet:
-    """Held-out windows of each capability, laid out for forward passes; `source_B` is the capability."""
+class HeldOut:
+    """Windows that are only measured, laid out for forward passes.
+
+    `sets`: name -> corpus and its window numbers; a row's `source_B` is its set's number.
+    """
 
     def __init__(
         self,
-        prefixes: dict[str, str],
+        sets: Mapping[str, tuple[Corpus, np.ndarray]],
         seq_length: int,
         micro_batch: int,
         context: ParallelContext,
         eod: int | None = None,
     ):
-        self.capabilities, self.eod = tuple(prefixes), eod
-        self.context, self.micro_batch = context, micro_batch
-        windows, capability = [], []
-        for number, (name, prefix) in enumerate(prefixes.items()):
-            probe = open_corpus(name, prefix)
-            count = probe.windows(seq_length)
-            if count == 0:
-                raise ValueError(
-                    f"probing set {name} ({prefix}) holds {probe.tokens} tokens, less than one window of "
-                    f"{seq_length}; set more documents aside"
-                )
-            windows.append(WindowReader(probe, seq_length).rows(np.arange(count)))
-            capability += [number] * count
+        self.eod, self.context, self.micro_batch = eod, context, micro_batch
+        windows = [WindowReader(corpus, seq_length).rows(window_N) for corpus, window_N in sets.values()]
         self.windows_NS = np.concatenate(windows)
-        self.capability_N = np.array(capability, dtype=np.int64)
+        self.set_N = np.repeat(np.arange(len(windows)), [len(rows) for rows in windows])
         self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size))
 
     def batches(self) -> Iterator[Batch]:
@@ -94,5 +114,5 @@ class ProbeSet:
             row_B = np.arange(n) + (number * size + rank) * n
             real_B = row_B < len(self.windows_NS)
             row_B = np.where(real_B, row_B, 0)
-            batch = whole_batch(self.windows_NS[row_B], real_B, self.capability_N[row_B], self.eod)
+            batch = whole_batch(self.windows_NS[row_B], real_B, self.set_N[row_B], self.eod)
             yield on_device(batch, self.context)

@@ -25,6 +25,10 @@ class TooManyBadStepsError(RuntimeError):
     """Training stops: step after step had to be skipped."""
 
 
+class UnreadableDataError(RuntimeError):
+    """Training stops on this rank because another one could not read its data."""
+
+
 class StepGuard:
     """Decides whether a step's gradient may change the weights, alike on every rank.
 

@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.sources import document_end, resolve_data
-from megatron_r1.optimizer import set_schedule
+from megatron_r1.optimizer import forget_moments, set_schedule
 from megatron_r1.parallel import ParallelContext, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Corpus, TrainState
@@ -21,10 +23,19 @@ from megatron_r1.retention import Retention, evenly_spaced
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
-from megatron_r1.train.batches import ProbeSet, micro_batches, rank_samples
-from megatron_r1.train.metrics import MetricsLog
+from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
+from megatron_r1.train.evaluate import Evaluation
+from megatron_r1.train.health import (
+    StepGuard,
+    TooManyBadStepsError,
+    UnreadableDataError,
+    Watchdog,
+    say,
+    stragglers,
+)
+from megatron_r1.train.metrics import MetricsLog, RankLog
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
-from megatron_r1.train.step import Shape, StepResult, Training, build_training, label_losses, train_step
+from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
 """Windows that a rank asks for before they are needed."""
@@ -42,7 +53,7 @@ def train(config: Config) -> None:
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
-    with StopRequest() as stop, process_groups(config.parallel) as context, holding(run.root, context):
+    with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
         Trainer(config, corpora, plan, context, run, stop).train()
 
 
@@ -85,9 +96,11 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
-        eod = document_end(config)
-        self.loader = BatchLoader(plan, corpora, config.data.seq_length, eod, pin_memory=backend.HAS_CUDA)
+        self.loader = BatchLoader(
+            plan, corpora, config.data.seq_length, document_end(config), pin_memory=backend.HAS_CUDA
+        )
         self.training: Training = build_training(config)
+        self.guard = StepGuard(config.health)
         self.state = self._resume()
         self.ends = {span.end for span in phase_spans(config)}
         self.kept = _kept_steps(config)
@@ -95,20 +108,19 @@ class Trainer:
         self.saver = checkpoint.Saver(
             run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept))
         )
-        self.agreement = Agreement(flags=2)
+        self.agreement = Agreement(flags=2 + context.world_size)
+        self.busy_R = [0.0] * context.world_size
+        """Seconds that each rank was busy in the step before."""
         self.stopping = False
         """All ranks have agreed to stop, because one was asked to."""
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
-        self.probes = (
-            ProbeSet(config.data.probes, config.data.seq_length, config.train.micro_batch, context, eod)
-            if config.data.probes
-            else None
-        )
+        self.evaluation = Evaluation(config, corpora, self.training, context)
         self.last_step = phase_spans(config)[-1].end
         self.asked = self.state.step
         """Steps whose windows the disk has been asked for."""
         self.log: MetricsLog | None = None
+        self.rank_log = RankLog(run.rank_log(context.rank))
         self.began = ledger.process_start()
 
     @property
@@ -116,6 +128,8 @@ class Trainer:
         return self.context.rank == 0
 
     def train(self) -> None:
+        """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
+        of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         spans = phase_spans(self.config)
         if self.leads:
             write_text(self.run.config, config_io.dump(self.config))
@@ -127,33 +141,54 @@ class Trainer:
                 f"{self.context.world_size} ranks | {backend.describe()}",
                 flush=True,
             )
-            self.log = MetricsLog(self.run, self.state.step)
-        for span in spans:
-            if self.state.step < span.end and not self.stopping:
-                self._train_phase(span)
+            self.log = MetricsLog(self.run, self.state.step, self.config.train.wandb_project)
+        with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
+            for span in spans:
+                if self.state.step < span.end and not self.stopping:
+                    self._train_phase(span)
         if self.log is not None:
             self.log.close()
+        self.rank_log.close()
+
+    def _told(self, line: dict[str, Any], bar: Progress) -> str:
+        """A line of this rank's log."""
+        busy = f"busy {self.training.busy.seconds:.3f} s of {line['seconds']:.3f}"
+        if not self.leads:
+            return f"step {line['step']} | {busy}"
+        slowest = f"slowest rank {line['slowest_rank']} ({line['slowest_ratio']:.2f}x)"
+        return (
+            f"step {line['step']} | loss {line['loss']:.4f} | lr {line['learning_rate']:.3e} | grad norm "
+            f"{line['grad_norm']:.3f} | {line['tokens_per_second']:,.0f} tokens/s | {busy} | {slowest} | "
+            f"{bar.line()}"
+        )
 
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
         target = _shares(config.phase_weights(span.name), self.sources)
         self._say_unseen(span)
+        if self.state.step == span.start:
+            self.guard.forget()
+            if span.config.reset_optimizer:
+                forget_moments(self.training.optimizer)
         with Progress(
             f"train {span.name}", span.end - span.start, "steps", self.state.step - span.start, self.leads
         ) as bar:
             while self.state.step < span.end and not self.stopping:
                 start = time.perf_counter()
                 lr = span.learning_rate(self.state.step)
-                result = self._step(lr)
+                result = self._step(span, lr)
                 seconds = time.perf_counter() - start
+                self.watchdog.heard()
                 line = self._line(span, result, lr, seconds, target)
                 done = self.state.step
-                if self.probes and (done % config.train.probe_every == 0 or done == span.end):
-                    line["probe_nll"] = self._probe()
+                if done % config.train.probe_every == 0 or done == span.end:
+                    line |= self.evaluation.measure()
+                bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
-                bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+                self.rank_log.write(self._told(line, bar))
                 self._between_steps(span.name)
+                self.watchdog.heard()
         if self.leads:
             steps = self.state.step - first
             saved = str(self.run.checkpoints / f"step_{self.state.step:08d}")
@@ -194,18 +229,51 @@ class Trainer:
             self.loader.read_ahead(rank_samples(first, size, self.config.train.micro_batch, self.context))
             self.asked += 1
 
-    def _step(self, lr: float) -> StepResult:
+    def _step(self, span: PhaseSpan, lr: float) -> StepResult:
         config = self.config
         self._read_ahead()
         set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        result = train_step(self.training, batches, self.passes, self.shape)
+        tolerant = Tolerant(batches, self.passes, (self.shape.micro_batch, self.shape.seq_length))
+        result = train_step(
+            self.training,
+            iter(tolerant),
+            self.passes,
+            self.shape,
+            self.guard.refuses,
+            spoiled=lambda: tolerant.error is not None,
+        )
+        if result.refused is not None:
+            self._look_into(tolerant.error, result.refused, span)
         self.state.step += 1
         self.state.samples += config.train.global_batch
         self.state.tokens += config.tokens_per_step()
+        self.state.guard = self.guard.history()
         return result
+
+    def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
+        """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
+        first = self.state.samples
+        where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
+        told: list[Any] = [None] * self.context.world_size
+        dist.all_gather_object(told, None if error is None else str(error))
+        if any(told):
+            self._save(span.name)
+            self.saver.wait()
+            if error is not None:
+                raise error
+            rank = next(rank for rank, message in enumerate(told) if message)
+            raise UnreadableDataError(f"rank {rank} could not read its part of {where}: {told[rank]}")
+        if self.leads:
+            say(f"{self.run.root}: {where}: skipped, {reason}")
+        try:
+            self.guard.check()
+        except TooManyBadStepsError:
+            self._save(span.name)
+            self.saver.wait()
+            raise
 
     def _line(
         self, span: PhaseSpan, result: StepResult, lr: float, seconds: float, target: dict[str, float]
@@ -218,6 +286,7 @@ class Trainer:
         mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
         flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
         peak = backend.peak_flops(config.train.precision)
+        slowest, ratio = stragglers(self.busy_R)
         return {
             "step": state.step,
             "phase": span.name,
@@ -231,23 +300,20 @@ class Trainer:
             "mix_actual": _shares(in_phase, self.sources),
             "learning_rate": lr,
             "grad_norm": result.grad_norm,
+            "skipped": int(result.refused is not None),
+            "slowest_rank": slowest,
+            "slowest_ratio": ratio,
+            "memory_bytes": backend.peak_memory(),
             "seconds": seconds,
             "tokens_per_second": config.tokens_per_step() / seconds,
             **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
         }
 
-    def _probe(self) -> dict[str, float]:
-        """Held-out NLL per token of each capability, nats."""
-        assert self.probes is not None
-        names = self.probes.capabilities
-        shape = Shape(self.config.train.micro_batch, self.config.data.seq_length, len(names))
-        loss_C, tokens_C = label_losses(self.training.model, self.probes.batches(), self.probes.passes, shape)
-        return dict(zip(names, (loss_C / tokens_C).tolist(), strict=True))
-
     def _between_steps(self, phase: str) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
-        stop, writing = self.agreement.heard()
+        stop, writing, *busy_us = self.agreement.heard()
+        self.busy_R = [us / 1e6 for us in busy_us]
         self.saver.poll(writing)
         self.stopping = bool(stop)
         last = self.stopping or step in self.ends
@@ -255,7 +321,9 @@ class Trainer:
             self._save(phase)
         if last:
             self.saver.wait()
-        self.agreement.tell(self.stop.requested, self.saver.writing)
+        mine = [0] * self.context.world_size
+        mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
+        self.agreement.tell(self.stop.requested, self.saver.writing, *mine)
 
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
@@ -281,6 +349,8 @@ class Trainer:
             return TrainState()
         _check_past(path, self.config, self.plan)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
+        if state.guard:
+            self.guard.load(state.guard)
         if self.leads:
             print(f"{self.run.root}: continues from {path}", flush=True)
         return state

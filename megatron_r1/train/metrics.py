@@ -1,8 +1,9 @@
-"""What a run reports: one JSON line a step, and the same figures in TensorBoard."""
+"""What a run reports: one JSON line a step, the same figures in TensorBoard, and a log of each rank."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_r1.run_dir import RunDir, write_text
 class MetricsLog:
     """`RUN/metrics.jsonl` and `RUN/tb`, cut back to `step` so that a resumed run writes no step twice."""
 
-    def __init__(self, run: RunDir, step: int):
+    def __init__(self, run: RunDir, step: int, wandb_project: str | None = None):
         # Imported here: half a second that the other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -23,18 +24,16 @@ class MetricsLog:
         run.root.mkdir(parents=True, exist_ok=True)
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self._wandb = _wandb_run(run, wandb_project) if wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Nested groups become TensorBoard's `group/name`."""
         self._file.write(json.dumps(line) + "\n")
-        step = line["step"]
-        for key, value in line.items():
-            group = _GROUPS.get(key, key)
-            if isinstance(value, dict):
-                for name, leaf in value.items():
-                    self._board.add_scalar(f"{group}/{name}", leaf, step)
-            elif isinstance(value, (int, float)) and key != "step":
-                self._board.add_scalar(group, value, step)
+        scalars = _scalars(line)
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=line["step"])
 
     def flush(self) -> None:
         self._file.flush()
@@ -43,12 +42,58 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class RankLog:
+    """`RUN/logs/rank_N.log`: a line a step of what this rank did; the first rank's also says the loss."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the run)
+
+    def write(self, text: str) -> None:
+        self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """`group/name` -> value of everything in a step's line that is a number."""
+    out: dict[str, float] = {}
+    for key, value in line.items():
+        group = _GROUPS.get(key, key)
+        if isinstance(value, dict):
+            out |= {f"{group}/{name}": leaf for name, leaf in value.items()}
+        elif isinstance(value, (int, float)) and key != "step":
+            out[group] = value
+    return out
+
+
+def _wandb_run(run: RunDir, project: str) -> Any:
+    """Raises ValueError where wandb is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"train.wandb_project={project} needs the package wandb; install it, or leave the field out: "
+            f"TensorBoard has the same figures"
+        ) from None
+    # One run of theirs for one of ours, however often it was resumed.
+    return wandb.init(project=project, name=run.root.name, id=run.root.name, dir=run.root, resume="allow")
 
 
 _GROUPS = {
     "loss": "loss/train",
     "learning_rate": "schedule/learning_rate",
     "grad_norm": "health/grad_norm",
+    "rank_me": "health/rank_me",
+    "skipped": "health/skipped",
+    "slowest_rank": "health/slowest_rank",
+    "slowest_ratio": "health/slowest_ratio",
+    "memory_bytes": "health/memory_bytes",
     "tokens_per_second": "throughput/tokens_per_second",
     "mfu": "throughput/mfu",
     "seconds": "throughput/seconds_per_step",

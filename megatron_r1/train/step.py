@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import Config
-from megatron_r1.model.gpt import build_model
-from megatron_r1.optimizer import build_optimizer
+from megatron_r1.model.gpt import Chunks, build_model
+from megatron_r1.optimizer import build_optimizer, guarded_step
 from megatron_r1.parallel import sum_over_data
 from megatron_r1.records import Batch
+from megatron_r1.train.health import Stopwatch
 
 # isort: split
 from megatron.core.distributed import (
@@ -33,10 +35,17 @@ class Training:
     """The model as it is trained: bare, wrapped, and its optimizer."""
 
     gpt: Any
-    """GPTModel; the state dict of checkpoints."""
-    model: Any
-    """DistributedDataParallel around it (and around Float16Module for bf16)."""
+    """GPTModel, or Chunks of an interleaved pipeline; the state dict of checkpoints."""
+    chunks: list[Any]
+    """DistributedDataParallel around each (and around Float16Module for bf16)."""
     optimizer: Any
+    busy: Stopwatch
+    """Stops where this rank's own backward passes of a step end."""
+
+    @property
+    def last(self) -> Any:
+        """The part of the model that has the head, where this rank has it."""
+        return self.gpt[-1] if isinstance(self.gpt, Chunks) else self.gpt
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ class StepResult:
     tokens_N: Tensor
     """float64 [sources] label counts."""
     grad_norm: float
+    refused: str | None
+    """Why the weights were left as they were; None where they were updated."""
 
     def loss(self) -> float:
         """Mean loss over the global batch's labels: divided once."""
@@ -65,18 +76,44 @@ class StepResult:
 def build_training(config: Config) -> Training:
     """Model, gradient buffers and distributed optimizer on this rank, from `train.seed`."""
     backend.seed_model_parallel(config.train.seed)
-    precision = config.train.precision
+    parts = config.parallel.virtual_pipeline
+    gpts = [_build(config, chunk if parts > 1 else None) for chunk in range(parts)]
+    chunks = [_wrap(config, gpt) for gpt in gpts]
+    optimizer = build_optimizer(config.optimizer, config.train.precision, chunks)
+    busy = Stopwatch()
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        busy.stop()
+        finalize_model_grads(*args, **kwargs)
+
+    for gpt in gpts:
+        core = get_model_config(gpt)
+        core.finalize_model_grads_func = finalize
+        core.grad_scale_func = optimizer.scale_loss
+        no_sync = [chunk.no_sync for chunk in chunks]
+        core.no_sync_func = no_sync if parts > 1 else no_sync[0]
+        if parts > 1:
+            core.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    return Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, busy)
+
+
+def _build(config: Config, chunk: int | None) -> Any:
     gpt = build_model(
         config.model,
         config.parallel,
-        precision,
+        config.train.precision,
         config.data.seq_length,
         # Transformer Engine's attention takes documents apart in another layout only.
         plain_layers=not config.data.cross_documents,
+        recompute=config.train.recompute,
+        chunk=chunk,
     )
     gpt.head_chunk = config.train.head_chunk
+    return gpt
+
+
+def _wrap(config: Config, gpt: Any) -> Any:
     core = get_model_config(gpt)
-    wrapped = Float16Module(core, gpt) if precision == "bf16" else gpt
     model = DistributedDataParallel(
         core,
         DistributedDataParallelConfig(
@@ -87,15 +124,11 @@ def build_training(config: Config) -> Training:
             # bucket at 168, which leaves nothing to overlap.
             bucket_size=max(1_000_000, config.model.parameters() // 8),
         ),
-        wrapped,
+        Float16Module(core, gpt) if config.train.precision == "bf16" else gpt,
     )
     skip_exchange_with_nobody(model)
     model.broadcast_params()
-    optimizer = build_optimizer(config.optimizer, precision, [model])
-    core.finalize_model_grads_func = finalize_model_grads
-    core.grad_scale_func = optimizer.scale_loss
-    core.no_sync_func = model.no_sync
-    return Training(gpt, model, optimizer)
+    return model
 
 
 def skip_exchange_with_nobody(model: Any) -> None:
@@ -108,46 +141,58 @@ def skip_exchange_with_nobody(model: Any) -> None:
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
-def train_step(training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape) -> StepResult:
-    """Forward and backward of `micro_batches` batches, then one Adam step.
+def train_step(
+    training: Training,
+    batches: Iterator[Batch],
+    micro_batches: int,
+    shape: Shape,
+    refuses: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
+    spoiled: Callable[[], bool] = lambda: False,
+) -> StepResult:
+    """Forward and backward of `micro_batches` batches, then one Adam step, unless `refuses(loss, grad_norm)`
+    says why not, alike on all ranks, or after the backward pass any rank's gradients are `spoiled`.
 
     The gradient is that of the mean over the global batch's labels, whatever the layout.
     """
-    training.model.zero_grad_buffer()
+    training.busy.start()
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    sums = _run_schedule(training.model, batches, micro_batches, shape, forward_only=False)
-    updated, grad_norm, _ = training.optimizer.step()
-    if not updated:
-        raise RuntimeError("the optimizer skipped the step: gradients are not finite")
-    return StepResult(sums[0], sums[1], float(grad_norm))
+    loss_N, tokens_N = _run_schedule(training.chunks, batches, micro_batches, shape, forward_only=False)
+    loss = float(loss_N.sum() / tokens_N.sum())
+    grad_norm, refused = guarded_step(training.optimizer, lambda norm: refuses(loss, norm), spoiled())
+    return StepResult(loss_N, tokens_N, grad_norm, refused)
 
 
 @torch.no_grad()
 def label_losses(
-    model: Any, batches: Iterator[Batch], micro_batches: int, shape: Shape
+    training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """Summed label losses and label counts by `Batch.source_B`, float64 [sources], over all ranks."""
-    training = model.training
-    model.eval()
+    for chunk in training.chunks:
+        chunk.eval()
     try:
-        sums = _run_schedule(model, batches, micro_batches, shape, forward_only=True)
+        sums = _run_schedule(training.chunks, batches, micro_batches, shape, forward_only=True)
     finally:
-        model.train(training)
+        for chunk in training.chunks:
+            chunk.train()
     return sums[0], sums[1]
 
 
 def _run_schedule(
-    model: Any,
+    chunks: list[Any],
     batches: Iterator[Batch],
     micro_batches: int,
     shape: Shape,
     forward_only: bool,
 ) -> Tensor:
     """megatron-core's schedule for this layout. float64 [2, sources]: summed losses, label counts."""
+    # Interleaved, each part of the model takes every batch in its own time.
+    several = len(chunks) > 1
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, sources=shape.sources),
-        data_iterator=batches,
-        model=model,
+        data_iterator=list(tee(batches, len(chunks))) if several else batches,
+        model=chunks if several else chunks[0],
         num_microbatches=micro_batches,
         seq_length=shape.seq_length,
         micro_batch_size=shape.micro_batch,

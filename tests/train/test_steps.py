@@ -1,0 +1,166 @@
+"""A run's steps in every layout that two or four ranks can take, against one rank's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_r1 import checkpoint, config_io
+from megatron_r1.config import Config
+from megatron_r1.train import loop
+from megatron_r1.train.health import TooManyBadStepsError, UnreadableDataError
+from tests import launch
+from tests.distributed import RankFailedError, on_ranks
+
+STEPS = 6
+
+
+def written(tmp: Path) -> Path:
+    for number, name in enumerate("ab"):
+        launch.write_corpus(tmp / name, 60, seed=number)
+    return tmp
+
+
+def config(root: Path, run: str, *more: str) -> Config:
+    return config_io.load(
+        [
+            *launch.TINY_MODEL,
+            "model.num_layers=4",
+            f"train={{run: '{root}/{run}', global_batch: 8, micro_batch: 2, precision: fp32}}",
+            "train.checkpoint_every=2",
+            f"data={{seq_length: 32, sources: {{a: {{prefix: '{root}/a'}}, b: {{prefix: '{root}/b'}}}}}}",
+            f"data.probes={{a: '{root}/a', b: '{root}/b'}}",
+            f"phases.one={{steps: {STEPS}, learning_rate: 0.01, decay: constant}}",
+            *more,
+        ]
+    )
+
+
+def figures(run: Path) -> dict[int, list[float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["step"]: [
+            line["loss"],
+            line["grad_norm"],
+            *line["loss_by_source"].values(),
+            *line.get("probe_nll", {}).values(),
+        ]
+        for line in lines
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = written(tmp_path_factory.mktemp("steps"))
+    on_ranks(1, loop.train, config(root, "one"))
+    return root
+
+
+TWO = {
+    "interleaved": ["parallel={pipeline: 2, virtual_pipeline: 2}"],
+    "full recompute": ["train.recompute=full"],
+    "selective recompute": ["train.recompute=selective"],
+}
+
+
+@pytest.mark.parametrize("layout", TWO)
+def test_two_ranks_step_as_one(root: Path, layout: str) -> None:
+    branch = f"train.init_from={root}/one/checkpoints/step_00000002"
+    on_ranks(2, loop.train, config(root, layout, branch, *TWO[layout]))
+    alone, together = figures(root / "one"), figures(root / layout)
+    assert list(together) == list(range(3, STEPS + 1))
+    for step, values in together.items():
+        assert values == pytest.approx(alone[step], rel=1e-5)
+
+
+def test_an_interleaved_run_resumes_from_its_own_checkpoint(root: Path) -> None:
+    words = [
+        "parallel={pipeline: 2, virtual_pipeline: 2}",
+        f"train.init_from={root}/one/checkpoints/step_00000002",
+    ]
+    on_ranks(2, loop.train, config(root, "cut", *words, "phases.one.steps=4"))
+    on_ranks(2, loop.train, config(root, "cut", *words))
+    alone, resumed = figures(root / "one"), figures(root / "cut")
+    assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
+
+
+def _with_bad_steps(config: Config, bad: dict[int, float]) -> None:
+    """Train, but the label losses of these steps (from 1) are multiplied."""
+    took = loop.train_step
+
+    def spoiling(training: Any, batches: Any, passes: int, *rest: Any, **more: Any) -> Any:
+        factor = bad.get(spoiling.step, 1.0)  # type: ignore[attr-defined]
+        spoiling.step += 1  # type: ignore[attr-defined]
+        if factor != 1.0:
+            weight = training.last.decoder.final_layernorm.weight
+            kept = weight.detach().clone()
+            weight.data.mul_(factor)
+            result = took(training, batches, passes, *rest, **more)
+            weight.data.copy_(kept)
+            return result
+        return took(training, batches, passes, *rest, **more)
+
+    spoiling.step = 1  # type: ignore[attr-defined]
+    loop.train_step = spoiling
+    loop.train(config)
+
+
+def test_a_bad_step_is_left_out_and_said(root: Path) -> None:
+    on_ranks(2, _with_bad_steps, config(root, "bad", "health.max_skipped=2"), {3: float("nan")})
+    lines = [json.loads(line) for line in (root / "bad" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0, 0]
+    assert all(np.isfinite(line["loss"]) for line in lines if not line["skipped"])
+    # Its samples are gone by; the weights are those of before.
+    assert [line["samples"] for line in lines] == [8, 16, 24, 32, 40, 48]
+
+
+def test_too_many_bad_steps_end_the_run_with_a_checkpoint(root: Path) -> None:
+    bad = dict.fromkeys((4, 5), float("inf"))
+    with pytest.raises(RankFailedError, match=TooManyBadStepsError.__name__):
+        on_ranks(2, _with_bad_steps, config(root, "worse", "health.max_skipped=2"), bad)
+    saved = checkpoint.found(root / "worse" / "checkpoints")
+    assert [ref.step for ref in saved] == [2, 4]
+
+
+def _with_a_lost_file(config: Config, step: int) -> None:
+    """Train, but from this step on (from 0) the second rank cannot read its data."""
+    from megatron_r1.data.loader import BatchLoader
+
+    read = BatchLoader.batch
+
+    def failing(loader: BatchLoader, sample_N: np.ndarray) -> Any:
+        mine = sample_N[0] // 2 % 2 == 1
+        if mine and sample_N[0] >= step * 8:
+            raise OSError(5, "Input/output error", "web.bin")
+        return read(loader, sample_N)
+
+    BatchLoader.batch = failing  # type: ignore[method-assign]
+    loop.train(config)
+
+
+def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -> None:
+    with pytest.raises(RankFailedError) as failed:
+        on_ranks(2, _with_a_lost_file, config(root, "lost", "train.checkpoint_every=100"), 3)
+    assert "web.bin" in str(failed.value) or UnreadableDataError.__name__ in str(failed.value)
+    assert [ref.step for ref in checkpoint.found(root / "lost" / "checkpoints")] == [3]
+    on_ranks(2, loop.train, config(root, "lost", "train.checkpoint_every=100"))
+    alone, resumed = figures(root / "one"), figures(root / "lost")
+    assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
+
+
+def test_a_phase_may_forget_the_moments(root: Path) -> None:
+    words = ["phases.one.steps=4", "phases.two={steps: 2, learning_rate: 0.01, decay: constant}"]
+    on_ranks(1, loop.train, config(root, "forgets", *words, "phases.two.reset_optimizer=true"))
+    on_ranks(1, loop.train, config(root, "keeps", *words))
+    one, forgets, keeps = (figures(root / run) for run in ("one", "forgets", "keeps"))
+    assert keeps[6] == pytest.approx(one[6], rel=1e-4)
+    assert forgets[5][0] == keeps[5][0]
+    assert abs(forgets[6][0] - keeps[6][0]) > 0.01
+    # Cut where the phase begins, and begun again: the same.
+    on_ranks(1, loop.train, config(root, "cut there", "phases.one.steps=4"))
+    on_ranks(1, loop.train, config(root, "cut there", *words, "phases.two.reset_optimizer=true"))
+    assert figures(root / "cut there")[6] == forgets[6]
