@@ -52,7 +52,10 @@ def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Itera
         dist.init_process_group(backend.DISTRIBUTED_BACKEND, store=store, rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel(
-            config.tensor, config.pipeline, context_parallel_size=config.context
+            config.tensor,
+            config.pipeline,
+            config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            context_parallel_size=config.context,
         )
         yield current()
     finally:
