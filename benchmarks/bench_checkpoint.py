@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 2 benchmarks/bench_checkpoint.py [--precision fp32] [--saves 4] [--batch 1]
 
 Prints for each save the time that `Saver.save` holds training up, how much longer the next steps take than
-the median of steps without a save under way, and the sum of both in steps. Then the same state through
-megatron-core's own save (which gathers the optimizer's state first), and what verifying costs a load.
+the median of steps without a save under way, and the sum of both in steps; and the processor seconds of this
+rank's writing, which is what the steps lose at most where they compute on the same cores. Then the same state
+through megatron-core's own save (which gathers the optimizer's state first), and what verifying costs a load.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ def measure(training: Training, model: ModelConfig, folder: Path, options: Any, 
     say(f"{dist.get_world_size()} ranks, {options.precision}, {options.batch} x {SEQ} tokens a rank")
     say(f"step: {usual:.2f} s (of {len(alone)}: {min(alone):.2f} to {max(alone):.2f})")
     saver, agreement, stalls = checkpoint.Saver(folder), Agreement(1), []
+    write, spent = checkpoint._write, [0.0]
+
+    def counted(flight: Any) -> None:
+        start = time.thread_time()
+        write(flight)
+        spent[0] = time.thread_time() - start
+
+    checkpoint._write = counted
     for number in range(1, options.saves + 1):
         state = TrainState(number)
         held = timed(lambda s=state: saver.save(training.gpt, training.optimizer, s, model, "one", ""))
@@ -100,7 +109,8 @@ def measure(training: Training, model: ModelConfig, folder: Path, options: Any, 
         stalls.append(held + finish + slower)
         say(
             f"save {number}: held up {held:.2f} s, {steps} steps under way {slower:+.2f} s in all, completed "
-            f"in {finish:.2f} s: {stalls[-1] / usual:.2f} steps; on the disk after {seconds:.1f} s"
+            f"in {finish:.2f} s: {stalls[-1] / usual:.2f} steps; on the disk after {seconds:.1f} s; the "
+            f"writing took {spent[0]:.2f} processor seconds"
         )
     say(f"after the first: median {statistics.median(stalls[1:]) / usual:.2f} steps")
     last = checkpoint.found(folder)[-1].path

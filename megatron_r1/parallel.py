@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_r1 import backend
 from megatron_r1.config import ParallelConfig
+from megatron_r1.launch_store import launch_store
 from megatron_r1.run_lock import RunLock
 
 
@@ -46,7 +47,14 @@ def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Itera
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend.DISTRIBUTED_BACKEND, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(
+            backend.DISTRIBUTED_BACKEND,
+            store=launch_store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
     else:
         store = dist.HashStore()
         dist.init_process_group(backend.DISTRIBUTED_BACKEND, store=store, rank=0, world_size=1)

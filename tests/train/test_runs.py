@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import launch
@@ -84,6 +86,32 @@ def test_ranks_end_when_only_their_launcher_is_killed(data: Path, whole: Path, t
     process.kill()
     process.wait()
     launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+
+
+def test_torchrun_restarts_after_a_rank_was_killed(data: Path, whole: Path, tmp_path: Path) -> None:
+    run, options = tmp_path / "run", ("--standalone", "--max-restarts=2")
+    process = launch.start(launch.command(*words(data, run, SECOND), options=options), tmp_path / "log")
+    launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
+    psutil.Process(process.pid).children()[-1].kill()
+    assert process.wait(timeout=200) == 0
+    assert f"continues from {run}/checkpoints/step_" in (tmp_path / "log").read_text()
+    assert losses(run) == losses(whole)
+    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+
+
+def test_torchrun_told_to_stop_lets_the_ranks_save(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch.start(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
+    process.terminate()
+    # Not 0, though every rank ends with 0: torchrun was told to stop, and says so.
+    assert process.wait(timeout=30) == 1
+    stopped = re.search(r"stops \(SIGTERM.* at step (\d+), .* wrote (\S+)", (tmp_path / "log").read_text())
+    assert stopped and 4 < int(stopped[1]) < 12 and Path(stopped[2]).exists()
+    text = launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    assert f"continues from {stopped[2]}" in text
     assert losses(run) == losses(whole)
     launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
 
