@@ -2,8 +2,9 @@
 
 Two passes. The first encodes in input order into `PREFIX.partial/`, by worker processes that are handed
 pieces of about a megabyte; a journal there says how far it got, so that a killed run goes on from its last
-piece. The second copies the documents in a shuffled order (by seed and document number alone) into the
-final pair, with the origin of each beside it (`provenance.py`). Neither workers nor interruptions change a
+commit. The second copies the documents in a shuffled order (by seed and document number alone) into the
+final pair, with the origin of each beside it (`provenance.py`); without a shuffle there is nothing to copy,
+and the tokens of the first pass become the `.bin`. Neither workers nor interruptions change a
 byte of the result, and memory does not grow with the input, but for 40 bytes a document.
 
 What cannot become a document (bad JSON, no such key, no string, broken UTF-8, no tokens) is written with
@@ -77,8 +78,8 @@ def preprocess(
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
     tool. reject_limit: documents of one key that may be rejected. encoder: "auto" or "reference". shard:
     (i, n) encodes the i-th of n parts for `merge`, with line numbers counted from where the part begins.
-    Outputs that match the inputs and options are left as they are. Errors: ValueError, FileNotFoundError;
-    OSError where the disk is full.
+    Outputs that match the inputs and options are left as they are. Errors: ValueError, also where no
+    document is left (but for a shard); FileNotFoundError; OSError where the disk is full.
     """
     if workers < 1 or reject_limit < 0 or not inputs or not json_keys or encoder not in ("auto", "reference"):
         raise ValueError(
