@@ -1,4 +1,4 @@
-"""A run's steps in every layout that two or four ranks can take, against one rank's."""
+"""What a run does besides stepping: bad steps, lost data, a phase that forgets."""
 
 from __future__ import annotations
 
@@ -9,83 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_r1 import checkpoint, config_io
+from megatron_r1 import checkpoint
 from megatron_r1.config import Config
 from megatron_r1.train import loop
 from megatron_r1.train.health import TooManyBadStepsError, UnreadableDataError
-from tests import launch
 from tests.distributed import RankFailedError, on_ranks
+from tests.train import small
+from tests.train.small import figures
 
 STEPS = 6
 
 
-def written(tmp: Path) -> Path:
-    for number, name in enumerate("ab"):
-        launch.write_corpus(tmp / name, 60, seed=number)
-    return tmp
-
-
 def config(root: Path, run: str, *more: str) -> Config:
-    return config_io.load(
-        [
-            *launch.TINY_MODEL,
-            "model.num_layers=4",
-            f"train={{run: '{root}/{run}', global_batch: 8, micro_batch: 2, precision: fp32}}",
-            "train.checkpoint_every=2",
-            f"data={{seq_length: 32, sources: {{a: {{prefix: '{root}/a'}}, b: {{prefix: '{root}/b'}}}}}}",
-            f"data.probes={{a: '{root}/a', b: '{root}/b'}}",
-            f"phases.one={{steps: {STEPS}, learning_rate: 0.01, decay: constant}}",
-            *more,
-        ]
-    )
-
-
-def figures(run: Path) -> dict[int, list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        line["step"]: [
-            line["loss"],
-            line["grad_norm"],
-            *line["loss_by_source"].values(),
-            *line.get("probe_nll", {}).values(),
-        ]
-        for line in lines
-    }
+    return small.config(root, run, STEPS, *more)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = written(tmp_path_factory.mktemp("steps"))
+    root = small.written(tmp_path_factory.mktemp("steps"))
     on_ranks(1, loop.train, config(root, "one"))
     return root
-
-
-TWO = {
-    "interleaved": ["parallel={pipeline: 2, virtual_pipeline: 2}"],
-    "full recompute": ["train.recompute=full"],
-    "selective recompute": ["train.recompute=selective"],
-}
-
-
-@pytest.mark.parametrize("layout", TWO)
-def test_two_ranks_step_as_one(root: Path, layout: str) -> None:
-    branch = f"train.init_from={root}/one/checkpoints/step_00000002"
-    on_ranks(2, loop.train, config(root, layout, branch, *TWO[layout]))
-    alone, together = figures(root / "one"), figures(root / layout)
-    assert list(together) == list(range(3, STEPS + 1))
-    for step, values in together.items():
-        assert values == pytest.approx(alone[step], rel=1e-5)
-
-
-def test_an_interleaved_run_resumes_from_its_own_checkpoint(root: Path) -> None:
-    words = [
-        "parallel={pipeline: 2, virtual_pipeline: 2}",
-        f"train.init_from={root}/one/checkpoints/step_00000002",
-    ]
-    on_ranks(2, loop.train, config(root, "cut", *words, "phases.one.steps=4"))
-    on_ranks(2, loop.train, config(root, "cut", *words))
-    alone, resumed = figures(root / "one"), figures(root / "cut")
-    assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
 
 
 def _with_bad_steps(config: Config, bad: dict[int, float]) -> None:
