@@ -18,6 +18,7 @@ from megatron_r1.optimizer import build_optimizer, guarded_step
 from megatron_r1.parallel import sum_over_data
 from megatron_r1.records import Batch
 from megatron_r1.train.health import Stopwatch
+from megatron_r1.train.objective import Objective, next_token
 
 # isort: split
 from megatron.core.distributed import (
@@ -39,6 +40,7 @@ class Training:
     chunks: list[Any]
     """DistributedDataParallel around each (and around Float16Module for bf16)."""
     optimizer: Any
+    objective: Objective
     busy: Stopwatch
     """Stops where this rank's own backward passes of a step end."""
 
@@ -73,7 +75,7 @@ class StepResult:
         return float(self.loss_N.sum() / self.tokens_N.sum())
 
 
-def build_training(config: Config) -> Training:
+def build_training(config: Config, objective: Objective = next_token) -> Training:
     """Model, gradient buffers and distributed optimizer on this rank, from `train.seed`."""
     backend.seed_model_parallel(config.train.seed)
     parts = config.parallel.virtual_pipeline
@@ -94,7 +96,7 @@ def build_training(config: Config) -> Training:
         core.no_sync_func = no_sync if parts > 1 else no_sync[0]
         if parts > 1:
             core.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    return Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, busy)
+    return Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, objective, busy)
 
 
 def _build(config: Config, chunk: int | None) -> Any:
@@ -158,7 +160,9 @@ def train_step(
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    loss_N, tokens_N = _run_schedule(training.chunks, batches, micro_batches, shape, forward_only=False)
+    loss_N, tokens_N = _run_schedule(
+        training.chunks, training.objective, batches, micro_batches, shape, forward_only=False
+    )
     loss = float(loss_N.sum() / tokens_N.sum())
     grad_norm, refused = guarded_step(training.optimizer, lambda norm: refuses(loss, norm), spoiled())
     return StepResult(loss_N, tokens_N, grad_norm, refused)
@@ -172,7 +176,7 @@ def label_losses(
     for chunk in training.chunks:
         chunk.eval()
     try:
-        sums = _run_schedule(training.chunks, batches, micro_batches, shape, forward_only=True)
+        sums = _run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
     finally:
         for chunk in training.chunks:
             chunk.train()
@@ -181,6 +185,7 @@ def label_losses(
 
 def _run_schedule(
     chunks: list[Any],
+    objective: Objective,
     batches: Iterator[Batch],
     micro_batches: int,
     shape: Shape,
@@ -190,7 +195,7 @@ def _run_schedule(
     # Interleaved, each part of the model takes every batch in its own time.
     several = len(chunks) > 1
     reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, sources=shape.sources),
+        forward_step_func=partial(_forward_step, objective=objective, sources=shape.sources),
         data_iterator=list(tee(batches, len(chunks))) if several else batches,
         model=chunks if several else chunks[0],
         num_microbatches=micro_batches,
@@ -217,10 +222,10 @@ def _from_last_stage(sums: Tensor) -> Tensor:
 
 
 def _forward_step(
-    batches: Iterator[Batch], model: Any, sources: int
+    batches: Iterator[Batch], model: Any, objective: Objective, sources: int
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
-    out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
+    out = objective(model, batch)
     return out, partial(_sum_losses, batch, sources)
 
 
