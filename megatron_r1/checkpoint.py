@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint_files
-from megatron_r1.checkpoint_files import FileFacts, check_model, found, read_meta
+from megatron_r1.checkpoint_files import NOT_WEIGHTS, FileFacts, check_model, found, read_meta
 from megatron_r1.config import ModelConfig
 from megatron_r1.optimizer_shards import METADATA, rectangles_of
 from megatron_r1.parallel import broadcast_object
@@ -35,7 +35,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-__all__ = ["Saver", "check_model", "found", "load", "read_meta", "save"]
+__all__ = ["Saver", "check_model", "found", "load", "load_weights", "read_meta", "save"]
 
 # 0.19 has another package write by default; here it is only asked what is to be written.
 _ASYNC = {"async_sharded_save": True}
@@ -60,11 +60,7 @@ def load(path: Path, gpt: Any, optimizer: Any | None, model: ModelConfig) -> Tra
     of another shape, or names the files that are missing, short or altered.
     """
     meta = check_model(path, model)
-    faults: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(
-        faults, checkpoint_files.faults(path, meta["files"], dist.get_rank(), dist.get_world_size())
-    )
-    checkpoint_files.refuse(path, [fault for share in faults for fault in share])
+    _verify(path, meta)
     wanted: dict[str, Any] = {"model": gpt.sharded_state_dict()}
     if optimizer is None:
         loaded = dist_checkpointing.load(wanted, str(path))
@@ -78,6 +74,25 @@ def load(path: Path, gpt: Any, optimizer: Any | None, model: ModelConfig) -> Tra
         gpt.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
     return TrainState(**meta["state"])
+
+
+def _verify(path: Path, meta: dict[str, Any]) -> None:
+    """Read every file, each on one rank. Raises ValueError on all ranks, naming what is damaged."""
+    faults: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(
+        faults, checkpoint_files.faults(path, meta["files"], dist.get_rank(), dist.get_world_size())
+    )
+    checkpoint_files.refuse(path, [fault for share in faults for fault in share])
+
+
+def load_weights(path: Path, gpt: Any, optimizer: Any, model: ModelConfig) -> None:
+    """Begin anew with a checkpoint's weights: Adam's state stays empty. Errors as of `load`."""
+    meta = check_model(path, model, but=NOT_WEIGHTS)
+    _verify(path, meta)
+    loaded = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(path))
+    gpt.load_state_dict(loaded["model"])
+    # The optimizer's main parameters are copies.
+    optimizer.reload_model_params()
 
 
 @dataclass

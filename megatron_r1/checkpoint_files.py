@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,19 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def check_model(path: Path, model: ModelConfig) -> dict[str, Any]:
-    """`read_meta` of a checkpoint of this model. Raises ValueError when it holds another one."""
+NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")
+"""Fields of a model that the same weights can be used with other values of."""
+
+
+def check_model(path: Path, model: ModelConfig, but: Container[str] = ()) -> dict[str, Any]:
+    """`read_meta` of a checkpoint of this model, fields `but` aside. Raises ValueError when it holds
+    another one."""
     meta = read_meta(path)
     theirs = meta["model"]
     changed = [
         f"{key} {theirs.get(key)} there, {value} here"
         for key, value in dataclasses.asdict(model).items()
-        if theirs.get(key) != value
+        if theirs.get(key) != value and key not in but
     ]
     if changed:
         raise ValueError(f"{path} holds another model: {'; '.join(changed)}")

@@ -195,6 +195,8 @@ class TrainConfig:
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
     wandb_project: str | None = None
     """Also report to this Weights & Biases project, where wandb is installed."""
+    init_weights: str | None = None
+    """A checkpoint whose weights alone a new run begins with; its context (rotary base) may differ."""
     init_from: str | None = None
     """A checkpoint to start a new run from: weights, optimizer state and data position."""
 

@@ -208,6 +208,8 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             out.append(f"train.keep_spaced={train.keep_spaced} must not be negative")
         if train.keep_every is not None and train.keep_last is None:
             out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
+        if train.init_from and train.init_weights:
+            out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
     optimizer = sections.get("optimizer")
     for name in ("adam_beta1", "adam_beta2"):
         if optimizer and not 0 <= getattr(optimizer, name) < 1:

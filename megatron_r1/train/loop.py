@@ -339,13 +339,16 @@ class Trainer:
         )
 
     def _resume(self) -> TrainState:
-        """Fill the model from the run's last checkpoint, else from `train.init_from`."""
+        """Fill the model from the run's last checkpoint, else from where the configuration says."""
         saved = checkpoint.found(self.run.checkpoints)
         if saved:
             path = saved[-1].path
         elif self.config.train.init_from:
             path = Path(self.config.train.init_from)
         else:
+            if weights := self.config.train.init_weights:
+                training = self.training
+                checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
             return TrainState()
         _check_past(path, self.config, self.plan)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)

@@ -107,3 +107,18 @@ def test_a_phase_may_forget_the_moments(root: Path) -> None:
     on_ranks(1, loop.train, config(root, "cut there", "phases.one.steps=4"))
     on_ranks(1, loop.train, config(root, "cut there", *words, "phases.two.reset_optimizer=true"))
     assert figures(root / "cut there")[6] == forgets[6]
+
+
+def test_a_run_begins_with_the_weights_of_another(root: Path) -> None:
+    """The same weights, another context, a first step: the loss is that of the weights, Adam is at step 1."""
+    start = f"train.init_weights={root}/one/checkpoints/step_00000006"
+    for precision in ("fp32", "bf16"):
+        words = [start, f"train.precision={precision}", "model.rotary_base=5e5", "phases.one.steps=1"]
+        on_ranks(2, loop.train, config(root, f"tuned {precision}", *words))
+        begun = figures(root / f"tuned {precision}")[1][0]
+        fresh = figures(root / "one")[1][0]
+        assert begun < fresh - 0.3
+        (line,) = (root / f"tuned {precision}" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(line)["samples"] == 8
+    with pytest.raises(RankFailedError, match="holds another model: hidden_size 64 there, 128 here"):
+        on_ranks(1, loop.train, config(root, "wider", start, "model.hidden_size=128"))
