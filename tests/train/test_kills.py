@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import threading
-import time
 from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
@@ -36,8 +35,8 @@ def tensors(config: Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, torch.Tensor], float]:
-    """A run without interruption that saves every step and keeps two; its end, and its seconds."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, torch.Tensor]]:
+    """A run without interruption that saves every step and keeps two, and its end."""
     root = tmp_path_factory.mktemp("kills")
     launch.write_corpus(root / "a", 40, seed=0)
     config = Config(
@@ -48,27 +47,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, t
         ),
         phases={"one": PhaseConfig(steps=STEPS, learning_rate=1e-2)},
     )
-    began = time.monotonic()
     on_ranks(RANKS, train, config)
-    return config, tensors(config), time.monotonic() - began
+    return config, tensors(config)
 
 
 def steps(config: Config) -> list[int]:
     return checkpoint_files.saved_steps(Path(config.train.run) / "checkpoints")
 
 
-def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor], float], tmp_path: Path) -> None:
-    config, end, seconds = run_of(whole[0], tmp_path / "run"), whole[1], whole[2]
-    chance = random.Random(number)
+def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    config, end = run_of(whole[0], tmp_path / "run"), whole[1]
+    directory, chance = Path(config.train.run) / "checkpoints", random.Random(number)
+    first = chance.randrange(STEPS - 3)
     ranks, _ = start_ranks(RANKS, tmp_path, train, config)
-    # Half the time goes by before the first step.
-    ended = connection.wait([rank.sentinel for rank in ranks], timeout=chance.uniform(0.3, 0.95) * seconds)
+    # A save of this step, complete or not; the first one comes after most of the start.
+    launch.wait_for(lambda: first == 0 or any(directory.glob(f"*step_{first:08d}*")), f"step {first}")
+    ended = connection.wait([rank.sentinel for rank in ranks], chance.uniform(0, 0.1 if first else 1.0))
     assert not ended, "the kill came too late"
     for rank in ranks:
         rank.kill()
     for rank in ranks:
         rank.join()
-    directory = Path(config.train.run) / "checkpoints"
     for ref in checkpoint.found(directory) if directory.exists() else []:
         files = checkpoint.read_meta(ref.path)["files"]
         assert checkpoint_files.faults(ref.path, files) == []
