@@ -160,6 +160,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     """Global gradient norm; 0: no clipping."""
+    z_loss: float = 0.0
+    """Weight of log^2 of the softmax's normaliser in the gradient; reported losses are without it."""
 
     __pydantic_config__ = _STRICT
 
@@ -243,7 +245,7 @@ class InfluenceConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """From scores to source weights (Eqs. 4, 5)."""
+    """From scores to source weights and keep masks (Eqs. 4-6)."""
 
     phase: str
     """The phase whose weights are written."""
@@ -254,10 +256,21 @@ class MixConfig:
     scale: Literal["raw", "zscore"] = "raw"
     """Of a capability's scores before they are summed: raw is the paper's; zscore lets no capability's
     scale swallow another's, and measures sources against their average."""
+    objective: Literal["sum", "worst"] = "sum"
+    """Eq. 5; or the weights whose worst capability gains most of what it could (influence/weights.py)."""
     floor: float = 0.0
     """Least weight of any source."""
     cap: float = 1.0
     """Greatest weight of any source."""
+    max_epochs: float | dict[str, float] | None = None
+    """Most passes over a source, counted over the whole plan: bounds its weight, and is written into the
+    phase. None: as the phase says."""
+    keep: bool = False
+    """Write keep masks, too (Eq. 6): of the scored examples the phase draws only those that help."""
+    keep_above: float = 0.0
+    """An example helps where its joint score at the last checkpoint is above this."""
+    keep_unscored: bool = True
+    """With `keep`: draw what was not scored."""
 
     __pydantic_config__ = _STRICT
 

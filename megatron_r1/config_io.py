@@ -211,6 +211,8 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
     optimizer = sections.get("optimizer")
+    if optimizer and not optimizer.z_loss >= 0:
+        out.append(f"optimizer.z_loss={optimizer.z_loss} must be at least 0")
     for name in ("adam_beta1", "adam_beta2"):
         if optimizer and not 0 <= getattr(optimizer, name) < 1:
             out.append(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")

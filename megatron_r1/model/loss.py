@@ -8,6 +8,8 @@ scales a row, it can wait: with m_i the largest logit and s_i = sum exp(z_i - m_
 so the logits become E while they lie in the cache, and the backward pass is two matrix products. In chunks
 E is formed again instead of kept: a third more products, and the logits of one chunk at a time.
 
+With z-loss, c log^2(sum exp z), the first term of E_i is (1 + 2 c log(sum exp z_i)) times as large.
+
 Under tensor parallelism the rows of W are a shard of the vocabulary; m, s and the label's logit are reduced
 over the ranks, and dH is each rank's part of a sum.
 """
@@ -31,24 +33,36 @@ _STRIPE = 8192
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, group: Any = None, chunk: int | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    group: Any = None,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of softmax(H W^T) against the labels, nats, float32 [N].
 
     `group`: the tensor-parallel group, whose ranks hold consecutive shards of W; the gradient of H is then
     a part, to be summed over it. `chunk`: tokens whose logits exist at a time; None: all of them, where a
-    backward pass is to come.
+    backward pass is to come. `z_loss` c: the gradient is that of cross-entropy + c log^2(sum exp z), which
+    keeps logits from drifting; the value stays the cross-entropy.
     """
     if not torch.is_grad_enabled():
         chunk = chunk or _FORWARD_CHUNK
-    loss_N: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk)
+    loss_N: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss)
     return loss_N
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, group: Any, chunk: int | None
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        group: Any,
+        chunk: int | None,
+        z_loss: float,
     ) -> Tensor:
         tokens, shard = len(hidden_ND), len(weight_VD)
         if group is not None and group.size() > 1:
@@ -66,16 +80,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = torch.where(mine, logits.gather(1, column[:, None])[:, 0].float(), 0.0)
             label_N[rows] = _reduced(label, group)
             sum_N[rows] = _reduced(_exponentiate(logits, max_N[rows]), group)
+        normaliser_N = max_N + sum_N.log()
+        scale_N = 1 + 2 * z_loss * normaliser_N if z_loss else None
         kept = None
         if size == tokens and any(ctx.needs_input_grad):
-            kept = _subtract_labels(logits_NV, labels_N, max_N, sum_N, label_N)
-        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, kept)
+            kept = _subtract_labels(logits_NV, labels_N, max_N, sum_N, label_N, scale_N)
+        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, scale_N, kept)
         ctx.weight, ctx.size = weight_VD, size
-        return max_N + sum_N.log() - label_N
+        return normaliser_N - label_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
-        hidden_ND, labels_N, max_N, sum_N, label_N, kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_ND, labels_N, max_N, sum_N, label_N, scale_N, kept = ctx.saved_tensors
         weight_VD: Tensor = ctx.weight
         main_VD = main_gradient(weight_VD)
         total_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if main_VD is None else main_VD
@@ -87,13 +103,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if kept is None:
                 torch.mm(hidden, weight_VD.t(), out=residual)
                 _exponentiate(residual, max_N[rows])
-                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows])
+                scale = None if scale_N is None else scale_N[rows]
+                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows], scale)
             grad_ND[rows] = (residual @ weight_VD) * factor
             _add_product(total_VD, residual, (hidden * factor).to(hidden.dtype))
         if main_VD is None:
-            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None
+            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None, None
         say_added(weight_VD)
-        return grad_ND, None, None, None, None
+        return grad_ND, None, None, None, None, None
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -124,12 +141,21 @@ def _exponentiate(logits_NV: Tensor, max_N: Tensor) -> Tensor:
 
 
 def _subtract_labels(
-    exponentials_NV: Tensor, labels_N: Tensor, max_N: Tensor, sum_N: Tensor, label_N: Tensor
+    exponentials_NV: Tensor,
+    labels_N: Tensor,
+    max_N: Tensor,
+    sum_N: Tensor,
+    label_N: Tensor,
+    scale_N: Tensor | None,
 ) -> Tensor:
     """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
     mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
     row_n = mine_N.nonzero()[:, 0]
-    value_N = (label_N - max_N).exp() - sum_N
+    label_exponential_N = (label_N - max_N).exp()
+    if scale_N is not None:
+        exponentials_NV *= scale_N[:, None].to(exponentials_NV.dtype)
+        label_exponential_N *= scale_N
+    value_N = label_exponential_N - sum_N
     exponentials_NV[row_n, column_N[row_n]] = value_N[row_n].to(exponentials_NV.dtype)
     return exponentials_NV
 

@@ -32,6 +32,8 @@ class VocabularyGpt(GPTModel):
 
     head_chunk: int | None = None
     """Tokens whose logits exist at a time while training; None: all of the micro-batch."""
+    z_loss: float = 0.0
+    """See `linear_cross_entropy`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -54,7 +56,12 @@ class VocabularyGpt(GPTModel):
             hidden_SBD = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         s, b, d = hidden_SBD.shape
         loss_N = linear_cross_entropy(
-            hidden_SBD.reshape(s * b, d), weight, labels.t().reshape(s * b), group, self.head_chunk
+            hidden_SBD.reshape(s * b, d),
+            weight,
+            labels.t().reshape(s * b),
+            group,
+            self.head_chunk,
+            self.z_loss,
         )
         return loss_N.view(s, b).t().contiguous()
 

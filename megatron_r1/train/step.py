@@ -110,7 +110,7 @@ def _build(config: Config, chunk: int | None) -> Any:
         recompute=config.train.recompute,
         chunk=chunk,
     )
-    gpt.head_chunk = config.train.head_chunk
+    gpt.head_chunk, gpt.z_loss = config.train.head_chunk, config.optimizer.z_loss
     return gpt
 
 

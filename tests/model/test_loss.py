@@ -25,11 +25,15 @@ def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tens
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (TOKENS,)), upstream
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+def plain(
+    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, ...]:
     """In float64."""
     h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    loss = F.cross_entropy(h @ w.t(), labels, reduction="none")
-    return loss.detach(), *torch.autograd.grad(loss, (h, w), upstream.double())
+    logits = h @ w.t()
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    total = loss + z_loss * logits.logsumexp(1) ** 2
+    return loss.detach(), *torch.autograd.grad(total, (h, w), upstream.double())
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 8, TOKENS, 1000])
@@ -41,6 +45,15 @@ def test_fp32_is_plain_cross_entropy(chunk: int | None, scale: float) -> None:
     for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream), strict=True):
         # The logits' own rounding grows with them.
         assert (ours - exact).abs().max() <= 1e-6 * max(scale, 1) * exact.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_z_loss_is_in_the_gradient_alone(chunk: int | None) -> None:
+    hidden, weight, labels, upstream = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, z_loss=0.1)
+    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream, 0.1), strict=True):
+        assert (ours - exact).abs().max() <= 1e-6 * exact.abs().max().clamp(min=1), name
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
