@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Shared cores make single runs many times slower; a deadline would tell of nothing else.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 _LIST = Path(__file__).parent / "skips.txt"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1 import config_io
@@ -29,6 +29,7 @@ def written(folder: Path, lengths: list[int], used: int | None = None) -> Corpus
     return open_corpus("web", folder / "web", used)
 
 
+@settings(max_examples=40)  # Each writes a dataset, flushed to the disk.
 @given(documents=DOCUMENTS, seq_length=st.integers(1, 17), set_aside=st.integers(0, 3))
 def test_windows_and_label_masks_are_those_of_every_token(
     documents: list[tuple[int, bool]], seq_length: int, set_aside: int
