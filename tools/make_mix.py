@@ -1,6 +1,9 @@
-"""Turn influence scores into the source weights of a phase: prints a table, writes YAML for tools/train.py.
+"""Turn influence scores into a phase: its source weights, epoch caps and keep masks.
+
+Prints a table and writes the YAML that tools/train.py merges.
 
 python tools/make_mix.py MODEL.yaml RUN.yaml INFLUENCE.yaml mix.phase=second --output runs/x/mix.yaml
+python tools/make_mix.py MODEL.yaml RUN.yaml INFLUENCE.yaml mix.phase=second mix.keep=true mix.max_epochs=4
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.cli import user_errors
-from megatron_r1.influence.mixture import make_mixture, table, write
+from megatron_r1.influence.mix_file import table, write
+from megatron_r1.influence.mixture import make_mixture
 
 
 def main() -> None:
@@ -30,8 +34,9 @@ def main() -> None:
             output = options.output or Path(config.train.run) / "mix.yaml"
             if output.suffix == ".json":
                 raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
-            write(mixture, used, config.mix, output)
-            print(f"wrote {output} and {output.with_suffix('.json')}")
+            write(mixture, used, config.mix, output, config.data.seq_length)
+            masks = f" and its masks in {output.parent / 'keep'}" if config.mix.keep else ""
+            print(f"wrote {output}, {output.with_suffix('.json')}{masks}")
 
 
 if __name__ == "__main__":

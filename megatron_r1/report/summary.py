@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from megatron_r1.config import MixConfig
-from megatron_r1.influence.mixture import checkpoint_weights
+from megatron_r1.influence.keep_masks import joint_scores
+from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Reading, Run
 
@@ -43,18 +44,18 @@ def held_out(reading: Reading) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class SourceInfluence:
-    """Scores of one source, summed over checkpoints (Eq. 4)."""
+    """Scores of one source, summed over checkpoints (Eq. 4), scaled as the mixture scales them."""
 
     source: str
     score_NC: np.ndarray
     mean_C: np.ndarray
-    """Token-weighted mean score per capability, rho of Eq. 5 before capabilities are summed."""
+    """Token-weighted mean score per capability: rho of Eq. 5, as tools/make_mix.py prints it."""
     error_C: np.ndarray
     """Standard error of that mean."""
     total: float
-    """Sum of `mean_C` with the capabilities' weights, scaled to 1."""
+    """The capabilities' weighted mean of `mean_C`."""
     kept: float
-    """Share of examples whose weighted sum of scores is positive (Eq. 6)."""
+    """Share of examples whose joint score at the last checkpoint is positive (Eq. 6)."""
 
 
 def influence(reading: Reading) -> list[SourceInfluence]:
@@ -62,29 +63,36 @@ def influence(reading: Reading) -> list[SourceInfluence]:
     tables = [table for table in reading.scores if len(table.example_N)]
     if not tables:
         return []
-    alpha_CK = _alpha(reading, tables[0])
-    weight_C = alpha_CK.sum(1)
-    time_K = alpha_CK.sum(0)
+    mix, alpha_CK, tables = weighing(reading, tables)
+    weight_C, time_K = alpha_CK.sum(1), alpha_CK.sum(0)
+    offset_CK, scale_CK = scale_of(tables, mix)
     out = []
-    for table in tables:
-        score_NC = table.score_NCK.astype(np.float64) @ time_K
+    for table, joint_N in zip(tables, joint_scores(tables, mix), strict=True):
+        score_NC = np.einsum("nck,k->nc", (table.score_NCK - offset_CK) / scale_CK, time_K)
         share_N = table.length_N / table.length_N.sum()
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
-        total_N = score_NC @ weight_C
-        kept = float((total_N > 0).mean())
-        out.append(SourceInfluence(table.source, score_NC, mean_C, error_C, float(share_N @ total_N), kept))
+        kept = float((joint_N > mix.keep_above).mean())
+        out.append(SourceInfluence(table.source, score_NC, mean_C, error_C, float(mean_C @ weight_C), kept))
     return sorted(out, key=lambda s: -s.total)
 
 
-def _alpha(reading: Reading, table: ScoreTable) -> np.ndarray:
-    """alpha of Eq. 4, [C, K]: the made mixture's own where it fits these scores, else the default."""
-    made = reading.mix
-    if made and made["capabilities"] == list(table.capabilities) and set(made["steps"]) <= set(table.steps):
-        alpha_CK = np.zeros((len(table.capabilities), len(table.steps)))
-        alpha_CK[:, [table.steps.index(step) for step in made["steps"]]] = made["alpha"]
-        return alpha_CK
-    return checkpoint_weights(reading.run.config.mix or MixConfig(""), table.capabilities, table.steps)
+def weighing(reading: Reading, tables: list[ScoreTable]) -> tuple[MixConfig, np.ndarray, list[ScoreTable]]:
+    """How scores are weighed: mix, alpha of Eq. 4 [C, K], and the tables at the checkpoints it uses.
+
+    As in the mixture that was made, where it fits these scores; else as the configuration says.
+    """
+    first, made = tables[0], reading.mix
+    if made and made["capabilities"] == list(first.capabilities) and set(made["steps"]) <= set(first.steps):
+        columns = [first.steps.index(step) for step in made["steps"]]
+        tables = [
+            replace(t, steps=tuple(made["steps"]), score_NCK=t.score_NCK[:, :, columns]) for t in tables
+        ]
+        known = {f.name for f in fields(MixConfig)}
+        mix = MixConfig(**{"phase": "", **{k: v for k, v in made.get("mix", {}).items() if k in known}})
+        return mix, np.array(made["alpha"]), tables
+    mix = reading.run.config.mix or MixConfig("")
+    return mix, checkpoint_weights(mix, first.capabilities, first.steps), tables
 
 
 @dataclass(frozen=True)

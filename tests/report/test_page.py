@@ -159,13 +159,24 @@ def test_arms_of_the_same_phase_are_told_apart_by_their_runs(run: Path) -> None:
     assert [name for name, _ in load.read_all(run).arms] == ["demo", "control"]
 
 
-def test_influence_weighs_as_the_mixture_does(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scale", ["raw", "zscore"])
+def test_influence_weighs_as_the_mixture_does(
+    whole: Path, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole / "config.yaml").write_text(
+        (whole / "config.yaml").read_text().replace("scale: raw", f"scale: {scale}")
+    )
     config = config_io.load([str(whole / "config.yaml")])
-    # The mixture's epochs need the datasets; what it makes of the scores does not.
-    monkeypatch.setattr("megatron_r1.influence.mixture._epochs", lambda config, weights: {})
+    # The data plan needs the datasets; what the mixture makes of the scores does not.
+    monkeypatch.setattr("megatron_r1.influence.mixture.open_sources", lambda config: ([], []))
+    monkeypatch.setattr(
+        "megatron_r1.influence.mixture._Draws.room", lambda draws: np.full(len(SOURCES), np.inf)
+    )
+    monkeypatch.setattr("megatron_r1.influence.mixture._Draws.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config)
     found = {s.source: s for s in summary.influence(load.read_all(whole))}
     assert np.allclose([found[name].total for name in mixture.sources], mixture.rho_G)
+    assert np.allclose([found[name].mean_C for name in mixture.sources], mixture.rho_GC)
     ranked = sorted(mixture.sources, key=lambda name: -mixture.rho_G[mixture.sources.index(name)])
     assert list(found) == ranked and ranked[-1] == "base64"
 
