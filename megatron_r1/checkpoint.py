@@ -276,6 +276,9 @@ def _write(flight: _Flight) -> None:
         answer.put(written)
     except Exception as error:
         flight.error = _cause(error)
+        # At once: until all ranks know, the run's logs need room, too.
+        for path, *_ in flight.request.async_fn_args[1]:
+            Path(path).unlink(missing_ok=True)
 
 
 def _cause(error: BaseException) -> str:
