@@ -75,7 +75,7 @@ def make_masks(
     masks = {}
     for table, joint_N in zip(tables, joint_scores(tables, mix), strict=True):
         corpus, manifest = by_name[table.source], latest[table.source]
-        unit = manifest.get("unit", "window")
+        unit = manifest.get("influence", {}).get("unit", "window")
         _check(corpus, manifest, unit, seq_length)
         total = corpus.documents if unit == "document" else corpus.windows(seq_length)
         if len(table.example_N) and table.example_N.max() >= total:
@@ -96,7 +96,7 @@ def make_masks(
     if not any(mask.windows.any() for mask in masks.values()):
         raise ValueError(
             f"no scored example has influence above mix.keep_above={mix.keep_above} at step "
-            f"{tables[0].steps[-1]}, so nothing is left to train on (Eq. 7 ends here); raise no phase from it"
+            f"{tables[0].steps[-1]}, and nothing is left to train on: here Eq. 7 ends"
         )
     return masks
 

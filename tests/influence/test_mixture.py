@@ -16,9 +16,9 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config, DataConfig, MixConfig, PhaseConfig, SourceConfig, TrainConfig
 from megatron_r1.influence.mix_file import table, write
 from megatron_r1.influence.mixture import make_mixture
-from megatron_r1.influence.store import ScoreStore, directory_of
 from tests import launch
 from tests.influence import tiny
+from tests.influence.mixture_scores import write_scores
 
 MIX = MixConfig(phase="two")
 
@@ -42,15 +42,11 @@ def config(tmp_path: Path) -> Config:
 
 
 def score(config: Config, source: str, position: int, step: int, value: float) -> None:
-    inputs = {
-        "format": 1, "step": step, "source": source, "position": position,
-        "capabilities": ["x", "y"], "weights": f"w{step}", "data": {"hash": "d"},
-    }  # fmt: skip
-    store = ScoreStore(
-        directory_of(Path(config.train.run), step, source), inputs, np.arange(3), np.full(3, 16)
-    )
     # Capability x has twice the value, y none: their mean is the value.
-    store.write(0, np.array([[2 * value, 0.0]] * 3), np.ones(3))
+    write_scores(
+        Path(config.train.run), step, source, np.array([[2 * value, 0.0]] * 3), np.arange(3), np.full(3, 16),
+        position=position, capabilities=["x", "y"], data={"hash": "d"},
+    )  # fmt: skip
 
 
 def test_a_mixture_from_scores_on_disk(config: Config) -> None:

@@ -19,8 +19,8 @@ from megatron_r1.config import (
     SourceConfig,
     TrainConfig,
 )
-from megatron_r1.influence.store import FORMAT, ScoreStore, directory_of
 from megatron_r1.records import CAPABILITIES, ScoreTable
+from tests.influence import mixture_scores
 
 SOURCES = {
     "python-stdlib": ("code", 5.2),
@@ -149,17 +149,16 @@ def write_scores(root: Path, tables: list[ScoreTable]) -> None:
     """RUN/influence as tools/compute_influence.py leaves it."""
     for position, table in enumerate(tables):
         for k, step in enumerate(table.steps):
-            manifest = {
-                "format": FORMAT,
-                "source": table.source,
-                "position": position,
-                "step": step,
-                "capabilities": list(table.capabilities),
-            }
-            store = ScoreStore(
-                directory_of(root, step, table.source), manifest, table.example_N, table.length_N
+            mixture_scores.write_scores(
+                root,
+                step,
+                table.source,
+                table.score_NCK[:, :, k],
+                table.example_N,
+                table.length_N,
+                position=position,
+                capabilities=list(table.capabilities),
             )
-            store.write(0, table.score_NCK[:, :, k], np.ones(len(table.example_N), np.float32))
 
 
 @pytest.fixture
