@@ -253,9 +253,10 @@ class MixConfig:
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
     capability_weight: dict[str, float] = field(default_factory=dict)
     """Weight of each capability in the sum; empty: equal."""
-    scale: Literal["raw", "zscore"] = "raw"
+    scale: Literal["raw", "zscore", "cosine"] = "raw"
     """Of a capability's scores before they are summed: raw is the paper's; zscore lets no capability's
-    scale swallow another's, and measures sources against their average."""
+    scale swallow another's, and measures sources against their average; cosine takes the lengths of both
+    gradients out, and needs influence.norms."""
     objective: Literal["sum", "worst"] = "sum"
     """Eq. 5; or the weights whose worst capability gains most of what it could (influence/weights.py)."""
     floor: float = 0.0

@@ -18,6 +18,7 @@ from megatron_r1.data.keep import load_mask
 from megatron_r1.data.sources import build_plan, open_sources
 from megatron_r1.influence.keep_masks import KeepMask, make_masks
 from megatron_r1.influence.store import Scored, read_scores, scored
+from megatron_r1.influence.units import in_units
 from megatron_r1.influence.weights import (
     best_gains,
     bounds,
@@ -128,16 +129,18 @@ def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
     steps = asked or have
     if absent_steps := [s for s in steps if s not in have]:
         raise ValueError(f"{run}: no complete influence scores at steps {absent_steps}; {again}")
+    assert config.mix is not None
     keep = [have.index(step) for step in steps]
-    selected = [
-        dataclasses.replace(tables[name], steps=steps, score_NCK=tables[name].score_NCK[:, :, keep])
-        for name in config.data.sources
-    ]
-    for table in selected:
-        if not np.isfinite(table.score_NCK).all():
-            raise ValueError(f"{run}: scores of {table.source} are not finite; remove them and {again}")
     found = scored(run, config.data.sources)
-    used = [s for name in config.data.sources for s in found[name] if s.step in steps]
+    selected, used = [], []
+    for name in config.data.sources:
+        score_NCK = tables[name].score_NCK[:, :, keep]
+        if not np.isfinite(score_NCK).all():
+            raise ValueError(f"{run}: scores of {name} are not finite; remove them and {again}")
+        of_steps = [s for s in found[name] if s.step in steps]
+        table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
+        selected.append(in_units(table, of_steps, config.mix))
+        used += of_steps
     return selected, used
 
 

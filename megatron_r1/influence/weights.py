@@ -4,7 +4,7 @@
     rho_g  = sum_{x in R_g} I(x) s(x) / sum_{x in R_g} s(x)          Eq. 5, s(x) tokens of x
     w_g    = max(rho_g, 0) / sum_h max(rho_h, 0)
 
-A score is a gain per token of training on x; the factor s(x) makes rho a mean over tokens, not windows.
+A score is a gain per token of training on x (units.py); the factor s(x) makes rho a mean over tokens, not windows.
 alpha is a product of a weight per capability and one per checkpoint, each summing to 1, so that rho is the
 capabilities' weighted mean of rho_gc, a source's density for one capability.
 """
@@ -48,7 +48,7 @@ def scale_of(tables: Sequence[ScoreTable], mix: MixConfig) -> tuple[np.ndarray, 
     swallows another's, and 0 is the average token instead of no effect.
     """
     shape = tables[0].score_NCK.shape[1:]
-    if mix.scale == "raw":
+    if mix.scale != "zscore":
         return np.zeros(shape), np.ones(shape)
     tokens = sum(float(t.length_N.sum()) for t in tables)
     mean_CK = sum(np.einsum("n,nck->ck", t.length_N / tokens, t.score_NCK) for t in tables)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_r1 import config_io, ledger
 from megatron_r1.config import Config
-from megatron_r1.influence.store import read_scores
+from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir
 
@@ -59,6 +59,8 @@ class Reading:
     run: Run
     control: Run | None = None
     scores: list[ScoreTable] = field(default_factory=list)
+    scored: dict[str, list[Scored]] = field(default_factory=dict)
+    """Source -> where its scores lie, checkpoint by checkpoint."""
     mix: dict[str, Any] | None = None
     """What tools/make_mix.py wrote beside the weights (RUN/mix.json)."""
 
@@ -96,5 +98,6 @@ def read_all(root: Path, control: Path | None = None) -> Reading:
         run,
         read_run(control) if control else None,
         read_scores(root, run.sources),
+        scored(root, run.sources),
         json.loads(mix.read_text(encoding="utf-8")) if mix.is_file() else None,
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_r1.config import MixConfig
 from megatron_r1.influence.keep_masks import joint_scores
+from megatron_r1.influence.units import in_units
 from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Reading, Run
@@ -84,15 +85,16 @@ def weighing(reading: Reading, tables: list[ScoreTable]) -> tuple[MixConfig, np.
     """
     first, made = tables[0], reading.mix
     if made and made["capabilities"] == list(first.capabilities) and set(made["steps"]) <= set(first.steps):
-        columns = [first.steps.index(step) for step in made["steps"]]
-        tables = [
-            replace(t, steps=tuple(made["steps"]), score_NCK=t.score_NCK[:, :, columns]) for t in tables
-        ]
         known = {f.name for f in fields(MixConfig)}
         mix = MixConfig(**{"phase": "", **{k: v for k, v in made.get("mix", {}).items() if k in known}})
-        return mix, np.array(made["alpha"]), tables
-    mix = reading.run.config.mix or MixConfig("")
-    return mix, checkpoint_weights(mix, first.capabilities, first.steps), tables
+        steps, alpha_CK = tuple(made["steps"]), np.array(made["alpha"])
+    else:
+        mix, steps = reading.run.config.mix or MixConfig(""), first.steps
+        alpha_CK = checkpoint_weights(mix, first.capabilities, steps)
+    columns = [first.steps.index(step) for step in steps]
+    tables = [replace(t, steps=steps, score_NCK=t.score_NCK[:, :, columns]) for t in tables]
+    found = {name: [s for s in of if s.step in steps] for name, of in reading.scored.items()}
+    return mix, alpha_CK, [in_units(t, found[t.source], mix) for t in tables]
 
 
 @dataclass(frozen=True)

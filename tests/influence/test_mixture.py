@@ -126,3 +126,31 @@ def test_scores_that_are_missing_or_not_finite_are_refused(config: Config) -> No
     score(config, "b", 0, 40, float("nan"))
     with pytest.raises(ValueError, match="scores of b are not finite"):
         make_mixture(config)
+
+
+def test_summed_losses_give_the_same_mixture_and_cosines_need_norms(config: Config, tmp_path: Path) -> None:
+    """Of examples of 4 and 12 labels, scored by mean or summed loss; norms 2 and 3, directions of norm 5."""
+    mean_NC, length_N = np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([4, 12])
+    found = {}
+    for loss, factor_N in (("mean", np.ones(2)), ("sum", length_N)):
+        run = tmp_path / loss
+        for position, name in enumerate("ab"):
+            write_scores(
+                run, 10, name, mean_NC * factor_N[:, None] * (1 + position), np.arange(2), length_N,
+                norm_N=np.array([2.0, 3.0]) * factor_N if loss == "mean" or name == "a" else None,
+                position=position, capabilities=["x", "y"], data={"hash": "d"},
+                influence={"loss": loss}, direction_norms={"x": 5.0, "y": 5.0},
+            )  # fmt: skip
+        at = dataclasses.replace(config, train=dataclasses.replace(config.train, run=str(run)))
+        found[loss] = make_mixture(at)[0].rho_GC
+        cosine = dataclasses.replace(at, mix=dataclasses.replace(MIX, scale="cosine"))
+        if loss == "mean":
+            expected = (4 * mean_NC[0] / 10 + 12 * mean_NC[1] / 15) / 16
+            np.testing.assert_allclose(make_mixture(cosine)[0].rho_GC[0], expected)
+        else:
+            with pytest.raises(
+                ValueError, match=r"cosine needs gradient norms, which .*influence.norms=true"
+            ):
+                make_mixture(cosine)
+    np.testing.assert_allclose(found["sum"], found["mean"], rtol=1e-6)
+    np.testing.assert_allclose(found["mean"][0], (4 * mean_NC[0] + 12 * mean_NC[1]) / 16)
