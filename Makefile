@@ -25,7 +25,7 @@ format: $(VENV)/.dev
 
 check: lint test
 
-# Kills the quickstart in every stage; about half an hour.
+# Kills the quickstart in every stage and the trainer 30 times; products of layouts on four ranks; an hour.
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 

@@ -98,6 +98,13 @@ def _call(stage: Stage) -> float:
             f"stage {stage.name} ended with status {status}; its message stands above. "
             f"The same command again goes on from here"
         )
+    # A tool that was asked to stop (SIGTERM) saves and ends with 0.
+    absent = [str(path) for path in stage.outputs if not path.exists()]
+    if absent:
+        raise PipelineError(
+            f"stage {stage.name} ended before its end: {', '.join(absent)} is not there yet. "
+            f"The same command again goes on from here"
+        )
     return time.monotonic() - start
 
 

@@ -60,3 +60,13 @@ def test_a_failed_stage_stops_the_pipeline_and_is_tried_again(tmp_path: Path) ->
     gate.touch()
     run(tmp_path, stages)
     assert (tmp_path / "after").read_text() == "x"
+
+
+def test_a_stage_that_was_asked_to_stop_is_not_done(tmp_path: Path) -> None:
+    stage = Stage("stops", [sys.executable, "-c", ""], [tmp_path / "checkpoint"])
+    with pytest.raises(
+        PipelineError, match=r"stage stops ended before its end: .*checkpoint is not there yet"
+    ):
+        run(tmp_path, [stage])
+    (tmp_path / "checkpoint").touch()
+    run(tmp_path, [stage])
