@@ -24,9 +24,15 @@ def main() -> None:
         metavar="CONTROL_RUN",
         help="run to compare with (default: RUN/control, if any)",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="MODEL",
+        help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
+    )
     options = parser.parse_args()
     with user_errors():
-        print(page.write(load.read_all(options.run, options.control)))
+        print(page.write(load.read_all(options.run, options.control, options.tokenizer)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+import numpy as np
+
 from megatron_r1.report import palette, summary, words
 from megatron_r1.report.figure import INK, WIDTH, Figure, phase_name, table
 from megatron_r1.report.load import Reading
@@ -183,7 +185,21 @@ def stages(reading: Reading) -> Figure:
         "Wall time as the ledger has it; a stage that ran in several parts is summed over them. "
         "Rank-hours count the wall time once for each rank."
     )
+    note += _held(reading)
     return Figure(anchor, title, lead, table(head, rows, "numbers stages"), note)
+
+
+def _held(reading: Reading) -> str:
+    """Memory and stragglers of the training steps, where they were recorded."""
+    lines = reading.run.metrics
+    memory = max((line.get("memory_bytes") or 0 for line in lines), default=0)
+    ratios = [line["slowest_ratio"] for line in lines if line.get("slowest_ratio")]
+    said = f" The first rank held at most {memory / 2**30:.1f} GiB." if memory else ""
+    if ratios and (summary.ranks(reading.run) or 1) > 1:
+        said += (
+            f" The slowest rank of a step took {float(np.median(ratios)):.2f} times the median rank's time."
+        )
+    return said
 
 
 def _stage_row(cost: summary.StageCost, share: float) -> str:

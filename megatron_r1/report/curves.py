@@ -33,6 +33,7 @@ from megatron_r1.report.svg import (
     picture,
     text,
     thin,
+    title,
     width_of,
 )
 
@@ -61,6 +62,7 @@ def loss(reading: Reading) -> Figure:
             token_axes(panel, "loss, nats per token", "tokens"),
             phase_marks(panel, run),
             clipped(panel, "clip-loss", "".join(drawn)),
+            _skip_marks(panel, reading),
             end_labels(panel, labels),
         ],
         "Training loss over tokens",
@@ -74,11 +76,29 @@ def loss(reading: Reading) -> Figure:
             " Where the arms part they read different text, so this loss does not compare them:"
             " the held-out loss below does."
         )
+    skipped = sum(summary.skipped(run))
+    if skipped:
+        lead += f" {words.many(skipped, 'step')} {'was' if skipped == 1 else 'were'} skipped as bad."
     lead += " Look for spikes and for a curve that stops falling."
     note = f"Faint: every step. Strong: smoothed over {2 * reach(run) + 1} steps within a phase."
+    if any(any(summary.skipped(arm)) for _, arm in reading.arms):
+        note += " Marks on the axis: steps whose loss or gradient was bad, so that no update was made."
     if first > panel.y.high:
         note += f" The first steps lie above the frame (from {first:.2f})."
     return Figure("loss", "Training loss", lead, body, note)
+
+
+def _skip_marks(panel: Panel, reading: Reading) -> str:
+    """A stroke on the axis at every step that changed nothing."""
+    parts = []
+    for (_, arm), color in zip(reading.arms, ("rgb(var(--negative))", CONTROL), strict=False):
+        for at, skipped in zip(arm.metrics, summary.skipped(arm), strict=True):
+            if skipped:
+                x, foot = panel.x(float(at["tokens"])), panel.y.start
+                tip = title(f"step {at['step']:,} was skipped")
+                style = f"stroke:{color};stroke-width:2"
+                parts.append(element("line", tip, x1=x, y1=foot, x2=x, y2=foot - 12, style=style))
+    return "".join(parts)
 
 
 def _losses(run: Run) -> list[tuple[float, float]]:

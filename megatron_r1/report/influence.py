@@ -153,7 +153,8 @@ def heat(reading: Reading) -> Figure | None:
     note += f", in units of {words.power(power)}" if power else ""
     note += (
         ". Blue helps, orange harms; colour is relative to the greatest value of its column. Together: the "
-        "capabilities' weighted mean, from which the mixture is made."
+        "capabilities' weighted mean, from which the mixture is made. Examples that help: those whose joint "
+        "score at the last checkpoint is positive (Eq. 6)."
     )
     body = table(head, rows, "numbers heat")
     return Figure("heat", "Influence per source and capability", _heat_lead(found, capabilities), body, note)

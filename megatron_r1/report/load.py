@@ -63,6 +63,8 @@ class Reading:
     """Source -> where its scores lie, checkpoint by checkpoint."""
     mix: dict[str, Any] | None = None
     """What tools/make_mix.py wrote beside the weights (RUN/mix.json)."""
+    tokenizer: Path | None = None
+    """Model of the tokenizer that made the datasets; None: one that lies in the run, if any."""
 
     @property
     def arms(self) -> list[tuple[str, Run]]:
@@ -88,7 +90,7 @@ def read_run(root: Path) -> Run:
     return Run(root, config_io.load([str(files.config)]), metrics, ledger.read(root))
 
 
-def read_all(root: Path, control: Path | None = None) -> Reading:
+def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
     run = read_run(root)
     if control is None and RunDir(root / "control").metrics.is_file():
@@ -100,4 +102,5 @@ def read_all(root: Path, control: Path | None = None) -> Reading:
         read_scores(root, run.sources),
         scored(root, run.sources),
         json.loads(mix.read_text(encoding="utf-8")) if mix.is_file() else None,
+        tokenizer,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from megatron_r1.report import bars, curves, influence, palette, summary, words
+from megatron_r1.report import agreement, bars, curves, examples, influence, measures, palette, summary, words
 from megatron_r1.report.figure import Figure, table
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.run_dir import RunDir, write_text
@@ -54,6 +54,13 @@ small{color:var(--muted);font-size:12px}
 .stages .total th,.stages .total td{font-weight:650;border-top:1px solid var(--axis)}
 .share{width:26%}
 .numbers td.share{text-align:left}
+h3{font-size:16px;margin:18px 0 4px}
+h4{font-size:13px;font-weight:600;color:var(--muted);margin:0 0 4px}
+.pair{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:4px 26px}
+.example{font-size:13px;margin:0 0 10px}
+.example p{margin:0 0 3px;color:var(--muted);font-size:12px;overflow-wrap:anywhere}
+.example pre{margin:0;padding:8px 10px;max-height:150px;overflow:auto;font-size:11.5px;line-height:1.4;
+white-space:pre-wrap;overflow-wrap:anywhere}
 .bar{display:inline-block;width:calc(100% - 70px);height:11px;margin-right:10px;background:var(--grid);
 border-radius:2px;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue-0)}
@@ -72,7 +79,7 @@ svg .name{font-weight:550}
 .raw{stroke-width:1;opacity:.28}
 .leader{stroke-width:1;opacity:.5}
 .area{opacity:.8}
-@media screen and (max-width:820px){.cards{grid-template-columns:1fr}figure{padding:18px 14px}
+@media screen and (max-width:820px){.pair,.cards{grid-template-columns:1fr}figure{padding:18px 14px}
 figure .art{overflow-x:auto}}
 @media print{body{background:none;font-size:12px}main{max-width:none;padding:0}nav{display:none}
 h1{font-size:22px}h2,.big{font-size:16px}.cards,.cards table,.cards p{font-size:11px}.note,pre{font-size:10px}
@@ -115,8 +122,11 @@ def all_figures(reading: Reading) -> list[Figure]:
         curves.loss_by_source(reading),
         influence.histograms(reading),
         influence.heat(reading),
+        agreement.figure(reading),
+        examples.figure(reading),
         bars.mixture(reading),
         curves.held_out(reading),
+        measures.figure(reading),
         bars.epochs(reading),
         bars.stages(reading),
     ]

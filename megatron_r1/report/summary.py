@@ -48,6 +48,8 @@ class SourceInfluence:
     """Scores of one source, summed over checkpoints (Eq. 4), scaled as the mixture scales them."""
 
     source: str
+    example_N: np.ndarray
+    """Numbers of its windows or documents."""
     score_NC: np.ndarray
     mean_C: np.ndarray
     """Token-weighted mean score per capability: rho of Eq. 5, as tools/make_mix.py prints it."""
@@ -74,7 +76,8 @@ def influence(reading: Reading) -> list[SourceInfluence]:
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
         kept = float((joint_N > mix.keep_above).mean())
-        out.append(SourceInfluence(table.source, score_NC, mean_C, error_C, float(mean_C @ weight_C), kept))
+        total = float(mean_C @ weight_C)
+        out.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, total, kept))
     return sorted(out, key=lambda s: -s.total)
 
 
@@ -170,6 +173,11 @@ def ranks(run: Run) -> int | None:
 def mixtures(run: Run) -> dict[str, dict[str, float]]:
     """Phase -> source -> target share of sequences."""
     return {phase: run.last_of(phase)["mix_target"] for phase in run.phases}
+
+
+def skipped(run: Run) -> list[bool]:
+    """Of every step whether its update was left out."""
+    return [bool(line.get("skipped")) for line in run.metrics]
 
 
 def fall_by_source(run: Run) -> dict[str, float]:
