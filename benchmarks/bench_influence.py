@@ -1,10 +1,11 @@
 """What scoring costs, as a multiple of forward and backward of the same batch on the same model.
 
-python benchmarks/bench_influence.py [--repeats 15] [--capabilities 3]
+python benchmarks/bench_influence.py [--repeats 15] [--capabilities 3] [--processor-time]
 
 The peer is an ordinary forward and backward pass of this megatron-core model, measured in turns with
-scoring in this process; medians. Below: the floor that any method needs (forward and the backward pass to
-every layer's output, no parameter gradients).
+scoring in this process; medians. Beside the default method: norms too, token scores, directions of low rank;
+and the floor that any method needs (forward and the backward pass to every layer's output, no parameter
+gradients).
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import ModelConfig, ParallelConfig
-from megatron_r1.influence.gradients import Scorer, run_passes, score
-from megatron_r1.influence.score import on_device
+from megatron_r1.data.loader import whole_batch
+from megatron_r1.influence.ghost import Ghost
+from megatron_r1.influence.gradients import Scorer, score
+from megatron_r1.influence.low_rank import LowRank
+from megatron_r1.influence.methods import Method, WgradDot
+from megatron_r1.influence.passes import run_passes, weigh
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 
@@ -34,7 +39,7 @@ MODEL = Path(__file__).resolve().parent.parent / "examples/models/tiny.yaml"
 class Floor(Scorer):
     """The same passes, nothing computed from them."""
 
-    def _linear(self, module: Any, inputs: Any, output: Any, direction: Tensor) -> None:
+    def _linear(self, module: Any, inputs: Any, output: Any, name: str) -> None:
         pass
 
     _norm = _linear
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processor-time", action="store_true", help="where others use the machine, too")
     options = parser.parse_args()
     model = ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
     with process_groups(ParallelConfig()):
@@ -66,39 +72,47 @@ def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
         gpt = gpt.bfloat16()
     size, seq = options.micro_batch, options.seq_length
     window = np.random.default_rng(0).integers(0, model.vocab_size, (size, seq + 1))
-    batch = on_device(window, np.ones(size, bool))
+    rows = whole_batch(window, np.ones(size, bool), np.zeros(size), None)
+    batch = weigh(rows, np.full(size, 1 / seq))
     directions = {
         name: torch.randn(options.capabilities, *p.shape, device=p.device)
         for name, p in gpt.named_parameters()
     }
 
     def train_pass() -> None:
-        run_passes(gpt, iter([batch]), 1, size, seq, lambda _: None)
+        run_passes(gpt, iter([batch]), 1, size, seq)
         for p in gpt.parameters():
             p.grad = None
 
-    def score_pass() -> None:
-        with Scorer(gpt, directions) as scorer:
-            score(gpt, scorer, iter([batch]), 1, size, seq)
+    count = options.capabilities
+    plain = WgradDot(directions, count)
+    methods: dict[str, Method] = {
+        "influence scores": plain,
+        "and norms": WgradDot(directions, count, squares=True),
+        "token scores": Ghost(directions, count, seq, per_token=True),
+        "rank 16": LowRank(directions, count, 16),
+        "rank 32": LowRank(directions, count, 32),
+    }
 
-    def floor_pass() -> None:
-        with Floor(gpt, directions) as scorer:
+    def score_pass(method: Method, kind: type[Scorer] = Scorer) -> None:
+        with kind(gpt, method) as scorer:
             score(gpt, scorer, iter([batch]), 1, size, seq)
 
     ways: dict[str, Callable[[], None]] = {
         "forward and backward": train_pass,
-        "influence scores": score_pass,
-        "floor": floor_pass,
+        **{name: partial(score_pass, method) for name, method in methods.items()},
+        "floor": partial(score_pass, plain, Floor),
     }
+    clock = time.process_time if options.processor_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(options.repeats + 2):
         for name, way in ways.items():
             backend.synchronize()
-            start = time.perf_counter()
+            start = clock()
             way()
             backend.synchronize()
             if repeat >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -95,6 +95,8 @@ class SourceConfig:
     """Train on this many leading documents; the rest is set aside for probing. None: all."""
     domain: str | None = None
     """For reports: code, math, knowledge, or whatever the corpus is."""
+    tokens: int | None = None
+    """How many the dataset will have: read by tools/plan_launch.py alone, and only while it is not there."""
 
     __pydantic_config__ = _STRICT
 
@@ -235,10 +237,32 @@ class InfluenceConfig:
     """Checkpoints to score, by step; empty: every checkpoint of the run."""
     micro_batch: int = 8
     """Sequences per forward pass."""
-    curvature: Literal["identity", "adam"] = "identity"
-    """H of Eq. 2, whose inverse is applied once to each direction: none, or Adam's second moment."""
+    unit: Literal["window", "document"] = "window"
+    """What an example is: `data.seq_length` tokens of the stream, or a document by itself."""
+    loss: Literal["mean", "sum"] = "mean"
+    """An example's loss, over its labels."""
+    layers: str | list[str] = "all"
+    """Parameters that count: all, linear, embedding, or globs over their names (influence/layers.py)."""
+    norms: bool = False
+    """Store |grad l(x)|, too, which cosines need."""
+    method: Literal["wgrad-dot", "ghost", "lowrank", "projected"] = "wgrad-dot"
+    """wgrad-dot and ghost are exact; lowrank truncates the directions; projected keeps small random
+    projections of gradients for later questions, and scores by them (influence/methods.py)."""
+    per_token: bool = False
+    """ghost: store each token's part of the scores, too."""
+    rank: int = 32
+    """lowrank: singular values of each direction of a matrix that are kept."""
+    min_correlation: float = 0.999
+    """lowrank: refuse to score below this correlation with exact scores, measured on 64 examples."""
+    projection: int = 16
+    """projected: k; a matrix is kept as k x k numbers an example."""
+    curvature: Literal["auto", "identity", "adam", "datainf"] = "auto"
+    """H of Eq. 2, whose inverse is applied once to each direction: none, Adam's second moment, or DataInf's
+    (influence/datainf.py). auto: adam where every checkpoint holds it, else identity."""
+    curvature_examples: int = 256
+    """datainf: examples, of all sources together, that H is measured on."""
     seed: int = 1234
-    """Of the choice of windows."""
+    """Of the choice of examples."""
 
     __pydantic_config__ = _STRICT
 

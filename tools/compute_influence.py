@@ -10,6 +10,7 @@ import os
 
 from megatron_r1 import config_io
 from megatron_r1.cli import user_errors
+from megatron_r1.influence.estimate import estimate
 from megatron_r1.influence.plan import influence_mistakes, lay_plan
 
 
@@ -19,10 +20,18 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
+    parser.add_argument("--estimate", action="store_true", help="print how long it would take, and exit")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one device; default: H100, bf16")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak; default: 0.4")
     options = parser.parse_intermixed_args()
     with user_errors():
         # torchrun says how many ranks there are; without it, one model copy is meant.
         ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+        if options.estimate:
+            config = config_io.load(options.config)
+            devices = ranks or config.parallel.model_ranks()
+            print(estimate(config, devices, options.peak_tflops, options.utilisation))
+            return
         config = config_io.load(options.config, also=lambda config: influence_mistakes(config, ranks))
         if options.check:
             work = lay_plan(config)

@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
-from megatron_r1.influence.gradients import Directions
+from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.passes import named_parameters
 
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 _KEY = "optimizer.state.exp_avg_sq"
+
+
+def resolve(kind: str, checkpoints: list[Path]) -> str:
+    """The curvature that "auto" means: one for all checkpoints, or their scores could not be summed."""
+    if kind != "auto":
+        return kind
+    return "adam" if all(_has_moments(path) for path in checkpoints) else "identity"
+
+
+def _has_moments(checkpoint: Path) -> bool:
+    return any(key.startswith(_KEY) for key in dist_checkpointing.load_tensors_metadata(str(checkpoint)))
 
 
 def precondition(kind: str, directions: Directions, checkpoint: Path, gpt: Any) -> None:
@@ -29,7 +41,8 @@ def precondition(kind: str, directions: Directions, checkpoint: Path, gpt: Any) 
         return
     assert kind == "adam"
     for name, scale in adam_scale(checkpoint, gpt).items():
-        directions[name] /= scale
+        if name in directions:
+            directions[name] /= scale
 
 
 def adam_scale(checkpoint: Path, gpt: Any) -> dict[str, Tensor]:
@@ -39,11 +52,10 @@ def adam_scale(checkpoint: Path, gpt: Any) -> dict[str, Tensor]:
     """
     places = gpt.sharded_state_dict()
     wanted = {
-        name: make_sharded_optimizer_tensor(places[name], torch.empty_like(p, dtype=torch.float32), _KEY)
-        for name, p in gpt.named_parameters()
+        name: make_sharded_optimizer_tensor(places[local], torch.empty_like(p, dtype=torch.float32), _KEY)
+        for name, (local, p) in named_parameters(gpt).items()
     }
-    saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    if not any(key.startswith(_KEY) for key in saved):
+    if not _has_moments(checkpoint):
         raise ValueError(
             f"{checkpoint} holds no optimizer state, which influence.curvature=adam needs; use identity"
         )

@@ -14,9 +14,15 @@ from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import open_corpus, with_suffix
 from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
 from megatron_r1.influence import store
-from megatron_r1.influence.windows import choose
+from megatron_r1.influence.layers import select
+from megatron_r1.influence.windows import choose, document_starts
 from megatron_r1.records import Corpus
 from megatron_r1.run_dir import RunDir
+
+_DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
+"""Fields of InfluenceConfig that decide what is stored."""
+_OF_METHOD = {"wgrad-dot": (), "ghost": ("per_token",), "lowrank": ("rank",), "projected": ("projection",)}
+"""Further ones, by method."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,13 @@ class Part:
 
     step: int
     corpus: Corpus
-    window_N: np.ndarray
+    example_N: np.ndarray
     directory: Path
     inputs: dict[str, Any]
     """The manifest."""
 
     def left(self) -> int:
-        return len(self.window_N) - store.rows_written(self.directory)
+        return len(self.example_N) - store.rows_written(self.directory)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,20 @@ class Work:
     steps: list[int]
 
     def examples(self, config: Config) -> int:
-        """Windows to score at each checkpoint."""
-        return sum(min(self.influence.examples, c.windows(config.data.seq_length)) for c in self.sources)
+        """Examples to score at each checkpoint."""
+        return sum(len(self.chosen(config, corpus)) for corpus in self.sources)
+
+    def rows(self, config: Config) -> int:
+        """Rows of `seq_length` tokens that these examples are."""
+        if self.influence.unit == "window":
+            return self.examples(config)
+        lengths = (np.diff(document_starts(c))[self.chosen(config, c)] - 1 for c in self.sources)
+        return sum(int((-(-length_N // config.data.seq_length)).sum()) for length_N in lengths)
+
+    def chosen(self, config: Config, corpus: Corpus) -> np.ndarray:
+        """The representative set of a source: numbers of its examples."""
+        influence = self.influence
+        return choose(corpus, config.data.seq_length, influence.examples, influence.seed, influence.unit)
 
     def probe_windows(self, config: Config) -> int:
         most = self.influence.probe_examples
@@ -55,15 +73,20 @@ class Work:
         """One line: how much there is, in examples and tokens."""
         examples, probes = self.examples(config), self.probe_windows(config)
         k, seq = len(self.steps), config.data.seq_length
+        unit = "examples" if self.influence.unit == "window" else "documents"
         return (
-            f"{len(self.sources)} sources x up to {self.influence.examples} examples x {k} checkpoints = "
-            f"{examples * k:,} examples, {examples * k * seq:,} tokens; "
+            f"{len(self.sources)} sources x up to {self.influence.examples} {unit} x {k} checkpoints = "
+            f"{examples * k:,} examples, {self.rows(config) * k * seq:,} tokens; "
             f"{len(self.probes)} directions from {probes} probing windows each checkpoint, "
             f"{probes * k * seq:,} tokens"
         )
 
-    def parts(self, config: Config, step: int, weights: str) -> list[Part]:
+    def parts(self, config: Config, step: int, weights: str, curvature: str) -> list[Part]:
         """Every source at one checkpoint. `weights`: the checkpoint's hash."""
+        influence = self.influence
+        layers = influence.layers
+        deciding = (*_DECIDING, *_OF_METHOD[influence.method])
+        deciding += ("curvature_examples",) if curvature == "datainf" else ()
         directions = {c.name: _data_hash(c.prefix) for c in self.probes}
         out = []
         for position, corpus in enumerate(self.sources):
@@ -77,16 +100,17 @@ class Work:
                 "data": {"hash": _data_hash(corpus.prefix), "documents": corpus.documents},
                 "directions": directions,
                 "influence": {
-                    name: getattr(self.influence, name)
-                    for name in ("examples", "probe_examples", "curvature", "seed")
+                    **{name: getattr(influence, name) for name in deciding},
+                    "curvature": curvature,
+                    "layers": layers if isinstance(layers, str) else " ".join(layers),
                 },
                 "seq_length": config.data.seq_length,
                 "eod": document_end(config),
                 "precision": config.train.precision,
             }
-            window_N = choose(corpus, config.data.seq_length, self.influence.examples, self.influence.seed)
+            example_N = self.chosen(config, corpus)
             directory = store.directory_of(Path(config.train.run), step, corpus.name)
-            out.append(Part(step, corpus, window_N, directory, inputs))
+            out.append(Part(step, corpus, example_N, directory, inputs))
         return out
 
 
@@ -112,11 +136,11 @@ def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
     """What is wrong with scoring this on `ranks` ranks (default: one model copy)."""
     ranks = config.parallel.model_ranks() if ranks is None else ranks
     mistakes = _open(config)[1]
-    copy = config.parallel.tensor * config.parallel.pipeline
-    if copy > 0 and ranks % copy and config.parallel.context == 1:
+    copy = config.parallel.model_ranks()
+    if copy > 0 and ranks % copy:
         mistakes.append(
-            f"{ranks} ranks do not divide into model copies of {copy} ranks (parallel.tensor x pipeline); "
-            f"launch a multiple of {copy}"
+            f"{ranks} ranks do not divide into model copies of {copy} ranks (parallel.tensor x pipeline x "
+            f"context); launch a multiple of {copy}"
         )
     return mistakes
 
@@ -154,15 +178,26 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
-    for name in ("examples", "probe_examples", "micro_batch"):
+    for name in ("examples", "probe_examples", "micro_batch", "rank", "projection", "curvature_examples"):
         value = getattr(influence, name)
         if value is not None and value < 1:
             out.append(f"influence.{name}={value} must be positive")
-    if config.parallel.context > 1:
-        out.append(
-            f"parallel.context={config.parallel.context}: scores are not computed under context parallelism; "
-            f"set parallel.context=1, any layout reads the run's checkpoints"
-        )
+    try:
+        select(influence.layers, config.model.num_layers)
+    except ValueError as error:
+        out.append(str(error))
+    if influence.norms and influence.method != "wgrad-dot":
+        out.append(f"influence.norms: method={influence.method} forms no gradients; use method=wgrad-dot")
+    if influence.per_token and influence.method != "ghost":
+        out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
+    for name in ("norms", "per_token"):
+        if getattr(influence, name) and influence.unit == "document":
+            out.append(f"influence.{name}: not kept of documents, which pass in pieces; use unit=window")
+        if getattr(influence, name) and config.parallel.context > 1:
+            out.append(
+                f"parallel.context={config.parallel.context}: influence.{name} needs whole sequences; set "
+                f"parallel.context=1, any layout reads the run's checkpoints"
+            )
     return out
 
 

@@ -21,11 +21,17 @@ from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import Config
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.sources import document_end
-from megatron_r1.influence.curvature import precondition
-from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
+from megatron_r1.influence.build import build_method
+from megatron_r1.influence.curvature import precondition, resolve
+from megatron_r1.influence.datainf import apply_inverse, example_gradients
+from megatron_r1.influence.gradients import Scorer, score
+from megatron_r1.influence.layers import select
+from megatron_r1.influence.low_rank import LowRank, correlation
+from megatron_r1.influence.methods import Directions, Method, WgradDot
+from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
-from megatron_r1.influence.windows import Windows, choose
+from megatron_r1.influence.windows import Examples, choose
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import (
     ParallelContext,
@@ -43,6 +49,8 @@ from megatron_r1.run_lock import exit_when_orphaned
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
+_COMPARED = 64
+"""Examples on which an approximation is held against exact scores."""
 _PASSES = 8
 """Micro-batches of a chunk: what a kill can cost, and what a pipeline needs to be full."""
 
@@ -53,6 +61,8 @@ def compute_influence(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
+    # An interleaved pipeline is a matter of training's speed; its checkpoints load without.
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = lay_plan(config)
     run = RunDir(Path(config.train.run))
     refs = [ref for ref in checkpoint.found(run.checkpoints) if ref.step in work.steps]
@@ -60,10 +70,11 @@ def compute_influence(config: Config) -> None:
         incomplete = sorted(set(work.steps) - {ref.step for ref in refs})
         raise ValueError(f"{run.checkpoints}: checkpoints {incomplete} are incomplete; leave them out")
     parts: dict[int, list[Part]] = {}
+    curvature = resolve(work.influence.curvature, [ref.path for ref in refs])
     for ref in refs:
         checkpoint.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
-        parts[ref.step] = work.parts(config, ref.step, weights)
+        parts[ref.step] = work.parts(config, ref.step, weights, curvature)
         for part in parts[ref.step]:
             check_inputs(part.directory, part.inputs)
     if not any(part.left() for found in parts.values() for part in found):
@@ -72,14 +83,25 @@ def compute_influence(config: Config) -> None:
         return
     exit_when_orphaned()
     with process_groups(config.parallel) as context, holding(run.influence, context):
-        _Scoring(config, work, context, parts).run(refs)
+        _Scoring(config, work, context, parts, curvature).run(refs)
 
 
 class _Scoring:
     """The model on this rank, and the passes over it."""
 
-    def __init__(self, config: Config, work: Work, context: ParallelContext, parts: dict[int, list[Part]]):
+    def __init__(
+        self,
+        config: Config,
+        work: Work,
+        context: ParallelContext,
+        parts: dict[int, list[Part]],
+        curvature: str,
+    ):
         self.config, self.work, self.context, self.parts = config, work, context, parts
+        self.curvature = curvature
+        self.left: dict[int, int] = {}
+        """Examples to score at each checkpoint when this launch began."""
+        self.names = frozenset(select(work.influence.layers, config.model.num_layers))
         self.began = ledger.process_start()
         self.eod = document_end(config)
         backend.seed_model_parallel(config.train.seed)
@@ -98,7 +120,7 @@ class _Scoring:
         return self.context.rank == 0
 
     def run(self, refs: list[CheckpointRef]) -> None:
-        left = {step: self._left(found) for step, found in self.parts.items()}
+        left = self.left = {step: self._left(found) for step, found in self.parts.items()}
         total = self.work.examples(self.config) * len(refs)
         done = total - sum(left.values())
         if self.leads:
@@ -124,18 +146,25 @@ class _Scoring:
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
         start = time.monotonic()
-        directions = self._directions(ref)
+        directions, norm_C = self._directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows(self.config)
         if self.leads:
+            each, many = seconds / probes, self.context.world_size
+            later = sum(left for step, left in self.left.items() if step > ref.step)
+            hours = each * (examples + later) / 3600
             print(
                 f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
-                f"{seconds:.1f} s; {examples:,} examples, about {seconds / probes * examples:.0f} s",
+                f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints, about "
+                f"{hours:.3g} h on {many} devices",
                 flush=True,
             )
-        with Scorer(self.gpt, directions) as scorer:
+        method = build_method(self.work.influence, directions, self.config, self.gpt, self.context)
+        if isinstance(method, LowRank):
+            self._compare(method, directions, ref)
+        with Scorer(self.gpt, method) as scorer:
             for part in self.parts[ref.step]:
-                self._score_part(part, scorer, bar)
+                self._score_part(part, scorer, norm_C, bar)
         if self.leads:
             ledger.append(
                 Path(self.config.train.run),
@@ -147,14 +176,14 @@ class _Scoring:
             )
         self.began = time.time()
 
-    def _directions(self, ref: CheckpointRef) -> Directions:
-        """v_c of every capability. Raises ValueError where one is zero or not finite."""
+    def _directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
+        """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
         total = self.work.probe_windows(self.config)
         with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
             for probe in self.work.probes:
                 gradient = self._mean_gradient(probe, bar)
-                square = sum(float(g.double().square().sum()) for g in gradient.values())
+                square = squared_norm(gradient, self.gpt, self.context)
                 if not 0 < square < float("inf"):
                     what = "zero" if square == 0 else "not finite"
                     raise ValueError(
@@ -163,14 +192,36 @@ class _Scoring:
                     )
                 gradients.append(gradient)
         directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
-        precondition(self.work.influence.curvature, directions, ref.path, self.gpt)
-        return directions
+        if self.curvature == "datainf":
+            self._apply_datainf(directions, ref)
+        else:
+            precondition(self.curvature, directions, ref.path, self.gpt)
+        norm_C = [
+            squared_norm({name: v[c] for name, v in directions.items()}, self.gpt, self.context) ** 0.5
+            for c in range(len(gradients))
+        ]
+        return directions, norm_C
+
+    def _apply_datainf(self, directions: Directions, ref: CheckpointRef) -> None:
+        """H from examples of all sources alike, one at a time."""
+        parts = self.parts[ref.step]
+        share = -(-self.work.influence.curvature_examples // len(parts))
+        chosen = [(self._examples(part), min(share, len(part.example_N))) for part in parts]
+
+        def gradients() -> Iterator[dict[str, torch.Tensor]]:
+            for examples, last in chosen:
+                batches = self._batches(examples, 0, last, micro_batch=1)
+                yield from example_gradients(
+                    self.model, self.gpt, self.names, batches, self.config.data.seq_length, self.context
+                )
+
+        apply_inverse(directions, gradients, sum(last for _, last in chosen), self.gpt, self.context)
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, torch.Tensor]:
         """Of one probing set, on every rank its shard."""
         influence, seq_length = self.work.influence, self.config.data.seq_length
         chosen = choose(probe, seq_length, influence.probe_examples, influence.seed)
-        rows = Windows(probe, chosen, seq_length, self.config.model.vocab_size)
+        rows = Examples(probe, chosen, seq_length, self.config.model.vocab_size)
         per_pass = influence.micro_batch * self.context.data_size
 
         def counted() -> Iterator[Batch]:
@@ -181,63 +232,98 @@ class _Scoring:
         passes = rows.passes(0, len(rows), per_pass)
         size, examples = influence.micro_batch, len(rows)
         return mean_gradient(
-            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context
+            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context, self.names
         )
 
-    def _score_part(self, part: Part, scorer: Scorer, bar: Progress) -> None:
-        rows = Windows(part.corpus, part.window_N, self.config.data.seq_length, self.config.model.vocab_size)
+    def _compare(self, method: LowRank, directions: Directions, ref: CheckpointRef) -> None:
+        """Raises ValueError where truncated directions do not order examples as the whole ones do."""
+        parts = self.parts[ref.step]
+        found: list[list[torch.Tensor]] = [[], []]
+        ways: tuple[Method, ...] = (method, WgradDot(directions, len(self.work.probes)))
+        for scores, way in zip(found, ways, strict=True):
+            with Scorer(self.gpt, way) as scorer:
+                for part in parts:
+                    examples = self._examples(part)
+                    last = min(-(-_COMPARED // len(parts)), len(examples))
+                    scores.append(torch.from_numpy(self._score_rows(examples, 0, last, scorer)[0]))
+        low, exact = (torch.cat(scores)[:_COMPARED] for scores in found)
+        least = correlation(low, exact).min().item()
+        influence = self.work.influence
+        if self.leads:
+            said = f"correlation {least:.6f} with exact scores on {len(low)} examples, the worst capability's"
+            print(f"step {ref.step}: directions of rank {influence.rank}, {said}", flush=True)
+        if not least >= influence.min_correlation:
+            raise ValueError(
+                f"at step {ref.step}, scores by directions of rank {influence.rank} correlate {least:.6f} "
+                f"with exact ones, below influence.min_correlation={influence.min_correlation}; raise "
+                f"influence.rank, or use influence.method=wgrad-dot"
+            )
+
+    def _examples(self, part: Part) -> Examples:
+        seq_length, vocab_size = self.config.data.seq_length, self.config.model.vocab_size
+        return Examples(part.corpus, part.example_N, seq_length, vocab_size, self.work.influence.unit)
+
+    def _score_part(self, part: Part, scorer: Scorer, norm_C: list[float], bar: Progress) -> None:
+        examples = self._examples(part)
         store = None
         if self.leads:
-            length_N = np.full(len(rows), self.config.data.seq_length)
-            store = ScoreStore(part.directory, part.inputs, part.window_N, length_N)
-        starts = range(0, len(rows), self.chunk)
-        missing = [
-            s for s in starts if store is not None and store.missing(s, min(s + self.chunk, len(rows)))
-        ]
+            named = zip((probe.name for probe in self.work.probes), norm_C, strict=True)
+            inputs = {**part.inputs, "direction_norms": dict(named)}
+            zeros_NX = torch.zeros(1, scorer.method.width, dtype=torch.float64)
+            shapes = {name: tuple(t.shape[1:]) for name, t in scorer.method.results(zeros_NX).items()}
+            store = ScoreStore(
+                part.directory, inputs, part.example_N, examples.length_N, {**shapes, "losses": ()}
+            )
+        missing = [c for c in examples.chunks(self.chunk) if store is not None and store.missing(*c)]
         todo = broadcast_object(missing)
         assert isinstance(todo, list)
-        for first in todo:
-            last = min(first + self.chunk, len(rows))
+        for first, last in todo:
             before = part.left() if store is not None else 0
-            score_NC, loss_N = self._score_rows(rows, first, last, scorer)
-            bad = ~np.isfinite(score_NC).all(1)
+            row_NX, loss_N = self._score_rows(examples, first, last, scorer)
+            bad = ~np.isfinite(row_NX).all(1)
             if bad.any():
-                window = part.window_N[first + int(np.argmax(bad))]
+                number = part.example_N[first + int(np.argmax(bad))]
                 raise ValueError(
-                    f"the score of window {window} of {part.corpus.name} at step {part.step} is not finite; "
-                    f"nothing of its chunk was written"
+                    f"the score of {self.work.influence.unit} {number} of {part.corpus.name} at step "
+                    f"{part.step} is not finite; nothing of its chunk was written"
                 )
             if store is not None:
-                store.write(first, score_NC.astype(np.float32), loss_N.astype(np.float32))
+                results = scorer.method.results(torch.from_numpy(row_NX))
+                found = {name: t.numpy().astype(np.float32) for name, t in results.items()}
+                store.write(first, {**found, "losses": loss_N.astype(np.float32)})
                 bar.advance(before - part.left(), note=f"step {part.step} {part.corpus.name}")
 
     def _score_rows(
-        self, rows: Windows, first: int, last: int, scorer: Scorer
+        self, examples: Examples, first: int, last: int, scorer: Scorer
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and losses of the rows [first, last), on every rank: float64 [rows, C] and [rows]."""
+        """The method's rows and mean losses of the examples [first, last), on every rank: float64."""
         size, context = self.work.influence.micro_batch, self.context
-        passes = rows.passes(first, last, size * context.data_size)
-        score_NC, loss_N = score(
+        passes = examples.passes(first, last, size * context.data_size)
+        row_NX, loss_N = score(
             self.model,
             scorer,
-            self._batches(rows, first, last),
+            self._batches(examples, first, last),
             passes,
             size,
             self.config.data.seq_length,
         )
-        # [passes, ranks, B, C + 1]: each rank fills in its own rows, the others' zeros change nothing.
-        mine = torch.cat([score_NC, loss_N[:, None]], 1).view(passes, size, -1)
+        # [passes, ranks, B, X + 1]: each rank fills in its own rows, the others' zeros change nothing.
+        mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
         all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])
         all_rows[:, context.data_rank] = mine
-        out = sum_over_data(all_rows).flatten(0, 2)[: last - first].cpu().numpy()
+        rows_PX = sum_over_data(all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
+        out = examples.join(first, last, rows_PX)
+        if self.work.influence.loss == "sum":
+            out[:, -1] /= examples.length_N[first:last]
         return out[:, :-1], out[:, -1]
 
-    def _batches(self, rows: Windows, first: int, last: int) -> Iterator[Batch]:
-        size, context = self.work.influence.micro_batch, self.context
-        for window_BS, real_B in rows.batches(first, last, size, context.data_rank, context.data_size):
-            yield on_device(whole_batch(window_BS, real_B, np.zeros(size), self.eod))
-
-
-def on_device(batch: Batch) -> Batch:
-    fields = ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
-    return dataclasses.replace(batch, **{name: t.to(backend.device()) for name, t in fields if t is not None})
+    def _batches(
+        self, examples: Examples, first: int, last: int, micro_batch: int | None = None
+    ) -> Iterator[Batch]:
+        size, context = micro_batch or self.work.influence.micro_batch, self.context
+        found = examples.batches(first, last, size, context.data_rank, context.data_size)
+        for window_BS, labels_B, length_B in found:
+            batch = whole_batch(window_BS, labels_B > 0, np.zeros(size), self.eod)
+            for row, labels in enumerate(labels_B):
+                batch.loss_mask_BS[row, labels:] = 0
+            yield weigh(batch, 1 / length_B if self.work.influence.loss == "mean" else np.ones(size))

@@ -3,7 +3,8 @@
     scores.npy     float32 [N, C]   score of each example for each capability
     losses.npy     float32 [N]      mean label loss of each example, nats
     tokens.npy     int32 [N]        labels of each example, s(x) of Eq. 5
-    examples.npy   int64 [N]        window number within the source, ascending
+    examples.npy   int64 [N]        window or document number within the source, ascending
+    norms.npy      float32 [N]      |grad l(x)|, where influence.norms is set
     written.npy    bool [N]         rows that hold results; the others are 0
     manifest.json  what the scores were computed from: format, capabilities, hashes of inputs
 
@@ -27,7 +28,9 @@ import numpy as np
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir, sync, write_text
 
-FORMAT = 1
+FORMAT = 2
+_NOTES = {"position", "direction_norms"}
+"""Of the manifest: what changes no score, or follows from what does."""
 _WHOLE = 1 << 26
 _SAMPLES, _SAMPLE = 1024, 1 << 16
 
@@ -70,8 +73,7 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
     changed = [
         f"{key} ({theirs.get(key, 'nothing')!s:.20} there, {ours.get(key, 'nothing')!s:.20} here)"
         for key in dict.fromkeys([*ours, *theirs])
-        # Where a source stands in the configuration changes no score.
-        if key != "position" and theirs.get(key) != ours.get(key)
+        if key.split(".")[0] not in _NOTES and theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise ValueError(
@@ -90,44 +92,53 @@ class ScoreStore:
     """The scores of one source at one checkpoint, while they are written. One process writes."""
 
     def __init__(
-        self, directory: Path, inputs: Mapping[str, Any], example_N: np.ndarray, length_N: np.ndarray
+        self,
+        directory: Path,
+        inputs: Mapping[str, Any],
+        example_N: np.ndarray,
+        length_N: np.ndarray,
+        shapes: Mapping[str, tuple[int, ...]],
     ):
         """Open `directory`, or lay it out for these examples.
 
-        `inputs` become the manifest. Raises ValueError where the directory holds scores of others.
+        `inputs` become the manifest; `shapes` are an example's in each file of results, float32. Raises
+        ValueError where the directory holds scores of others.
         """
         check_inputs(directory, inputs)
         if not directory.exists():
-            _lay_out(directory, inputs, example_N, length_N)
+            _lay_out(directory, inputs, example_N, length_N, shapes)
         self.directory = directory
-        self._scores = np.load(directory / "scores.npy", mmap_mode="r+")
-        self._losses = np.load(directory / "losses.npy", mmap_mode="r+")
+        self._results = {name: np.load(directory / f"{name}.npy", mmap_mode="r+") for name in shapes}
         self._written = np.load(directory / "written.npy", mmap_mode="r+")
 
     def missing(self, first: int, last: int) -> bool:
         """Whether any of the rows [first, last) is still to be computed."""
         return not bool(self._written[first:last].all())
 
-    def write(self, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+    def write(self, first: int, results: Mapping[str, np.ndarray]) -> None:
         """Fill the rows from `first` on; those already there stay as they are."""
-        rows = np.arange(first, first + len(score_NC))
+        rows = np.arange(first, first + len(results["scores"]))
         new = ~np.asarray(self._written[rows])
-        self._scores[rows[new]] = score_NC[new]
-        self._losses[rows[new]] = loss_N[new]
-        self._scores.flush()
-        self._losses.flush()
+        for name, array in self._results.items():
+            array[rows[new]] = results[name][new]
+            array.flush()
         self._written[rows] = True
         self._written.flush()
 
 
-def _lay_out(directory: Path, inputs: Mapping[str, Any], example_N: np.ndarray, length_N: np.ndarray) -> None:
-    n, c = len(example_N), len(inputs["capabilities"])
+def _lay_out(
+    directory: Path,
+    inputs: Mapping[str, Any],
+    example_N: np.ndarray,
+    length_N: np.ndarray,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    n = len(example_N)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     arrays: dict[str, np.ndarray] = {
-        "scores": np.zeros((n, c), np.float32),
-        "losses": np.zeros(n, np.float32),
+        **{name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()},
         "tokens": length_N.astype(np.int32),
         "examples": example_N.astype(np.int64),
         "written": np.zeros(n, bool),

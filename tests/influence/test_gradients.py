@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.gradients import Scorer, dot_with_directions, mean_gradient
+from megatron_r1.influence.gradients import Scorer
+from megatron_r1.influence.layers import parameter_names, select
+from megatron_r1.influence.methods import WgradDot, dot_with_directions
+from megatron_r1.influence.passes import mean_gradient
 from megatron_r1.parallel import process_groups
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
@@ -20,6 +23,7 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),
     "tensor and sequence": ParallelConfig(tensor=2, sequence=True),
     "pipeline": ParallelConfig(pipeline=2),
+    "context": ParallelConfig(context=2),
 }
 
 
@@ -34,8 +38,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(weights: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and losses on one rank, which the layouts must reproduce."""
+def alone(weights: Path) -> dict[str, Any]:
+    """Everything on one rank, which the layouts must reproduce."""
     return on_ranks(1, tiny.layout, ParallelConfig(), "fp32", weights)[0]
 
 
@@ -49,20 +53,34 @@ def _by_autograd() -> dict[str, Any]:
         rows = tiny.windows()
         true = np.zeros((len(rows), 3))
         part = {name: np.zeros((len(rows), 3)) for name in v}
+        true_squares = np.zeros(len(rows))
         for n, row in enumerate(rows):
             for name, gradient in tiny.row_gradient(gpt, row).items():
                 part[name][n] = (gradient.double() * v[name].double()).flatten(1).sum(1).numpy()
                 true[n] += part[name][n]
+                true_squares[n] += gradient.double().square().sum().item()
         found, losses = tiny.scores(gpt, context, v, rows)
         # One parameter at a time: an error in a small one cannot hide behind the large ones.
         single = {}
         for name in v:
             only = {other: w if other == name else torch.zeros_like(w) for other, w in v.items()}
             single[name] = error(tiny.scores(gpt, context, only, rows)[0], part[name])
+        # Parameters that are left out are not there at all.
+        selected = {}
+        for layers in ("linear", "embedding", ["*norm*", "*layers.1.mlp*"]):
+            names = select(layers, tiny.MODEL.num_layers)
+            only = {name: v[name] for name in names}
+            selected[str(layers)] = error(
+                tiny.scores(gpt, context, only, rows)[0], sum(part[n] for n in names)
+            )
+        squared = tiny.rows(gpt, context, WgradDot(v, 3, squares=True), rows)[0]
         true_losses = np.array([tiny.row_loss(gpt, row).item() for row in rows])
         return {
             "error": error(found, true),
             "single": single,
+            "selected": selected,
+            "scores beside norms": error(squared[:, :3], true),
+            "norms": error(squared[:, 3] ** 0.5, true_squares**0.5),
             "losses": error(losses, true_losses),
             "trainable": all(p.requires_grad for p in gpt.parameters()),
             "names": sorted(v),
@@ -74,6 +92,9 @@ def test_scores_equal_autograd_over_all_parameters() -> None:
     assert found["error"] < 1e-5
     assert found["losses"] < 1e-6
     assert {n: e for n, e in found["single"].items() if e > 1e-5} == {}
+    assert max(found["selected"].values()) < 1e-5, found["selected"]
+    assert found["scores beside norms"] < 1e-5 and found["norms"] < 1e-5
+    assert found["names"] == sorted(parameter_names(tiny.MODEL.num_layers))
     assert "embedding.word_embeddings.weight" in found["names"] and len(found["names"]) == 2 * 6 + 2
     assert found["trainable"], "the model must be left as it was"
 
@@ -133,10 +154,16 @@ def test_a_positive_score_lowers_the_capabilitys_loss() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_score_as_one(alone: tuple[np.ndarray, np.ndarray], weights: Path, layout: str) -> None:
-    for scores, losses in on_ranks(2, tiny.layout, LAYOUTS[layout], "fp32", weights):
-        assert error(scores, alone[0]) < 1e-5
-        assert error(losses, alone[1]) < 1e-6
+def test_two_ranks_score_as_one(alone: dict[str, Any], weights: Path, layout: str) -> None:
+    ranks = on_ranks(2, tiny.layout, LAYOUTS[layout], "fp32", weights)
+    for found in ranks:
+        assert error(found["scores"], alone["scores"]) < 1e-5
+        assert error(found["losses"], alone["losses"]) < 1e-6
+        assert found["direction"] == pytest.approx(alone["direction"], rel=1e-5)
+        if layout != "context":
+            assert error(found["norms"], alone["norms"]) < 1e-5
+    # Names are those of the whole model, wherever a parameter is.
+    assert {name for found in ranks for name in found["names"]} == set(alone["names"])
 
 
 def _in_batches_of(sizes: tuple[int, ...]) -> list[np.ndarray]:
@@ -152,16 +179,17 @@ def test_batch_size_and_filling_up_change_nothing() -> None:
         assert error(other, first) < 1e-6
 
 
-def test_bf16_scores_follow_fp32(alone: tuple[np.ndarray, np.ndarray]) -> None:
-    found = on_ranks(1, tiny.layout, ParallelConfig(), "bf16")[0][0]
-    assert np.corrcoef(found.ravel(), alone[0].ravel())[0, 1] > 0.99
+def test_bf16_scores_follow_fp32(alone: dict[str, Any]) -> None:
+    found = on_ranks(1, tiny.layout, ParallelConfig(), "bf16")[0]
+    assert np.corrcoef(found["scores"].ravel(), alone["scores"].ravel())[0, 1] > 0.99
+    np.testing.assert_allclose(found["norms"], alone["norms"], rtol=0.05)
 
 
 def _unknown_layer() -> None:
     with process_groups(ParallelConfig()):
         gpt = tiny.build()
         gpt.decoder.extra = torch.nn.Linear(2, 2)
-        with Scorer(gpt, {n: torch.zeros(3, *p.shape) for n, p in gpt.named_parameters()}):
+        with Scorer(gpt, WgradDot({n: torch.zeros(3, *p.shape) for n, p in gpt.named_parameters()}, 3)):
             pass
 
 
@@ -174,5 +202,5 @@ def test_blocks_of_a_large_layer_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     a, g, v = torch.randn(4, 3, 5), torch.randn(4, 3, 7), torch.randn(2, 7, 5)
     true = torch.einsum("sbi,sbo,coi->bc", a, g, v)
     for block in (1, 40, 10_000):
-        monkeypatch.setattr("megatron_r1.influence.gradients._BLOCK", block)
+        monkeypatch.setattr("megatron_r1.influence.methods._BLOCK", block)
         torch.testing.assert_close(dot_with_directions(a, g, v).float(), true)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_r1 import config_io
+from megatron_r1 import backend, checkpoint, config_io
 from megatron_r1.config import (
     Config,
     DataConfig,
@@ -26,12 +27,17 @@ from megatron_r1.config import (
     TrainConfig,
 )
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.influence import score as score_module
+from megatron_r1.influence.estimate import estimate
+from megatron_r1.influence.layers import select
 from megatron_r1.influence.plan import influence_mistakes
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
+from megatron_r1.influence.windows import choose
 from megatron_r1.ledger import read as read_ledger
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
 from megatron_r1.records import ScoreTable
 from megatron_r1.train.loop import train
 from tests import launch
@@ -132,15 +138,15 @@ def _killed_at(config: Config, write: int, half: bool) -> None:
     """Score until the store is to be written for the nth time; `half`: rows are there, their flags not."""
     count, original = 0, ScoreStore.write
 
-    def counted(store: ScoreStore, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> None:
         nonlocal count
         count += 1
         if count == write:
             if half:
-                store._scores[first : first + 3] = score_NC[:3]
-                store._scores.flush()
+                store._results["scores"][first : first + 3] = results["scores"][:3]
+                store._results["scores"].flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        original(store, first, score_NC, loss_N)
+        original(store, first, results)
 
     ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
@@ -150,10 +156,10 @@ def _counted(config: Config) -> int:
     """Rows computed by a start."""
     rows, original = 0, ScoreStore.write
 
-    def counted(store: ScoreStore, first: int, score_NC: np.ndarray, loss_N: np.ndarray) -> None:
+    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> None:
         nonlocal rows
-        rows += len(score_NC)
-        original(store, first, score_NC, loss_N)
+        rows += len(results["scores"])
+        original(store, first, results)
 
     ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
@@ -238,7 +244,14 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
     assert influence_mistakes(whole) == []
     wrong = changed(
         whole,
-        influence={"steps": [2, 3], "directions": {"x": f"{tmp_path}/x"}, "examples": 0, "micro_batch": 0},
+        influence={
+            "steps": [2, 3],
+            "directions": {"x": f"{tmp_path}/x"},
+            "examples": 0,
+            "micro_batch": 0,
+            "norms": True,
+            "layers": ["linears"],
+        },
         parallel={"context": 2},
     )
     text = "\n".join(influence_mistakes(wrong))
@@ -249,6 +262,7 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "influence.examples=0 must be positive",
         "influence.micro_batch=0 must be positive",
         "set parallel.context=1",
+        "influence.layers='linears' selects no parameter; near: linear",
     ):
         assert part in text, text
     assert "launch a multiple of 2" in influence_mistakes(changed(whole, parallel={"tensor": 2}), 3)[0]
@@ -323,3 +337,118 @@ def test_the_tool_checks_without_torch(whole: Config, tmp_path: Path) -> None:
     command = [sys.executable, "tools/compute_influence.py", f"{tmp_path}/config.yaml", "influence.steps=[3]"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=launch.ROOT, timeout=60, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: 1 mistake in the configuration:")
+
+
+def _documents_by_autograd(config: Config) -> np.ndarray:
+    """Scores of the first source's documents: gradients of summed losses of pieces, by plain autograd."""
+    influence, names = config.influence, select(["*mlp*", "embedding"], tiny.MODEL.num_layers)
+    assert influence is not None
+    with process_groups(ParallelConfig()):
+        backend.seed_model_parallel(1)
+        gpt: Any = build_model(config.model, config.parallel, "fp32", SEQ, plain_layers=True)
+        checkpoint.load(Path(config.train.run) / "checkpoints/step_00000004", gpt, None, config.model)
+        parameters = {n: p for n, p in gpt.named_parameters() if n in names}
+
+        def gradient(tokens: np.ndarray) -> list[torch.Tensor]:
+            window = torch.from_numpy(tokens.astype(np.int64))[None]
+            position = torch.arange(window.shape[1] - 1)[None]
+            loss = gpt(window[:, :-1], position, None, labels=window[:, 1:].contiguous()).sum()
+            return list(torch.autograd.grad(loss, list(parameters.values())))
+
+        v = []
+        for name, prefix in influence.directions.items():
+            probe = open_corpus(name, prefix)
+            stream = IndexedDataset(prefix).tokens
+            chosen = choose(probe, SEQ, influence.probe_examples, influence.seed)
+            found = [gradient(stream[w * SEQ : w * SEQ + SEQ + 1]) for w in chosen]
+            v.append([sum(parts) / len(chosen) for parts in zip(*found, strict=True)])
+        dataset = IndexedDataset(config.data.sources["a"].prefix)
+        corpus = open_corpus("a", config.data.sources["a"].prefix)
+        rows = []
+        for d in choose(corpus, SEQ, influence.examples, influence.seed, "document"):
+            tokens = dataset.tokens[dataset.tokens_before(int(d)) : dataset.tokens_before(int(d) + 1)]
+            pieces = [tokens[p : p + SEQ + 1] for p in range(0, len(tokens) - 1, SEQ)]
+            total = [sum(parts) for parts in zip(*map(gradient, pieces), strict=True)]
+            rows.append([sum(float((g * w).sum()) for g, w in zip(total, c, strict=True)) for c in v])
+        return np.array(rows)
+
+
+def test_documents_and_selected_layers_score_as_autograd_says(trained: Config, tmp_path: Path) -> None:
+    choice = {
+        "unit": "document",
+        "layers": ["*mlp*", "embedding"],
+        "curvature": "identity",
+        "examples": 7,
+        "steps": [4],
+    }
+    found = {}
+    for loss in ("sum", "mean"):
+        config = changed(copied(trained, tmp_path / loss), influence={**choice, "loss": loss})
+        on_ranks(2, compute_influence, config)
+        found[loss] = tables(config)[0]
+    true = on_ranks(1, _documents_by_autograd, config)[0]
+    by_sum, by_mean = found["sum"], found["mean"]
+    dataset = IndexedDataset(config.data.sources["a"].prefix)
+    assert by_sum.length_N.tolist() == [int(dataset.lengths[d]) - 1 for d in by_sum.example_N]
+    np.testing.assert_allclose(by_sum.score_NCK[:, :, 0], true, rtol=1e-4, atol=1e-5 * np.abs(true).max())
+    # A mean over the document's labels; its direction is of means over SEQ labels.
+    by_mean_NC = by_mean.score_NCK[:, :, 0] * by_mean.length_N[:, None] * SEQ
+    np.testing.assert_allclose(by_mean_NC, true, rtol=1e-4, atol=1e-5 * np.abs(true).max())
+    directories = (tmp_path / loss / "run/influence/step_00000004/a" for loss in found)
+    losses = [np.load(directory / "losses.npy") for directory in directories]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_norms_bound_the_scores(trained: Config, tmp_path: Path) -> None:
+    config = changed(copied(trained, tmp_path), influence={"norms": True, "steps": [4], "examples": 8})
+    on_ranks(2, compute_influence, config)
+    directory = Path(config.train.run) / "influence/step_00000004/a"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["influence"]["curvature"] == "adam"
+    norm_C = np.array([manifest["direction_norms"][c] for c in manifest["capabilities"]])
+    cosine_NC = np.load(directory / "scores.npy") / np.load(directory / "norms.npy")[:, None] / norm_C
+    assert (np.abs(cosine_NC) < 1).all() and (np.abs(cosine_NC) > 1e-4).all()
+
+
+def test_other_methods_store_what_they_keep(
+    trained: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = {"steps": [4], "examples": 4}
+    ways: dict[str, dict[str, Any]] = {
+        "ghost": {"per_token": True},
+        "lowrank": {"rank": 60},
+        "projected": {"projection": 3},
+    }
+    found = {}
+    for method, values in ways.items():
+        config = changed(copied(trained, tmp_path / method), influence={**few, "method": method, **values})
+        on_ranks(2, compute_influence, config)
+        found[method] = Path(config.train.run) / "influence/step_00000004/a"
+    scores = {method: np.load(directory / "scores.npy") for method, directory in found.items()}
+    np.testing.assert_allclose(
+        np.load(found["ghost"] / "token_scores.npy").sum(1), scores["ghost"], rtol=1e-3
+    )
+    scale = np.abs(scores["ghost"]).max()
+    np.testing.assert_allclose(scores["lowrank"], scores["ghost"], rtol=1e-2, atol=1e-2 * scale)
+    # Matrices as 3 x 3 numbers, norms' weights as 3.
+    assert np.load(found["projected"] / "projections.npy").shape == (4, 9 * 9 + 5 * 3)
+    assert "directions of rank 60, correlation" in capfd.readouterr().out
+    config = changed(config, influence={"method": "lowrank", "rank": 1, "min_correlation": 1.0})
+    with pytest.raises(RankFailedError, match=r"below influence\.min_correlation=1\.0; raise"):
+        on_ranks(1, compute_influence, copied(config, tmp_path / "refused"))
+    assert list((tmp_path / "refused/run/influence").glob("step_*")) == []
+
+
+def test_an_estimate_is_operations_over_their_rate(whole: Config, tmp_path: Path) -> None:
+    seconds = 10.0
+    rows = sum(len(t.example_N) for t in tables(whole))
+    per_token = whole.model.flops_per_token(SEQ)
+    # 1.05 of a pass for each example and one for each probing window, at two checkpoints.
+    rate = per_token * SEQ * 2 * (1.05 * rows + 24) / seconds
+    said = estimate(whole, 4, rate / 0.5 / 1e12, 0.5)
+    assert f"{rows} examples x 2 checkpoints, {seconds / 3600 / 4:.3g} h on 4 devices" in said
+    # Before there is any data, what is asked for counts in full.
+    early = changed(whole, train={"run": str(tmp_path)}, influence={"steps": [1, 2, 3]})
+    assert estimate(early, 1, 1.0, 1.0).startswith("100 examples x 3 checkpoints, at most ")
+    with pytest.raises(ValueError, match="give steps"):
+        estimate(changed(early, influence={"steps": []}), 1, 1.0, 1.0)

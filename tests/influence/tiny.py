@@ -12,8 +12,9 @@ import torch
 from megatron_r1 import backend, checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.loader import whole_batch
-from megatron_r1.influence.gradients import Directions, Scorer, mean_gradient, score
-from megatron_r1.influence.score import on_device
+from megatron_r1.influence.gradients import Scorer, score
+from megatron_r1.influence.methods import Directions, Method, WgradDot
+from megatron_r1.influence.passes import mean_gradient, named_parameters, squared_norm, weigh
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import ParallelContext, process_groups, sum_over_data
 from megatron_r1.records import Batch, TrainState
@@ -54,9 +55,8 @@ def batches(window_NS: np.ndarray, micro_batch: int, rank: int = 0, ranks: int =
     for first in range(rank * micro_batch, _up(len(window_NS), micro_batch * ranks), micro_batch * ranks):
         row_B = first + np.arange(micro_batch)
         real_B = row_B < len(window_NS)
-        yield on_device(
-            whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B, np.zeros(micro_batch), None)
-        )
+        batch = whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B, np.zeros(micro_batch), None)
+        yield weigh(batch, np.full(micro_batch, 1 / SEQ))
 
 
 def passes(rows: int, micro_batch: int, ranks: int = 1) -> int:
@@ -92,9 +92,16 @@ def scores(
     gpt: Any, context: ParallelContext, v: Directions, window_NS: np.ndarray, micro_batch: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
     """[N, C] and [N] of all rows, on every rank."""
+    return rows(gpt, context, WgradDot(v, 3), window_NS, micro_batch)
+
+
+def rows(
+    gpt: Any, context: ParallelContext, method: Method, window_NS: np.ndarray, micro_batch: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """A method's [N, X], and losses [N], of all rows, on every rank."""
     rank, ranks = context.data_rank, context.data_size
     count = passes(len(window_NS), micro_batch, ranks)
-    with Scorer(gpt, v) as scorer:
+    with Scorer(gpt, method) as scorer:
         found = batches(window_NS, micro_batch, rank, ranks)
         score_NC, loss_N = score(gpt, scorer, found, count, micro_batch, SEQ)
     mine = torch.cat([score_NC, loss_N[:, None]], 1).view(count, micro_batch, -1)
@@ -106,8 +113,8 @@ def scores(
 
 def layout(
     parallel: ParallelConfig, precision: str = "fp32", checkpoints: Path | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's body: scores and losses of the standard rows in a layout.
+) -> dict[str, Any]:
+    """A rank's body: what is measured of the standard rows in a layout.
 
     The first to come saves its weights under `checkpoints`, the others load them: pipeline stages draw
     other weights from the same seed.
@@ -117,7 +124,15 @@ def layout(
         if checkpoints is not None:
             ref = checkpoint.save(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
             checkpoint.load(ref.path, gpt, None, MODEL)
-        return scores(gpt, context, directions(gpt, context), windows())
+        v = directions(gpt, context)
+        found, losses = scores(gpt, context, v, windows())
+        out = {"scores": found, "losses": losses, "names": sorted(named_parameters(gpt))}
+        out["direction"] = squared_norm({name: t[0] for name, t in v.items()}, gpt, context)
+        if parallel.context == 1:
+            with_norms = WgradDot(v, 3, squares=True)
+            row_NX = torch.from_numpy(rows(gpt, context, with_norms, windows())[0])
+            out |= {name: t.numpy() for name, t in with_norms.results(row_NX).items()}
+        return out
 
 
 def row_loss(gpt: Any, window_S: np.ndarray) -> torch.Tensor:
