@@ -34,28 +34,27 @@ def figure(reading: Reading) -> Figure | None:
         return None
     cell = WIDTH / sum(shown)
     height = max(HEIGHT, 15.0 * len(losses) + 10)
-    parts, said = [], []
+    parts, said, note, titles = [], [], [], []
     if ranks[0]:
         parts.append(_rank_panel(reading, ranks, cell, height))
         first, last = ranks[0][0][1], ranks[0][-1][1]
+        titles.append("rank of the embeddings")
         said.append(
-            f"RankMe goes from {first:.1f} to {last:.1f}: how many directions the output embeddings use."
+            f"RankMe goes from {first:.1f} to {last:.1f}: about so many directions do the output embeddings "
+            "use. Look for a rank that collapses."
+        )
+        note.append(
+            "RankMe: exponential of the entropy of the singular values of the hidden states before the head, "
+            "over the probing text (Eq. 8)."
         )
     if losses:
         parts.append(_loss_panel(reading, losses, WIDTH - cell, cell, height))
-        said.append(_gap(run, losses))
-    said.append(
-        "Look for a rank that collapses, and for a source whose curve turns up while it is trained on."
-    )
-    note = (
-        "RankMe: exponential of the entropy of the singular values of the hidden states before the head, "
-        "over the probing text (Eq. 8). Validation: text of each source behind the documents that it trains "
-        "on, nats per token."
-    )
+        titles.append("loss on each source's held-back text")
+        said.append(_gap(run, losses) + " Look for a curve that turns up while its source is trained on.")
+        note.append("Validation: text of each source behind the documents it trains on, nats per token.")
+    name = words.both(titles)
     body = picture(WIDTH, height + 90, parts, "RankMe and validation loss over tokens")
-    return Figure(
-        "measures", "Rank of the embeddings, and loss on held-back text", " ".join(said), body, note
-    )
+    return Figure("measures", name[0].upper() + name[1:], " ".join(said), body, " ".join(note))
 
 
 def _points(run: Run, name: str, source: str | None = None) -> Curve:

@@ -113,6 +113,8 @@ def make_arm(root: Path, last: str, weights: dict[str, float] | str, first_step:
                 c: 8.4 * fall + (5.1 + 0.3 * i) * (1 - fall) - 0.002 * step - better * (1 - 0.6 * i)
                 for i, c in enumerate(CAPABILITIES)
             }
+            line["rank_me"] = 10 + step / 10
+            line["validation_nll"] = {s: 0.1 + loss for s, loss in losses.items()}
         if step > first_step:
             lines.append(json.dumps(line))
     (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
