@@ -107,13 +107,19 @@ def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(options.repeats + 2):
         for name, way in ways.items():
-            backend.synchronize()
+            _finish()
             start = clock()
             way()
-            backend.synchronize()
+            _finish()
             if repeat >= 2:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def _finish() -> None:
+    """Wait for what was started on a device."""
+    if backend.device().type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def report(seconds: dict[str, list[float]], options: Any, model: ModelConfig) -> None:
