@@ -11,7 +11,8 @@ _ZERO = 1e-9
 def maximise(gain_N: np.ndarray, a_MN: np.ndarray, b_M: np.ndarray) -> np.ndarray:
     """x that maximises gain x subject to A x = b and x >= 0, float64 [N].
 
-    Bland's rule, which cannot cycle. A pivot costs M (M + N) operations: made for some hundred variables.
+    The steepest column enters, by Bland's rule the first one where the last pivot moved nothing, so it
+    cannot cycle. A pivot costs M (M + N) operations: made for some hundred variables.
     Raises ValueError where no x fits, or the gain has no bound.
     """
     rows, columns = a_MN.shape
@@ -35,18 +36,22 @@ def maximise(gain_N: np.ndarray, a_MN: np.ndarray, b_M: np.ndarray) -> np.ndarra
 
 def _climb(tableau: np.ndarray, basis: np.ndarray, gain: np.ndarray, columns: int) -> None:
     """Pivot until no column among the first `columns` raises the gain."""
+    moved = True
     while True:
         reduced = gain[:columns] - gain[basis] @ tableau[:, :columns]
         entering = np.flatnonzero(reduced > _ZERO)
         if not len(entering):
             return
-        column = tableau[:, entering[0]]
+        # After a pivot that moved nothing the first column that helps, lest pivots go round in a circle.
+        chosen = int(np.argmax(reduced)) if moved else int(entering[0])
+        column = tableau[:, chosen]
         limits = np.flatnonzero(column > _ZERO)
         if not len(limits):
             raise ValueError("the linear program's gain has no bound")
         ratio = tableau[limits, -1] / column[limits]
+        moved = bool(ratio.min() > 0)
         tied = limits[ratio <= ratio.min() + 1e-15]
-        _pivot(tableau, basis, int(tied[np.argmin(basis[tied])]), int(entering[0]))
+        _pivot(tableau, basis, int(tied[np.argmin(basis[tied])]), chosen)
 
 
 def _pivot(tableau: np.ndarray, basis: np.ndarray, row: int, column: int) -> None:
