@@ -95,7 +95,8 @@ def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(core, model)
+    # Only megatron-core's own gathering of the state would use those; optimizer_shards.py gathers nothing.
+    return get_megatron_optimizer(core, model, use_gloo_process_groups=False)
 
 
 def guarded_step(

@@ -160,7 +160,7 @@ def train_step(
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    loss_N, tokens_N = _run_schedule(
+    loss_N, tokens_N = run_schedule(
         training.chunks, training.objective, batches, micro_batches, shape, forward_only=False
     )
     loss = float(loss_N.sum() / tokens_N.sum())
@@ -176,14 +176,14 @@ def label_losses(
     for chunk in training.chunks:
         chunk.eval()
     try:
-        sums = _run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
+        sums = run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
     finally:
         for chunk in training.chunks:
             chunk.train()
     return sums[0], sums[1]
 
 
-def _run_schedule(
+def run_schedule(
     chunks: list[Any],
     objective: Objective,
     batches: Iterator[Batch],

@@ -1,0 +1,171 @@
+"""Every file under examples/ resolves, says what the paper says, and can be launched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_r1 import config_io
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.recipes.launch_plan_data import plan_data
+from megatron_r1.recipes.launch_plan_paper import SOURCES
+from megatron_r1.retention import evenly_spaced
+from tests.launch import wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+PHASES = ["pretrain/phase1.yaml", "pretrain/phase2.yaml"]
+SPLIT = [
+    f"data.sources.{name}={{prefix: none, tokens: 1000000}}"
+    for name in yaml.safe_load((EXAMPLES / "quickstart/train.yaml").read_text())["data"]["sources"]
+]
+PROBES = "influence.directions={code: none}"
+# What is given together on a command line.
+RECIPES = [
+    *(([f"models/{size}.yaml", *PHASES, "influence/pretrain.yaml"], []) for size in ("140m", "360m", "950m")),
+    (["models/tiny.yaml", "quickstart/train.yaml", "quickstart/control.yaml"], SPLIT),
+    (
+        ["models/tiny.yaml"] + [f"quickstart/{name}.yaml" for name in ("train", "phase2", "influence")],
+        [*SPLIT, PROBES],
+    ),
+]
+LAUNCHERS = ["launch/torchrun_21x8.sh", "launch/slurm_21x8.sbatch"]
+
+
+def test_no_recipe_is_forgotten() -> None:
+    known = {name for files, _ in RECIPES for name in files} | {"corpora/corpora.yaml"}
+    assert {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.yaml")} == known
+
+
+@pytest.mark.parametrize("files, rest", RECIPES)
+def test_recipe_resolves_without_its_datasets(files: list[str], rest: list[str]) -> None:
+    config = config_io.load([*(str(EXAMPLES / name) for name in files), *rest])
+    assert plan_data(config).phases
+    text = (EXAMPLES / files[0]).read_text()
+    assert text.startswith(f"# {config.model.parameters():,} parameters")
+
+
+def test_the_recipe_gives_the_tables_sources_and_columns() -> None:
+    config = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *PHASES)])
+    assert {n: s.tokens for n, s in config.data.sources.items()} == {n: s.tokens for n, s in SOURCES.items()}
+    for number in (1, 2):
+        given = config.phase_weights(f"phase{number}")
+        assert given == {name: getattr(row, f"phase{number}") for name, row in SOURCES.items()}
+
+
+def test_influence_scores_checkpoints_that_phase_1_keeps() -> None:
+    files = ["models/140m.yaml", "pretrain/phase1.yaml", "influence/pretrain.yaml"]
+    config = config_io.load([str(EXAMPLES / name) for name in files])
+    assert config.influence is not None
+    assert config.influence.steps == evenly_spaced(0, config.phase_steps("phase1"), config.train.keep_spaced)
+
+
+def test_corpora_are_the_tables() -> None:
+    table = yaml.safe_load((EXAMPLES / "corpora/corpora.yaml").read_text())
+    assert {n: (row["rows"], float(row["tokens"])) for n, row in table.items()} == {
+        n: (row.rows, row.tokens) for n, row in SOURCES.items()
+    }
+
+
+def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:
+    rows = [
+        {"input": [{"role": "user", "content": f"question {n}?"}, {"content": None}], "output": f"so {n}"}
+        for n in range(7)
+    ]
+    (tmp_path / "hub/data").mkdir(parents=True)
+    # load_dataset takes the split from a file's name of this form.
+    (tmp_path / "hub/data/science-00000-of-00001.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    texts = [f"question {n}?\n\nso {n}" for n in range(7)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    train_sentencepiece([tmp_path / "texts.jsonl"], tmp_path / "sp.model", vocab_size=280)
+    command = [sys.executable, str(EXAMPLES / "corpora/fetch_corpus.py"), "nemotron-science"]
+    command += ["--dataset", str(tmp_path / "hub"), "--output-dir", str(tmp_path / "data")]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "sp.model")]
+    command += ["--rows-per-part", "3", "--max-rows", "5"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    dataset = IndexedDataset(tmp_path / "data/tokens/nemotron-science_text_document")
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "sp.model"))
+    found = [tokenizer.detokenize(dataset[n][:-1].tolist()) for n in range(dataset.num_documents)]
+    assert sorted(found) == texts[:5]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launcher_is_a_shell_script(name: str) -> None:
+    assert os.access(EXAMPLES / name, os.X_OK)
+    subprocess.run(["bash", "-n", EXAMPLES / name], check=True)
+
+
+def test_torchrun_launcher_starts_168_ranks_of_the_tool() -> None:
+    environment = {**os.environ, "MASTER_ADDR": "node0", "NODE_RANK": "20", "DRY_RUN": "1"}
+    words = subprocess.run(
+        [EXAMPLES / LAUNCHERS[0], "a.yaml", "train.run=with space"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    given = dict(itertools.pairwise(words))
+    assert int(given["--nnodes"]) * int(given["--nproc-per-node"]) == 168
+    assert given["--node-rank"] == "20" and given["tools/train.py"] == "a.yaml"
+    assert words[-2:] == ["train.run=with\\", "space"]
+
+
+def _slurm(folder: Path, ranks: str) -> subprocess.Popen[str]:
+    """The batch script among commands that only say that they were called; `ranks` stands for torchrun."""
+    for name, body in (
+        ("scontrol", 'if [[ $1 == show ]]; then echo node0; else echo "$@" >>"$OUT/requeued"; fi'),
+        ("srun", 'shift; SLURM_NODEID=0 exec "$@"'),
+        ("torchrun", ranks),
+    ):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return subprocess.Popen(
+        [EXAMPLES / LAUNCHERS[1], "a.yaml"],
+        env={
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHON": str(folder / "torchrun"),
+            "OUT": str(folder),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_NODELIST": "node[0-20]",
+            "SLURM_JOB_NUM_NODES": "21",
+            "SLURM_JOB_ID": "7",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_slurm_saves_and_requeues_when_time_is_nearly_up(tmp_path: Path) -> None:
+    rank = 'python3 -c "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); ' + (
+        "open('$OUT/ready', 'w').close(); signal.pause()\" && touch $OUT/saved"
+    )
+    job = _slurm(tmp_path, rank)
+    wait_for((tmp_path / "ready").exists, "the ranks")
+    job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=60)[0]
+    assert job.returncode == 0, told
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_slurm_does_not_requeue_what_ended_by_itself(tmp_path: Path, status: int) -> None:
+    job = _slurm(tmp_path, f"exit {status}")
+    told = job.communicate(timeout=60)[0]
+    assert job.returncode == status, told
+    assert not (tmp_path / "requeued").exists()
