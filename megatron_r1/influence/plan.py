@@ -190,6 +190,8 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         out.append(f"influence.norms: method={influence.method} forms no gradients; use method=wgrad-dot")
     if influence.per_token and influence.method != "ghost":
         out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
+    if influence.curvature == "datainf" and influence.unit == "document":
+        out.append("influence.curvature=datainf: not of documents, which pass in pieces; use unit=window")
     for name in ("norms", "per_token"):
         if getattr(influence, name) and influence.unit == "document":
             out.append(f"influence.{name}: not kept of documents, which pass in pieces; use unit=window")

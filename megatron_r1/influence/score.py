@@ -24,6 +24,7 @@ from megatron_r1.data.sources import document_end
 from megatron_r1.influence.build import build_method
 from megatron_r1.influence.curvature import precondition, resolve
 from megatron_r1.influence.datainf import apply_inverse, example_gradients
+from megatron_r1.influence.direction_cache import DirectionCache
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.low_rank import LowRank, correlation
@@ -166,6 +167,7 @@ class _Scoring:
             for part in self.parts[ref.step]:
                 self._score_part(part, scorer, norm_C, bar)
         if self.leads:
+            self._cache(ref).clear()
             ledger.append(
                 Path(self.config.train.run),
                 f"influence step {ref.step}",
@@ -179,10 +181,12 @@ class _Scoring:
     def _directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
+        cache = self._cache(ref)
         total = self.work.probe_windows(self.config)
         with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
             for probe in self.work.probes:
-                gradient = self._mean_gradient(probe, bar)
+                cached = cache.load(probe.name)
+                gradient = self._mean_gradient(probe, bar) if cached is None else cached
                 square = squared_norm(gradient, self.gpt, self.context)
                 if not 0 < square < float("inf"):
                     what = "zero" if square == 0 else "not finite"
@@ -190,6 +194,8 @@ class _Scoring:
                         f"the direction of {probe.name} at step {ref.step} is {what}; look at that "
                         f"checkpoint and at {probe.prefix}"
                     )
+                if cached is None:
+                    cache.save(probe.name, gradient)
                 gradients.append(gradient)
         directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
         if self.curvature == "datainf":
@@ -201,6 +207,11 @@ class _Scoring:
             for c in range(len(gradients))
         ]
         return directions, norm_C
+
+    def _cache(self, ref: CheckpointRef) -> DirectionCache:
+        part, micro_batch = self.parts[ref.step][0], self.work.influence.micro_batch
+        parallel, directory = self.config.parallel, part.directory.parent
+        return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
 
     def _apply_datainf(self, directions: Directions, ref: CheckpointRef) -> None:
         """H from examples of all sources alike, one at a time."""

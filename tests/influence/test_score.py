@@ -179,6 +179,39 @@ def test_killed_and_started_again_gives_the_same_bits(whole: Config, trained: Co
         assert np.array_equal(ours.example_N, theirs.example_N)
 
 
+def _probing_sets_passed(config: Config) -> int:
+    """How many mean gradients a start computes."""
+    count, original = 0, score_module.mean_gradient
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args)
+
+    score_module.mean_gradient = counted  # this fork's own
+    compute_influence(config)
+    return count
+
+
+def test_directions_outlive_a_kill_and_go_when_all_is_scored(
+    whole: Config, trained: Config, tmp_path: Path
+) -> None:
+    config = copied(trained, tmp_path)
+    with pytest.raises(RankFailedError):
+        on_ranks(2, _killed_at, config, 2, False)
+    kept = tmp_path / "run/influence/step_00000002/.directions"
+    assert len(list(kept.glob("*/*.pt"))) == 2
+    # Those of the other checkpoint's two capabilities are left; another layout would add up otherwise.
+    shutil.copytree(tmp_path / "run", tmp_path / "other/run")
+    other = changed(config, train={"run": str(tmp_path / "other/run")})
+    assert on_ranks(2, _probing_sets_passed, config) == [2, 2]
+    assert on_ranks(1, _probing_sets_passed, other) == [4]
+    assert not kept.exists()
+    for ours, theirs in zip(tables(config), tables(whole), strict=True):
+        scale = np.abs(theirs.score_NCK).max()
+        np.testing.assert_allclose(ours.score_NCK, theirs.score_NCK, rtol=1e-5, atol=1e-6 * scale)
+
+
 def test_two_ranks_score_alike_and_go_on_after_a_kill(whole: Config, trained: Config, tmp_path: Path) -> None:
     config = copied(trained, tmp_path)
     with pytest.raises(RankFailedError):
@@ -410,6 +443,20 @@ def test_norms_bound_the_scores(trained: Config, tmp_path: Path) -> None:
     assert (np.abs(cosine_NC) < 1).all() and (np.abs(cosine_NC) > 1e-4).all()
 
 
+def test_datainf_is_measured_on_the_sources(trained: Config, tmp_path: Path) -> None:
+    few = {"steps": [4], "examples": 4, "curvature": "datainf", "curvature_examples": 6}
+    found = {}
+    for ranks in (1, 2):
+        config = changed(copied(trained, tmp_path / str(ranks)), influence=few)
+        on_ranks(ranks, compute_influence, config)
+        found[ranks] = tables(config)[0].score_NCK
+    scale = np.abs(found[1]).max()
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-4, atol=1e-4 * scale)
+    path = tmp_path / "1/run/influence/step_00000004/a/manifest.json"
+    influence = json.loads(path.read_text())["influence"]
+    assert (influence["curvature"], influence["curvature_examples"]) == ("datainf", 6)
+
+
 def test_other_methods_store_what_they_keep(
     trained: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,7 +483,7 @@ def test_other_methods_store_what_they_keep(
     config = changed(config, influence={"method": "lowrank", "rank": 1, "min_correlation": 1.0})
     with pytest.raises(RankFailedError, match=r"below influence\.min_correlation=1\.0; raise"):
         on_ranks(1, compute_influence, copied(config, tmp_path / "refused"))
-    assert list((tmp_path / "refused/run/influence").glob("step_*")) == []
+    assert list((tmp_path / "refused/run/influence").glob("step_*/*/scores.npy")) == []
 
 
 def test_an_estimate_is_operations_over_their_rate(whole: Config, tmp_path: Path) -> None:
