@@ -98,7 +98,7 @@ def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     dataset = IndexedDataset(tmp_path / "data/tokens/nemotron-science_text_document")
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "sp.model"))
-    found = [tokenizer.detokenize(dataset[n][:-1].tolist()) for n in range(dataset.num_documents)]
+    found = [tokenizer.decode(dataset[n][:-1].tolist()) for n in range(dataset.num_documents)]
     assert sorted(found) == texts[:5]
 
 

@@ -130,12 +130,12 @@ def _time(plan: LaunchPlan) -> list[str]:
 def _checkpoints(plan: LaunchPlan) -> list[str]:
     found, train, numel = plan.checkpoints, plan.config.train, plan.config.model.parameters()
     width = 2 if train.precision == "bf16" else 4
-    every = train.checkpoint_every * plan.step_seconds
+    pause = train.checkpoint_every * plan.step_seconds
     return [
         f"checkpoints: {found.size / 1e9:.2f} GB each = {numel:,} x ({width} + 12) B, "
         f"{found.size / plan.launch.gpus / 1e6:.0f} MB a rank",
-        f"  every {train.checkpoint_every} steps ({every / 60:.1f} min): {found.size / every / 1e6:,.1f} MB/s; "
-        f"{found.saved} written, {found.kept} kept, {found.kept * found.size / 1e12:.2f} TB",
+        f"  every {train.checkpoint_every} steps, {pause / 60:.1f} min: {found.size / pause / 1e6:,.1f} MB/s",
+        f"  {found.saved} written, {found.kept} kept in the end, {found.kept * found.size / 1e12:.2f} TB",
     ]
 
 
