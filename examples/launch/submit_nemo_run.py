@@ -1,4 +1,6 @@
-"""Submit a training run through NeMo-Run (pip install nemo_run), here or to Slurm.
+"""Submit a training run through NeMo-Run, here or to Slurm.
+
+pip install nemo_run 'leptonai<0.27'    # later ones lack what nemo_run 0.11.1 imports
 
 python examples/launch/submit_nemo_run.py --nodes 21 --account ACCOUNT --partition PARTITION \\
     --host LOGIN_NODE --job-dir /shared/jobs -- examples/models/950m.yaml examples/pretrain/phase1.yaml
@@ -36,6 +38,7 @@ def slurm_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "gpus_per_node": options.gpus_per_node,
         "time": options.time,
         "exclusive": True,
+        "launcher": "torchrun",
         # A job that ran out of time goes on from its last checkpoint.
         "retries": options.retries,
     }
@@ -66,14 +69,14 @@ def main() -> None:
             import nemo_run as run
         except ImportError:
             raise ValueError(
-                "nemo_run is not installed: pip install nemo_run, or use examples/launch/torchrun_21x8.sh"
+                "nemo_run cannot be imported: pip install nemo_run 'leptonai<0.27', or use "
+                "examples/launch/torchrun_21x8.sh"
             ) from None
         if options.host:
             tunnel = run.SSHTunnel(host=options.host, user=options.user, job_dir=options.job_dir)
             executor = run.SlurmExecutor(
                 tunnel=tunnel, packager=run.GitArchivePackager(), **slurm_arguments(options)
             )
-            executor.launcher = "torchrun"
         elif options.nodes > 1:
             raise ValueError(f"--nodes {options.nodes} needs --host")
         else:
