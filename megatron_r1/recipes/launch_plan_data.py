@@ -173,11 +173,6 @@ def _heads(config: Config) -> str:
             f"model.head_dim x num_attention_heads = {model.head_dim * model.num_attention_heads} is not "
             f"model.hidden_size={model.hidden_size}"
         )
-    if model.vocab_size % config.parallel.tensor:
-        out.append(
-            f"model.vocab_size={model.vocab_size} is padded to a multiple of parallel.tensor="
-            f"{config.parallel.tensor}"
-        )
     return "; ".join(out)
 
 

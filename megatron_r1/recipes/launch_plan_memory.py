@@ -21,7 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_r1 import backend, parallel
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.model import cpu_attention, loss
-from megatron_r1.model.gpt import padded_vocabulary
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch
 from megatron_r1.train.objective import next_token
@@ -229,5 +228,5 @@ def _logits(config: Config, context: ParallelContext) -> int:
         return 0
     tokens = config.train.micro_batch * config.data.seq_length // context.context_size
     tokens = min(tokens, config.train.head_chunk or tokens)
-    columns = padded_vocabulary(config.model.vocab_size, context.tensor_size) // context.tensor_size
+    columns = -(-config.model.vocab_size // context.tensor_size)
     return tokens * columns * (2 if config.train.precision == "bf16" else 4)

@@ -31,7 +31,7 @@ def config(precision: str, *more: str) -> Config:
     return config_io.load(
         [
             str(ROOT / "examples/models/tiny.yaml"),
-            "model={num_attention_heads: 4, num_query_groups: 2, vocab_size: 999}",
+            "model={num_attention_heads: 4, num_query_groups: 2, vocab_size: 1000}",
             f"train={{run: none, global_batch: 16, micro_batch: 2, precision: {precision}}}",
             "data={seq_length: 128, sources: {a: {prefix: none}}}",
             "phases.one={steps: 1}",
@@ -88,7 +88,7 @@ def _batches(asked: Config, context_size: int) -> Iterator[Batch]:
     shape = (asked.train.micro_batch, asked.data.seq_length // context_size)
     generator = torch.Generator().manual_seed(1)
     while True:
-        one, other = (torch.randint(0, 999, shape, generator=generator) for _ in range(2))
+        one, other = (torch.randint(0, 1000, shape, generator=generator) for _ in range(2))
         position = torch.arange(shape[1]).expand(shape).contiguous()
         yield Batch(one, other, torch.ones(shape), position, torch.zeros(shape[0], dtype=torch.long))
 
