@@ -135,7 +135,7 @@ class PhaseConfig:
     learning_rate: float = 4e-3
     """Peak."""
     min_lr_ratio: float = 0.1
-    """Last learning rate of the phase, as a share of the peak."""
+    """What the learning rate falls towards, as a share of the peak; one step more would reach it."""
     warmup_steps: int = 0
     """Of this phase; 0: it starts at the peak."""
     decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"

@@ -180,6 +180,9 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             out.append(
                 f"parallel.tensor={tp} does not divide model.num_query_groups={groups}; use one of {legal}"
             )
+        if tp > 0 and model.vocab_size % tp:
+            # Rows that fill it up would take part in the softmax, and be another model.
+            out.append(f"parallel.tensor={tp} does not divide model.vocab_size={model.vocab_size}")
         stages = parallel.pipeline * parallel.virtual_pipeline
         if parallel.pipeline < 1 or parallel.virtual_pipeline < 1 or model.num_layers % stages:
             by = " x virtual_pipeline" if parallel.virtual_pipeline != 1 else ""
@@ -204,6 +207,13 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
         for name in ("head_chunk", "checkpoint_every", "probe_every", "keep_last", "keep_every"):
             if (value := getattr(train, name)) is not None and value < 1:
                 out.append(f"train.{name}={value} must be positive")
+        if train.validation_windows < 0:
+            out.append(f"train.validation_windows={train.validation_windows} must not be negative")
+        elif train.validation_windows and data and all(s.documents is None for s in data.sources.values()):
+            out.append(
+                f"train.validation_windows={train.validation_windows} needs documents set aside: give "
+                f"data.sources.NAME.documents (tools/curate_probes.py does)"
+            )
         if train.keep_spaced < 0:
             out.append(f"train.keep_spaced={train.keep_spaced} must not be negative")
         if train.keep_every is not None and train.keep_last is None:
@@ -224,6 +234,8 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
                 out.append(f"health.{name}={getattr(health, name)} must be at least {least}")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)
+        if data and train and train.global_batch > 0 and data.seq_length > 0:
+            out += _check_lengths(phases, train.global_batch * data.seq_length)
     mix = sections.get("mix")
     if mix and not 0 <= mix.floor <= mix.cap <= 1:
         out.append(f"mix: 0 <= floor <= cap <= 1 does not hold for floor={mix.floor}, cap={mix.cap}")
@@ -247,6 +259,21 @@ def _check_rope_scaling(scaling: RopeScaling) -> list[str]:
     return out
 
 
+def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
+    """Warm-ups and decays that their phases are too short for."""
+    out = []
+    for name, phase in phases.items():
+        steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
+        decay = (phase.decay_steps or max(1, steps // 10)) if phase.decay == "wsd" else 0
+        if not 0 <= phase.warmup_steps <= steps - decay:
+            also = f" with a decay over {decay}" if decay else ""
+            out.append(
+                f"phases.{name}.warmup_steps={phase.warmup_steps} is not within the phase's {steps} steps"
+                f"{also}"
+            )
+    return out
+
+
 def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str]:
     out = []
     if not phases:
@@ -258,10 +285,6 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
         length = phase.steps if phase.steps is not None else phase.tokens
         if length is not None and length < 1:
             out.append(f"{path}: a length of {length} trains nothing")
-        if phase.warmup_steps < 0 or (phase.steps is not None and phase.warmup_steps > phase.steps):
-            out.append(
-                f"{path}.warmup_steps={phase.warmup_steps} is not within the phase's {phase.steps} steps"
-            )
         if phase.decay_steps is not None and phase.decay != "wsd":
             out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
         elif phase.decay_steps is not None and not 1 <= phase.decay_steps <= (phase.steps or math.inf):

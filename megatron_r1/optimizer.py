@@ -120,7 +120,19 @@ def guarded_step(
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
         optimizer.step_with_ready_grads()
+        _count_empty_groups(optimizer)
     return norm, refused
+
+
+def _count_empty_groups(optimizer: Any) -> None:
+    """Adam counts a group's steps, but on a rank that holds none of its parameters it never looks at it.
+
+    megatron-core saves the first rank's groups for all: its count must stand for the others', too.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            if not group["params"]:
+                group["step"] = group.get("step", 0) + 1
 
 
 def forget_moments(optimizer: Any) -> None:

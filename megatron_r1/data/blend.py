@@ -388,9 +388,10 @@ class BlendPlan:
         return json.dumps(text, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, root: Path | None = None) -> BlendPlan:
+    def from_json(cls, text: str, root: Path | None = None, samples: int | None = None) -> BlendPlan:
         """The plan of `to_json`. Relative mask paths are relative to `root`, or else the working directory.
 
+        `samples`: leave out the phases that begin at this sample or later, whose masks may be gone.
         ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
         """
         parts = json.loads(text)
@@ -400,7 +401,8 @@ class BlendPlan:
             raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
         sources = {source["name"]: source["windows"] for source in parts["sources"]}
         plan = cls(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
-        for number, phase in enumerate(parts["phases"]):
+        past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
+        for number, phase in enumerate(past):
             keep = {name: (root or Path()) / mask["path"] for name, mask in phase["keep"].items()}
             plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
             for name, mask in phase["keep"].items():
@@ -411,7 +413,8 @@ class BlendPlan:
                         f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
                     )
                 plan.phases[-1].keep[name] = replace(loaded, path=mask["path"])
-        if parts.get("fingerprint") not in (None, plan.fingerprint()):
+        whole = len(past) == len(parts["phases"])
+        if whole and parts.get("fingerprint") not in (None, plan.fingerprint()):
             raise ValueError(
                 "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
                 'line "fingerprint" if the edit is meant'

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import naming, on_disk, open_alone, replacing, sync
+from megatron_r1.run_dir import naming, on_disk, open_alone, replacing, sha256, sync
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -363,6 +363,12 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     if not isinstance(sidecar, dict):
         raise ValueError(f"{path} is not the sidecar of an indexed dataset; {_REDO}")
     return sidecar
+
+
+def identity_of(prefix: str | Path) -> str:
+    """What tells a pair from any other: its sidecar's hash of the tokens, or else the hash of its index."""
+    sidecar = read_sidecar(prefix) or {}
+    return str(sidecar.get("bin_sha256") or sha256(with_suffix(prefix, ".idx")))
 
 
 def open_corpus(name: str, prefix: str | Path, documents: int | None = None) -> Corpus:

@@ -6,6 +6,8 @@ the lowest bit. A mask over documents is a `.npz` file that `save_documents` wri
     windows      uint8 [ceil(windows / 8)]: windows with at least one label in a kept document
     stretches    int64 [n, 2]: the kept documents as tokens [begin, end), ascending, neighbours joined
     seq_length   int64
+    count        int64: windows
+    corpus       text: `indexed.identity_of` of the pair
 
 A dropped document's tokens carry no loss wherever a window that is drawn crosses it, and a window that
 has no label left is never drawn. Window w's labels are tokens wS + 1 to wS + S.
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1._csrc import Keep
-from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.indexed import IndexedDataset, identity_of
 from megatron_r1.records import Corpus
 from megatron_r1.run_dir import replacing
 
@@ -40,13 +42,17 @@ class KeptWindows:
     path: str | None
     stretch_N2: np.ndarray | None = None
     """Of a mask over documents: tokens whose labels count, int64 [n, 2], begin and end."""
+    seq_length: int | None = None
+    corpus: str | None = None
+    """Of a mask over documents: what it was made for."""
 
 
 def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     """Read and check the mask of a source that has so many windows. Raises ValueError, FileNotFoundError."""
     path = None if isinstance(mask, np.ndarray) else str(mask)
     where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
-    stretch_N2 = None
+    stretch_N2 = seq_length = corpus = None
+    count = windows
     if isinstance(mask, np.ndarray):
         bits = mask
     else:
@@ -57,12 +63,16 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
             else:
                 with found:
                     bits, stretch_N2 = found["windows"], found["stretches"]
-                    where += f", for windows of {int(found['seq_length'])} tokens,"
+                    seq_length, count = int(found["seq_length"]), int(found["count"])
+                    corpus = str(found["corpus"])
+                    where += f", for {count} windows of {seq_length} tokens,"
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
                 f"with megatron_r1.data.keep.save_documents"
             ) from None
+    if count != windows:
+        raise ValueError(f"{where} does not fit: the source has {windows} windows; make the mask again")
     if bits.dtype == np.bool_ and bits.shape == (windows,):
         packed = np.packbits(bits, bitorder="little")
     elif bits.dtype == np.uint8 and bits.shape == ((windows + 7) // 8,):
@@ -77,7 +87,7 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
     if stretch_N2 is not None:
         digest.update(stretch_N2.tobytes())
-    return KeptWindows(Keep(windows, packed), digest.hexdigest(), path, stretch_N2)
+    return KeptWindows(Keep(windows, packed), digest.hexdigest(), path, stretch_N2, seq_length, corpus)
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
@@ -102,7 +112,14 @@ def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_len
     packed = np.packbits(windows, bitorder="little")
     # An archive goes back to its headers, which a file that only grows does not allow.
     archive = io.BytesIO()
-    np.savez(archive, windows=packed, stretches=stretch_N2, seq_length=np.int64(seq_length))
+    np.savez(
+        archive,
+        windows=packed,
+        stretches=stretch_N2,
+        seq_length=np.int64(seq_length),
+        count=np.int64(len(windows)),
+        corpus=np.array(identity_of(corpus.prefix)),
+    )
     with replacing(path) as stream:
         stream.write(archive.getbuffer())
 

@@ -113,7 +113,7 @@ def whole_batch(window_NS: np.ndarray, real_N: np.ndarray, source_N: np.ndarray,
         tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_NS)),
         labels_BS=torch.from_numpy(np.ascontiguousarray(labels_NS)),
         loss_mask_BS=torch.from_numpy(mask_NS),
-        position_BS=torch.from_numpy(np.ascontiguousarray(position_NS)),
+        position_BS=torch.from_numpy(np.array(position_NS)),
         source_B=torch.from_numpy(source_N.astype(np.int64)),
         segment_BS=None if segment_NS is None else torch.from_numpy(segment_NS.astype(np.int32)),
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config
-from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import open_corpus, read_sidecar
+from megatron_r1.data.blend import BlendPlan, Phase
+from megatron_r1.data.indexed import identity_of, open_corpus, read_sidecar
 from megatron_r1.records import Corpus
 
 
@@ -137,8 +137,32 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
             plan.add_phase(start, weights, max_epochs=phase.max_epochs, keep=phase.keep)
         except (OSError, ValueError) as error:
             raise config_io.ConfigError([f"phases.{name}: {error}"]) from None
+        if mistakes := _mask_mistakes(f"phases.{name}.keep", config, plan.phases[-1]):
+            raise config_io.ConfigError(mistakes)
         start += config.phase_steps(name) * config.train.global_batch
     return plan
+
+
+def _mask_mistakes(path: str, config: Config, phase: Phase) -> list[str]:
+    """Masks over documents that were made for another length or another dataset."""
+    out = []
+    for name, mask in phase.keep.items():
+        prefix = config.data.sources[name].prefix
+        if mask.seq_length not in (None, config.data.seq_length):
+            out.append(
+                f"{path}.{name}: {mask.path} was made for windows of {mask.seq_length} tokens, not "
+                f"data.seq_length={config.data.seq_length}; make it again"
+            )
+        elif mask.corpus is not None and mask.corpus != identity_of(prefix):
+            out.append(
+                f"{path}.{name}: {mask.path} was made for another dataset than {prefix}; make it again"
+            )
+    return out
+
+
+def identities(config: Config) -> dict[str, str]:
+    """Of every source's dataset."""
+    return {name: identity_of(source.prefix) for name, source in config.data.sources.items()}
 
 
 def check_plan(config: Config, plan: BlendPlan) -> list[str]:

@@ -4,9 +4,9 @@
     rho_g  = sum_{x in R_g} I(x) s(x) / sum_{x in R_g} s(x)          Eq. 5, s(x) tokens of x
     w_g    = max(rho_g, 0) / sum_h max(rho_h, 0)
 
-A score is a gain per token of training on x (units.py); the factor s(x) makes rho a mean over tokens, not windows.
-alpha is a product of a weight per capability and one per checkpoint, each summing to 1, so that rho is the
-capabilities' weighted mean of rho_gc, a source's density for one capability.
+A score is a gain per token of training on x (units.py); the factor s(x) makes rho a mean over tokens, not
+over windows. alpha is a product of a weight per capability and one per checkpoint, each summing to 1, so
+that rho is the capabilities' weighted mean of rho_gc, a source's density for one capability.
 """
 
 from __future__ import annotations

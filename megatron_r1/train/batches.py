@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-import torch
 
 from megatron_r1 import backend
 from megatron_r1.data.loader import BatchLoader, whole_batch
@@ -38,8 +37,8 @@ class Tolerant:
     whose gradients `spoil` then keeps out of every rank's weights, and only then do they speak.
     """
 
-    def __init__(self, batches: Iterator[Batch], passes: int, shape: tuple[int, int]):
-        self._batches, self._left, self._shape = batches, passes, shape
+    def __init__(self, batches: Iterator[Batch], passes: int, without_labels: Callable[[], Batch]):
+        self._batches, self._left, self._without_labels = batches, passes, without_labels
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -51,12 +50,6 @@ class Tolerant:
             self.error = error
             for _ in range(self._left):
                 yield self._without_labels()
-
-    def _without_labels(self) -> Batch:
-        tokens_BS = torch.zeros(self._shape, dtype=torch.long, device=backend.device())
-        mask_BS = torch.zeros(self._shape, device=backend.device())
-        source_B = torch.zeros(self._shape[0], dtype=torch.long, device=backend.device())
-        return Batch(tokens_BS, tokens_BS, mask_BS, torch.zeros_like(tokens_BS), source_B)
 
 
 def rank_samples(

@@ -108,9 +108,9 @@ class Watchdog:
     ) -> None:
         self._ended.set()
 
-    def heard(self) -> None:
-        """A step was completed: wait anew."""
-        self._heard = time.monotonic()
+    def heard(self, more: float = 0.0) -> None:
+        """A step was completed: wait anew; `more` seconds longer for what is known to take long."""
+        self._heard = time.monotonic() + more
 
     def _watch(self) -> None:
         while not self._ended.wait(max(0.0, self._heard + self._seconds - time.monotonic()) + 0.01):

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.sources import document_end, resolve_data
+from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.sources import document_end, identities, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
 from megatron_r1.parallel import ParallelContext, holding, process_groups
 from megatron_r1.progress import Progress
-from megatron_r1.records import Corpus, TrainState
+from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention, evenly_spaced
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
-from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
+from megatron_r1.train.batches import Tolerant, micro_batches, on_device, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
     StepGuard,
@@ -39,6 +41,8 @@ from megatron_r1.train.step import Shape, StepResult, Training, build_training, 
 
 _READ_AHEAD = 256
 """Windows that a rank asks for before they are needed."""
+_LONG = 3600.0
+"""Seconds more than a step that measuring, or the last write of a phase, may take."""
 
 
 def train(config: Config) -> None:
@@ -79,7 +83,14 @@ def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
             f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
             f"begin a new run"
         )
-    plan.extends(BlendPlan.from_json(meta["plan"]), samples)
+    plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
+    seen, now = json.loads(meta["plan"]).get("data", {}), identities(config)
+    other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
+    if other:
+        raise ValueError(
+            f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
+            f"again, or replaced; restore them, or begin a new run"
+        )
 
 
 class Trainer:
@@ -96,6 +107,7 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
+        self.identities = identities(config)
         self.loader = BatchLoader(
             plan, corpora, config.data.seq_length, document_end(config), pin_memory=backend.HAS_CUDA
         )
@@ -133,7 +145,7 @@ class Trainer:
         spans = phase_spans(self.config)
         if self.leads:
             write_text(self.run.config, config_io.dump(self.config))
-            write_text(self.run.plan, self.plan.to_json())
+            write_text(self.run.plan, self._plan_text())
             print(
                 f"{self.run.root}: step {self.state.step} of {spans[-1].end} | "
                 f"{self.config.model.parameters():,} parameters | "
@@ -182,6 +194,7 @@ class Trainer:
                 line = self._line(span, result, lr, seconds, target)
                 done = self.state.step
                 if done % config.train.probe_every == 0 or done == span.end:
+                    self.watchdog.heard(more=_LONG)
                     line |= self.evaluation.measure()
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
@@ -236,7 +249,7 @@ class Trainer:
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        tolerant = Tolerant(batches, self.passes, (self.shape.micro_batch, self.shape.seq_length))
+        tolerant = Tolerant(batches, self.passes, self._without_labels)
         result = train_step(
             self.training,
             iter(tolerant),
@@ -252,6 +265,12 @@ class Trainer:
         self.state.tokens += config.tokens_per_step()
         self.state.guard = self.guard.history()
         return result
+
+    def _without_labels(self) -> Batch:
+        rows, length = self.shape.micro_batch, self.shape.seq_length
+        none = np.zeros(rows, dtype=bool)
+        empty = whole_batch(np.zeros((rows, length + 1), dtype=np.int64), none, none, self.loader.eod)
+        return on_device(empty, self.context)
 
     def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
@@ -320,10 +339,15 @@ class Trainer:
         if last or step in self.kept or step % self.config.train.checkpoint_every == 0:
             self._save(phase)
         if last:
+            self.watchdog.heard(more=_LONG)
             self.saver.wait()
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.tell(self.stop.requested, self.saver.writing, *mine)
+
+    def _plan_text(self) -> str:
+        """The data plan, and which datasets it draws from."""
+        return json.dumps({**json.loads(self.plan.to_json()), "data": self.identities}, indent=1)
 
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
@@ -335,7 +359,7 @@ class Trainer:
             self.state,
             self.config.model,
             phase,
-            self.plan.to_json(),
+            self._plan_text(),
         )
 
     def _resume(self) -> TrainState:

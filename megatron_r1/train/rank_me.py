@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,12 +29,13 @@ class OutputEmbeddings:
         self._gpt, self._context = gpt, context
         size = gpt.config.hidden_size
         self._gram_DD = torch.zeros(size, size, dtype=torch.float64, device=backend.device())
-        self._real_B: Tensor | None = None
+        # Interleaved, the first part of the model takes batches long before the last has passed them.
+        self._real: deque[Tensor] = deque()
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, noted as they are taken."""
         for batch in batches:
-            self._real_B = batch.loss_mask_BS.any(dim=1)
+            self._real.append(batch.loss_mask_BS.any(dim=1))
             yield batch
 
     def __enter__(self) -> OutputEmbeddings:
@@ -46,8 +48,7 @@ class OutputEmbeddings:
     def _add(self, _module: Any, _inputs: Any, hidden_SBD: Any) -> None:
         if not self._gpt.post_process:
             return
-        assert self._real_B is not None
-        rows_ND = hidden_SBD.detach()[:, self._real_B].flatten(0, 1).float()
+        rows_ND = hidden_SBD.detach()[:, self._real.popleft()].flatten(0, 1).float()
         self._gram_DD += (rows_ND.t() @ rows_ND).double()
 
     def rank_me(self) -> float:

@@ -51,7 +51,7 @@ def test_windows_and_label_masks_are_those_of_every_token(
         save_documents(path, corpus, kept_D, seq_length)
         mask = load_mask("web", len(want), path)
     packed = np.packbits([any(row) for row in want], bitorder="little")
-    assert mask.sha256 == load_mask("web", len(want), path_of(mask, packed)).sha256
+    assert mask.sha256 == load_mask("web", len(want), path_of(mask, packed, len(want))).sha256
     row_S = np.full(seq_length, 7.0, dtype=np.float32)
     for window, labels in enumerate(want):
         assert mask.stretch_N2 is not None
@@ -59,10 +59,10 @@ def test_windows_and_label_masks_are_those_of_every_token(
         assert row_S.tolist() == [float(kept) for kept in labels]
 
 
-def path_of(mask: object, packed: np.ndarray) -> Path:
+def path_of(mask: object, packed: np.ndarray, windows: int) -> Path:
     """A mask file with the oracle's windows and the same stretches."""
     path = Path(tempfile.mkdtemp()) / "oracle.npz"
-    np.savez(path, windows=packed, stretches=mask.stretch_N2, seq_length=0)  # type: ignore[attr-defined]
+    np.savez(path, windows=packed, stretches=mask.stretch_N2, seq_length=0, count=windows, corpus="")  # type: ignore[attr-defined]
     return path
 
 
@@ -128,7 +128,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("keep*"))
     save_documents(tmp_path / "keep.npz", corpus, np.array([True, False]), 4)
     with pytest.raises(
-        ValueError, match=r"for windows of 4 tokens, is uint8 \[1\]; the source has 30 windows"
+        ValueError, match=r"for 3 windows of 4 tokens, does not fit: the source has 30 windows"
     ):
         load_mask("web", 30, tmp_path / "keep.npz")
     (tmp_path / "text.npy").write_text("no array")
@@ -155,3 +155,23 @@ def test_a_phase_names_its_masks_in_the_configuration(tmp_path: Path) -> None:
         config_io.load([*words, "phases.two.keep.b=x.npy"])
     with pytest.raises(config_io.ConfigError, match=r"phases.two: .*nowhere.npy"):
         resolve_data(config_io.load([*words, "phases.two.keep.a=nowhere.npy"]))
+
+
+def test_a_mask_knows_what_it_was_made_for(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", 20, seed=0)
+    save_documents(tmp_path / "keep.npz", open_corpus("a", tmp_path / "a"), np.arange(20) < 3, 32)
+    words = [
+        *TINY_MODEL,
+        "train={run: unused, global_batch: 4, micro_batch: 2}",
+        f"data={{seq_length: 32, sources: {{a: {{prefix: '{tmp_path}/a'}}}}}}",
+        f"phases.one={{steps: 5, keep: {{a: '{tmp_path}/keep.npz'}}}}",
+    ]
+    resolve_data(config_io.load(words))
+    windows = open_corpus("a", tmp_path / "a").windows(33)
+    with pytest.raises(
+        config_io.ConfigError, match=rf"tokens, does not fit: the source has {windows} windows"
+    ):
+        resolve_data(config_io.load([*words, "data.seq_length=33"]))
+    write_corpus(tmp_path / "a", 20, seed=3)
+    with pytest.raises(config_io.ConfigError, match=r"phases.one.*"):
+        resolve_data(config_io.load(words))

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_r1 import checkpoint
 from megatron_r1.config import Config
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
 from megatron_r1.train import loop
 from megatron_r1.train.health import TooManyBadStepsError, UnreadableDataError
 from tests.distributed import RankFailedError, on_ranks
@@ -122,3 +123,30 @@ def test_a_run_begins_with_the_weights_of_another(root: Path) -> None:
         assert json.loads(line)["samples"] == 8
     with pytest.raises(RankFailedError, match="holds another model: hidden_size 64 there, 128 here"):
         on_ranks(1, loop.train, config(root, "wider", start, "model.hidden_size=128"))
+
+
+def test_data_made_again_is_refused(root: Path) -> None:
+    """Other documents in as many windows: nothing but their identity can tell."""
+    small.written(root / "copy")
+    words = [f"data.sources.{name}.prefix={root}/copy/{name}" for name in "ab"]
+    on_ranks(1, loop.train, config(root, "drawn", *words, "phases.one.steps=2"))
+    whole = IndexedDataset(root / "copy" / "a")
+    documents = [whole[n].copy() for n in range(len(whole))]
+    with IndexedWriter(root / "copy" / "a", np.uint16) as writer:
+        for tokens in reversed(documents):
+            writer.add_document(tokens)
+    with pytest.raises(RankFailedError, match="the datasets of a are not those that"):
+        on_ranks(1, loop.train, config(root, "drawn", *words))
+
+
+def test_a_group_that_the_first_rank_has_nothing_of_resumes_with_its_steps(root: Path) -> None:
+    """Pipeline 2, a feed-forward that fills the first rank's shard: norms lie on the other alone."""
+    wide = ["model.num_layers=2", "model.ffn_hidden_size=2048", "parallel.pipeline=2", "train.micro_batch=1"]
+    words = [*wide, "train.checkpoint_every=3"]
+    on_ranks(4, loop.train, config(root, "straight", *words))
+    on_ranks(4, loop.train, config(root, "resumed", *words, "phases.one.steps=3"))
+    on_ranks(4, loop.train, config(root, "resumed", *words))
+    straight, resumed = figures(root / "straight"), figures(root / "resumed")
+    assert {step: values[:2] for step, values in resumed.items()} == {
+        step: values[:2] for step, values in straight.items()
+    }
