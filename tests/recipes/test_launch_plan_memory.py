@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import config_io
+from megatron_r1 import checkpoint, config_io
 from megatron_r1.config import Config
 from megatron_r1.parallel import process_groups
+from megatron_r1.recipes.launch_plan import plan_checkpoints
 from megatron_r1.recipes.launch_plan_memory import rank_memory
-from megatron_r1.records import Batch
+from megatron_r1.records import Batch, TrainState
 from megatron_r1.train.step import Shape, build_training, train_step
 from tests.distributed import on_ranks
 
@@ -120,3 +121,19 @@ class _KeptByAutograd:
 class _Box:
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
+
+
+def test_checkpoint_has_the_size_that_the_plan_says(tmp_path: Path) -> None:
+    asked = config("bf16")
+    on_ranks(2, _save, asked, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.distcp"))
+    # Names and the archives' tables come on top of the elements.
+    assert size == pytest.approx(plan_checkpoints(asked).size, rel=0.05)
+
+
+def _save(asked: Config, directory: Path) -> None:
+    with process_groups(asked.parallel) as context:
+        training = build_training(asked)
+        shape = Shape(asked.train.micro_batch, asked.data.seq_length, 1)
+        train_step(training, _batches(asked, context.context_size), 1, shape)
+        checkpoint.save(directory, training.gpt, training.optimizer, TrainState(), asked.model, "one", "")
