@@ -213,7 +213,8 @@ class Trainer:
                 seconds=time.time() - self.began,
                 outputs=[saved],
             )
-            end = "ends" if self.state.step == span.end else "stops (SIGTERM; the same command goes on)"
+            stops = self.stopping and self.state.step < self.last_step
+            end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
             print(
                 f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
                 f"loss {line['loss']:.4f}; wrote {saved}",
