@@ -114,9 +114,8 @@ class Block {
   Block(std::size_t rows, u64 columns, std::size_t arrays, std::size_t bytes_each)
       : shape_{static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(columns)} {
     const std::size_t most = rows * columns * bytes_each + (arrays + 1) * LINE;
-    next_ = static_cast<unsigned char*>(std::aligned_alloc(LINE, most / LINE * LINE));
-    if (!next_) throw std::bad_alloc();
-    owner_ = py::capsule(next_, [](void* block) { std::free(block); });
+    next_ = static_cast<unsigned char*>(take(most / LINE * LINE));
+    owner_ = py::capsule(next_, [](void* block) { give_back(block); });
   }
 
   template <class T>
@@ -128,6 +127,39 @@ class Block {
 
  private:
   static constexpr std::size_t LINE = 64;
+  static constexpr std::size_t KEPT = 4;
+
+  // Blocks that no batch uses any more, the oldest first: a batch is too large for the allocator to keep,
+  // and the page faults of fresh memory cost as much as filling it. Guarded by the GIL.
+  static std::vector<void*>& spare() {
+    static std::vector<void*> blocks;
+    return blocks;
+  }
+  // The line before a block holds its size.
+  static std::size_t& size_of(void* block) {
+    return *reinterpret_cast<std::size_t*>(static_cast<unsigned char*>(block) - LINE);
+  }
+  static void* take(std::size_t bytes) {
+    std::vector<void*>& blocks = spare();
+    for (std::size_t n = blocks.size(); n-- > 0;) {  // The newest may still lie in the cache.
+      if (size_of(blocks[n]) != bytes) continue;
+      void* const block = blocks[n];
+      blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(n));
+      return block;
+    }
+    unsigned char* const line = static_cast<unsigned char*>(std::aligned_alloc(LINE, bytes + LINE));
+    if (!line) throw std::bad_alloc();
+    size_of(line + LINE) = bytes;
+    return line + LINE;
+  }
+  static void give_back(void* block) {
+    std::vector<void*>& blocks = spare();
+    blocks.push_back(block);
+    if (blocks.size() <= KEPT) return;
+    std::free(static_cast<unsigned char*>(blocks.front()) - LINE);
+    blocks.erase(blocks.begin());
+  }
+
   std::vector<py::ssize_t> shape_;
   unsigned char* next_;
   py::capsule owner_;
