@@ -83,7 +83,8 @@ _CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
 class HeldOut:
     """Windows that are only measured, laid out for forward passes.
 
-    `sets`: name -> corpus and its window numbers; a row's `source_B` is its set's number.
+    `sets`: name -> corpus and its window numbers; a row's `source_B` is its set's number. `multiple`: what
+    the number of passes must be a multiple of.
     """
 
     def __init__(
@@ -93,12 +94,13 @@ class HeldOut:
         micro_batch: int,
         context: ParallelContext,
         eod: int | None = None,
+        multiple: int = 1,
     ):
         self.eod, self.context, self.micro_batch = eod, context, micro_batch
         windows = [WindowReader(corpus, seq_length).rows(window_N) for corpus, window_N in sets.values()]
         self.windows_NS = np.concatenate(windows)
         self.set_N = np.repeat(np.arange(len(windows)), [len(rows) for rows in windows])
-        self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size))
+        self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size * multiple)) * multiple
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches; rows beyond the last window carry no labels."""

@@ -26,8 +26,10 @@ class Evaluation:
         self._training, self._context = training, context
         seq_length, micro_batch = config.data.seq_length, config.train.micro_batch
         eod = document_end(config)
+        # An interleaved pipeline takes micro-batches in groups of its stages.
+        multiple = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._sets = {
-            name: (HeldOut(windows, seq_length, micro_batch, context, eod), tuple(windows))
+            name: (HeldOut(windows, seq_length, micro_batch, context, eod, multiple), tuple(windows))
             for name, windows in (
                 ("probe_nll", _probing(config)),
                 ("validation_nll", _validation(config, corpora)),
