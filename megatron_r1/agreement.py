@@ -1,4 +1,4 @@
-"""What any rank has noticed, agreed upon by all at a step boundary without anyone waiting."""
+"""What the ranks have to tell each other at a step boundary, without anyone waiting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """Sums of every rank's flags, one step late.
+    """Sums of every rank's numbers, flags and microseconds, one step late.
 
     A step is itself a meeting of all ranks: what all said at its beginning has arrived by its end, and so
     every rank reads the same sums at the same step. The sum travels over gloo in the background, whatever
@@ -22,12 +22,12 @@ class Agreement:
         self._work: Any = None
 
     def tell(self, *flags: int) -> None:
-        """Say this rank's flags; all ranks do, once a step, after `heard`."""
+        """Say this rank's numbers; all ranks do, once a step, after `heard`."""
         self._sums = torch.tensor(flags, dtype=torch.int64)
         self._work = dist.all_reduce(self._sums, group=self._group, async_op=True)
 
     def heard(self) -> list[int]:
-        """Over how many ranks each flag stood when they last told it; zeros before the first time."""
+        """Each number's sum over the ranks when they last told it; zeros before the first time."""
         if self._work is not None:
             self._work.wait()
             self._work = None

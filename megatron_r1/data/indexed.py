@@ -405,3 +405,11 @@ def open_corpus(name: str, prefix: str | Path, documents: int | None = None) -> 
         dtype=dataset.dtype.name,
         tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
     )
+
+
+def document_starts(corpus: Corpus) -> np.ndarray:
+    """First token of each of the corpus's documents, and the end of the last: int64 [documents + 1]."""
+    dataset = IndexedDataset(corpus.prefix)
+    token_S = np.append(dataset.pointers // dataset.dtype.itemsize, len(dataset.tokens))
+    starts: np.ndarray = token_S[dataset.documents[: corpus.documents + 1]]
+    return starts

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1._csrc import Keep
-from megatron_r1.data.indexed import IndexedDataset, identity_of
+from megatron_r1.data.indexed import document_starts, identity_of
 from megatron_r1.records import Corpus
 from megatron_r1.run_dir import replacing
 
@@ -126,10 +126,7 @@ def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_len
 
 def kept_stretches(corpus: Corpus, kept_D: np.ndarray) -> np.ndarray:
     """The kept documents as tokens [begin, end) of the stream, int64 [n, 2], neighbours joined."""
-    dataset = IndexedDataset(corpus.prefix)
-    size = dataset.dtype.itemsize
-    byte_S = np.append(dataset.pointers, len(dataset.tokens) * size)
-    start_D = byte_S[dataset.documents[: corpus.documents + 1]] // size
+    start_D = document_starts(corpus)
     # A document without tokens is neither kept nor dropped.
     kept_D, start_D = kept_D[np.diff(start_D) > 0], np.unique(start_D)
     turn = np.flatnonzero(np.diff(np.concatenate(([False], kept_D, [False])).astype(np.int8)))

@@ -11,11 +11,11 @@ import numpy as np
 
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import open_corpus, with_suffix
+from megatron_r1.data.indexed import document_starts, open_corpus, with_suffix
 from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.layers import select
-from megatron_r1.influence.windows import choose, document_starts
+from megatron_r1.influence.windows import choose
 from megatron_r1.records import Corpus
 from megatron_r1.run_dir import RunDir
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.windows import WindowReader
 from megatron_r1.records import Corpus
 
@@ -33,14 +33,6 @@ def choose(corpus: Corpus, seq_length: int, most: int | None, seed: int, unit: U
     generator = np.random.default_rng([seed, zlib.crc32(corpus.name.encode())])
     chosen: np.ndarray = number_N[np.sort(generator.choice(len(number_N), most, replace=False))]
     return chosen
-
-
-def document_starts(corpus: Corpus) -> np.ndarray:
-    """First token of each of the corpus's documents, and the end of the last: int64 [documents + 1]."""
-    dataset = IndexedDataset(corpus.prefix)
-    token_S = np.append(dataset.pointers // dataset.dtype.itemsize, len(dataset.tokens))
-    starts: np.ndarray = token_S[dataset.documents[: corpus.documents + 1]]
-    return starts
 
 
 class Examples:

@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _with_bad_steps(config: Config, bad: dict[int, float]) -> None:
-    """Train, but the label losses of these steps (from 1) are multiplied."""
+    """Train, but in these steps (from 1) the final norm is multiplied, so that the loss is."""
     took = loop.train_step
 
     def spoiling(training: Any, batches: Any, passes: int, *rest: Any, **more: Any) -> Any:
