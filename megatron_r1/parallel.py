@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1 import backend
+from megatron_r1 import backend, cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.launch_store import launch_store
 from megatron_r1.run_lock import RunLock
@@ -43,6 +43,7 @@ def process_groups(config: ParallelConfig, timeout_minutes: float = 10) -> Itera
     from megatron.core import parallel_state
 
     backend.use_local_device()
+    cpu_products.use_onednn()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {
     **dict.fromkeys(("records", "config", "backend", "run_dir", "run_lock", "progress"), 0),
     **dict.fromkeys(("config_io", "parallel", "cli"), 1),
-    **dict.fromkeys(("launch_store", "stop_request"), 0),
+    **dict.fromkeys(("launch_store", "stop_request", "cpu_products"), 0),
     **dict.fromkeys(("agreement", "checkpoint_files", "optimizer_shards", "retention"), 1),
     **dict.fromkeys(("data", "model", "optimizer", "checkpoint", "ledger"), 2),
     **dict.fromkeys(("train", "influence", "curation"), 3),

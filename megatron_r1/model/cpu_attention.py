@@ -61,8 +61,9 @@ class _CausalAttention(torch.autograd.Function):
             p = kept[number] if kept else _probabilities(q_rows, k[:, seen], rows)
             grad_p = torch.bmm(grad_rows, v[:, seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad_rows)
-            grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q_rows)
+            # add_ in place: += on a slice would copy the sum to itself.
+            grad_v[:, seen].add_(torch.bmm(p.transpose(1, 2), grad_rows))
+            grad_k[:, seen].add_(torch.bmm(grad_scores.transpose(1, 2), q_rows))
             grad_q[:, :, rows] = torch.bmm(grad_scores, k[:, seen]).view_as(grad_q[:, :, rows])
         query_shape, key_shape = ctx.shapes
         return (
@@ -87,5 +88,5 @@ def _probabilities(q_rows: Tensor, k: Tensor, rows: slice) -> Tensor:
     scores = torch.bmm(q_rows, k.transpose(1, 2))
     size = rows.stop - rows.start
     later = torch.full((size, size), float("-inf"), dtype=scores.dtype).triu_(1)
-    scores.view(len(scores), -1, size, rows.stop)[..., rows] += later
+    scores.view(len(scores), -1, size, rows.stop)[..., rows].add_(later)
     return torch.softmax(scores, -1)

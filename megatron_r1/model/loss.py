@@ -71,10 +71,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             group = None
         size = min(chunk or tokens, tokens)
-        logits_NV = hidden_ND.new_empty(size, shard)
         max_N, sum_N, label_N = hidden_ND.new_empty(3, tokens, dtype=torch.float32)
         for rows in _slices(tokens, size):
-            logits = torch.mm(hidden_ND[rows], weight_VD.t(), out=logits_NV[: len(hidden_ND[rows])])
+            logits = hidden_ND[:0]  # the last chunk's go before the next come
+            logits = hidden_ND[rows] @ weight_VD.t()
             mine, column = _label_columns(labels_N[rows], shard)
             max_N[rows] = _reduced(logits.amax(1).float(), group, dist.ReduceOp.MAX)
             label = torch.where(mine, logits.gather(1, column[:, None])[:, 0].float(), 0.0)
@@ -84,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale_N = 1 + 2 * z_loss * normaliser_N if z_loss else None
         kept = None
         if size == tokens and any(ctx.needs_input_grad):
-            kept = _subtract_labels(logits_NV, labels_N, max_N, sum_N, label_N, scale_N)
+            kept = _subtract_labels(logits, labels_N, max_N, sum_N, label_N, scale_N)
         ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, scale_N, kept)
         ctx.weight, ctx.size = weight_VD, size
         return normaliser_N - label_N
@@ -96,12 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         main_VD = main_gradient(weight_VD)
         total_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if main_VD is None else main_VD
         grad_ND = torch.empty_like(hidden_ND)
-        buffer_NV = hidden_ND.new_empty(ctx.size, len(weight_VD)) if kept is None else kept
         for rows in _slices(len(hidden_ND), ctx.size):
             hidden, factor = hidden_ND[rows], (grad_N[rows] / sum_N[rows])[:, None]
-            residual = buffer_NV[: len(hidden)]
+            residual = hidden[:0] if kept is None else kept  # the last chunk's goes before the next comes
             if kept is None:
-                torch.mm(hidden, weight_VD.t(), out=residual)
+                residual = hidden @ weight_VD.t()
                 _exponentiate(residual, max_N[rows])
                 scale = None if scale_N is None else scale_N[rows]
                 _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows], scale)
@@ -161,10 +160,6 @@ def _subtract_labels(
 
 
 def _add_product(total_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
-    """total += E^T H."""
-    if total_VD.dtype == residual_NV.dtype:
-        total_VD.addmm_(residual_NV.t(), hidden_ND)
-        return
-    # What no product can be summed into goes by stripes, which the cache holds in between.
+    """total += E^T H, by stripes that the cache holds between product and sum."""
     for stripe in _slices(len(total_VD), _STRIPE):
-        total_VD[stripe] += residual_NV[:, stripe].t() @ hidden_ND
+        total_VD[stripe].add_(residual_NV[:, stripe].t() @ hidden_ND)  # += would copy the sum to itself
