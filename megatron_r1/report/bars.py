@@ -10,6 +10,7 @@ import numpy as np
 from megatron_r1.report import palette, summary, words
 from megatron_r1.report.figure import INK, WIDTH, Figure, phase_name, table
 from megatron_r1.report.load import Reading
+from megatron_r1.report.overhead import overhead
 from megatron_r1.report.svg import Scale, element, line, picture, rect, text, ticks, width_of
 
 GUTTER = 132.0
@@ -186,7 +187,7 @@ def stages(reading: Reading) -> Figure:
         "Rank-hours count the wall time once for each rank."
     )
     note += _held(reading)
-    return Figure(anchor, title, lead, table(head, rows, "numbers stages"), note)
+    return Figure(anchor, title, lead, table(head, rows, "numbers stages") + overhead(reading), note)
 
 
 def _held(reading: Reading) -> str:

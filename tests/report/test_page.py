@@ -15,7 +15,7 @@ import pytest
 from megatron_r1 import config_io, ledger
 from megatron_r1.influence.mixture import make_mixture
 from megatron_r1.records import CAPABILITIES
-from megatron_r1.report import load, page, summary
+from megatron_r1.report import load, overhead, page, summary
 
 from .conftest import SOURCES, make_arm, make_scores, write_scores
 
@@ -213,6 +213,14 @@ def test_stages_of_one_kind_are_one_row_and_the_total_is_the_ledgers(whole: Path
     assert sum(c.seconds for c in costs) == pytest.approx(sum(line["seconds"] for line in lines))
     assert summary.seconds_of(costs, "train") == pytest.approx(84.0)
     assert summary.ranks(load.read_run(whole)) == 2
+
+
+def test_overhead_of_choosing_data_stands_beside_the_papers(whole: Path) -> None:
+    """(3 x 11 x 2 + 1.2 + 36 x 2) / (that + (48 + 36) x 2) device-seconds; the paper's 6,800 / 45,400 hours."""
+    text = words_of(f"<html><body>{overhead.overhead(load.read_all(whole))}</body></html>")
+    assert "leave-one-out and control runs 0.02 400 h" in text
+    assert "training 0.05 38,600 h" in text
+    assert "choosing, of the whole 45 % 15 %" in text
 
 
 def test_a_stage_that_ran_again_counts_twice(run: Path) -> None:
