@@ -2,6 +2,7 @@
 
 python tools/report.py runs/quickstart
 python tools/report.py runs/quickstart --control runs/quickstart/control
+python tools/report.py runs/quickstart --png
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from megatron_r1.cli import user_errors
-from megatron_r1.report import load, page
+from megatron_r1.report import load, page, png
 
 
 def main() -> None:
@@ -30,9 +31,13 @@ def main() -> None:
         metavar="MODEL",
         help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
     )
+    parser.add_argument("--png", action="store_true", help="write drawn figures as RUN/reports/*.png, too")
     options = parser.parse_args()
     with user_errors():
-        print(page.write(load.read_all(options.run, options.control, options.tokenizer)))
+        reading = load.read_all(options.run, options.control, options.tokenizer)
+        print(page.write(reading))
+        for path in png.write(reading) if options.png else []:
+            print(path)
 
 
 if __name__ == "__main__":

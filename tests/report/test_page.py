@@ -216,7 +216,7 @@ def test_stages_of_one_kind_are_one_row_and_the_total_is_the_ledgers(whole: Path
 
 
 def test_overhead_of_choosing_data_stands_beside_the_papers(whole: Path) -> None:
-    """(3 x 11 x 2 + 1.2 + 36 x 2) / (that + (48 + 36) x 2) device-seconds; the paper's 6,800 / 45,400 hours."""
+    """(3 x 11 x 2 + 1.2 + 36 x 2) / (that + (48 + 36) x 2) device-seconds; 6,800 / 45,400 hours."""
     text = words_of(f"<html><body>{overhead.overhead(load.read_all(whole))}</body></html>")
     assert "leave-one-out and control runs 0.02 400 h" in text
     assert "training 0.05 38,600 h" in text
