@@ -51,9 +51,10 @@ def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
         and b_KN.dtype is torch.float32
         and rows * inner * columns >= _SMALL
         and _is_plain(a_MK)
-        and _is_plain(b_KN)
         and inner == len(b_KN)
     ):
+        if not (b_KN.is_contiguous() or b_KN.t().is_contiguous()):
+            b_KN = b_KN.contiguous()  # oneDNN's kernel for spaced rows here is a thousand times slower
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")  # type: ignore[no-any-return]
     # The `out` variant has a kernel of its own, which is still torch's.
     return torch.mm(a_MK, b_KN, out=a_MK.new_empty(rows, columns))

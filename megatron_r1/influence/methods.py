@@ -17,7 +17,9 @@ Directions = dict[str, Tensor]
 """Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
 
 _BLOCK = 1 << 22
-"""Elements of the per-example gradients formed at a time: they are dotted while the cache holds them."""
+"""Elements of the per-example gradients formed at a time."""
+_CPU_BLOCK = 1 << 19
+"""Of one example's: dotted while the cache holds them and the directions'."""
 
 
 class Method(Protocol):
@@ -56,14 +58,27 @@ def _dot(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squares: bool) -> 
     outputs, c = g_SBO.shape[2], len(direction_COI)
     flat_CP = direction_COI.reshape(c, -1)
     a_BSI, g_BOS = a_SBI.transpose(0, 1), g_SBO.permute(1, 2, 0)
-    rows = max(1, _BLOCK // (batch * inputs))
     out_BX = torch.zeros(batch, c + squares, dtype=torch.float64, device=a_SBI.device)
+    # A CPU's plain products are faster than its batched ones (cpu_products.py).
+    on_cpu = a_SBI.device.type == "cpu"
+    together, block = (1, _CPU_BLOCK) if on_cpu else (batch, _BLOCK // batch)
+    if on_cpu:
+        a_BSI = a_BSI.contiguous()
+    rows = max(1, block // inputs)
     for first in range(0, outputs, rows):
         last = min(first + rows, outputs)
-        gradient_BP = torch.bmm(g_BOS[:, first:last], a_BSI).view(batch, -1).float()
-        out_BX[:, :c] += gradient_BP @ flat_CP[:, first * inputs : last * inputs].T
-        if squares:
-            out_BX[:, c] += torch.linalg.vector_norm(gradient_BP, dim=1).double().square()
+        part_CP = flat_CP[:, first * inputs : last * inputs]
+        for one in range(0, batch, together):
+            some = slice(one, one + together)
+            if on_cpu:
+                gradient_P = (g_BOS[one, first:last] @ a_BSI[one]).view(-1).float()
+                out_BX[one, :c].add_(torch.mv(part_CP, gradient_P))
+                gradient_BP = gradient_P[None]
+            else:
+                gradient_BP = torch.bmm(g_BOS[:, first:last], a_BSI).view(batch, -1).float()
+                out_BX[:, :c].add_(gradient_BP @ part_CP.T)
+            if squares:
+                out_BX[some, c].add_(torch.linalg.vector_norm(gradient_BP, dim=1).double().square())
     return out_BX
 
 
