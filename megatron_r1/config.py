@@ -245,6 +245,8 @@ class InfluenceConfig:
     """Parameters that count: all, linear, embedding, or globs over their names (influence/layers.py)."""
     norms: bool = False
     """Store |grad l(x)|, too, which cosines need."""
+    exclude_self: bool = False
+    """Score a window that lies in a probing set against that set's direction without it."""
     method: Literal["wgrad-dot", "ghost", "lowrank", "projected"] = "wgrad-dot"
     """wgrad-dot and ghost are exact; lowrank truncates the directions; projected keeps small random
     projections of gradients for later questions, and scores by them (influence/methods.py)."""
