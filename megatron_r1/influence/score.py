@@ -64,6 +64,36 @@ def compute_influence(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
+    job = open_job(config)
+    for part in job.all_parts():
+        check_inputs(part.directory, part.inputs)
+    influence = RunDir(Path(config.train.run)).influence
+    if not any(part.left() for part in job.all_parts()):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
+        return
+    exit_when_orphaned()
+    with process_groups(job.config.parallel) as context, holding(influence, context):
+        Scoring(job, context).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be scored, with its checkpoints read as far as their hashes."""
+
+    config: Config
+    work: Work
+    refs: list[CheckpointRef]
+    curvature: str
+    parts: dict[int, list[Part]]
+    """By step."""
+
+    def all_parts(self) -> list[Part]:
+        return [part for found in self.parts.values() for part in found]
+
+
+def open_job(config: Config) -> Job:
+    """Raises ConfigError or ValueError where datasets or checkpoints do not fit the configuration."""
     # An interleaved pipeline is a matter of training's speed; its checkpoints load without.
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = lay_plan(config)
@@ -78,30 +108,16 @@ def compute_influence(config: Config) -> None:
         checkpoint.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
         parts[ref.step] = work.parts(config, ref.step, weights, curvature)
-        for part in parts[ref.step]:
-            check_inputs(part.directory, part.inputs)
-    if not any(part.left() for found in parts.values() for part in found):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{run.influence}: scored before, steps {work.steps}", flush=True)
-        return
-    exit_when_orphaned()
-    with process_groups(config.parallel) as context, holding(run.influence, context):
-        _Scoring(config, work, context, parts, curvature).run(refs)
+    return Job(config, work, refs, curvature, parts)
 
 
-class _Scoring:
+class Scoring:
     """The model on this rank, and the passes over it."""
 
-    def __init__(
-        self,
-        config: Config,
-        work: Work,
-        context: ParallelContext,
-        parts: dict[int, list[Part]],
-        curvature: str,
-    ):
-        self.config, self.work, self.context, self.parts = config, work, context, parts
-        self.curvature = curvature
+    def __init__(self, job: Job, context: ParallelContext):
+        config, work = job.config, job.work
+        self.config, self.work, self.context, self.parts = config, work, context, job.parts
+        self.refs, self.curvature = job.refs, job.curvature
         self.left: dict[int, int] = {}
         """Examples to score at each checkpoint when this launch began."""
         self.names = frozenset(select(work.influence.layers, config.model.num_layers))
@@ -122,9 +138,9 @@ class _Scoring:
     def leads(self) -> bool:
         return self.context.rank == 0
 
-    def run(self, refs: list[CheckpointRef]) -> None:
-        left = self.left = {step: self._left(found) for step, found in self.parts.items()}
-        total = self.work.examples(self.config) * len(refs)
+    def run(self) -> None:
+        left = self.left = {step: self.left_of(found) for step, found in self.parts.items()}
+        total = self.work.examples(self.config) * len(self.refs)
         done = total - sum(left.values())
         if self.leads:
             print(
@@ -133,14 +149,14 @@ class _Scoring:
                 flush=True,
             )
         with Progress("score influence", total, "examples", done, self.leads) as bar:
-            for ref in refs:
+            for ref in self.refs:
                 if left[ref.step]:
                     self._score_checkpoint(ref, left[ref.step], bar)
         if self.leads:
             where = RunDir(Path(self.config.train.run)).influence
             print(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py", flush=True)
 
-    def _left(self, parts: list[Part]) -> int:
+    def left_of(self, parts: list[Part]) -> int:
         """Rows to compute, as the first rank sees the disk."""
         left = broadcast_object(sum(part.left() for part in parts))
         assert isinstance(left, int)
@@ -149,7 +165,7 @@ class _Scoring:
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
         start = time.monotonic()
-        directions, norm_C = self._directions(ref)
+        directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows(self.config)
         if self.leads:
@@ -168,7 +184,7 @@ class _Scoring:
         for part in self.parts[ref.step]:
             self._score_part(part, ref, method, norm_C, bar)
         if self.leads:
-            self._cache(ref).clear()
+            self.cache(ref).clear()
             ledger.append(
                 Path(self.config.train.run),
                 f"influence step {ref.step}",
@@ -179,10 +195,10 @@ class _Scoring:
             )
         self.began = time.time()
 
-    def _directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
+    def directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
-        cache = self._cache(ref)
+        cache = self.cache(ref)
         total = self.work.probe_windows(self.config)
         with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
             for probe in self.work.probes:
@@ -209,7 +225,7 @@ class _Scoring:
         ]
         return directions, norm_C
 
-    def _cache(self, ref: CheckpointRef) -> DirectionCache:
+    def cache(self, ref: CheckpointRef) -> DirectionCache:
         part, micro_batch = self.parts[ref.step][0], self.work.influence.micro_batch
         parallel, directory = self.config.parallel, part.directory.parent
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
