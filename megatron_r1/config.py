@@ -275,6 +275,8 @@ class MixConfig:
 
     phase: str
     """The phase whose weights are written."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """Capability -> run whose scores for it count, the paper's form of Eq. 3; empty: train.run's, for all."""
     checkpoint_weight: Literal["step", "uniform"] = "step"
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
     capability_weight: dict[str, float] = field(default_factory=dict)
