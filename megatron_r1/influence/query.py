@@ -39,6 +39,8 @@ def query_influence(config: Config, output: Path, capabilities: Sequence[str] | 
     Every rank of the launch calls this, in any layout. Raises ValueError before anything is written where
     projections are missing or were made from other inputs, or where `output` holds other answers.
     """
+    if output.resolve() == Path(config.train.run).resolve():
+        raise ValueError(f"--output {output} is the run itself; name a directory for the answers alone")
     if config.influence is not None:
         if config.influence.method != "projected":
             raise ValueError(
