@@ -245,6 +245,8 @@ class InfluenceConfig:
     """Parameters that count: all, linear, embedding, or globs over their names (influence/layers.py)."""
     norms: bool = False
     """Store |grad l(x)|, too, which cosines need."""
+    exclude_self: bool = False
+    """Score a window that lies in a probing set against that set's direction without it."""
     method: Literal["wgrad-dot", "ghost", "lowrank", "projected"] = "wgrad-dot"
     """wgrad-dot and ghost are exact; lowrank truncates the directions; projected keeps small random
     projections of gradients for later questions, and scores by them (influence/methods.py)."""
@@ -273,6 +275,8 @@ class MixConfig:
 
     phase: str
     """The phase whose weights are written."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """Capability -> run whose scores for it count, the paper's form of Eq. 3; empty: train.run's, for all."""
     checkpoint_weight: Literal["step", "uniform"] = "step"
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
     capability_weight: dict[str, float] = field(default_factory=dict)

@@ -28,10 +28,13 @@ SPLIT = [
     f"data.sources.{name}={{prefix: none, tokens: 1000000}}"
     for name in yaml.safe_load((EXAMPLES / "quickstart/train.yaml").read_text())["data"]["sources"]
 ]
+DOMAIN = ["models/140m.yaml", "pretrain/phase1.yaml", "influence/per_domain/domain.yaml"]
 PROBES = "influence.directions={code: none}"
 # What is given together on a command line.
 RECIPES = [
     *(([f"models/{size}.yaml", *PHASES, "influence/pretrain.yaml"], []) for size in ("140m", "360m", "950m")),
+    *(([*DOMAIN, f"influence/per_domain/{domain}.yaml"], []) for domain in ("code", "math", "knowledge")),
+    (["models/140m.yaml", "pretrain/phase1.yaml", "influence/per_domain/mix.yaml", PHASES[1]], []),
     (["models/tiny.yaml", "quickstart/train.yaml", "quickstart/control.yaml"], SPLIT),
     (
         ["models/tiny.yaml"] + [f"quickstart/{name}.yaml" for name in ("train", "phase2", "influence")],
@@ -66,6 +69,19 @@ def test_influence_scores_checkpoints_that_phase_1_keeps() -> None:
     files = ["models/140m.yaml", "pretrain/phase1.yaml", "influence/pretrain.yaml"]
     config = config_io.load([str(EXAMPLES / name) for name in files])
     assert config.influence is not None
+    assert config.influence.steps == evenly_spaced(0, config.phase_steps("phase1"), config.train.keep_spaced)
+
+
+@pytest.mark.parametrize("domain", ["code", "math", "knowledge"])
+def test_a_domains_model_sees_its_sources_and_is_scored_for_it(domain: str) -> None:
+    files = [*DOMAIN, f"influence/per_domain/{domain}.yaml"]
+    config = config_io.load([str(EXAMPLES / name) for name in files])
+    mix = yaml.safe_load((EXAMPLES / "influence/per_domain/mix.yaml").read_text())["mix"]
+    assert mix["runs"][domain] == config.train.run
+    sources = config.data.sources.items()
+    sizes = {n: s.tokens / 1e9 if s.domain in (domain, "all") else 0 for n, s in sources if s.tokens}
+    assert config.phase_weights("phase1") == pytest.approx(sizes)
+    assert config.influence is not None and list(config.influence.directions) == [domain]
     assert config.influence.steps == evenly_spaced(0, config.phase_steps("phase1"), config.train.keep_spaced)
 
 

@@ -91,7 +91,7 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
             }
             for g, name in enumerate(mixture.sources)
         },
-        "scores": {f"{s.directory.parent.name}/{s.directory.name}": _hash(s) for s in used},
+        "scores": {_name(s, mix): _hash(s) for s in used},
     }
     for mask in masks.values():
         if mask.path is not None:
@@ -100,6 +100,11 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}
     write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _name(found: Scored, mix: MixConfig) -> str:
+    """STEP/SOURCE within the run, or the whole path where there are several runs."""
+    return str(found.directory) if mix.runs else f"{found.directory.parent.name}/{found.directory.name}"
 
 
 def _hash(found: Scored) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import load_mask
 from megatron_r1.data.sources import build_plan, open_sources
 from megatron_r1.influence.keep_masks import KeepMask, make_masks
+from megatron_r1.influence.stacked import stack
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.influence.units import in_units
 from megatron_r1.influence.weights import (
@@ -116,8 +117,17 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
 
 
 def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
-    """Scores of the configured checkpoints (default: all that are scored) and sources, in order."""
-    run = Path(config.train.run)
+    """Scores of the configured checkpoints (default: all that are scored) and sources, in order.
+
+    Of one run, or, where `mix.runs` says so, of each capability's own.
+    """
+    assert config.mix is not None
+    if not config.mix.runs:
+        return _of_run(Path(config.train.run), config)
+    return stack({name: _of_run(Path(run), config) for name, run in config.mix.runs.items()})
+
+
+def _of_run(run: Path, config: Config) -> tuple[list[ScoreTable], list[Scored]]:
     again = "score them with tools/compute_influence.py"
     tables = {table.source: table for table in read_scores(run, config.data.sources)}
     if not tables:

@@ -64,6 +64,18 @@ class Work:
         influence = self.influence
         return choose(corpus, config.data.seq_length, influence.examples, influence.seed, influence.unit)
 
+    def probing(self, config: Config, probe: Corpus) -> np.ndarray:
+        """Numbers of a probing set's windows."""
+        return choose(probe, config.data.seq_length, self.influence.probe_examples, self.influence.seed)
+
+    def shared(self, config: Config, part: Part) -> np.ndarray:
+        """bool [N, C]: which examples lie in which probing set: the same window of the same pair of files."""
+        shared_NC = np.zeros((len(part.example_N), len(self.probes)), bool)
+        for c, probe in enumerate(self.probes):
+            if part.inputs["directions"][probe.name] == part.inputs["data"]["hash"]:
+                shared_NC[:, c] = np.isin(part.example_N, self.probing(config, probe))
+        return shared_NC
+
     def probe_windows(self, config: Config) -> int:
         most = self.influence.probe_examples
         windows = [c.windows(config.data.seq_length) for c in self.probes]
@@ -87,6 +99,7 @@ class Work:
         layers = influence.layers
         deciding = (*_DECIDING, *_OF_METHOD[influence.method])
         deciding += ("curvature_examples",) if curvature == "datainf" else ()
+        deciding += ("exclude_self",) if influence.exclude_self else ()
         directions = {c.name: _data_hash(c.prefix) for c in self.probes}
         out = []
         for position, corpus in enumerate(self.sources):
@@ -161,6 +174,14 @@ def _open(config: Config) -> tuple[Work | None, list[str]]:
         probes.append(probe)
         mistakes += document_end_mistakes(f"influence.directions.{name}", prefix, config)
         mistakes += _check_probe(probe, sources, config.data.seq_length)
+        if (
+            influence.exclude_self
+            and min(probe.windows(config.data.seq_length), influence.probe_examples or 2) < 2
+        ):
+            mistakes.append(
+                f"influence.exclude_self: nothing is left of the one probing window of {name} without it; "
+                f"raise influence.probe_examples, or set more documents aside"
+            )
     mistakes += [
         f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
         for name in config.data.sources
@@ -192,6 +213,16 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
     if influence.curvature == "datainf" and influence.unit == "document":
         out.append("influence.curvature=datainf: not of documents, which pass in pieces; use unit=window")
+    if influence.exclude_self and not (
+        influence.method in ("wgrad-dot", "ghost")
+        and influence.unit == "window"
+        and influence.curvature in ("auto", "identity", "adam")
+        and not influence.per_token
+    ):
+        out.append(
+            "influence.exclude_self: an example's own part is exact of windows (unit=window), by "
+            "method=wgrad-dot or ghost without per_token, under curvature=identity or adam; use these"
+        )
     for name in ("norms", "per_token"):
         if getattr(influence, name) and influence.unit == "document":
             out.append(f"influence.{name}: not kept of documents, which pass in pieces; use unit=window")

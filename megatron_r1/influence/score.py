@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import Config
@@ -27,12 +28,13 @@ from megatron_r1.influence.datainf import apply_inverse, example_gradients
 from megatron_r1.influence.direction_cache import DirectionCache
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
+from megatron_r1.influence.leave_out import own_products, without_own
 from megatron_r1.influence.low_rank import LowRank, correlation
 from megatron_r1.influence.methods import Directions, Method, WgradDot
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
-from megatron_r1.influence.windows import Examples, choose
+from megatron_r1.influence.windows import Examples
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import (
     ParallelContext,
@@ -62,6 +64,36 @@ def compute_influence(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
+    job = open_job(config)
+    for part in job.all_parts():
+        check_inputs(part.directory, part.inputs)
+    influence = RunDir(Path(config.train.run)).influence
+    if not any(part.left() for part in job.all_parts()):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
+        return
+    exit_when_orphaned()
+    with process_groups(job.config.parallel) as context, holding(influence, context):
+        Scoring(job, context).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be scored, with its checkpoints read as far as their hashes."""
+
+    config: Config
+    work: Work
+    refs: list[CheckpointRef]
+    curvature: str
+    parts: dict[int, list[Part]]
+    """By step."""
+
+    def all_parts(self) -> list[Part]:
+        return [part for found in self.parts.values() for part in found]
+
+
+def open_job(config: Config) -> Job:
+    """Raises ConfigError or ValueError where datasets or checkpoints do not fit the configuration."""
     # An interleaved pipeline is a matter of training's speed; its checkpoints load without.
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = lay_plan(config)
@@ -76,30 +108,16 @@ def compute_influence(config: Config) -> None:
         checkpoint.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
         parts[ref.step] = work.parts(config, ref.step, weights, curvature)
-        for part in parts[ref.step]:
-            check_inputs(part.directory, part.inputs)
-    if not any(part.left() for found in parts.values() for part in found):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{run.influence}: scored before, steps {work.steps}", flush=True)
-        return
-    exit_when_orphaned()
-    with process_groups(config.parallel) as context, holding(run.influence, context):
-        _Scoring(config, work, context, parts, curvature).run(refs)
+    return Job(config, work, refs, curvature, parts)
 
 
-class _Scoring:
+class Scoring:
     """The model on this rank, and the passes over it."""
 
-    def __init__(
-        self,
-        config: Config,
-        work: Work,
-        context: ParallelContext,
-        parts: dict[int, list[Part]],
-        curvature: str,
-    ):
-        self.config, self.work, self.context, self.parts = config, work, context, parts
-        self.curvature = curvature
+    def __init__(self, job: Job, context: ParallelContext):
+        config, work = job.config, job.work
+        self.config, self.work, self.context, self.parts = config, work, context, job.parts
+        self.refs, self.curvature = job.refs, job.curvature
         self.left: dict[int, int] = {}
         """Examples to score at each checkpoint when this launch began."""
         self.names = frozenset(select(work.influence.layers, config.model.num_layers))
@@ -120,9 +138,9 @@ class _Scoring:
     def leads(self) -> bool:
         return self.context.rank == 0
 
-    def run(self, refs: list[CheckpointRef]) -> None:
-        left = self.left = {step: self._left(found) for step, found in self.parts.items()}
-        total = self.work.examples(self.config) * len(refs)
+    def run(self) -> None:
+        left = self.left = {step: self.left_of(found) for step, found in self.parts.items()}
+        total = self.work.examples(self.config) * len(self.refs)
         done = total - sum(left.values())
         if self.leads:
             print(
@@ -131,14 +149,14 @@ class _Scoring:
                 flush=True,
             )
         with Progress("score influence", total, "examples", done, self.leads) as bar:
-            for ref in refs:
+            for ref in self.refs:
                 if left[ref.step]:
                     self._score_checkpoint(ref, left[ref.step], bar)
         if self.leads:
             where = RunDir(Path(self.config.train.run)).influence
             print(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py", flush=True)
 
-    def _left(self, parts: list[Part]) -> int:
+    def left_of(self, parts: list[Part]) -> int:
         """Rows to compute, as the first rank sees the disk."""
         left = broadcast_object(sum(part.left() for part in parts))
         assert isinstance(left, int)
@@ -147,7 +165,7 @@ class _Scoring:
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
         start = time.monotonic()
-        directions, norm_C = self._directions(ref)
+        directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows(self.config)
         if self.leads:
@@ -163,11 +181,10 @@ class _Scoring:
         method = build_method(self.work.influence, directions, self.config, self.gpt, self.context)
         if isinstance(method, LowRank):
             self._compare(method, directions, ref)
-        with Scorer(self.gpt, method) as scorer:
-            for part in self.parts[ref.step]:
-                self._score_part(part, scorer, norm_C, bar)
+        for part in self.parts[ref.step]:
+            self._score_part(part, ref, method, norm_C, bar)
         if self.leads:
-            self._cache(ref).clear()
+            self.cache(ref).clear()
             ledger.append(
                 Path(self.config.train.run),
                 f"influence step {ref.step}",
@@ -178,10 +195,10 @@ class _Scoring:
             )
         self.began = time.time()
 
-    def _directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
+    def directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
-        cache = self._cache(ref)
+        cache = self.cache(ref)
         total = self.work.probe_windows(self.config)
         with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
             for probe in self.work.probes:
@@ -208,7 +225,7 @@ class _Scoring:
         ]
         return directions, norm_C
 
-    def _cache(self, ref: CheckpointRef) -> DirectionCache:
+    def cache(self, ref: CheckpointRef) -> DirectionCache:
         part, micro_batch = self.parts[ref.step][0], self.work.influence.micro_batch
         parallel, directory = self.config.parallel, part.directory.parent
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
@@ -219,7 +236,7 @@ class _Scoring:
         share = -(-self.work.influence.curvature_examples // len(parts))
         chosen = [(self._examples(part), min(share, len(part.example_N))) for part in parts]
 
-        def gradients() -> Iterator[dict[str, torch.Tensor]]:
+        def gradients() -> Iterator[dict[str, Tensor]]:
             for examples, last in chosen:
                 batches = self._batches(examples, 0, last, micro_batch=1)
                 yield from example_gradients(
@@ -228,10 +245,10 @@ class _Scoring:
 
         apply_inverse(directions, gradients, sum(last for _, last in chosen), self.gpt, self.context)
 
-    def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, torch.Tensor]:
+    def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, Tensor]:
         """Of one probing set, on every rank its shard."""
         influence, seq_length = self.work.influence, self.config.data.seq_length
-        chosen = choose(probe, seq_length, influence.probe_examples, influence.seed)
+        chosen = self.work.probing(self.config, probe)
         rows = Examples(probe, chosen, seq_length, self.config.model.vocab_size)
         per_pass = influence.micro_batch * self.context.data_size
 
@@ -249,14 +266,13 @@ class _Scoring:
     def _compare(self, method: LowRank, directions: Directions, ref: CheckpointRef) -> None:
         """Raises ValueError where truncated directions do not order examples as the whole ones do."""
         parts = self.parts[ref.step]
-        found: list[list[torch.Tensor]] = [[], []]
+        found: list[list[Tensor]] = [[], []]
         ways: tuple[Method, ...] = (method, WgradDot(directions, len(self.work.probes)))
         for scores, way in zip(found, ways, strict=True):
-            with Scorer(self.gpt, way) as scorer:
-                for part in parts:
-                    examples = self._examples(part)
-                    last = min(-(-_COMPARED // len(parts)), len(examples))
-                    scores.append(torch.from_numpy(self._score_rows(examples, 0, last, scorer)[0]))
+            for part in parts:
+                examples = self._examples(part)
+                last = min(-(-_COMPARED // len(parts)), len(examples))
+                scores.append(torch.from_numpy(self._score_rows(examples, 0, last, way)[0]))
         low, exact = (torch.cat(scores)[:_COMPARED] for scores in found)
         least = correlation(low, exact).min().item()
         influence = self.work.influence
@@ -274,14 +290,18 @@ class _Scoring:
         seq_length, vocab_size = self.config.data.seq_length, self.config.model.vocab_size
         return Examples(part.corpus, part.example_N, seq_length, vocab_size, self.work.influence.unit)
 
-    def _score_part(self, part: Part, scorer: Scorer, norm_C: list[float], bar: Progress) -> None:
+    def _score_part(
+        self, part: Part, ref: CheckpointRef, method: Method, norm_C: list[float], bar: Progress
+    ) -> None:
         examples = self._examples(part)
+        exclude = self.work.influence.exclude_self
+        shared_NC = self.work.shared(self.config, part) if exclude else np.zeros((len(examples), 1), bool)
         store = None
         if self.leads:
             named = zip((probe.name for probe in self.work.probes), norm_C, strict=True)
             inputs = {**part.inputs, "direction_norms": dict(named)}
-            zeros_NX = torch.zeros(1, scorer.method.width, dtype=torch.float64)
-            shapes = {name: tuple(t.shape[1:]) for name, t in scorer.method.results(zeros_NX).items()}
+            zeros_NX = torch.zeros(1, method.width, dtype=torch.float64)
+            shapes = {name: tuple(t.shape[1:]) for name, t in method.results(zeros_NX).items()}
             store = ScoreStore(
                 part.directory, inputs, part.example_N, examples.length_N, {**shapes, "losses": ()}
             )
@@ -290,7 +310,7 @@ class _Scoring:
         assert isinstance(todo, list)
         for first, last in todo:
             before = part.left() if store is not None else 0
-            row_NX, loss_N = self._score_rows(examples, first, last, scorer)
+            row_NX, loss_N = self._score_rows(examples, first, last, method)
             bad = ~np.isfinite(row_NX).all(1)
             if bad.any():
                 number = part.example_N[first + int(np.argmax(bad))]
@@ -298,26 +318,49 @@ class _Scoring:
                     f"the score of {self.work.influence.unit} {number} of {part.corpus.name} at step "
                     f"{part.step} is not finite; nothing of its chunk was written"
                 )
+            results = method.results(torch.from_numpy(row_NX))
+            if shared_NC[first:last].any():
+                self._leave_out(results, part, ref, first, shared_NC[first:last])
             if store is not None:
-                results = scorer.method.results(torch.from_numpy(row_NX))
                 found = {name: t.numpy().astype(np.float32) for name, t in results.items()}
                 store.write(first, {**found, "losses": loss_N.astype(np.float32)})
                 bar.advance(before - part.left(), note=f"step {part.step} {part.corpus.name}")
 
+    def _leave_out(
+        self, results: dict[str, Tensor], part: Part, ref: CheckpointRef, first: int, shared_NC: np.ndarray
+    ) -> None:
+        """Take the examples from `first` on out of the directions that hold them, in `results`."""
+        shared_N = np.asarray(shared_NC.any(1))
+        if "norms" in results and self.curvature == "identity":
+            own_N = results["norms"].square()
+        else:
+            corpus, number_N = part.corpus, part.example_N[first : first + len(shared_N)][shared_N]
+            rows = Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size)
+            own_N = torch.zeros(len(shared_N), dtype=torch.float64)
+            own_N[torch.from_numpy(shared_N)] = self._own_products(rows, ref)
+        size_C = torch.tensor([len(self.work.probing(self.config, probe)) for probe in self.work.probes])
+        results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
+
+    def _own_products(self, rows: Examples, ref: CheckpointRef) -> Tensor:
+        """<H^-1 g, g> of each row, on every rank: float64 [N]. One pass of each by itself."""
+        context, seq_length = self.context, self.config.data.seq_length
+        batches = self._batches(rows, 0, len(rows), micro_batch=1)
+        gradients = example_gradients(self.model, self.gpt, self.names, batches, seq_length, context)
+        mine_P = own_products(self.curvature, ref.path, gradients, self.gpt, context)
+        all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
+        # Ranks that share a sequence have the same products.
+        all_PR[:, context.data_rank] = mine_P.to(all_PR.device) / context.context_size
+        return sum_over_data(all_PR).flatten()[: len(rows)].cpu()
+
     def _score_rows(
-        self, examples: Examples, first: int, last: int, scorer: Scorer
+        self, examples: Examples, first: int, last: int, method: Method
     ) -> tuple[np.ndarray, np.ndarray]:
         """The method's rows and mean losses of the examples [first, last), on every rank: float64."""
         size, context = self.work.influence.micro_batch, self.context
         passes = examples.passes(first, last, size * context.data_size)
-        row_NX, loss_N = score(
-            self.model,
-            scorer,
-            self._batches(examples, first, last),
-            passes,
-            size,
-            self.config.data.seq_length,
-        )
+        batches = self._batches(examples, first, last)
+        with Scorer(self.gpt, method) as scorer:
+            row_NX, loss_N = score(self.model, scorer, batches, passes, size, self.config.data.seq_length)
         # [passes, ranks, B, X + 1]: each rank fills in its own rows, the others' zeros change nothing.
         mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
         all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])

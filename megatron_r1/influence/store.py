@@ -29,7 +29,7 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir, sync, write_text
 
 FORMAT = 2
-_NOTES = {"position", "direction_norms"}
+_NOTES = {"position", "direction_norms", "projected_in"}
 """Of the manifest: what changes no score, or follows from what does."""
 _WHOLE = 1 << 26
 _SAMPLES, _SAMPLE = 1024, 1 << 16

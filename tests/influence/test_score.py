@@ -17,15 +17,7 @@ import pytest
 import torch
 
 from megatron_r1 import backend, checkpoint, config_io
-from megatron_r1.config import (
-    Config,
-    DataConfig,
-    InfluenceConfig,
-    ParallelConfig,
-    PhaseConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.influence import score as score_module
@@ -39,39 +31,10 @@ from megatron_r1.ledger import read as read_ledger
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import ScoreTable
-from megatron_r1.train.loop import train
 from tests import launch
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
-
-SEQ = 32
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run with checkpoints at steps 2 and 4 of two sources, and two probing sets."""
-    root = tmp_path_factory.mktemp("score")
-    for number, name in enumerate(("a", "b", "code", "math")):
-        launch.write_corpus(root / name, 40 if number < 2 else 8, seed=number % 2)
-    config = Config(
-        model=tiny.MODEL,
-        data=DataConfig(
-            sources={"a": SourceConfig(f"{root}/a"), "b": SourceConfig(f"{root}/b", documents=3)},
-            seq_length=SEQ,
-        ),
-        train=TrainConfig(
-            run=f"{root}/run", global_batch=4, micro_batch=2, precision="fp32", checkpoint_every=2
-        ),
-        phases={"one": PhaseConfig(steps=4, learning_rate=1e-2)},
-        influence=InfluenceConfig(
-            directions={"code": f"{root}/code", "math": f"{root}/math"},
-            examples=50,
-            probe_examples=12,
-            micro_batch=2,
-        ),
-    )
-    on_ranks(1, train, config)
-    return config
+from tests.influence.conftest import SEQ
 
 
 def copied(config: Config, root: Path) -> Config:

@@ -1,0 +1,132 @@
+"""Ask stored projections for other directions: no example passes through the model again (`projected`).
+
+Only a new capability's probing set does, at each checkpoint. Its direction is projected as the examples'
+gradients were, and multiplied with projections.npy. The answers are a set of scores in a directory of their
+own, OUTPUT/influence/step_N/SOURCE/, in the store's format: what reads a run's scores reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_r1 import checkpoint, ledger
+from megatron_r1.config import Config
+from megatron_r1.influence.build import build_method
+from megatron_r1.influence.methods import Method
+from megatron_r1.influence.plan import Part
+from megatron_r1.influence.score import Scoring, open_job
+from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
+from megatron_r1.parallel import holding, process_groups
+from megatron_r1.records import CheckpointRef
+from megatron_r1.run_dir import RunDir
+from megatron_r1.run_lock import exit_when_orphaned
+
+_ROWS = 256
+"""Examples whose projections are in memory at a time."""
+
+
+def query_influence(config: Config, output: Path, capabilities: Sequence[str] | None = None) -> None:
+    """Score `capabilities` (default: all of influence.directions) by a run's projections, or what is left.
+
+    Every rank of the launch calls this, in any layout. Raises ValueError before anything is written where
+    projections are missing or were made from other inputs, or where `output` holds other answers.
+    """
+    if output.resolve() == Path(config.train.run).resolve():
+        raise ValueError(f"--output {output} is the run itself; name a directory for the answers alone")
+    if config.influence is not None:
+        if config.influence.method != "projected":
+            raise ValueError(
+                f"influence.method={config.influence.method} stores no projections; use projected"
+            )
+        given = config.influence.directions
+        if unknown := [name for name in capabilities or () if name not in given]:
+            raise ValueError(
+                f"--capabilities {unknown}: not in influence.directions, which has {list(given)}"
+            )
+        asked = {name: given[name] for name in capabilities or given}
+        config = dataclasses.replace(
+            config, influence=dataclasses.replace(config.influence, directions=asked)
+        )
+    job = open_job(config)
+    parts = {step: [_answers(part, output) for part in found] for step, found in job.parts.items()}
+    job = dataclasses.replace(job, parts=parts)
+    if not any(part.left() for part in job.all_parts()):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{output}: asked before, steps {job.work.steps}", flush=True)
+        return
+    exit_when_orphaned()
+    with process_groups(job.config.parallel) as context, holding(RunDir(output).influence, context):
+        scoring = Scoring(job, context)
+        for ref in job.refs:
+            if scoring.left_of(parts[ref.step]):
+                _ask(scoring, ref)
+        if scoring.leads:
+            print(f"{output}: {', '.join(job.work.influence.directions)}, steps {job.work.steps}", flush=True)
+
+
+def _answers(part: Part, output: Path) -> Part:
+    """The same examples, with a place for the answers.
+
+    Raises ValueError unless the projections are whole and of the same inputs, and that place holds no other
+    answers.
+    """
+    projected = part.directory
+    if (projected / "manifest.json").is_file():
+        # Which directions were scored at first changes no projection.
+        theirs = json.loads((projected / "manifest.json").read_text())
+        check_inputs(projected, part.inputs | {key: theirs[key] for key in ("capabilities", "directions")})
+    if part.left() or not (projected / "projections.npy").is_file():
+        raise ValueError(
+            f"{projected} holds no complete projections; score with influence.method=projected first, or let "
+            f"influence.steps name the checkpoints that have them"
+        )
+    kept = fingerprint(projected / "projections.npy")
+    inputs = {**part.inputs, "projections": kept, "projected_in": str(projected)}
+    directory = directory_of(output, part.step, part.corpus.name)
+    check_inputs(directory, inputs)
+    return dataclasses.replace(part, directory=directory, inputs=inputs)
+
+
+def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
+    """Every source at one checkpoint."""
+    config, work, began = scoring.config, scoring.work, time.time()
+    checkpoint.load(ref.path, scoring.gpt, None, config.model)
+    directions, norm_C = scoring.directions(ref)
+    method = build_method(work.influence, directions, config, scoring.gpt, scoring.context)
+    if scoring.leads:
+        named = dict(zip(work.influence.directions, norm_C, strict=True))
+        for part in scoring.parts[ref.step]:
+            _write(part, named, method)
+        scoring.cache(ref).clear()
+        ledger.append(
+            Path(config.train.run),
+            f"influence query step {ref.step}",
+            devices=scoring.context.world_size,
+            tokens=work.probe_windows(config) * config.data.seq_length,
+            seconds=time.time() - began,
+            outputs=[str(part.directory) for part in scoring.parts[ref.step]],
+        )
+
+
+def _write(part: Part, direction_norms: dict[str, float], method: Method) -> None:
+    """Projections times directions, in the float64 of the first scores."""
+    projected = Path(part.inputs["projected_in"])
+    there = {
+        name: np.load(projected / f"{name}.npy", mmap_mode="r")
+        for name in ("projections", "losses", "tokens")
+    }
+    shapes = {"scores": (len(direction_norms),), "losses": ()}
+    inputs = {**part.inputs, "direction_norms": direction_norms}
+    store = ScoreStore(part.directory, inputs, part.example_N, there["tokens"], shapes)
+    for first in range(0, len(part.example_N), _ROWS):
+        row_NP = torch.from_numpy(there["projections"][first : first + _ROWS].astype(np.float64))
+        scores = method.results(row_NP)["scores"].numpy().astype(np.float32)
+        store.write(first, {"scores": scores, "losses": there["losses"][first : first + _ROWS]})

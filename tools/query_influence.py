@@ -1,0 +1,34 @@
+"""Score other capabilities by the projections that a run has stored, without its examples' passes.
+
+torchrun --nproc-per-node 2 tools/query_influence.py MODEL.yaml RUN.yaml INFLUENCE.yaml \
+    influence.directions.law=data/probes/law --capabilities law --output runs/x/queries/law
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_r1 import config_io
+from megatron_r1.cli import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as for compute_influence")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="writes DIR/influence/")
+    parser.add_argument(
+        "--capabilities", metavar="NAME,...", help="of influence.directions (default: all of them)"
+    )
+    options = parser.parse_intermixed_args()
+    with user_errors():
+        config = config_io.load(options.config)
+        from megatron_r1.influence.query import query_influence
+
+        query_influence(config, options.output, options.capabilities and options.capabilities.split(","))
+
+
+if __name__ == "__main__":
+    main()
