@@ -25,7 +25,7 @@ class TooManyBadStepsError(RuntimeError):
     """Training stops: step after step had to be skipped."""
 
 
-class UnreadableDataError(RuntimeError):
+class UnreadableDataError(OSError):
     """Training stops on this rank because another one could not read its data."""
 
 

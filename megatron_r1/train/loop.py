@@ -109,7 +109,12 @@ class Trainer:
         self.sources = [corpus.name for corpus in corpora]
         self.identities = identities(config)
         self.loader = BatchLoader(
-            plan, corpora, config.data.seq_length, document_end(config), pin_memory=backend.HAS_CUDA
+            plan,
+            corpora,
+            config.data.seq_length,
+            document_end(config),
+            pin_memory=backend.HAS_CUDA,
+            vocab_size=config.model.vocab_size,
         )
         self.training: Training = build_training(config)
         self.guard = StepGuard(config.health)
