@@ -386,6 +386,12 @@ class Trainer:
             self.guard.load(state.guard)
         if self.leads:
             print(f"{self.run.root}: continues from {path}", flush=True)
+            if spoiled := checkpoint.damaged(self.run.checkpoints):
+                names = ", ".join(path.name for path in spoiled)
+                say(
+                    f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the "
+                    f"run goes on without"
+                )
         return state
 
 

@@ -64,7 +64,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(words: list[str]
 def test_an_id_beyond_the_vocabulary_is_refused_where_no_sidecar_tells(
     tokens: int, words: list[str], tmp_path: Path
 ) -> None:
-    """A short stream is looked at whole; of a long one, evenly spread stretches, the last tokens among them."""
+    """A short stream is looked at whole; a long one in stretches, the last tokens among them."""
     stream = np.ones(tokens, np.uint16)
     stream[-2] = 128
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
