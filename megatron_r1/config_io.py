@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -55,8 +56,8 @@ def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
     files: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
-        (overrides if "=" in argument and not Path(argument).exists() else files).append(argument)
-    trees = [_read(Path(name), mistakes) for name in files]
+        (overrides if "=" in argument and not os.path.exists(argument) else files).append(argument)
+    trees = [read_tree(Path(name), mistakes) for name in files]
     for text in overrides:
         key, value = text.split("=", 1)
         try:
@@ -70,9 +71,11 @@ def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
     return reduce(_merge, trees, {})
 
 
-def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    """One file as YAML says it, not checked further; empty, with a mistake more, where it is no such file."""
+    # os.path's answers are no errors, however long the name.
+    if not os.path.isfile(path):
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if os.path.isdir(path.parent) else []
         mistakes.append(f"{path}: no such file{_near(str(path), siblings)}")
         return {}
     try:

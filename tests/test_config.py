@@ -108,6 +108,13 @@ def test_world_size_that_does_not_divide_is_refused(base: str) -> None:
     assert "use a train.micro_batch of [1, 2]" in config_io.check_world(config, 4)[0]
 
 
+def test_an_override_longer_than_any_file_name_is_one(base: str) -> None:
+    sources = ", ".join(f"source_{n}: {{prefix: data/{n}}}" for n in range(300))
+    config = config_io.load([TINY, base, f"data.sources={{{sources}}}"])
+    assert len(config.data.sources) == 302
+    assert "x: no such file" in mistakes(TINY, base, "x" * 5000)[0]
+
+
 @pytest.mark.parametrize("name", ["tiny", "140m", "360m", "950m"])
 def test_every_model_file_resolves(name: str, base: str) -> None:
     config_io.load([str(ROOT / f"examples/models/{name}.yaml"), base])

@@ -6,17 +6,14 @@ python tools/report.py runs/quickstart --control runs/quickstart/control
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.report import load, page
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory; writes RUN/reports/index.html")
     parser.add_argument(
         "--control",

@@ -106,11 +106,14 @@ def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixtur
     assert abs(forgets[6][0] - keeps[6][0]) > 0.01
     # Cut where the phase begins, and begun again: the same.
     on_ranks(1, loop.train, config(root, "cut there", "phases.one.steps=4"))
-    # An older checkpoint that was damaged since is named, and no obstacle.
+    # The past stays, whatever its phase now says; an older checkpoint that was damaged since is no obstacle.
     (root / "cut there" / "checkpoints" / "step_00000002" / checkpoint_files.META).write_text("{")
     capsys.readouterr()
-    on_ranks(1, loop.train, config(root, "cut there", *words, "phases.two.reset_optimizer=true"))
-    assert "warning: step_00000002 cannot be read" in capsys.readouterr().out
+    edited = [*words, "phases.two.reset_optimizer=true", "phases.one.learning_rate=0.5"]
+    on_ranks(1, loop.train, config(root, "cut there", *edited))
+    said = capsys.readouterr().out
+    assert "phases.one: learning_rate 0.01 -> 0.5; the phase is over, so this has no effect" in said
+    assert "warning: step_00000002 cannot be read" in said
     assert figures(root / "cut there")[6] == forgets[6]
 
 
