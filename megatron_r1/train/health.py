@@ -21,7 +21,7 @@ HUNG = 75
 """Exit status of a rank that its watchdog ended: EX_TEMPFAIL, the launch may be tried again."""
 
 
-class TooManyBadStepsError(RuntimeError):
+class TooManyBadStepsError(ValueError):
     """Training stops: step after step had to be skipped."""
 
 
