@@ -109,9 +109,22 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def found(directory: Path) -> list[CheckpointRef]:
-    """Complete checkpoints under `directory`, in training order."""
-    paths = [step_path(directory, step) for step in saved_steps(directory)]
-    return [CheckpointRef(path, int(path.name[5:]), read_meta(path)["phase"]) for path in paths]
+    """Complete checkpoints under `directory`, in training order.
+
+    None is read: one that has been damaged since is refused by whoever reads it, and in nobody else's way.
+    """
+    return [CheckpointRef(step_path(directory, step), step) for step in saved_steps(directory)]
+
+
+def damaged(directory: Path) -> list[Path]:
+    """Complete checkpoints whose description can no longer be read. Costs that read of each."""
+    out = []
+    for ref in found(directory):
+        try:
+            read_meta(ref.path)
+        except (OSError, ValueError):
+            out.append(ref.path)
+    return out
 
 
 def read_meta(path: Path) -> dict[str, Any]:

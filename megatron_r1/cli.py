@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +12,27 @@ from contextlib import contextmanager
 
 TRACEBACK = "MEGATRON_R1_TRACEBACK"
 """Environment: set it to see where a message comes from."""
+_STATUSES = """Exit status: 0 done, 2 a mistake in what was asked or found (one message says which), 130
+interrupted; any other is a fault, with its traceback."""
 _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
+
+
+def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
+    """A tool's parser, from its docstring: what it does, then the options, then, from the first command in it
+    on, examples. `statuses`: exit statuses of this tool alone."""
+    what, examples = re.split(r"\n\n(?=python |torchrun )", doc, maxsplit=1)
+    return argparse.ArgumentParser(
+        description=what,
+        epilog="\n".join([examples, _STATUSES, statuses]).rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def announce_torch(run: str) -> None:
+    """Say, once a launch and before torch is imported, what the silence is that follows."""
+    if os.environ.get("RANK", "0") == "0":
+        line = f"{run}: configuration and datasets agree; loading torch, which takes some seconds"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -50,12 +72,11 @@ def keep_freed_memory() -> None:
     """Start this process anew, once, with `allocator_environment`; a setting of the user's stays.
 
     A training step frees and asks for the same gigabytes; glibc would return them to the kernel and have
-    them cleared each time, a third of the step on a CPU (docs/speed.md). Call it before torch is imported.
+    them cleared each time, a third of the step on a CPU (docs/speed.md). Call it before anything that takes
+    long: it is lost.
     """
     environment = allocator_environment()
     if not environment or any(name in os.environ for name in environment):
         return
-    if os.environ.get("RANK", "0") == "0":
-        print(f"starting again with GLIBC_TUNABLES={_ALLOCATOR}: freed memory is kept", flush=True)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})

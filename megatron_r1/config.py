@@ -42,7 +42,7 @@ class ModelConfig:
     num_query_groups: int
     """Key/value heads."""
     vocab_size: int
-    """Rows of the tied embedding, before any padding for tensor parallelism."""
+    """Rows of the tied embedding; a multiple of parallel.tensor."""
     head_dim: int = 64
     rotary_base: float = 1e6
     rope_scaling: RopeScaling | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -55,8 +56,8 @@ def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
     files: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
-        (overrides if "=" in argument and not Path(argument).exists() else files).append(argument)
-    trees = [_read(Path(name), mistakes) for name in files]
+        (overrides if "=" in argument and not os.path.exists(argument) else files).append(argument)
+    trees = [read_tree(Path(name), mistakes) for name in files]
     for text in overrides:
         key, value = text.split("=", 1)
         try:
@@ -70,9 +71,11 @@ def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
     return reduce(_merge, trees, {})
 
 
-def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    """One file as YAML says it, not checked further; empty, with a mistake more, where it is no such file."""
+    # os.path's answers are no errors, however long the name.
+    if not os.path.isfile(path):
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if os.path.isdir(path.parent) else []
         mistakes.append(f"{path}: no such file{_near(str(path), siblings)}")
         return {}
     try:
@@ -221,8 +224,12 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
     optimizer = sections.get("optimizer")
-    if optimizer and not optimizer.z_loss >= 0:
-        out.append(f"optimizer.z_loss={optimizer.z_loss} must be at least 0")
+    for name in ("weight_decay", "clip_grad", "z_loss"):
+        if optimizer and not 0 <= getattr(optimizer, name) < math.inf:
+            out.append(f"optimizer.{name}={getattr(optimizer, name)} must be a finite number of at least 0")
+    if optimizer and not 0 < optimizer.adam_eps < math.inf:
+        # Without it, a parameter whose gradient is 0 would become 0 / 0.
+        out.append(f"optimizer.adam_eps={optimizer.adam_eps} must be a finite number above 0")
     for name in ("adam_beta1", "adam_beta2"):
         if optimizer and not 0 <= getattr(optimizer, name) < 1:
             out.append(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")
@@ -291,8 +298,8 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
         if not 0 <= phase.min_lr_ratio <= 1:
             out.append(f"{path}.min_lr_ratio={phase.min_lr_ratio} must be within 0 and 1")
-        if not phase.learning_rate > 0:
-            out.append(f"{path}.learning_rate={phase.learning_rate} must be positive")
+        if not 0 < phase.learning_rate < math.inf:
+            out.append(f"{path}.learning_rate={phase.learning_rate} must be positive and finite")
         if sources is not None:
             caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
             for what, names in (("max_epochs", caps), ("keep", phase.keep)):

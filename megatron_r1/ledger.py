@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from megatron_r1.run_dir import naming
+
 
 def append(
     run: Path, stage: str, *, devices: int = 1, tokens: int = 0, seconds: float | None = None, **facts: Any
@@ -32,8 +34,9 @@ def append(
         **facts,
     }
     run.mkdir(parents=True, exist_ok=True)
+    path = run / "ledger.jsonl"
     # One write of one line: a reader or a crash sees it whole or not at all.
-    with open(run / "ledger.jsonl", "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -67,7 +67,6 @@ class CheckpointRef:
 
     path: Path
     step: int
-    phase: str
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,18 @@
-"""Nothing is skipped by accident: the skipped tests must be those of skips.txt whose need is missing."""
+"""Nothing is skipped by accident, and nothing is fetched.
+
+The skipped tests must be those of skips.txt whose need is missing. Sockets of the tests connect to this
+machine alone; what tests start is sent to a proxy that is not there.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
+import os
 import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +20,34 @@ from hypothesis import settings
 # Shared cores make single runs many times slower; a deadline would tell of nothing else.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+# Before any library reads them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    no_proxy="localhost,127.0.0.1,::1",
+    **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
+)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _loopback_only(connect: Any) -> Any:
+    def guarded(self: socket.socket, address: Any) -> Any:
+        # A Unix socket's address is a path.
+        if isinstance(address, tuple) and not _is_loopback(address[0]):
+            raise AssertionError(f"a test connects to {address}; tests use no network")
+        return connect(self, address)
+
+    return guarded
+
+
+for _name in ("connect", "connect_ex"):
+    setattr(socket.socket, _name, _loopback_only(getattr(socket.socket, _name)))
 
 _LIST = Path(__file__).parent / "skips.txt"
 

@@ -82,6 +82,14 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("model.head_dim=0", "model.head_dim=0 must be positive"),
         ("model.num_attention_heads=0", "model.num_attention_heads=0 must be positive"),
         ("optimizer.adam_beta2=1.5", "optimizer.adam_beta2=1.5 must be at least 0 and below 1"),
+        ("optimizer.adam_beta1=-0.1", "optimizer.adam_beta1=-0.1 must be at least 0 and below 1"),
+        ("optimizer.adam_beta1=.nan", "optimizer.adam_beta1=nan must be at least 0 and below 1"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay=-0.1 must be a finite number of at least 0"),
+        ("optimizer.clip_grad=-1", "optimizer.clip_grad=-1.0 must be a finite number of at least 0"),
+        ("optimizer.clip_grad=.nan", "optimizer.clip_grad=nan must be a finite number of at least 0"),
+        ("optimizer.z_loss=.inf", "optimizer.z_loss=inf must be a finite number of at least 0"),
+        ("optimizer.adam_eps=0", "optimizer.adam_eps=0.0 must be a finite number above 0"),
+        ("phases.one.learning_rate=.inf", "phases.one.learning_rate=inf must be positive and finite"),
         ("phases.one.min_lr_ratio=-3", "phases.one.min_lr_ratio=-3.0 must be within 0 and 1"),
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
     ],
@@ -98,6 +106,13 @@ def test_world_size_that_does_not_divide_is_refused(base: str) -> None:
         "make train.global_batch a multiple of 3"
     ]
     assert "use a train.micro_batch of [1, 2]" in config_io.check_world(config, 4)[0]
+
+
+def test_an_override_longer_than_any_file_name_is_one(base: str) -> None:
+    sources = ", ".join(f"source_{n}: {{prefix: data/{n}}}" for n in range(300))
+    config = config_io.load([TINY, base, f"data.sources={{{sources}}}"])
+    assert len(config.data.sources) == 302
+    assert "x: no such file" in mistakes(TINY, base, "x" * 5000)[0]
 
 
 @pytest.mark.parametrize("name", ["tiny", "140m", "360m", "950m"])

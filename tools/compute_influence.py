@@ -5,19 +5,16 @@ torchrun --nproc-per-node 2 tools/compute_influence.py MODEL.yaml RUN.yaml INFLU
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import announce_torch, tool_parser, user_errors
 from megatron_r1.influence.estimate import estimate
 from megatron_r1.influence.plan import influence_mistakes, lay_plan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
     parser.add_argument("--estimate", action="store_true", help="print how long it would take, and exit")
@@ -37,6 +34,7 @@ def main() -> None:
             work = lay_plan(config)
             print(f"{config_io.dump(config)}\nsteps {work.steps}: {work.summary(config)}")
         else:
+            announce_torch(config.train.run)
             from megatron_r1.influence.score import compute_influence
 
             compute_influence(config)

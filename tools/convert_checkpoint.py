@@ -9,16 +9,13 @@ One process; docs/convert.md says what can be represented.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a step_N checkpoint, or a folder with config.json")
     add("target", type=Path, metavar="DST", help="folder to write; must not exist, or be empty")

@@ -10,9 +10,7 @@ manifest.json.
 
 from __future__ import annotations
 
-import argparse
-
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.curation.probes import curate_probes
 
 
@@ -28,9 +26,7 @@ def pairs(words: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--sources", nargs="+", required=True, metavar="NAME=PREFIX", help="all that training draws from")
     add("--capabilities", nargs="+", required=True, metavar="CAPABILITY=NAME,NAME", help="sources of each; "

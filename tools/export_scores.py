@@ -5,17 +5,14 @@ python tools/export_scores.py runs/quickstart --output scores.parquet
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.influence.export import write_parquet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory that has been scored")
     parser.add_argument("--output", type=Path, metavar="FILE.parquet", help="default: RUN/influence.parquet")
     options = parser.parse_args()

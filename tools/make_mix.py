@@ -8,19 +8,16 @@ python tools/make_mix.py MODEL.yaml RUN.yaml INFLUENCE.yaml mix.phase=second mix
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_r1 import config_io
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.influence.mix_file import table, write
 from megatron_r1.influence.mixture import make_mixture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: RUN/mix.yaml")
     parser.add_argument("--check", action="store_true", help="print the table, write nothing")

@@ -8,18 +8,14 @@ Datasets need not be there where the recipe says their tokens.
 
 from __future__ import annotations
 
-import argparse
-
 from megatron_r1 import config_io
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.recipes.launch_plan import GIB, Launch, plan_launch
 from megatron_r1.recipes.launch_plan_text import text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     add("--gpus", type=int, required=True, help="ranks of the launch")

@@ -10,19 +10,16 @@ python tools/preprocess_data.py --merge --output-prefix data/tokens/gcide
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.data.preprocess import preprocess
 from megatron_r1.data.shards import merge, parse_shard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", metavar="INPUT", help="JSONL (also .gz, .zst), .parquet, a folder from "
         "save_to_disk, or hf:NAME[:SPLIT], hf:NAME:CONFIGURATION:SPLIT")  # fmt: skip

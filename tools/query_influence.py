@@ -6,17 +6,14 @@ torchrun --nproc-per-node 2 tools/query_influence.py MODEL.yaml RUN.yaml INFLUEN
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_r1 import config_io
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as for compute_influence")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="writes DIR/influence/")
     parser.add_argument(

@@ -7,17 +7,14 @@ python tools/report.py runs/quickstart --png
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.report import load, page, png
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory; writes RUN/reports/index.html")
     parser.add_argument(
         "--control",

@@ -5,22 +5,23 @@ torchrun --nproc-per-node 2 tools/train.py examples/models/tiny.yaml MORE.yaml t
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.cli import keep_freed_memory, user_errors
+from megatron_r1.cli import announce_torch, keep_freed_memory, tool_parser, user_errors
 from megatron_r1.data.sources import data_mistakes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = tool_parser(
+        __doc__, "75: no step for health.hang_seconds; the same command goes on from the last checkpoint."
     )
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be trained, and exit")
     options = parser.parse_intermixed_args()
     with user_errors():
+        if not options.check:
+            keep_freed_memory()
         # torchrun says how many ranks there are; without it, one model copy is meant.
         ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
         config = config_io.load(options.config, also=lambda config: data_mistakes(config, ranks))
@@ -29,7 +30,7 @@ def main() -> None:
 
             print(summary(config))
         else:
-            keep_freed_memory()
+            announce_torch(config.train.run)
             from megatron_r1.train.loop import train
 
             train(config)

@@ -5,17 +5,14 @@ python tools/train_tokenizer.py --input data/text/*.jsonl --vocab-size 8192 --ou
 
 from __future__ import annotations
 
-import argparse
 import time
 
-from megatron_r1.cli import user_errors
+from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="JSONL", help="one document a line")
     parser.add_argument("--json-key", default="text", help="where the text is (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: %(default)s)")

@@ -34,6 +34,7 @@ except ImportError:
 PIECE_BYTES = 1 << 20
 PIECE_DOCUMENTS = 4096
 _ROWS_AT_ONCE = 1024
+_KEYS_SAID = 8
 
 
 def piece_rule() -> list[int]:
@@ -337,7 +338,8 @@ def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
 def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
     """The text under a key, and its UTF-8; ValueError says what is wrong."""
     if key not in record:
-        raise ValueError(f"missing key {key!r}")
+        names = [repr(name) for name in record][:_KEYS_SAID] or ["none"]
+        raise ValueError(f"missing key {key!r}: there {'are' if len(names) > 1 else 'is'} {', '.join(names)}")
     text = record[key]
     if isinstance(text, bytes):
         try:

@@ -19,6 +19,7 @@ made elsewhere may hold several sequences a document, and is read all the same.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -85,6 +86,7 @@ class IndexedDataset:
             if not path.is_file():
                 raise FileNotFoundError(
                     f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
+                    f"{_near(self.prefix)}"
                 )
         self._read_index()
         self._check_index()
@@ -191,6 +193,14 @@ class IndexedDataset:
 
     def _refuse(self, path: Path, offset: int, what: str) -> None:
         raise ValueError(f"{path} is damaged at offset {offset}: {what}; {_REDO}")
+
+
+def _near(prefix: Path) -> str:
+    """Pairs beside a prefix that is none, whose names begin with its name or resemble it."""
+    stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
+    longer = [stem for stem in stems if stem.startswith(prefix.name)]
+    near = longer or difflib.get_close_matches(prefix.name, stems)
+    return f"; did you mean {' or '.join(str(prefix.parent / stem) for stem in near[:3])}?" if near else ""
 
 
 def map_array(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:

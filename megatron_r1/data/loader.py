@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
+from megatron_r1.data.token_ids import foreign, outside
 from megatron_r1.data.windows import add_stream
 from megatron_r1.records import Batch, Corpus
 
@@ -24,6 +25,7 @@ class BatchLoader:
     `corpora`: one for each source of the plan, matched by name. `eod`: None lets a window attend across
     the documents in it; the tokenizer's end-of-document token makes documents segments of their own, with
     positions from 0. `pin_memory`: page-locked buffers, for a copy to the GPU that does not wait.
+    `vocab_size`: ids beyond it are an error; None: ids are not looked at.
 
     Where the plan's phase has a keep mask over documents (data/keep.py), the loss mask leaves out the labels
     of dropped documents.
@@ -38,6 +40,7 @@ class BatchLoader:
         seq_length: int,
         eod: int | None = None,
         pin_memory: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         if seq_length < 1:
             raise ValueError(f"seq_length={seq_length} must be at least 1")
@@ -46,20 +49,25 @@ class BatchLoader:
         self.seq_length = seq_length
         self.eod = eod
         self.pin_memory = pin_memory
+        self.vocab_size = vocab_size
+        self._corpora = [by_name[name] for name in plan.sources]
         self._number = {name: k for k, name in enumerate(plan.sources)}
         self._streams = Streams()
-        for name in plan.sources:
-            add_stream(self._streams, by_name[name])
+        for corpus in self._corpora:
+            add_stream(self._streams, corpus)
 
     def batch(self, sample_N: np.ndarray) -> Batch:
         """The windows of these global samples, one a row, in the order asked.
 
-        ValueError where a file has become shorter since the loader was made, OSError where its disk fails.
+        ValueError where a file has become shorter since the loader was made, or holds an id beyond
+        `vocab_size`; OSError where its disk fails.
         """
         source_N, _, window_N = self.plan.locate_many(sample_N)
         tokens_BS, labels_BS, loss_mask_BS, position_BS, segment_BS = self._streams.gather(
             source_N, window_N, self.seq_length, self.eod
         )
+        self._check_ids(tokens_BS, 0, source_N, window_N)
+        self._check_ids(labels_BS[:, -1:], self.seq_length, source_N, window_N)
         for row, stretch_N2 in self._masked(np.asarray(sample_N), source_N):
             mask_labels(stretch_N2, int(window_N[row]), loss_mask_BS[row])
         return Batch(
@@ -70,6 +78,15 @@ class BatchLoader:
             source_B=self._tensor(source_N.astype(np.int64)),
             segment_BS=None if segment_BS is None else self._tensor(segment_BS),
         )
+
+    def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
+        """Refuse ids, those from place `first` of each window on, that the model has no row for."""
+        if self.vocab_size is None or (found := outside(id_BS, self.vocab_size)) is None:
+            return
+        row, column = found
+        position = int(window_N[row]) * self.seq_length + first + column
+        corpus = self._corpora[int(source_N[row])]
+        raise ValueError(foreign(corpus, position, int(id_BS[found]), self.vocab_size))
 
     def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""

@@ -9,6 +9,7 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan, Phase
 from megatron_r1.data.indexed import identity_of, open_corpus, read_sidecar
+from megatron_r1.data.token_ids import sampled_mistakes
 from megatron_r1.records import Corpus
 
 
@@ -75,10 +76,10 @@ def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
 def _tokenizer_mistakes(
     path: str, prefix: str, corpus: Corpus, hashes: dict[str, str], vocab_size: int
 ) -> list[str]:
-    """Tokens of two tokenizers in one run, or more of them than the model has rows."""
+    """Tokens of two tokenizers in one run, or ids that the model has no row for."""
     sidecar = Path(f"{prefix}.json")
     if corpus.tokenizer_hash is None or not sidecar.exists():
-        return []
+        return [f"{path}: {mistake}" for mistake in sampled_mistakes(corpus, vocab_size)]
     out = []
     made_with = json.loads(sidecar.read_text())
     if made_with.get("vocab_size", 0) > vocab_size and corpus.tokenizer_hash not in hashes.values():

@@ -90,11 +90,6 @@ def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None) -> An
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
-def padded_vocabulary(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding so that tensor-parallel ranks share them equally."""
-    return -(-vocab_size // tensor) * tensor
-
-
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -119,7 +114,7 @@ def build_model(
     gpt = VocabularyGpt(
         config,
         _layer_spec(config, fused, chunk),
-        vocab_size=padded_vocabulary(model.vocab_size, parallel.tensor),
+        vocab_size=model.vocab_size,
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=chunk),

@@ -228,5 +228,5 @@ def _logits(config: Config, context: ParallelContext) -> int:
         return 0
     tokens = config.train.micro_batch * config.data.seq_length // context.context_size
     tokens = min(tokens, config.train.head_chunk or tokens)
-    columns = -(-config.model.vocab_size // context.tensor_size)
+    columns = config.model.vocab_size // context.tensor_size
     return tokens * columns * (2 if config.train.precision == "bf16" else 4)

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_r1 import backend
 from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.token_ids import foreign, outside
 from megatron_r1.data.windows import WindowReader
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus
@@ -84,20 +85,21 @@ class HeldOut:
     """Windows that are only measured, laid out for forward passes.
 
     `sets`: name -> corpus and its window numbers; a row's `source_B` is its set's number. `multiple`: what
-    the number of passes must be a multiple of.
+    the number of passes must be a multiple of. ValueError for a token beyond `vocab_size`.
     """
 
     def __init__(
         self,
         sets: Mapping[str, tuple[Corpus, np.ndarray]],
         seq_length: int,
+        vocab_size: int,
         micro_batch: int,
         context: ParallelContext,
         eod: int | None = None,
         multiple: int = 1,
     ):
         self.eod, self.context, self.micro_batch = eod, context, micro_batch
-        windows = [WindowReader(corpus, seq_length).rows(window_N) for corpus, window_N in sets.values()]
+        windows = [_rows(*windows, seq_length, vocab_size) for windows in sets.values()]
         self.windows_NS = np.concatenate(windows)
         self.set_N = np.repeat(np.arange(len(windows)), [len(rows) for rows in windows])
         self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size * multiple)) * multiple
@@ -111,3 +113,12 @@ class HeldOut:
             row_B = np.where(real_B, row_B, 0)
             batch = whole_batch(self.windows_NS[row_B], real_B, self.set_N[row_B], self.eod)
             yield on_device(batch, self.context)
+
+
+def _rows(corpus: Corpus, window_N: np.ndarray, seq_length: int, vocab_size: int) -> np.ndarray:
+    """Whole windows, int64 [N, S + 1], of ids that the model has rows for."""
+    row_NS = WindowReader(corpus, seq_length).rows(window_N)
+    if found := outside(row_NS, vocab_size):
+        position = int(window_N[found[0]]) * seq_length + found[1]
+        raise ValueError(foreign(corpus, position, int(row_NS[found]), vocab_size))
+    return row_NS

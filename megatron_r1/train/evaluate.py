@@ -19,7 +19,7 @@ from megatron_r1.train.step import Shape, Training, label_losses
 class Evaluation:
     """Losses on `data.probes` by capability, and on each source's documents that are set aside.
 
-    Raises ValueError where a probing set holds no window.
+    Raises ValueError where a probing set holds no window, or a token that the model has no row for.
     """
 
     def __init__(self, config: Config, corpora: list[Corpus], training: Training, context: ParallelContext):
@@ -29,7 +29,10 @@ class Evaluation:
         # An interleaved pipeline takes micro-batches in groups of its stages.
         multiple = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._sets = {
-            name: (HeldOut(windows, seq_length, micro_batch, context, eod, multiple), tuple(windows))
+            name: (
+                HeldOut(windows, seq_length, config.model.vocab_size, micro_batch, context, eod, multiple),
+                tuple(windows),
+            )
             for name, windows in (
                 ("probe_nll", _probing(config)),
                 ("validation_nll", _validation(config, corpora)),

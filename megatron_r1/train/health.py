@@ -21,11 +21,11 @@ HUNG = 75
 """Exit status of a rank that its watchdog ended: EX_TEMPFAIL, the launch may be tried again."""
 
 
-class TooManyBadStepsError(RuntimeError):
+class TooManyBadStepsError(ValueError):
     """Training stops: step after step had to be skipped."""
 
 
-class UnreadableDataError(RuntimeError):
+class UnreadableDataError(OSError):
     """Training stops on this rank because another one could not read its data."""
 
 

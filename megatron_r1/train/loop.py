@@ -36,7 +36,7 @@ from megatron_r1.train.health import (
     stragglers,
 )
 from megatron_r1.train.metrics import MetricsLog, RankLog
-from megatron_r1.train.schedule import PhaseSpan, phase_spans
+from megatron_r1.train.schedule import PhaseSpan, late_edits, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
@@ -69,8 +69,16 @@ def _finished(config: Config, plan: BlendPlan) -> bool:
     _check_past(saved[-1].path, config, plan)
     checkpoint.check_model(saved[-1].path, config.model)
     if int(os.environ.get("RANK", 0)) == 0:
+        _say_late_edits(config, RunDir(Path(config.train.run)), saved[-1].step)
         print(f"{config.train.run}: finished before, at {saved[-1].path}", flush=True)
     return True
+
+
+def _say_late_edits(config: Config, run: RunDir, step: int) -> None:
+    """Say what was changed of phases that have begun, against the run's configuration of before."""
+    # Of the first launch there is none; a damaged one is no obstacle.
+    for line in late_edits(config_io.read_tree(run.config, []), config, step):
+        say(f"{run.root}: {line}")
 
 
 def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
@@ -109,7 +117,12 @@ class Trainer:
         self.sources = [corpus.name for corpus in corpora]
         self.identities = identities(config)
         self.loader = BatchLoader(
-            plan, corpora, config.data.seq_length, document_end(config), pin_memory=backend.HAS_CUDA
+            plan,
+            corpora,
+            config.data.seq_length,
+            document_end(config),
+            pin_memory=backend.HAS_CUDA,
+            vocab_size=config.model.vocab_size,
         )
         self.training: Training = build_training(config)
         self.guard = StepGuard(config.health)
@@ -144,6 +157,7 @@ class Trainer:
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         spans = phase_spans(self.config)
         if self.leads:
+            _say_late_edits(self.config, self.run, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
             write_text(self.run.plan, self._plan_text())
             print(
@@ -381,6 +395,12 @@ class Trainer:
             self.guard.load(state.guard)
         if self.leads:
             print(f"{self.run.root}: continues from {path}", flush=True)
+            if spoiled := checkpoint.damaged(self.run.checkpoints):
+                names = ", ".join(path.name for path in spoiled)
+                say(
+                    f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the "
+                    f"run goes on without"
+                )
         return state
 
 

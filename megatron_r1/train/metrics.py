@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.ledger import read_jsonl
-from megatron_r1.run_dir import RunDir, write_text
+from megatron_r1.run_dir import RunDir, naming, write_text
 
 
 class MetricsLog:
@@ -22,13 +22,15 @@ class MetricsLog:
             kept = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
             write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         run.root.mkdir(parents=True, exist_ok=True)
+        self._run = run
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         self._wandb = _wandb_run(run, wandb_project) if wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Nested groups become TensorBoard's `group/name`."""
-        self._file.write(json.dumps(line) + "\n")
+        with naming(self._run.metrics):
+            self._file.write(json.dumps(line) + "\n")
         scalars = _scalars(line)
         for name, value in scalars.items():
             self._board.add_scalar(name, value, line["step"])
@@ -36,10 +38,13 @@ class MetricsLog:
             self._wandb.log(scalars, step=line["step"])
 
     def flush(self) -> None:
-        self._file.flush()
-        self._board.flush()
+        with naming(self._run.metrics):
+            self._file.flush()
+        with naming(self._run.tensorboard):
+            self._board.flush()
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
         self._board.close()
         if self._wandb is not None:
@@ -51,10 +56,12 @@ class RankLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the run)
 
     def write(self, text: str) -> None:
-        self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+        with naming(self._path):
+            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def close(self) -> None:
         self._file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_r1.config import Config, PhaseConfig
 
@@ -37,6 +39,24 @@ class PhaseSpan:
 def decay_steps(phase: PhaseConfig, steps: int) -> int:
     """Last steps of a wsd phase, over which its learning rate falls."""
     return phase.decay_steps if phase.decay_steps is not None else max(1, steps // 10)
+
+
+def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
+    """What was changed, in phases that `step` lies in or behind, against the tree of an earlier
+    configuration (`RUN/config.yaml`); a line a phase. The steps behind stay as they are."""
+    out, phases = [], before.get("phases") or {}
+    for span in phase_spans(config):
+        old, new = phases.get(span.name), dataclasses.asdict(span.config)
+        if old is None or step <= span.start:
+            continue
+        changed = ", ".join(
+            f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]
+        )
+        if changed:
+            over = step >= span.end
+            effect = "is over, so this has no effect" if over else f"takes this from step {step + 1} on"
+            out.append(f"phases.{span.name}: {changed}; the phase {effect}")
+    return out
 
 
 def phase_spans(config: Config) -> list[PhaseSpan]:

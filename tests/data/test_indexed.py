@@ -174,6 +174,14 @@ def test_missing_file_is_named(tmp_path):
         IndexedDataset(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("wrong", ["wiki", "wkii_text_document", "wiki_text_document.bin"])
+def test_pairs_beside_a_missing_one_are_suggested(wrong, tmp_path):
+    write(tmp_path / "wiki_text_document")
+    write(tmp_path / "other_text")
+    with pytest.raises(FileNotFoundError, match=rf"; did you mean {tmp_path}/wiki_text_document\?$"):
+        IndexedDataset(tmp_path / wrong)
+
+
 def test_slice_outlives_its_dataset(tmp_path):
     tokens = IndexedDataset(write(tmp_path / "pair"))[2]
     np.testing.assert_array_equal(tokens, DOCUMENTS[2])

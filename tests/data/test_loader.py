@@ -151,6 +151,24 @@ def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: li
         reader.rows(np.array([0]))
 
 
+@pytest.mark.parametrize("place", [0, 7, S])
+@pytest.mark.parametrize("token", [9, -1])
+def test_an_id_beyond_the_vocabulary_is_one_error(place: int, token: int, tmp_path: Path) -> None:
+    """`place`: in the second of two windows; the last is a label alone."""
+    stream = (np.arange(2 * S + 1) % 9).astype(np.int32)
+    stream[S + place] = token
+    stream.tofile(tmp_path / "web.bin")
+    plan = BlendPlan({"web": 2}, shuffle=False)
+    plan.add_phase(0, [1])
+    loader = BatchLoader(
+        plan, [Corpus("web", tmp_path / "web", 1, 2 * S + 1, "int32", None)], S, vocab_size=9
+    )
+    if place:
+        loader.batch(np.array([0]))
+    with pytest.raises(ValueError, match=rf"web.bin: token {S + place} has id {token}, .*vocab_size=9 holds"):
+        loader.batch(np.array([1]))
+
+
 def test_a_stream_replaced_while_open_is_read_on_as_it_was(plan: BlendPlan, corpora: list[Corpus]) -> None:
     loader = BatchLoader(plan, corpora, S)
     before = loader.batch(np.arange(64)).tokens_BS

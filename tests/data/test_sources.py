@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_r1 import config_io
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
 from megatron_r1.data.sources import data_mistakes, document_end, resolve_data
 from tests.launch import TINY_MODEL, write_corpus
 
@@ -57,6 +58,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(words: list[str]
     sidecar(tmp_path / "b", "1" * 64, 4096)
     (found,) = mistakes(words)
     assert found.startswith("data.sources.a: its tokenizer has 4096 tokens, model.vocab_size=128 fewer;")
+
+
+@pytest.mark.parametrize("tokens", [50_000, 3_000_000])
+def test_an_id_beyond_the_vocabulary_is_refused_where_no_sidecar_tells(
+    tokens: int, words: list[str], tmp_path: Path
+) -> None:
+    """A short stream is looked at whole; a long one in stretches, the last tokens among them."""
+    stream = np.ones(tokens, np.uint16)
+    stream[-2] = 128
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(stream)
+    (found,) = mistakes(words)
+    assert found.startswith(
+        f"data.sources.a: {tmp_path}/a.bin: token {tokens - 2} has id 128, but model.vocab_size=128"
+    )
 
 
 def test_mistakes_of_files_and_fields_come_in_one_message(words: list[str], tmp_path: Path) -> None:

