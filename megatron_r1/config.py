@@ -258,11 +258,12 @@ class InfluenceConfig:
     """lowrank: refuse to score below this correlation with exact scores, measured on 64 examples."""
     projection: int = 16
     """projected: k; a matrix is kept as k x k numbers an example."""
-    curvature: Literal["auto", "identity", "adam", "datainf"] = "auto"
-    """H of Eq. 2, whose inverse is applied once to each direction: none, Adam's second moment, or DataInf's
-    (influence/datainf.py). auto: adam where every checkpoint holds it, else identity."""
+    curvature: Literal["auto", "identity", "adam", "datainf", "kfac", "ekfac"] = "auto"
+    """H of Eq. 2, whose inverse is applied once to each direction: none, Adam's second moment, DataInf's
+    (influence/datainf.py), or a Kronecker product for each layer (influence/kfac.py). auto: adam where every
+    checkpoint holds it, else identity."""
     curvature_examples: int = 256
-    """datainf: examples, of all sources together, that H is measured on."""
+    """datainf, kfac, ekfac: examples, of all sources together, that H is measured on."""
     seed: int = 1234
     """Of the choice of examples."""
 

@@ -54,12 +54,18 @@ def weigh(batch: Batch, label_weight_B: np.ndarray) -> Batch:
         for field in dataclasses.fields(batch)
         if (value := getattr(batch, field.name)) is not None
     }
-    if parallel_state.get_context_parallel_world_size() > 1:
-        along_sequence = {name: t for name, t in tensors.items() if t.dim() == 2}
-        # megatron-core 0.19 wants to be told.
-        extra = {"is_hybrid_cp": False} if "is_hybrid_cp" in _CP_PARAMETERS else {}
-        tensors.update(get_batch_on_this_cp_rank(along_sequence, **extra))
-    return Batch(**tensors)
+    along_sequence = {name: t for name, t in tensors.items() if t.dim() == 2}
+    return Batch(**{**tensors, **cut_to_rank(along_sequence)})
+
+
+def cut_to_rank(whole_BS: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's tokens of each tensor, where context parallelism divides the sequence."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return whole_BS
+    # megatron-core 0.19 wants to be told.
+    extra = {"is_hybrid_cp": False} if "is_hybrid_cp" in _CP_PARAMETERS else {}
+    cut: dict[str, Tensor] = get_batch_on_this_cp_rank(whole_BS, **extra)
+    return cut
 
 
 def run_passes(

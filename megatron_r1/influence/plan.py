@@ -23,6 +23,8 @@ _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "met
 """Fields of InfluenceConfig that decide what is stored."""
 _OF_METHOD = {"wgrad-dot": (), "ghost": ("per_token",), "lowrank": ("rank",), "projected": ("projection",)}
 """Further ones, by method."""
+_MEASURED = ("datainf", "kfac", "ekfac")
+"""Curvatures that are measured on examples of the sources."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Work:
         influence = self.influence
         layers = influence.layers
         deciding = (*_DECIDING, *_OF_METHOD[influence.method])
-        deciding += ("curvature_examples",) if curvature == "datainf" else ()
+        deciding += ("curvature_examples",) if curvature in _MEASURED else ()
         deciding += ("exclude_self",) if influence.exclude_self else ()
         directions = {c.name: _data_hash(c.prefix) for c in self.probes}
         out = []
@@ -211,8 +213,9 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         out.append(f"influence.norms: method={influence.method} forms no gradients; use method=wgrad-dot")
     if influence.per_token and influence.method != "ghost":
         out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
-    if influence.curvature == "datainf" and influence.unit == "document":
-        out.append("influence.curvature=datainf: not of documents, which pass in pieces; use unit=window")
+    if influence.curvature in _MEASURED and influence.unit == "document":
+        kind = influence.curvature
+        out.append(f"influence.curvature={kind}: not of documents, which pass in pieces; use unit=window")
     if influence.exclude_self and not (
         influence.method in ("wgrad-dot", "ghost")
         and influence.unit == "window"

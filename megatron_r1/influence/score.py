@@ -22,10 +22,11 @@ from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import Config
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.sources import document_end
+from megatron_r1.influence import datainf, kfac
 from megatron_r1.influence.build import build_method
 from megatron_r1.influence.curvature import precondition, resolve
-from megatron_r1.influence.datainf import apply_inverse, example_gradients
 from megatron_r1.influence.direction_cache import DirectionCache
+from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.leave_out import own_products, without_own
@@ -217,6 +218,8 @@ class Scoring:
         directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
         if self.curvature == "datainf":
             self._apply_datainf(directions, ref)
+        elif self.curvature in ("kfac", "ekfac"):
+            self._apply_kfac(directions, ref)
         else:
             precondition(self.curvature, directions, ref.path, self.gpt)
         norm_C = [
@@ -230,20 +233,38 @@ class Scoring:
         parallel, directory = self.config.parallel, part.directory.parent
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
 
-    def _apply_datainf(self, directions: Directions, ref: CheckpointRef) -> None:
-        """H from examples of all sources alike, one at a time."""
+    def _measured(self, ref: CheckpointRef) -> list[tuple[Examples, int]]:
+        """Of all sources alike, the examples that H is measured on: the first so many."""
         parts = self.parts[ref.step]
         share = -(-self.work.influence.curvature_examples // len(parts))
-        chosen = [(self._examples(part), min(share, len(part.example_N))) for part in parts]
+        return [(self._examples(part), min(share, len(part.example_N))) for part in parts]
+
+    def _apply_kfac(self, directions: Directions, ref: CheckpointRef) -> None:
+        influence, seq_length = self.work.influence, self.config.data.seq_length
+        chosen, size = self._measured(ref), influence.micro_batch
+
+        def sources() -> Iterator[tuple[Iterator[Batch], int]]:
+            for examples, last in chosen:
+                passes = examples.passes(0, last, size * self.context.data_size)
+                yield self._batches(examples, 0, last), passes
+
+        count, seed = sum(last for _, last in chosen), influence.seed
+        passes = DrawnPasses(self.model, self.gpt, sources, count, size, seq_length, seed, self.context)
+        kfac.apply_inverse(self.curvature, directions, passes)
+
+    def _apply_datainf(self, directions: Directions, ref: CheckpointRef) -> None:
+        """H from single examples."""
+        chosen = self._measured(ref)
 
         def gradients() -> Iterator[dict[str, Tensor]]:
             for examples, last in chosen:
                 batches = self._batches(examples, 0, last, micro_batch=1)
-                yield from example_gradients(
+                yield from datainf.example_gradients(
                     self.model, self.gpt, self.names, batches, self.config.data.seq_length, self.context
                 )
 
-        apply_inverse(directions, gradients, sum(last for _, last in chosen), self.gpt, self.context)
+        examples = sum(last for _, last in chosen)
+        datainf.apply_inverse(directions, gradients, examples, self.gpt, self.context)
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, Tensor]:
         """Of one probing set, on every rank its shard."""

@@ -406,8 +406,9 @@ def test_norms_bound_the_scores(trained: Config, tmp_path: Path) -> None:
     assert (np.abs(cosine_NC) < 1).all() and (np.abs(cosine_NC) > 1e-4).all()
 
 
-def test_datainf_is_measured_on_the_sources(trained: Config, tmp_path: Path) -> None:
-    few = {"steps": [4], "examples": 4, "curvature": "datainf", "curvature_examples": 6}
+@pytest.mark.parametrize("curvature", ["datainf", "ekfac"])
+def test_curvature_is_measured_on_the_sources(trained: Config, tmp_path: Path, curvature: str) -> None:
+    few = {"steps": [4], "examples": 4, "curvature": curvature, "curvature_examples": 6}
     found = {}
     for ranks in (1, 2):
         config = changed(copied(trained, tmp_path / str(ranks)), influence=few)
@@ -417,7 +418,9 @@ def test_datainf_is_measured_on_the_sources(trained: Config, tmp_path: Path) -> 
     np.testing.assert_allclose(found[2], found[1], rtol=1e-4, atol=1e-4 * scale)
     path = tmp_path / "1/run/influence/step_00000004/a/manifest.json"
     influence = json.loads(path.read_text())["influence"]
-    assert (influence["curvature"], influence["curvature_examples"]) == ("datainf", 6)
+    assert (influence["curvature"], influence["curvature_examples"]) == (curvature, 6)
+    documents = changed(config, influence={"unit": "document"})
+    assert f"curvature={curvature}: not of documents" in influence_mistakes(documents)[0]
 
 
 def test_other_methods_store_what_they_keep(

@@ -1,0 +1,301 @@
+"""K-FAC and EK-FAC: the second moment of examples' gradients, by layer, as a Kronecker product.
+
+Of a linear weight [O, I], with a its inputs, g the gradients of its outputs, tokens taken as independent
+("expand" of Eschenhagen et al., 2023), N examples of S tokens:
+
+    H ~ G (x) A      A = 1 / (N S) sum_ns a a^T      G = 1 / N sum_ns g g^T
+    H^-1 V ~ Q_G [ (Q_G^T V Q_A) / (L + 0.1 mean L) ] Q_A^T      Q: eigenvectors of G and A
+
+    kfac   L = lambda_G lambda_A^T                        (Martens and Grosse, 2015)
+    ekfac  L = 1 / N sum_n (Q_G^T [sum_s g a^T] Q_A)^2    (George et al., 2018), by a second pass
+
+The tied embedding [V, D] has no V x V factor: its diagonal stands for it, in either form,
+
+    H ~ diag(r) (x) C / tr C      r = E diag(W W^T)      C = E W^T W      W: the gradient of an example
+
+with tokens, and the two uses, taken as independent. Norm weights: the diagonal of their second moment.
+Labels are the model's own (influence/drawn_labels.py).
+
+Under tensor parallelism the factors are those of whole layers, from gathered inputs or gradients; of a
+weight, a direction or L, a rank never holds more than its shard's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1 import backend
+from megatron_r1.influence.drawn_labels import DrawnPasses
+from megatron_r1.influence.layers import EMBEDDING
+from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.passes import named_parameters
+from megatron_r1.influence.projected import split_axis
+from megatron_r1.parallel import ParallelContext, sum_over_data
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+_DAMPING = 0.1
+"""Of the mean eigenvalue of a layer."""
+_AT_ONCE = 1 << 30
+"""Elements of factors that a rank holds at a time (or one layer's); further layers take further passes."""
+_BLOCK = 1 << 22
+"""Elements of the examples' rotated gradients formed at a time."""
+_STRIPE = 8192
+"""Columns of the head's gradient squared at a time."""
+
+Sides = tuple[Tensor, Tensor]
+"""Of a weight: what belongs to the axis X that tensor parallelism divides, whole, and to the other one, Y."""
+
+
+def apply_inverse(kind: str, directions: Directions, passes: DrawnPasses) -> None:
+    """v_c <- H^-1 v_c in place, on this rank's shard; `kind` is kfac or ekfac.
+
+    Every rank of the launch calls this. Raises ValueError where a parameter has no gradient on any of the
+    examples.
+    """
+    context, examples = passes.context, passes.examples
+    for names in _groups(directions, context):
+        factors = _Factors({name: directions[name] for name in names}, passes.gpt, context)
+        passes.run(factors)
+        factors.finish(examples, passes.seq_length)
+        eigenvalues, bases = _decompose(factors.sides), factors.sides
+        if kind == "ekfac":
+            moments = _Moments({name: sides for name, sides in bases.items() if name != EMBEDDING}, context)
+            passes.run(moments)
+            for name, sum_XY in moments.squares_XY.items():
+                dist.all_reduce(sum_XY, group=parallel_state.get_data_parallel_group())
+                eigenvalues[name] = sum_XY / examples
+        eigenvalues |= factors.norms
+        damping = {name: _DAMPING * _mean(name, value) for name, value in eigenvalues.items()}
+        if zero := [name for name, value in damping.items() if not value > 0]:
+            raise ValueError(
+                f"influence.curvature={kind}: {examples} examples have no gradient of {', '.join(zero[:4])}; "
+                f"raise influence.curvature_examples or leave these out of influence.layers"
+            )
+        for name, value in eigenvalues.items():
+            divisor = value + damping[name]
+            if name in bases:
+                directions[name] = _divided(name, directions[name], bases[name], divisor)
+            else:
+                directions[name] = directions[name] / divisor
+
+
+def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[str]]:
+    """Names whose factors exist together; as many groups on every rank, for stages pass together."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    # The embedding's factors are summed over two stages: in the same group on both.
+    for name in sorted(directions, key=lambda name: name != EMBEDDING):
+        shape = list(directions[name].shape[1:])
+        if (axis := split_axis(name)) is not None:
+            shape[axis] *= context.tensor_size
+        size = sum(side if (name, axis) == (EMBEDDING, 0) else side**2 for axis, side in enumerate(shape))
+        if groups[-1] and held + size > _AT_ONCE:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    count = torch.tensor(len(groups), device=backend.device())
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    yield from groups + [[]] * (int(count) - len(groups))
+
+
+class _Collector:
+    """A `Method` that keeps sums of what passes, and adds nothing to the examples' rows."""
+
+    names: frozenset[str]
+    squares = False
+    width = 1
+
+    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
+        raise NotImplementedError
+
+    def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
+        raise NotImplementedError
+
+    def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
+        raise NotImplementedError
+
+    def results(self, row_NX: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+class _Factors(_Collector):
+    """The first pass: both sides of each matrix, and the norms' squares."""
+
+    def __init__(self, directions: Directions, gpt: Any, context: ParallelContext):
+        self.names = frozenset(directions)
+        self.sides: dict[str, Sides] = {}
+        self.norms: dict[str, Tensor] = {}
+        self._context = context
+        self._parameters = {name: p for name, (_, p) in named_parameters(gpt).items()}
+        for name, direction in directions.items():
+            axis = split_axis(name)
+            if axis is None:
+                self.norms[name] = torch.zeros_like(direction[0])
+                continue
+            x, y = direction.shape[1 + axis], direction.shape[2 - axis]
+            whole = x * context.tensor_size
+            left = (x,) if name == EMBEDDING else (whole, whole)
+            self.sides[name] = direction.new_zeros(left), direction.new_zeros(y, y)
+
+    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
+        if name == EMBEDDING:
+            self._head(a_SBI.flatten(0, 1).float(), g_SBO.flatten(0, 1))
+            return
+        tokens = _tokens(name, a_SBI, g_SBO)
+        # Rows that fill up a batch have no gradient; their inputs must not count either.
+        real_B = tokens[split_axis(name) != 0].any(-1).any(0)
+        for x_SBX, factor_XX in zip(tokens, self.sides[name], strict=True):
+            x_NX = x_SBX[:, real_B].flatten(0, 1)
+            factor_XX.addmm_(x_NX.T, x_NX)
+
+    def _head(self, a_ND: Tensor, g_NV: Tensor) -> None:
+        left_V, right_DD = self.sides[EMBEDDING]
+        size_N, square_N = a_ND.square().sum(1), torch.zeros_like(a_ND[:, 0])
+        for part_V, part_NV in zip(left_V.split(_STRIPE), g_NV.split(_STRIPE, 1), strict=True):
+            square_NV = part_NV.float().square()
+            part_V += size_N @ square_NV
+            square_N += square_NV.sum(1)
+        right_DD.addmm_((a_ND * square_N[:, None]).T, a_ND)
+
+    def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
+        left_V, right_DD = self.sides[name]
+        g_ND = g_BSD.flatten(0, 1).float()
+        left_V.index_add_(0, index_BS.flatten(), g_ND.square().sum(1))
+        right_DD.addmm_(g_ND.T, g_ND)
+
+    def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
+        gradient_BD = g_SBD.sum(0)
+        if getattr(self._parameters[name], "sequence_parallel", False) and self._context.tensor_size > 1:
+            dist.all_reduce(gradient_BD, group=parallel_state.get_tensor_model_parallel_group())
+        if self._context.context_size > 1:
+            dist.all_reduce(gradient_BD, group=parallel_state.get_context_parallel_group())
+        self.norms[name] += gradient_BD.square().sum(0)
+
+    def finish(self, examples: int, seq_length: int) -> None:
+        """Sums over ranks -> means."""
+        for sum_D in self.norms.values():
+            dist.all_reduce(sum_D, group=parallel_state.get_data_parallel_group())
+            sum_D /= examples
+        for name, (left, right) in self.sides.items():
+            for side in (left, right):
+                sum_over_data(side)
+                if name == EMBEDDING and self._context.pipeline_size > 1:
+                    dist.all_reduce(side, group=parallel_state.get_embedding_group())
+            left /= examples
+            if name == EMBEDDING:
+                dist.all_reduce(right, group=parallel_state.get_tensor_model_parallel_group())
+                right /= right.trace().clamp(min=torch.finfo(right.dtype).tiny)
+            else:
+                right /= examples * seq_length
+
+
+class _Moments(_Collector):
+    """The second pass, of linear layers: squares of each example's gradient in the layer's own basis, this
+    rank's rows."""
+
+    def __init__(self, bases: dict[str, Sides], context: ParallelContext):
+        self.names = frozenset(bases)
+        self._bases, self._context = bases, context
+        self.squares_XY = {
+            name: left.new_zeros(len(left) // context.tensor_size, len(right))
+            for name, (left, right) in bases.items()
+        }
+
+    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
+        left_SBX, right_SBY = _tokens(name, a_SBI, g_SBO)
+        left, right = self._bases[name]
+        left_BXS = (left_SBX @ left[:, _mine(len(left))]).permute(1, 2, 0)
+        right_BSY = (right_SBY @ right).transpose(0, 1)
+        rows = max(1, _BLOCK // (len(right_BSY) * len(right)))
+        for total_XY, part_BXS in zip(
+            self.squares_XY[name].split(rows), left_BXS.split(rows, dim=1), strict=True
+        ):
+            gradient_BXY = torch.bmm(part_BXS, right_BSY)
+            if self._context.context_size > 1:
+                dist.all_reduce(gradient_BXY, group=parallel_state.get_context_parallel_group())
+            total_XY += gradient_BXY.square_().sum(0)
+
+
+def _tokens(name: str, a_SBI: Tensor, g_SBO: Tensor) -> Sides:
+    """The tokens' vectors along each axis of a weight, whole: float32 [S, B, X], [S, B, Y]."""
+    left, right = (g_SBO, a_SBI) if split_axis(name) == 0 else (a_SBI, g_SBO)
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        left = gather_from_tensor_model_parallel_region(left.contiguous(), group=group)
+    return left.float(), right.float()
+
+
+def _mine(size: int, rank: int | None = None) -> slice:
+    """This rank's part, or another's, of an axis that tensor parallelism divides."""
+    part = size // parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank() if rank is None else rank
+    return slice(rank * part, (rank + 1) * part)
+
+
+def _decompose(sides: dict[str, Sides]) -> dict[str, Tensor]:
+    """Factors -> their eigenvectors, in place; products of eigenvalues [X, Y], this rank's rows, by name.
+
+    The embedding's first side is diagonal, and stays. The ranks of a stage share the work, and each gets the
+    same bits: vectors of nearly equal eigenvalues may be any.
+    """
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    factors = [factor for pair in sides.values() for factor in pair if factor.dim() == 2]
+    values = [torch.empty_like(factor[0]) for factor in factors]
+    for number in range(group.rank(), len(factors), group.size()):
+        value_X, vector_XX = torch.linalg.eigh(factors[number].double())
+        values[number].copy_(value_X.clamp_(min=0))
+        factors[number].copy_(vector_XX)
+    for number, (value_X, vector_XX) in enumerate(zip(values, factors, strict=True)):
+        owner = dist.get_global_rank(group, number % group.size())
+        dist.broadcast(value_X, owner, group=group)
+        dist.broadcast(vector_XX, owner, group=group)
+    found = iter(values)
+    return {
+        name: torch.outer(next(found)[_mine(len(left))] if left.dim() == 2 else left, next(found))
+        for name, (left, _) in sides.items()
+    }
+
+
+def _mean(name: str, value: Tensor) -> float:
+    """Over the whole parameter."""
+    mean = value.double().mean()
+    if split_axis(name) is not None:
+        dist.all_reduce(mean, group=parallel_state.get_tensor_model_parallel_group())
+        mean /= parallel_state.get_tensor_model_parallel_world_size()
+    return float(mean)
+
+
+def _divided(name: str, direction: Tensor, basis: Sides, divisor_XY: Tensor) -> Tensor:
+    """Q_X [ (Q_X^T V Q_Y) / divisor ] Q_Y^T of each direction."""
+    left, right = basis
+    first = split_axis(name) == 0
+    v_CXY = (direction if first else direction.transpose(1, 2)) @ right
+    if left.dim() == 2:
+        v_CXY = _times(left.T, v_CXY)
+    v_CXY = v_CXY / divisor_XY
+    if left.dim() == 2:
+        v_CXY = _times(left, v_CXY)
+    v_CXY = v_CXY @ right.T
+    return v_CXY if first else v_CXY.transpose(1, 2).contiguous()
+
+
+def _times(matrix_XX: Tensor, v_CXY: Tensor) -> Tensor:
+    """M v, where of v and of the result each tensor-parallel rank holds its own rows."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    columns = matrix_XX[:, _mine(len(matrix_XX))]
+    out = v_CXY
+    for rank in range(group.size()):
+        part = columns[_mine(len(matrix_XX), rank)] @ v_CXY
+        dist.reduce(part, dist.get_global_rank(group, rank), group=group)
+        if rank == group.rank():
+            out = part
+    return out
