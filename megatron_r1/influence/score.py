@@ -234,10 +234,14 @@ class Scoring:
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
 
     def _measured(self, ref: CheckpointRef) -> list[tuple[Examples, int]]:
-        """Of all sources alike, the examples that H is measured on: the first so many."""
+        """Of all sources alike, the examples that H is measured on: so many, evenly spaced."""
         parts = self.parts[ref.step]
         share = -(-self.work.influence.curvature_examples // len(parts))
-        return [(self._examples(part), min(share, len(part.example_N))) for part in parts]
+        out = []
+        for part in parts:
+            place = np.linspace(0, len(part.example_N) - 1, min(share, len(part.example_N))).astype(int)
+            out.append((self._examples(part, part.example_N[place]), len(place)))
+        return out
 
     def _apply_kfac(self, directions: Directions, ref: CheckpointRef) -> None:
         influence, seq_length = self.work.influence, self.config.data.seq_length
@@ -307,9 +311,10 @@ class Scoring:
                 f"influence.rank, or use influence.method=wgrad-dot"
             )
 
-    def _examples(self, part: Part) -> Examples:
+    def _examples(self, part: Part, some_N: np.ndarray | None = None) -> Examples:
         seq_length, vocab_size = self.config.data.seq_length, self.config.model.vocab_size
-        return Examples(part.corpus, part.example_N, seq_length, vocab_size, self.work.influence.unit)
+        chosen_N = part.example_N if some_N is None else some_N
+        return Examples(part.corpus, chosen_N, seq_length, vocab_size, self.work.influence.unit)
 
     def _score_part(
         self, part: Part, ref: CheckpointRef, method: Method, norm_C: list[float], bar: Progress
@@ -366,7 +371,7 @@ class Scoring:
         """<H^-1 g, g> of each row, on every rank: float64 [N]. One pass of each by itself."""
         context, seq_length = self.context, self.config.data.seq_length
         batches = self._batches(rows, 0, len(rows), micro_batch=1)
-        gradients = example_gradients(self.model, self.gpt, self.names, batches, seq_length, context)
+        gradients = datainf.example_gradients(self.model, self.gpt, self.names, batches, seq_length, context)
         mine_P = own_products(self.curvature, ref.path, gradients, self.gpt, context)
         all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
         # Ranks that share a sequence have the same products.
