@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from megatron_r1.report import agreement, bars, curves, examples, influence, measures, palette, summary, words
+from megatron_r1.report import (
+    agreement,
+    bars,
+    curves,
+    examples,
+    influence,
+    measures,
+    palette,
+    predicted,
+    summary,
+    words,
+)
 from megatron_r1.report.figure import Figure, table
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.run_dir import RunDir, write_text
@@ -123,6 +134,7 @@ def all_figures(reading: Reading) -> list[Figure]:
         influence.histograms(reading),
         influence.heat(reading),
         agreement.figure(reading),
+        predicted.figure(reading),
         examples.figure(reading),
         bars.mixture(reading),
         curves.held_out(reading),
