@@ -456,8 +456,8 @@ def test_an_estimate_is_operations_over_their_rate(whole: Config, tmp_path: Path
     seconds = 10.0
     rows = sum(len(t.example_N) for t in tables(whole))
     per_token = whole.model.flops_per_token(SEQ)
-    # 1.05 of a pass for each example and one for each probing window, at two checkpoints.
-    rate = per_token * SEQ * 2 * (1.05 * rows + 24) / seconds
+    # 1.15 of a pass for each example and one for each probing window, at two checkpoints.
+    rate = per_token * SEQ * 2 * (1.15 * rows + 24) / seconds
     said = estimate(whole, 4, rate / 0.5 / 1e12, 0.5)
     assert f"{rows} examples x 2 checkpoints, {seconds / 3600 / 4:.3g} h on 4 devices" in said
     # Before there is any data, what is asked for counts in full.
