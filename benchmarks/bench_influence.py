@@ -1,17 +1,20 @@
 """What scoring costs, as a multiple of forward and backward of the same batch on the same model.
 
-python benchmarks/bench_influence.py [--repeats 15] [--capabilities 3] [--processor-time]
+python benchmarks/bench_influence.py [--repeats 15] [--capabilities 3] [--processor-time] [--memory]
 
 The peer is an ordinary forward and backward pass of this megatron-core model, measured in turns with
 scoring in this process; medians. Beside the default method: norms too, token scores, directions of low rank;
 and the floor that any method needs (forward and the backward pass to every layer's output, no parameter
-gradients).
+gradients). `--memory` compares the peak memory of scoring with that of a whole training step (gradients and
+Adam), each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +26,7 @@ import torch
 import yaml
 
 from megatron_r1 import backend
-from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.gradients import Scorer, score
@@ -31,7 +34,10 @@ from megatron_r1.influence.low_rank import LowRank
 from megatron_r1.influence.methods import Method, WgradDot
 from megatron_r1.influence.passes import run_passes, weigh
 from megatron_r1.model.gpt import build_model
+from megatron_r1.optimizer import set_schedule
 from megatron_r1.parallel import process_groups
+from megatron_r1.records import Batch
+from megatron_r1.train.step import Shape, build_training, train_step
 
 MODEL = Path(__file__).resolve().parent.parent / "examples/models/tiny.yaml"
 
@@ -57,27 +63,78 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processor-time", action="store_true", help="where others use the machine, too")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--peak-of", choices=("scoring", "training"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory and not options.peak_of:
+        compare_memory()
+        return
     model = ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
     with process_groups(ParallelConfig()):
         torch.set_num_threads(options.threads)
+        if options.peak_of:
+            print((train_steps if options.peak_of == "training" else score_once)(model, options))
+            return
         report(measure(model, options), options, model)
 
 
-def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
-    """Seconds of each repeat, by what was done."""
+def compare_memory() -> None:
+    """The peak of each kind of work, in a process of its own, and their ratio."""
+    peak = {}
+    for kind in ("training", "scoring"):
+        words = [sys.executable, *sys.argv, "--peak-of", kind]
+        out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+        peak[kind] = int(out.splitlines()[-1])
+        print(f"{kind:10s} {peak[kind] / 2**30:.2f} GiB", flush=True)
+    print(f"scoring / training {peak['scoring'] / peak['training']:.2f}x")
+
+
+def score_once(model: ModelConfig, options: Any) -> int:
+    """Peak bytes of three passes of the default method."""
+    gpt, batch, directions = setting(model, options)
+    for _ in range(3):
+        with Scorer(gpt, WgradDot(directions, options.capabilities)) as scorer:
+            score(gpt, scorer, iter([batch]), 1, options.micro_batch, options.seq_length)
+    return backend.peak_memory()
+
+
+def train_steps(model: ModelConfig, options: Any) -> int:
+    """Peak bytes of three steps of the trainer on batches of the same size."""
+    size, seq = options.micro_batch, options.seq_length
+    train = TrainConfig(run="", global_batch=size, micro_batch=size, precision=options.precision)
+    config = Config(model=model, data=DataConfig(sources={}, seq_length=seq), train=train, phases={})
+    training = build_training(config)
+    rows = example_rows(model, options)
+    for _ in range(3):
+        set_schedule(training.optimizer, 1e-3, 0.1)
+        train_step(training, iter([rows]), 1, Shape(size, seq, 1))
+    return backend.peak_memory()
+
+
+def example_rows(model: ModelConfig, options: Any) -> Batch:
+    size, seq = options.micro_batch, options.seq_length
+    window = np.random.default_rng(0).integers(0, model.vocab_size, (size, seq + 1))
+    return whole_batch(window, np.ones(size, bool), np.zeros(size), None)
+
+
+def setting(model: ModelConfig, options: Any) -> tuple[Any, Batch, dict[str, torch.Tensor]]:
+    """The model, a batch and random directions."""
     backend.seed_model_parallel(1)
     gpt: Any = build_model(model, ParallelConfig(), options.precision, options.seq_length, plain_layers=True)
     if options.precision == "bf16":
         gpt = gpt.bfloat16()
-    size, seq = options.micro_batch, options.seq_length
-    window = np.random.default_rng(0).integers(0, model.vocab_size, (size, seq + 1))
-    rows = whole_batch(window, np.ones(size, bool), np.zeros(size), None)
-    batch = weigh(rows, np.full(size, 1 / seq))
+    weight_B = np.full(options.micro_batch, 1 / options.seq_length)
     directions = {
         name: torch.randn(options.capabilities, *p.shape, device=p.device)
         for name, p in gpt.named_parameters()
     }
+    return gpt, weigh(example_rows(model, options), weight_B), directions
+
+
+def measure(model: ModelConfig, options: Any) -> dict[str, list[float]]:
+    """Seconds of each repeat, by what was done."""
+    gpt, batch, directions = setting(model, options)
+    size, seq = options.micro_batch, options.seq_length
 
     def train_pass() -> None:
         run_passes(gpt, iter([batch]), 1, size, seq)
