@@ -18,9 +18,8 @@ that it is not to see, and the others come in the same order. Seeds are orders o
     ceiling         what a predictor without error would reach, as far as the seeds agree
 
 with 95 % bootstrap intervals over groups, or subsets; measured losses are means over seeds. DIR becomes a run
-directory; the impacts are written to DIR/influence/measured_impact.json, {capability: {source: nats}}, how
-much higher the loss on the capability's probing set is without the source. Run again, it goes on where it was
-cut off.
+directory. DIR/influence/measured_impact.json, {capability: {source: nats}}, says how much higher the loss on
+the capability's probing set is without the source. Run again, it goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -94,13 +93,12 @@ model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 192, num_attention_head
 data: {seq_length: 64}
 train: {precision: fp32, global_batch: 40, micro_batch: 40}
 phases:
-  first: {learning_rate: 4.0e-3, decay: constant}
+  first: {learning_rate: 4.0e-3, warmup_steps: 20, decay: constant}
   second: {learning_rate: 1.0e-3}
 """
 """What all sizes share. A batch is a window of each group; the second phase decays linearly to a tenth."""
 
-Losses = dict[str, float]
-"""Nats a label by set, "probe code" or "heldout code"."""
+Losses = dict[str, float]  # nats a label by set, "probe code" or "heldout code"
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,6 @@ def configure(output: Path, size: Size) -> Config:
             f"train.run={output}",
             f"train.keep_spaced={size.checkpoints}",
             f"phases.first.steps={size.first}",
-            f"phases.first.warmup_steps={size.first // 10}",
             f"phases.second.steps={size.second}",
             f"influence.examples={2 * size.second}",
             f"influence.steps={evenly_spaced(size.first, size.first + size.second, size.checkpoints)}",
@@ -229,9 +226,8 @@ def measure(config: Config, size: Size, output: Path) -> list[dict[str, Losses]]
     found = json.loads(path.read_text()) if path.exists() else [{} for _ in range(size.seeds)]
     wanted = [(seed, name, kept_G) for seed in range(size.seeds) for name, kept_G in trained_on(size).items()]
     left = [one for one in wanted if one[1] not in found[one[0]]]
-    done = len(wanted) - len(left)
     if left:
-        bar = Progress("retrain", len(wanted), "runs", done)
+        bar = Progress("retrain", len(wanted), "runs", len(wanted) - len(left))
         with process_groups(config.parallel) as context, bar:
             retrainings = Retrainings(config, context)
             for seed, name, kept_G in left:
@@ -244,8 +240,7 @@ def measure(config: Config, size: Size, output: Path) -> list[dict[str, Losses]]
 def score(config: Config, curvature: str, output: Path) -> dict[str, np.ndarray]:
     """Density of each group for each capability, [G, C] of Eq. 5, by how checkpoints are weighted.
 
-    The run itself is scored with the curvature that it would get by default; others in a run directory
-    beside it, with the same checkpoints.
+    The run is scored with the default's curvature; others go to a run directory with the same checkpoints.
     """
     assert config.influence is not None
     own = RunDir(output)
@@ -256,13 +251,12 @@ def score(config: Config, curvature: str, output: Path) -> dict[str, np.ndarray]
         run.mkdir(parents=True)
         (run / "checkpoints").symlink_to(own.checkpoints.resolve())
     influence = dataclasses.replace(config.influence, curvature=curvature)
-    train_config = dataclasses.replace(config.train, run=str(run))
-    compute_influence(dataclasses.replace(config, train=train_config, influence=influence))
-    tables, mix, span = read_scores(run, GROUPS), MixConfig(phase="second"), phase_spans(config)[-1]
+    of_run = dataclasses.replace(config.train, run=str(run))
+    compute_influence(dataclasses.replace(config, train=of_run, influence=influence))
+    tables, mix = read_scores(run), MixConfig(phase="second")
     assert [t.source for t in tables] == GROUPS and tables[0].capabilities == CAPABILITIES
-    steps = tables[0].steps
-    rate_K = np.array([span.learning_rate(step - 1) for step in steps])
-    rho_GCK = densities(tables, mix)
+    rho_GCK, steps = densities(tables, mix), tables[0].steps
+    rate_K = np.array([phase_spans(config)[-1].learning_rate(step - 1) for step in steps])
     return {
         f"{curvature}, by step": rho_GCK @ checkpoint_weights(mix, CAPABILITIES, steps).sum(0),
         f"{curvature}, by rate": rho_GCK @ (rate_K / rate_K.sum()),
@@ -290,8 +284,8 @@ def ceiling(y_SCN: np.ndarray) -> list[float]:
     seeds: S r / (1 + (S - 1) r).
     """
     s = len(y_SCN)
-    pairs = itertools.combinations(range(s), 2)
-    r_PC = [[spearman(a, b) for a, b in zip(y_SCN[i], y_SCN[j], strict=True)] for i, j in pairs]
+    pairs = itertools.combinations(y_SCN, 2)
+    r_PC = [[spearman(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
     r_C = np.clip(np.mean(r_PC, axis=0), 0, 1)
     found_C = np.sqrt(s * r_C / (1 + (s - 1) * r_C))
     return [*found_C.tolist(), float(found_C.mean())]
@@ -300,6 +294,8 @@ def ceiling(y_SCN: np.ndarray) -> list[float]:
 def report(config: Config, size: Size, output: Path, curvatures: list[str]) -> None:
     """Print every comparison, and write them to DIR/datamodel.json and the impacts beside the scores."""
     losses, groups = measure(config, size, output), trained_on(size)
+    trained = json.loads(RunDir(output).metrics.read_text().splitlines()[-1])["probe_nll"]
+    assert trained == {c: losses[0]["all"][f"heldout {c}"] for c in CAPABILITIES}, "not what the run does"
 
     def higher(kind: str, of: str) -> np.ndarray:
         """Losses above those of training on all groups, [seeds, C, retrainings]."""
@@ -307,11 +303,9 @@ def report(config: Config, size: Size, output: Path, curvatures: list[str]) -> N
         sets = [f"{of} {c}" for c in CAPABILITIES]
         return np.array([[[run[n][s] - run["all"][s] for n in names] for s in sets] for run in losses])
 
-    left_out = GROUPS[: size.left_out]
-    impact_CG = higher("without", "probe").mean(0).tolist()
-    named = zip(CAPABILITIES, impact_CG, strict=True)
     (output / "influence").mkdir(exist_ok=True)
-    impact = {c: dict(zip(left_out, of_G, strict=True)) for c, of_G in named}
+    named = zip(CAPABILITIES, higher("without", "probe").mean(0).tolist(), strict=True)
+    impact = {c: dict(zip(GROUPS, of_G, strict=False)) for c, of_G in named}
     write_json(output / "influence" / "measured_impact.json", impact)
     member_GC = np.array([[float(g in MEMBERS[c]) for c in CAPABILITIES] for g in GROUPS])
     predictors = {"whose domain it is": member_GC}
@@ -328,13 +322,10 @@ def report(config: Config, size: Size, output: Path, curvatures: list[str]) -> N
         rows["ceiling"] = ceiling(y_SCN)
     write_json(output / "datamodel.json", figures)
     for title, rows in figures.items():
-        print(
-            f"\n{title}\n\n| | {' | '.join(CAPABILITIES)} | mean |\n|---|{'---|' * (len(CAPABILITIES) + 1)}"
-        )
+        print(f"\n{title}\n\n| | {' | '.join(CAPABILITIES)} | mean |\n|---|---|---|---|---|")
         for name, values in rows.items():
-            cells = [
-                f"{v:.2f}" if name == "ceiling" else "{:.2f} ({:.2f} to {:.2f})".format(*v) for v in values
-            ]
+            form = "{:.2f}" if name == "ceiling" else "{:.2f} ({:.2f} to {:.2f})"
+            cells = [form.format(*np.atleast_1d(v)) for v in values]
             print(f"| {name} | {' | '.join(cells)} |")
 
 
