@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: quickstart test lint format check soak bench test-py312 clean
+.PHONY: quickstart test lint format check soak bench datamodel test-py312 clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -31,6 +31,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# Whether influence predicts what models trained on other data lose (docs/influence.md).
+datamodel: $(VENV)/.core
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/datamodel.py $(ARGS)
 
 # The package and what `make quickstart` reads; the extension is built in place.
 $(VENV)/.core: $(SOURCES)
