@@ -8,7 +8,8 @@ scales a row, it can wait: with m_i the largest logit and s_i = sum exp(z_i - m_
 so the logits become E while they lie in the cache, and the backward pass is two matrix products. In chunks
 E is formed again instead of kept: a third more products, and the logits of one chunk at a time.
 
-With z-loss, c log^2(sum exp z), the first term of E_i is (1 + 2 c log(sum exp z_i)) times as large.
+With z-loss, c log^2(sum exp z), the softmax counts b_i = 1 + 2 c log(sum exp z_i) times: s_i becomes s_i / b_i in
+both, so that b_i, which bf16 cannot tell from 1, stays in float32.
 
 Under tensor parallelism the rows of W are a shard of the vocabulary; m, s and the label's logit are reduced
 over the ranks, and dH is each rank's part of a sum.
@@ -81,17 +82,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label_N[rows] = _reduced(label, group)
             sum_N[rows] = _reduced(_exponentiate(logits, max_N[rows]), group)
         normaliser_N = max_N + sum_N.log()
-        scale_N = 1 + 2 * z_loss * normaliser_N if z_loss else None
+        if z_loss:
+            sum_N = sum_N / (1 + 2 * z_loss * normaliser_N)
         kept = None
         if size == tokens and any(ctx.needs_input_grad):
-            kept = _subtract_labels(logits, labels_N, max_N, sum_N, label_N, scale_N)
-        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, scale_N, kept)
+            kept = _subtract_labels(logits, labels_N, max_N, sum_N, label_N)
+        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, kept)
         ctx.weight, ctx.size = weight_VD, size
         return normaliser_N - label_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_ND, labels_N, max_N, sum_N, label_N, scale_N, kept = ctx.saved_tensors
+        hidden_ND, labels_N, max_N, sum_N, label_N, kept = ctx.saved_tensors
         weight_VD: Tensor = ctx.weight
         main_VD = main_gradient(weight_VD)
         total_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if main_VD is None else main_VD
@@ -102,8 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if kept is None:
                 residual = hidden @ weight_VD.t()
                 _exponentiate(residual, max_N[rows])
-                scale = None if scale_N is None else scale_N[rows]
-                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows], scale)
+                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows])
             grad_ND[rows] = (residual @ weight_VD) * factor
             _add_product(total_VD, residual, (hidden * factor).to(hidden.dtype))
         if main_VD is None:
@@ -145,16 +146,11 @@ def _subtract_labels(
     max_N: Tensor,
     sum_N: Tensor,
     label_N: Tensor,
-    scale_N: Tensor | None,
 ) -> Tensor:
     """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
     mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
     row_n = mine_N.nonzero()[:, 0]
-    label_exponential_N = (label_N - max_N).exp()
-    if scale_N is not None:
-        exponentials_NV *= scale_N[:, None].to(exponentials_NV.dtype)
-        label_exponential_N *= scale_N
-    value_N = label_exponential_N - sum_N
+    value_N = (label_N - max_N).exp() - sum_N
     exponentials_NV[row_n, column_N[row_n]] = value_N[row_n].to(exponentials_NV.dtype)
     return exponentials_NV
 

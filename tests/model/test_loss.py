@@ -56,6 +56,23 @@ def test_z_loss_is_in_the_gradient_alone(chunk: int | None) -> None:
         assert (ours - exact).abs().max() <= 1e-6 * exact.abs().max().clamp(min=1), name
 
 
+def test_a_usual_z_loss_arrives_in_bf16() -> None:
+    """At 1e-4 the softmax counts 1.002 times, which bf16 rounds to 1."""
+    torch.manual_seed(1)
+    hidden = torch.randn(256, 64).bfloat16().requires_grad_()
+    weight = (torch.randn(4096, 64) / 4).bfloat16().requires_grad_()
+    labels, upstream = torch.randint(4096, (256,)), torch.ones(256)
+    ours, exact = [], []
+    for z_loss in (0.0, 1e-4):
+        loss = linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+        ours.append(torch.autograd.grad(loss, (hidden, weight), upstream))
+        exact.append(plain(hidden, weight, labels, upstream, z_loss)[1:])
+    for with_z, without, with_z_exact, without_exact in zip(*reversed(ours), *reversed(exact), strict=True):
+        wanted = with_z_exact - without_exact
+        arrived = ((with_z.double() - without.double()) * wanted).sum() / wanted.square().sum()
+        assert 0.8 < arrived < 1.25
+
+
 @pytest.mark.parametrize("chunk", [None, 8])
 def test_bf16_is_within_its_rounding(chunk: int | None) -> None:
     hidden, weight, labels, upstream = inputs(torch.bfloat16)
