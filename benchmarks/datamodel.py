@@ -18,7 +18,7 @@ that it is not to see, and the others come in the same order. Seeds are orders o
     ceiling         what a predictor without error would reach, as far as the seeds agree
 
 with 95 % bootstrap intervals over groups, or subsets; measured losses are means over seeds. DIR becomes a run
-directory. DIR/influence/measured_impact.json, {capability: {source: nats}}, says how much higher the loss on
+directory. DIR/measured_impact.json, {capability: {source: nats}}, says how much higher the loss on
 the capability's probing set is without the source. Run again, it goes on where it was cut off.
 """
 
@@ -306,7 +306,7 @@ def report(config: Config, size: Size, output: Path, curvatures: list[str]) -> N
     (output / "influence").mkdir(exist_ok=True)
     named = zip(CAPABILITIES, higher("without", "probe").mean(0).tolist(), strict=True)
     impact = {c: dict(zip(GROUPS, of_G, strict=False)) for c, of_G in named}
-    write_json(output / "influence" / "measured_impact.json", impact)
+    write_json(output / "measured_impact.json", impact)
     member_GC = np.array([[float(g in MEMBERS[c]) for c in CAPABILITIES] for g in GROUPS])
     predictors = {"whose domain it is": member_GC}
     for curvature in curvatures:

@@ -24,7 +24,8 @@ def main() -> None:
         config = config_io.load(options.config)
         from megatron_r1.influence.query import query_influence
 
-        query_influence(config, options.output, options.capabilities and options.capabilities.split(","))
+        names = options.capabilities and [name.strip() for name in options.capabilities.split(",")]
+        query_influence(config, options.output, names)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,11 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
     # A direction takes an ordinary forward and backward pass over its probing set.
     tokens = [n * checkpoints * seq_length for n in (rows, probes)]
     hours = per_token * (PASS * tokens[0] + tokens[1]) / (1e12 * peak_tflops * utilisation) / 3600
+    without = "" if influence.method == "wgrad-dot" else f"; {PASS} is of wgrad-dot"
+    if influence.curvature in ("datainf", "kfac", "ekfac"):
+        without += "; without the passes of curvature"
     return (
         f"{rows:,} examples x {checkpoints} checkpoints, {most}{hours / devices:.3g} h on {devices} devices: "
         f"({PASS} x {tokens[0]:.3g} tokens scored + {tokens[1]:.3g} for directions) x {per_token:.3g} "
-        f"operations / ({peak_tflops:g} TFLOP/s x {utilisation:g}) = {most}{hours:.3g} device-hours"
+        f"operations / ({peak_tflops:g} TFLOP/s x {utilisation:g}) = {most}{hours:.3g} device-hours{without}"
     )

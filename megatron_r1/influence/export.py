@@ -10,7 +10,7 @@ import numpy as np
 from megatron_r1.influence.store import scored
 from megatron_r1.run_dir import RunDir, replacing
 
-_COLUMNS = {
+COLUMNS = {
     "step": "int64",
     "source": "string",
     "example": "int64",
@@ -45,12 +45,8 @@ def write_parquet(run: Path, output: Path) -> int:
                 f"{part.directory} holds scores for {part.manifest['capabilities']}, {parts[0].directory} "
                 f"for {capabilities}; a table has one set of columns: remove one of the two and score again"
             )
-    if taken := [name for name in capabilities if name in _COLUMNS]:
-        raise ValueError(
-            f"capability {taken[0]} has the name of another column; name it otherwise and score again"
-        )
     with_norms = any((part.directory / "norms.npy").is_file() for part in parts)
-    columns = {name: kind for name, kind in _COLUMNS.items() if with_norms or name != "norm"}
+    columns = {name: kind for name, kind in COLUMNS.items() if with_norms or name != "norm"}
     columns |= dict.fromkeys(capabilities, "float32")
     schema = pyarrow.schema(list(columns.items()))
     rows = 0

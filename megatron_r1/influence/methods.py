@@ -43,17 +43,13 @@ class Method(Protocol):
         """Finished rows -> what the store keeps, by file name: `scores` [N, C] and more."""
 
 
-def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor) -> Tensor:
+def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squares: bool = False) -> Tensor:
     """Product of each example's gradient of one linear layer with C directions, float64 [B, C].
 
     `a` are the layer's inputs and `g` the gradients of its outputs; <sum_s g_sb a_sb^T, V_c> is computed
-    over blocks of output rows. Under tensor parallelism all three are this rank's shard: sum over ranks.
+    over blocks of output rows. `squares`: the gradient's squared norm in one more column. Under tensor
+    parallelism all three are this rank's shard: sum over ranks.
     """
-    return _dot(a_SBI, g_SBO, direction_COI, squares=False)
-
-
-def _dot(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squares: bool) -> Tensor:
-    """float64 [B, C], and the squared norm in one more column where asked."""
     inputs, batch = a_SBI.shape[2], a_SBI.shape[1]
     outputs, c = g_SBO.shape[2], len(direction_COI)
     flat_CP = direction_COI.reshape(c, -1)
@@ -94,7 +90,7 @@ class WgradDot:
         self.width = capabilities + squares
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        row_BX += _dot(a_SBI, g_SBO, self.directions[name], self.squares)
+        row_BX += dot_with_directions(a_SBI, g_SBO, self.directions[name], self.squares)
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         for c, direction_VD in enumerate(self.directions[name]):

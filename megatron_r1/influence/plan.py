@@ -14,6 +14,7 @@ from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import document_starts, open_corpus, with_suffix
 from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
 from megatron_r1.influence import store
+from megatron_r1.influence.export import COLUMNS
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.windows import choose
 from megatron_r1.records import Corpus
@@ -103,6 +104,11 @@ class Work:
         deciding += ("curvature_examples",) if curvature in _MEASURED else ()
         deciding += ("exclude_self",) if influence.exclude_self else ()
         directions = {c.name: _data_hash(c.prefix) for c in self.probes}
+        # H is measured on all sources, in their order: another set of them is another H.
+        measured = {}
+        if curvature in _MEASURED:
+            every = [f"{c.name} {_data_hash(c.prefix)[:16]} {c.documents}" for c in self.sources]
+            measured["curvature_sources"] = ", ".join(every)
         out = []
         for position, corpus in enumerate(self.sources):
             inputs = {
@@ -117,6 +123,7 @@ class Work:
                 "influence": {
                     **{name: getattr(influence, name) for name in deciding},
                     "curvature": curvature,
+                    **measured,
                     "layers": layers if isinstance(layers, str) else " ".join(layers),
                 },
                 "seq_length": config.data.seq_length,
@@ -205,6 +212,10 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         value = getattr(influence, name)
         if value is not None and value < 1:
             out.append(f"influence.{name}={value} must be positive")
+    if influence.seed < 0:
+        out.append(f"influence.seed={influence.seed} must not be negative")
+    if taken := [name for name in influence.directions if name in COLUMNS]:
+        out.append(f"influence.directions.{taken[0]}: the name of a column of exported scores; use another")
     try:
         select(influence.layers, config.model.num_layers)
     except ValueError as error:
@@ -255,4 +266,5 @@ def _check_probe(probe: Corpus, sources: Sequence[Corpus], seq_length: int) -> l
 
 def _available_steps(run: Path) -> list[int]:
     """Checkpoints by their directories' names; whether they are whole is asked when they are read."""
-    return sorted(int(p.name.removeprefix("step_")) for p in RunDir(run).checkpoints.glob("step_[0-9]*"))
+    names = (p.name.removeprefix("step_") for p in RunDir(run).checkpoints.glob("step_[0-9]*"))
+    return sorted(int(name) for name in names if name.isdecimal())

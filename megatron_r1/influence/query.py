@@ -39,8 +39,8 @@ def query_influence(config: Config, output: Path, capabilities: Sequence[str] | 
     Every rank of the launch calls this, in any layout. Raises ValueError before anything is written where
     projections are missing or were made from other inputs, or where `output` holds other answers.
     """
-    if output.resolve() == Path(config.train.run).resolve():
-        raise ValueError(f"--output {output} is the run itself; name a directory for the answers alone")
+    if RunDir(output).config.exists() or RunDir(output).checkpoints.exists():
+        raise ValueError(f"--output {output} is a training run; name a directory for the answers alone")
     if config.influence is not None:
         if config.influence.method != "projected":
             raise ValueError(
@@ -82,7 +82,8 @@ def _answers(part: Part, output: Path) -> Part:
     if (projected / "manifest.json").is_file():
         # Which directions were scored at first changes no projection.
         theirs = json.loads((projected / "manifest.json").read_text())
-        check_inputs(projected, part.inputs | {key: theirs[key] for key in ("capabilities", "directions")})
+        same = part.inputs | {key: theirs[key] for key in ("capabilities", "directions")}
+        check_inputs(projected, same, "score in another train.run with influence.method=projected")
     if part.left() or not (projected / "projections.npy").is_file():
         raise ValueError(
             f"{projected} holds no complete projections; score with influence.method=projected first, or let "
@@ -91,7 +92,7 @@ def _answers(part: Part, output: Path) -> Part:
     kept = fingerprint(projected / "projections.npy")
     inputs = {**part.inputs, "projections": kept, "projected_in": str(projected)}
     directory = directory_of(output, part.step, part.corpus.name)
-    check_inputs(directory, inputs)
+    check_inputs(directory, inputs, "name another --output")
     return dataclasses.replace(part, directory=directory, inputs=inputs)
 
 

@@ -119,6 +119,8 @@ class Scoring:
         config, work = job.config, job.work
         self.config, self.work, self.context, self.parts = config, work, context, job.parts
         self.refs, self.curvature = job.refs, job.curvature
+        self.passed, self.pass_seconds = 0, 0.0
+        """Windows of probing sets passed at this checkpoint, none from the cache, and the time that took."""
         self.left: dict[int, int] = {}
         """Examples to score at each checkpoint when this launch began."""
         self.names = frozenset(select(work.influence.layers, config.model.num_layers))
@@ -165,18 +167,20 @@ class Scoring:
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
+        self.passed, self.pass_seconds = 0, 0.0
         start = time.monotonic()
         directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows(self.config)
         if self.leads:
-            each, many = seconds / probes, self.context.world_size
             later = sum(left for step, left in self.left.items() if step > ref.step)
-            hours = each * (examples + later) / 3600
+            about = ""
+            if self.passed:
+                hours = self.pass_seconds / self.passed * (examples + later) / 3600
+                about = f", about {hours:.3g} h on {self.context.world_size} devices"
             print(
                 f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
-                f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints, about "
-                f"{hours:.3g} h on {many} devices",
+                f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}",
                 flush=True,
             )
         method = build_method(self.work.influence, directions, self.config, self.gpt, self.context)
@@ -284,9 +288,13 @@ class Scoring:
 
         passes = rows.passes(0, len(rows), per_pass)
         size, examples = influence.micro_batch, len(rows)
-        return mean_gradient(
+        start = time.monotonic()
+        gradient = mean_gradient(
             self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context, self.names
         )
+        self.passed += examples
+        self.pass_seconds += time.monotonic() - start
+        return gradient
 
     def _compare(self, method: LowRank, directions: Directions, ref: CheckpointRef) -> None:
         """Raises ValueError where truncated directions do not order examples as the whole ones do."""

@@ -64,8 +64,11 @@ def directory_of(run: Path, step: int, source: str) -> Path:
     return RunDir(run).influence / f"step_{step:08d}" / source
 
 
-def check_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming what changed, where `directory` holds scores of other inputs."""
+def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None = None) -> None:
+    """Raises ValueError, naming what changed, where `directory` holds scores of other inputs.
+
+    `way_out`: instead of removing them.
+    """
     manifest = directory / "manifest.json"
     if not manifest.is_file():
         return
@@ -77,8 +80,8 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{directory} holds scores of other inputs: {', '.join(changed)}. Restore these, or remove "
-            f"{directory.parent.parent} to score again, or use another train.run"
+            f"{directory} holds scores of other inputs: {', '.join(changed)}. Restore these, or "
+            + (way_out or f"remove {directory.parent.parent}/step_* to score again, or use another train.run")
         )
 
 
@@ -167,7 +170,11 @@ class Scored:
     manifest: dict[str, Any]
 
     def array(self, name: str) -> np.ndarray:
-        loaded: np.ndarray = np.load(self.directory / f"{name}.npy")
+        path = self.directory / f"{name}.npy"
+        try:
+            loaded: np.ndarray = np.load(path)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove its folder and score again") from None
         return loaded
 
 
@@ -178,7 +185,10 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     """
     by_step: dict[int, list[Scored]] = {}
     for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
-        manifest = json.loads(path.read_text())
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and score again") from None
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path} has format {manifest['format']}, where {FORMAT} is known; score again")
         if only is None or manifest["source"] in only:

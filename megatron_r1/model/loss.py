@@ -8,8 +8,8 @@ scales a row, it can wait: with m_i the largest logit and s_i = sum exp(z_i - m_
 so the logits become E while they lie in the cache, and the backward pass is two matrix products. In chunks
 E is formed again instead of kept: a third more products, and the logits of one chunk at a time.
 
-With z-loss, c log^2(sum exp z), the softmax counts b_i = 1 + 2 c log(sum exp z_i) times: s_i becomes s_i / b_i in
-both, so that b_i, which bf16 cannot tell from 1, stays in float32.
+With z-loss, c log^2(sum exp z), the softmax counts b_i = 1 + 2 c log(sum exp z_i) times: s_i becomes
+s_i / b_i in both, so that b_i, which bf16 cannot tell from 1, stays in float32.
 
 Under tensor parallelism the rows of W are a shard of the vocabulary; m, s and the label's logit are reduced
 over the ranks, and dH is each rank's part of a sum.

@@ -65,7 +65,7 @@ class Reading:
     """What tools/make_mix.py wrote beside the weights (RUN/mix.json)."""
     measured_impact: dict[str, dict[str, float]] = field(default_factory=dict)
     """Capability -> source -> how much higher its loss is without the source, nats (Eq. 1); from
-    RUN/influence/measured_impact.json, which whoever trains runs without sources writes."""
+    RUN/measured_impact.json, which whoever trains runs without sources writes."""
     tokenizer: Path | None = None
     """Model of the tokenizer that made the datasets; None: one that lies in the run, if any."""
 
@@ -99,13 +99,23 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
     mix = root / "mix.json"
-    impact = RunDir(root).influence / "measured_impact.json"
+    impact = root / "measured_impact.json"
     return Reading(
         run,
         read_run(control) if control else None,
         read_scores(root, run.sources),
         scored(root, run.sources),
         json.loads(mix.read_text(encoding="utf-8")) if mix.is_file() else None,
-        json.loads(impact.read_text(encoding="utf-8")) if impact.is_file() else {},
+        _measured_impact(impact) if impact.is_file() else {},
         tokenizer,
     )
+
+
+def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not {{capability: {{source: nats}}}} ({error}); write it so, or move it away"
+        ) from None

@@ -10,9 +10,11 @@ from megatron_r1.report import palette, summary, words
 from megatron_r1.report.agreement import spearman
 from megatron_r1.report.figure import WIDTH, Figure, padded
 from megatron_r1.report.load import Reading
-from megatron_r1.report.svg import Panel, Scale, axes, element, picture, text, ticks, title
+from megatron_r1.report.svg import Panel, Scale, axes, element, picture, spread, text, ticks, title
 
 _HEIGHT = 230.0
+_NAMED = 16
+"""Sources whose names still find room beside their dots."""
 
 
 def figure(reading: Reading) -> Figure | None:
@@ -44,10 +46,12 @@ def figure(reading: Reading) -> Figure | None:
         f"measurements correlates by {words.both(said)}. Look for sources far from the rising line that "
         f"the others make: there the scores misjudge."
     )
+    few = [c for c in capabilities if c in measured and c not in shown]
     note = (
         "Right: mean score of the source's examples, as the mixture weighs them. Up: how much higher the "
         "loss on the capability's probing set ended without the source, nats per token (Eq. 1)."
     )
+    note += f" Left out, measured for fewer than three sources: {words.both(few)}." if few else ""
     body = picture(WIDTH, _HEIGHT + 92, parts, "measured impact of leaving a source out over its mean score")
     return Figure("predicted", "Predicted and measured", lead, body, note)
 
@@ -71,11 +75,17 @@ def _panel(
             [(v, words.tick(v, steps[0])) for v in xs],
             [(v, words.tick(v, steps[1])) for v in ys],
             unit,
+            "nats without it",
         ),
     ]
-    for source, x, y in dots:
+    places = spread([panel.y(y) for _, _, y in dots], 13.0, panel.y.end, panel.y.start)
+    for (source, x, y), place in zip(dots, places, strict=True):
         tip = title(f"{source}: {words.compact(x)}, {words.signed(y)} nats")
         style = f"fill:{colors.get(source, 'var(--control)')}"
         at = {"cx": panel.x(x * scale), "cy": panel.y(y)}
         parts.append(element("circle", tip, **at, r=4.0, style=style))
+        if len(dots) <= _NAMED:
+            right = panel.x(x * scale) < (panel.x.start + panel.x.end) / 2
+            side = ("start", 8.0) if right else ("end", -8.0)
+            parts.append(text(at["cx"] + side[1], place + 4, source, "name", side[0], style=style))
     return parts

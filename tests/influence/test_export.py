@@ -59,9 +59,6 @@ def test_what_makes_no_table_is_refused_and_leaves_no_file(
     output = tmp_path / "x.parquet"
     with pytest.raises(ValueError, match="no complete influence scores"):
         export.write_parquet(tmp_path, output)
-    _scores(tmp_path / "named", ("code", "loss"))
-    with pytest.raises(ValueError, match="capability loss has the name of another column"):
-        export.write_parquet(tmp_path / "named", output)
     _scores(tmp_path)
     write_scores(
         tmp_path, 30, "a", np.ones((5, 1)), np.arange(5), np.full(5, 9), position=1, capabilities=["code"]

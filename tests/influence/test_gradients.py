@@ -202,5 +202,5 @@ def test_blocks_of_a_large_layer_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     a, g, v = torch.randn(4, 3, 5), torch.randn(4, 3, 7), torch.randn(2, 7, 5)
     true = torch.einsum("sbi,sbo,coi->bc", a, g, v)
     for block in (1, 40, 10_000):
-        monkeypatch.setattr("megatron_r1.influence.methods._BLOCK", block)
+        monkeypatch.setattr("megatron_r1.influence.methods._CPU_BLOCK", block)
         torch.testing.assert_close(dot_with_directions(a, g, v).float(), true)

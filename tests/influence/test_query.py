@@ -79,6 +79,6 @@ def test_answers_once_and_refuses_what_does_not_fit(
             on_ranks(1, _asked, wrong, new, ["code"])
     with pytest.raises(RankFailedError, match=r"--capabilities \['law'\]: not in influence\.directions"):
         on_ranks(1, _asked, one, new, ["law"])
-    with pytest.raises(RankFailedError, match="is the run itself"):
+    with pytest.raises(RankFailedError, match="is a training run"):
         on_ranks(1, _asked, one, Path(one.train.run), ["code"])
     assert not new.exists()

@@ -23,7 +23,7 @@ from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.influence import score as score_module
 from megatron_r1.influence.estimate import estimate
 from megatron_r1.influence.layers import select
-from megatron_r1.influence.plan import influence_mistakes
+from megatron_r1.influence.plan import influence_mistakes, lay_plan
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
 from megatron_r1.influence.windows import choose
@@ -242,8 +242,9 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         whole,
         influence={
             "steps": [2, 3],
-            "directions": {"x": f"{tmp_path}/x"},
+            "directions": {"x": f"{tmp_path}/x", "loss": f"{tmp_path}/x"},
             "examples": 0,
+            "seed": -1,
             "micro_batch": 0,
             "norms": True,
             "layers": ["linears"],
@@ -255,6 +256,8 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "influence.steps=[3]: no such checkpoints",
         "has [2, 4]",
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
+        "influence.directions.loss: the name of a column of exported scores",
+        "influence.seed=-1 must not be negative",
         "influence.examples=0 must be positive",
         "influence.micro_batch=0 must be positive",
         "set parallel.context=1",
@@ -266,6 +269,18 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         compute_influence(changed(whole, train={"run": str(tmp_path / "none")}))
     with pytest.raises(ConfigError, match="influence: missing section"):
         compute_influence(dataclasses.replace(whole, influence=None))
+
+
+def test_measured_curvature_belongs_to_the_sources_it_was_measured_on(whole: Config) -> None:
+    """Another source, or another order, makes another H: scores of the two must not be compared."""
+    sources = list(whole.data.sources.items())
+    turned = changed(whole, data={"sources": dict(reversed(sources))})
+    for curvature, same in (("identity", True), ("adam", True), ("datainf", False), ("kfac", False)):
+        deciding = [
+            {p.corpus.name: p.inputs["influence"] for p in lay_plan(c).parts(c, 2, "weights", curvature)}
+            for c in (whole, turned)
+        ]
+        assert (deciding[0] == deciding[1]) is same
 
 
 def test_an_empty_probing_set_is_refused(whole: Config, tmp_path: Path) -> None:

@@ -51,5 +51,7 @@ def test_other_types_and_wrong_shapes_stay_torch_s():
     torch.testing.assert_close(a @ a.t(), torch.mm(a, a.t(), out=torch.empty(128, 128).bfloat16()))
     with pytest.raises(RuntimeError, match=r"cannot be multiplied|mat1 and mat2"):
         torch.randn(128, 64) @ torch.randn(65, 128)
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(torch.randn(128, 64), torch.randn(64))
     with pytest.raises(RuntimeError, match=r"dtype|type"):
         torch.randn(128, 64) @ torch.randn(64, 128).double()

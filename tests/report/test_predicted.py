@@ -17,7 +17,7 @@ def measured(whole: Path) -> Path:
         "math": {s.source: -0.1 * s.mean_C[1] for s in found},
         "knowledge": {found[0].source: 0.1},
     }
-    (whole / "influence" / "measured_impact.json").write_text(json.dumps(impact))
+    (whole / "measured_impact.json").write_text(json.dumps(impact))
     return whole
 
 
