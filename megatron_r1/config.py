@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # Read by pydantic: a key that no field has is a mistake, never ignored.
 _STRICT = {"extra": "forbid"}
@@ -197,6 +197,9 @@ class TrainConfig:
     """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
     validation_windows: int = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
+    exp_manager: dict[str, Any] | None = None
+    """Log by the loggers of NeMo's experiment manager, too: its settings, as {create_mlflow_logger: true}; {}
+    for its own TensorBoard. Needs nemo-toolkit. None: do not."""
     wandb_project: str | None = None
     """Also report to this Weights & Biases project, where wandb is installed."""
     init_weights: str | None = None

@@ -35,6 +35,7 @@ from megatron_r1.train.health import (
     say,
     stragglers,
 )
+from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog
 from megatron_r1.train.schedule import PhaseSpan, late_edits, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
@@ -167,7 +168,8 @@ class Trainer:
                 f"{self.context.world_size} ranks | {backend.describe()}",
                 flush=True,
             )
-            self.log = MetricsLog(self.run, self.state.step, self.config.train.wandb_project)
+            others = build_loggers(self.run, self.config.train)
+            self.log = MetricsLog(self.run, self.state.step, others)
         with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
             for span in spans:
                 if self.state.step < span.end and not self.stopping:

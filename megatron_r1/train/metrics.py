@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.ledger import read_jsonl
 from megatron_r1.run_dir import RunDir, naming, write_text
+from megatron_r1.train.loggers import Logger
 
 
 class MetricsLog:
     """`RUN/metrics.jsonl` and `RUN/tb`, cut back to `step` so that a resumed run writes no step twice."""
 
-    def __init__(self, run: RunDir, step: int, wandb_project: str | None = None):
+    def __init__(self, run: RunDir, step: int, others: Sequence[Logger] = ()):
         # Imported here: half a second that the other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -25,7 +27,7 @@ class MetricsLog:
         self._run = run
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
-        self._wandb = _wandb_run(run, wandb_project) if wandb_project else None
+        self._others = others
 
     def write(self, line: dict[str, Any]) -> None:
         """Nested groups become TensorBoard's `group/name`."""
@@ -34,8 +36,8 @@ class MetricsLog:
         scalars = _scalars(line)
         for name, value in scalars.items():
             self._board.add_scalar(name, value, line["step"])
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=line["step"])
+        for other in self._others:
+            other.log(scalars, line["step"])
 
     def flush(self) -> None:
         with naming(self._run.metrics):
@@ -47,8 +49,8 @@ class MetricsLog:
         self.flush()
         self._file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for other in self._others:
+            other.close()
 
 
 class RankLog:
@@ -77,19 +79,6 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)) and key != "step":
             out[group] = value
     return out
-
-
-def _wandb_run(run: RunDir, project: str) -> Any:
-    """Raises ValueError where wandb is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"train.wandb_project={project} needs the package wandb; install it, or leave the field out: "
-            f"TensorBoard has the same figures"
-        ) from None
-    # One run of theirs for one of ours, however often it was resumed.
-    return wandb.init(project=project, name=run.root.name, id=run.root.name, dir=run.root, resume="allow")
 
 
 _GROUPS = {

@@ -201,3 +201,12 @@ def test_tokens_are_those_of_megatrons_sentencepiece_tokenizer(sentencepiece, co
     theirs = SentencePieceTokenizer(str(corpus.with_name("sp.model")))
     assert [theirs.text_to_ids(text) for text in HARD] == sentencepiece.encode_batch(HARD)
     assert (theirs.vocab_size, theirs.eod) == (sentencepiece.vocab_size, sentencepiece.eod)
+
+
+def test_nemo_s_tokenizers_give_the_same_tokens(sentencepiece, corpus):
+    """A model that NeMo reads is given as it is; there is no kind of its own for it."""
+    library = pytest.importorskip("nemo.collections.common.tokenizers.sentencepiece_tokenizer")
+    theirs = library.SentencePieceTokenizer(model_path=str(corpus.with_name("sp.model")))
+    assert (theirs.vocab_size, theirs.eos_id) == (sentencepiece.vocab_size, sentencepiece.eod)
+    for text in (CODE, "  two before", "</s> stays text", "naïve 漢字"):
+        assert theirs.text_to_ids(text) == sentencepiece.encode(text)

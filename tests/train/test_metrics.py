@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_r1.config import TrainConfig
 from megatron_r1.run_dir import RunDir
+from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog
 
 
@@ -20,3 +25,47 @@ def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=f"{tmp_path}/{name}") as caught:
             each.write(said)  # type: ignore[attr-defined]
         assert caught.value.errno == errno.ENOSPC
+
+
+def test_other_loggers_hear_every_step_and_its_end(tmp_path: Path) -> None:
+    heard: list[object] = []
+
+    class Ear:
+        def log(self, scalars: Mapping[str, float], step: int) -> None:
+            heard.append((step, dict(scalars)))
+
+        def close(self) -> None:
+            heard.append("end")
+
+    log = MetricsLog(RunDir(tmp_path), 0, [Ear()])
+    log.write({"step": 1, "loss": 2.0, "loss_by_source": {"a": 3.0}})
+    log.close()
+    assert heard == [(1, {"loss/train": 2.0, "loss_by_source/a": 3.0}), "end"]
+
+
+@pytest.mark.parametrize(
+    ("package", "field"), [("wandb", {"wandb_project": "p"}), ("nemo", {"exp_manager": {}})]
+)
+def test_a_logger_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, field: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(ValueError, match=f"train.{next(iter(field))}.*leave the field out"):
+        build_loggers(
+            RunDir(tmp_path), TrainConfig(run=str(tmp_path), global_batch=1, micro_batch=1, **field)
+        )
+
+
+def test_nemo_s_experiment_manager_logs(tmp_path: Path) -> None:
+    pytest.importorskip("nemo.utils.exp_manager")
+    train = TrainConfig(run=str(tmp_path), global_batch=1, micro_batch=1, exp_manager={})
+    log = MetricsLog(RunDir(tmp_path), 0, build_loggers(RunDir(tmp_path), train))
+    log.write({"step": 7, "loss": 2.0})
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "nemo").rglob("events.out.*")
+    found = EventAccumulator(str(events))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss/train")] == [(7, 2.0)]
