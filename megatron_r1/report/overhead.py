@@ -29,7 +29,7 @@ def overhead(reading: Reading) -> str:
         return ""
     rows = [_cells(name, words.hours(ours[name]), f"{_PAPER[name]:,.0f} h") for name in _PAPER]
     rows.append(_cells("choosing, of the whole", *(words.percent(100 * _share(c)) for c in (ours, _PAPER))))
-    return table(["choosing data", "this run", "the paper, 950M"], rows)
+    return table(["choosing data, device-hours", "this run", "the paper, 950M"], rows)
 
 
 def _row_of(cost: StageCost) -> str | None:
