@@ -37,7 +37,7 @@ def use_onednn() -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced, which is the purpose
-        _LIBRARY.impl("mm", _product, "CPU", allow_override=True)
+        _LIBRARY.impl("mm", _product, "CPU")
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
