@@ -147,6 +147,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def identity(path: Path) -> str:
+    """What tells a checkpoint from any other: the checksum over what it says of its files."""
+    return str(json.loads((path / META).read_bytes())["checksum"])
+
+
 NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")
 """Fields of a model that the same weights can be used with other values of."""
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
+from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.data.preprocess import preprocess
 from megatron_r1.data.shards import merge, parse_shard
@@ -36,6 +39,7 @@ def main() -> None:
         "are proven equal (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
     add("--merge", action="store_true", help="join the shards of this prefix; their options are known")
+    add("--check", action="store_true", help="print what would be read and written, and exit")
     args = parser.parse_args()
     given = {"--input": args.input, "--tokenizer-type": args.tokenizer_type}
     given["--tokenizer-model"] = args.tokenizer_model
@@ -52,9 +56,14 @@ def main() -> None:
             os.environ.pop("RANK", None)
         try:
             if args.merge:
-                merge(args.output_prefix, json_keys=args.json_keys, reject_limit=args.reject_limit)
+                sidecars = merge(
+                    args.output_prefix,
+                    json_keys=args.json_keys,
+                    reject_limit=args.reject_limit,
+                    check=args.check,
+                )
             else:
-                preprocess(
+                sidecars = preprocess(
                     args.input,
                     args.output_prefix,
                     args.tokenizer_type,
@@ -66,10 +75,28 @@ def main() -> None:
                     reject_limit=args.reject_limit,
                     encoder=args.encoder,
                     shard=shard,
+                    check=args.check,
                 )
+            if not args.check:
+                _tell(args.output_prefix, sidecars, args.tokenizer_model)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
+
+
+def _tell(output_prefix: str, sidecars: dict[str, dict[str, Any]], tokenizer: str | None) -> None:
+    """The ledger beside the outputs: of all keys of this prefix together."""
+    inputs: dict[str, str] = {}
+    tokens = 0
+    for sidecar in sidecars.values():
+        tokens += sidecar["tokens"]
+        inputs |= {source["path"]: str(source["sha256"]) for source in sidecar["inputs"]}
+        inputs |= {tokenizer: sidecar["tokenizer_fingerprint"]} if tokenizer else {}
+    output = Path(output_prefix)
+    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
+    ledger.append_new(
+        output.parent, f"preprocess {output.name}", tokens=tokens, inputs=inputs, outputs=outputs
+    )
 
 
 if __name__ == "__main__":

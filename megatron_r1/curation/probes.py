@@ -59,9 +59,12 @@ def curate_probes(
     tokens_per_source: int = 32_768,
     fraction: float = 0.1,
     max_document_tokens: int = 2048,
+    check: bool = False,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
     """Write the sets, `split.yaml` (for the trainer) and `manifest.json`; returns the manifest.
+
+    check: write nothing; the manifest then says how each source would be split, and names no files.
 
     sources: name -> prefix, all that training will draw from, in order. capabilities: name -> its sources;
     a source may be in none, and is then only split. Each set holds exactly `tokens_per_source` tokens of
@@ -90,6 +93,8 @@ def curate_probes(
         for name, prefix in sources.items()
     ]
     _same_tokenizer(opened)
+    if check:
+        return {"request": request, "sources": {s.name: _describe(s) for s in opened}, "files": {}}
     digests = {s.name: _digests_set_aside(s) for s in opened if s.capability}
     in_training = _found_in_training(opened, {d for found in digests.values() for d in found})
     manifest_path.unlink(missing_ok=True)

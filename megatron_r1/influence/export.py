@@ -20,13 +20,13 @@ COLUMNS = {
 }
 
 
-def write_parquet(run: Path, output: Path) -> int:
+def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     """Write every complete score under `run`: a row for each (source, step, example). Returns how many.
 
     Columns: step, source, example (window or document number), tokens (labels), loss (nats), norm where any
     is stored (null elsewhere), and a float32 for each capability. A row group is one source at one step, and
-    no more is in memory. `output` is whole or not there. Raises ValueError where nothing is complete, where
-    checkpoints were scored for different capabilities, or where pyarrow is missing.
+    no more is in memory. check: only count. `output` is whole or not there. Raises ValueError where nothing
+    is complete, where checkpoints were scored for different capabilities, or where pyarrow is missing.
     """
     try:
         import pyarrow
@@ -45,6 +45,8 @@ def write_parquet(run: Path, output: Path) -> int:
                 f"{part.directory} holds scores for {part.manifest['capabilities']}, {parts[0].directory} "
                 f"for {capabilities}; a table has one set of columns: remove one of the two and score again"
             )
+    if check:
+        return sum(len(part.array("examples")) for part in parts)
     with_norms = any((part.directory / "norms.npy").is_file() for part in parts)
     columns = {name: kind for name, kind in COLUMNS.items() if with_norms or name != "norm"}
     columns |= dict.fromkeys(capabilities, "float32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class Run:
     metrics: list[dict[str, Any]]
     """One line a step, in order; never empty."""
     stages: list[dict[str, Any]]
-    """The ledger's lines, in order."""
+    """The ledger's lines, in order; of a report's own run, before them those of the stages it stands on."""
 
     @property
     def sources(self) -> list[str]:
@@ -96,6 +96,7 @@ def read_run(root: Path) -> Run:
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
     run = read_run(root)
+    run = replace(run, stages=[*ledger.lineage(root), *run.stages])
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
     mix = root / "mix.json"

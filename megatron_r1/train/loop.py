@@ -15,6 +15,7 @@ from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.sources import document_end, identities, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
@@ -127,6 +128,8 @@ class Trainer:
         )
         self.training: Training = build_training(config)
         self.guard = StepGuard(config.health)
+        self.origin: dict[str, str] = {}
+        """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
         self.ends = {span.end for span in phase_spans(config)}
         self.kept = _kept_steps(config)
@@ -220,20 +223,25 @@ class Trainer:
                 self.watchdog.heard()
         if self.leads:
             steps = self.state.step - first
-            saved = str(self.run.checkpoints / f"step_{self.state.step:08d}")
+            path = self.run.checkpoints / f"step_{self.state.step:08d}"
+            written = [ref.path for ref in checkpoint.found(self.run.checkpoints) if ref.step > first]
+            probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
+            sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
-                outputs=[saved],
+                inputs={**sources, **probes, **self.origin},
+                outputs={str(saved): checkpoint.identity(saved) for saved in written},
             )
+            self.origin = {str(path): checkpoint.identity(path)}
             stops = self.stopping and self.state.step < self.last_step
             end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
             print(
                 f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
-                f"loss {line['loss']:.4f}; wrote {saved}",
+                f"loss {line['loss']:.4f}; wrote {path}",
                 flush=True,
             )
         self.began = time.time()
@@ -390,9 +398,11 @@ class Trainer:
             if weights := self.config.train.init_weights:
                 training = self.training
                 checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
+                self.origin = {weights: checkpoint.identity(Path(weights))}
             return TrainState()
         _check_past(path, self.config, self.plan)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
+        self.origin = {str(path): checkpoint.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
         if self.leads:
