@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import backend, checkpoint
+from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.tokenizer_files import TokenizerFiles
 from megatron_r1.model import hf
@@ -145,12 +145,22 @@ def test_the_tool_writes_what_the_run_says(
         tool.main()
 
     (saved.parent.parent / "config.yaml").write_text("data: {seq_length: 640}\n")
+    call("--to", "hf", saved, tmp_path / "hf", "--check")
+    assert f"would write {tmp_path / 'hf'}: {MODEL.parameters():,} parameters" in capsys.readouterr().out
+    assert not (tmp_path / "hf").exists()
     call("--to", "hf", saved, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["architectures"]) == (640, ["Llama4ForCausalLM"])
+    call("--to", "megatron", tmp_path / "hf", tmp_path / "back", "--check")
+    assert not (tmp_path / "back").exists()
     call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
     wrote = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert wrote == [f"wrote {tmp_path / 'hf'}", f"wrote {tmp_path / 'back' / 'step_00000000'}"]
+    back = tmp_path / "back" / "step_00000000"
+    assert wrote == [f"wrote {tmp_path / 'hf'}", f"would write {back}", f"wrote {back}"]
+    # Where it came from: the run's ledger has the export, and the import names the very file.
+    (export,) = ledger.read(saved.parent.parent)
+    (imported,) = ledger.read(tmp_path / "back")
+    assert imported["inputs"] == export["outputs"]
     with pytest.raises(SystemExit) as status:
         call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
     assert status.value.code == 2 and "is not an empty folder" in capsys.readouterr().err
