@@ -148,7 +148,7 @@ class Scoring:
         if self.leads:
             print(
                 f"{self.config.train.run}: {self.work.summary(self.config)} | {done:,} done before | "
-                f"{self.context.world_size} ranks | {backend.describe()}",
+                f"{self.context.world_size} ranks | {backend.describe(trains=False)}",
                 flush=True,
             )
         with Progress("score influence", total, "examples", done, self.leads) as bar:
