@@ -12,7 +12,7 @@ import numpy as np
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import document_starts, identity_of, open_corpus, with_suffix
-from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
+from megatron_r1.data.sources import document_end, document_end_mistakes, launched, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.export import COLUMNS
 from megatron_r1.influence.layers import select
@@ -180,12 +180,12 @@ def _open(config: Config) -> tuple[Work | None, list[str]]:
     influence = config.influence
     if influence is None:
         return None, ["influence: missing section; add a file that has it (see examples/quickstart)"]
-    sources, mistakes = open_sources(config)
+    sources, mistakes = open_sources(config, launched())
     mistakes += _check(influence, config)
     probes = []
     for name, prefix in influence.directions.items():
         try:
-            probe = open_corpus(name, prefix)
+            probe = open_corpus(name, prefix, share=launched())
         except (OSError, ValueError) as error:
             mistakes.append(f"influence.directions.{name}: {error}")
             continue

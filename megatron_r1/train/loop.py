@@ -17,9 +17,9 @@ from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.sources import document_end, identities, resolve_data
+from megatron_r1.data.sources import document_end, identities, launched, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
-from megatron_r1.parallel import ParallelContext, holding, process_groups
+from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention, evenly_spaced
@@ -54,7 +54,7 @@ def train(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit
     the launch, the datasets, or the past of the run.
     """
-    corpora, plan = resolve_data(config)
+    corpora, plan = resolve_data(config, launched())
     if _finished(config, plan):
         return
     exit_when_orphaned()
@@ -68,7 +68,7 @@ def _finished(config: Config, plan: BlendPlan) -> bool:
     saved = checkpoint.found(RunDir(Path(config.train.run)).checkpoints)
     if not saved or saved[-1].step < phase_spans(config)[-1].end:
         return False
-    _check_past(saved[-1].path, config, plan)
+    _check_past(saved[-1].path, config, plan, identities(config))
     checkpoint.check_model(saved[-1].path, config.model)
     if int(os.environ.get("RANK", 0)) == 0:
         _say_late_edits(config, RunDir(Path(config.train.run)), saved[-1].step)
@@ -83,8 +83,11 @@ def _say_late_edits(config: Config, run: RunDir, step: int) -> None:
         say(f"{run.root}: {line}")
 
 
-def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
-    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn."""
+def _check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str]) -> None:
+    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn.
+
+    `now`: the datasets' identities.
+    """
     meta = checkpoint.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
     if samples != step * config.train.global_batch:
@@ -94,7 +97,7 @@ def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
             f"begin a new run"
         )
     plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
-    seen, now = json.loads(meta["plan"]).get("data", {}), identities(config)
+    seen = json.loads(meta["plan"]).get("data", {})
     other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
     if other:
         raise ValueError(
@@ -117,7 +120,8 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
-        self.identities = identities(config)
+        # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
+        self.identities: Any = broadcast_object(identities(config) if context.rank == 0 else None)
         self.loader = BatchLoader(
             plan,
             corpora,
@@ -400,7 +404,7 @@ class Trainer:
                 checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
                 self.origin = {weights: checkpoint.identity(Path(weights))}
             return TrainState()
-        _check_past(path, self.config, self.plan)
+        _check_past(path, self.config, self.plan, self.identities)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
         self.origin = {str(path): checkpoint.identity(path)}
         if state.guard:
