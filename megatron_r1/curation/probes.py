@@ -31,10 +31,13 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.progress import Progress
 from megatron_r1.run_dir import sha256, write_json, write_text
 
 FORMAT = 1
 SETS = ("probe", "heldout")
+_AT_ONCE = 1000
+"""Documents that are hashed between two looks at the clock."""
 SLACK = 1.25
 """What is set aside, over what the two sets need: duplicates may drop out."""
 
@@ -232,12 +235,14 @@ def _found_in_training(opened: Sequence[_Source], wanted: set[bytes]) -> set[byt
     lengths = np.unique(
         np.concatenate([s.lengths[s.leading :] for s in opened if s.capability] or [np.empty(0, np.int64)])
     )
+    alike = [np.flatnonzero(np.isin(source.lengths[: source.leading], lengths)) for source in opened]
     found = set()
-    for source in opened:
-        for i in np.flatnonzero(np.isin(source.lengths[: source.leading], lengths)):
-            digest = _digest(source.dataset.document(int(i)))
-            if digest in wanted:
-                found.add(digest)
+    with Progress("look for copies in training", sum(map(len, alike)), "documents") as bar:
+        for source, documents in zip(opened, alike, strict=True):
+            for first in range(0, len(documents), _AT_ONCE):
+                some = documents[first : first + _AT_ONCE].tolist()
+                found |= wanted & {_digest(source.dataset.document(i)) for i in some}
+                bar.advance(len(some))
     return found
 
 

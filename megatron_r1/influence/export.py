@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.influence.store import scored
+from megatron_r1.progress import Progress
 from megatron_r1.run_dir import RunDir, replacing
 
 COLUMNS = {
@@ -52,7 +53,11 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     columns |= dict.fromkeys(capabilities, "float32")
     schema = pyarrow.schema(list(columns.items()))
     rows = 0
-    with replacing(output) as stream, pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+    with (
+        replacing(output) as stream,
+        pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+        Progress("export", len(parts), "row groups") as bar,
+    ):
         for part in parts:
             example_N, score_NC = part.array("examples"), part.array("scores")
             norms = (part.directory / "norms.npy").is_file()
@@ -67,4 +72,5 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
             }
             writer.write_table(pyarrow.table({name: values[name] for name in columns}, schema))
             rows += len(example_N)
+            bar.advance()
     return rows
