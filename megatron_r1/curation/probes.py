@@ -31,6 +31,7 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.near import near, near_path
 from megatron_r1.progress import Progress
 from megatron_r1.run_dir import sha256, write_json, write_text
 
@@ -146,7 +147,7 @@ def _checked(
     for capability, members in capabilities.items():
         for name in members:
             if name not in sources:
-                raise ValueError(f"capability {capability}: no source {name}; there are {', '.join(sources)}")
+                raise ValueError(f"capability {capability}: no source {name}{near(name, sources)}")
             if name in of_capability:
                 raise ValueError(
                     f"source {name} is in {of_capability[name]} and {capability}; one capability a source"
@@ -162,7 +163,10 @@ def _identity(prefix: str | Path) -> dict[str, Any]:
     sidecar = read_sidecar(prefix) or {}
     for suffix in (".idx", ".bin"):
         if not with_suffix(prefix, suffix).is_file():
-            raise FileNotFoundError(f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first")
+            raise FileNotFoundError(
+                f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first"
+                f"{near_path(with_suffix(prefix, suffix))}"
+            )
     return {
         "prefix": str(prefix),
         "idx_sha256": sha256(with_suffix(prefix, ".idx")),

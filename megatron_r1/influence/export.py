@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.influence.store import scored
+from megatron_r1.near import near_path
 from megatron_r1.progress import Progress
 from megatron_r1.run_dir import RunDir, replacing
 
@@ -38,6 +39,7 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     if not parts:
         raise ValueError(
             f"{RunDir(run).influence}: no complete influence scores; see tools/compute_influence.py"
+            f"{near_path(run)}"
         )
     capabilities: list[str] = parts[0].manifest["capabilities"]
     for part in parts:

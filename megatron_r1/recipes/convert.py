@@ -18,6 +18,7 @@ from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.tokenizer_files import TokenizerFiles
 from megatron_r1.model import hf, hf_config
 from megatron_r1.model.gpt import build_model
+from megatron_r1.near import near_path
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.run_dir import RunDir, sha256, sync, write_json
@@ -88,7 +89,9 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     try:
         described = hf_config.from_hf(json.loads((source / "config.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{source} has no config.json; name a folder as save_pretrained writes it") from None
+        raise ValueError(
+            f"{source} has no config.json; name a folder as save_pretrained writes it{near_path(source)}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from None
     _require_empty(target)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_r1 import config_io, ledger
 from megatron_r1.config import Config
 from megatron_r1.influence.store import Scored, read_scores, scored
+from megatron_r1.near import near_path
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir
 
@@ -86,6 +87,7 @@ def read_run(root: Path) -> Run:
     if not files.config.is_file():
         raise ValueError(
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
+            f"{near_path(root)}"
         )
     metrics = ledger.read_jsonl(files.metrics) if files.metrics.is_file() else []
     if not metrics:
