@@ -83,16 +83,16 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 def lineage(root: Path) -> list[dict[str, Any]]:
     """Stages told beside what the stages of `root` have read, that made it, and so on; the oldest first."""
-    looked = {root.resolve()}
+    told: dict[Path, list[dict[str, Any]]] = {root.resolve(): []}
     found: list[dict[str, Any]] = []
     readers = read(root)
     while readers:
         inputs = [item for line in readers for item in _hashes(line, "inputs")]
-        read_here = {value for _, value in inputs}
-        folders = {Path(path).resolve().parent for path, _ in inputs} - looked
-        looked |= folders
-        told = [line for folder in sorted(folders) for line in read(folder)]
-        readers = [line for line in told if any(value in read_here for _, value in _hashes(line, "outputs"))]
+        for folder in {Path(path).resolve().parent for path, _ in inputs} - told.keys():
+            told[folder] = read(folder)
+        wanted = {value for _, value in inputs}
+        candidates = [line for lines in told.values() for line in lines if line not in found]
+        readers = [line for line in candidates if wanted & {value for _, value in _hashes(line, "outputs")}]
         found = readers + found
     return sorted(found, key=lambda line: str(line["finished"]))
 

@@ -35,9 +35,18 @@ def test_lineage_follows_hashes_through_the_ledgers_beside_the_inputs(tmp_path: 
     # Of another run's data, and of this run's before it was made again.
     ledger.append(tokens, "tokenize b", inputs={str(text / "b.jsonl"): "B"}, outputs={"tokens/b": "b"})
     ledger.append(tokens, "tokenize a", inputs={str(text / "a.jsonl"): "A"}, outputs={"tokens/a": "old"})
-    ledger.append(run, "train", inputs={str(tokens / "a"): "a"}, outputs={str(run / "step"): "s"})
+    # Shards, told in the same folder as what they were merged into.
+    ledger.append(tokens, "shard c", outputs={"tokens/c_shard": "half"})
+    ledger.append(tokens, "merge c", inputs={str(tokens / "c_shard"): "half"}, outputs={"tokens/c": "c"})
+    ledger.append(
+        run,
+        "train",
+        inputs={str(tokens / "a"): "a", str(tokens / "c"): "c"},
+        outputs={str(run / "step"): "s"},
+    )
     ledger.append(run, "influence", inputs={str(tokens / "a"): "a", str(run / "step"): "s"})
-    assert [line["stage"] for line in ledger.lineage(run)] == ["gather", "tokenize a"]
+    found = [line["stage"] for line in ledger.lineage(run)]
+    assert sorted(found) == ["gather", "merge c", "shard c", "tokenize a"]
 
 
 @pytest.mark.parametrize("told", [["a.bin"], None])

@@ -10,6 +10,7 @@ python tools/preprocess_data.py --merge --output-prefix data/tokens/gcide
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.data.preprocess import preprocess
-from megatron_r1.data.shards import merge, parse_shard
+from megatron_r1.data.shards import merge, parse_shard, shards_of
 
 
 def main() -> None:
@@ -78,24 +79,29 @@ def main() -> None:
                     check=args.check,
                 )
             if not args.check:
-                _tell(args.output_prefix, sidecars, args.tokenizer_model)
+                _tell(args, sidecars)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
 
 
-def _tell(output_prefix: str, sidecars: dict[str, dict[str, Any]], tokenizer: str | None) -> None:
-    """The ledger beside the outputs: of all keys of this prefix together."""
-    inputs: dict[str, str] = {}
-    tokens = 0
-    for sidecar in sidecars.values():
-        tokens += sidecar["tokens"]
-        inputs |= {source["path"]: str(source["sha256"]) for source in sidecar["inputs"]}
-        inputs |= {tokenizer: sidecar["tokenizer_fingerprint"]} if tokenizer else {}
-    output = Path(output_prefix)
-    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
+def _tell(args: argparse.Namespace, sidecars: dict[str, dict[str, Any]]) -> None:
+    """The ledger beside the outputs: of all keys together; a merge has read the shards' pairs."""
+    output, inputs = Path(args.output_prefix), {}
+    if args.merge:
+        shards = [found for key in args.json_keys for found in shards_of(output, key)]
+        inputs = {str(prefix): sidecar["bin_sha256"] for prefix, sidecar in shards}
+    else:
+        read = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
+        # Those of a shard are not hashed: other shards read them, too.
+        inputs = {source["path"]: source["sha256"] for source in read if source["sha256"]}
+        inputs[args.tokenizer_model] = next(iter(sidecars.values()))["tokenizer_fingerprint"]
     ledger.append_new(
-        output.parent, f"preprocess {output.name}", tokens=tokens, inputs=inputs, outputs=outputs
+        output.parent,
+        f"{'merge' if args.merge else 'preprocess'} {output.name}",
+        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
+        inputs=inputs,
+        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
     )
 
 

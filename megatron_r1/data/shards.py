@@ -62,7 +62,7 @@ def merge(
     sidecars = {}
     with contextlib.nullcontext() if check else alone(with_suffix(output_prefix, ".partial"), log):
         for key in json_keys:
-            shards = _shards(output_prefix, key)
+            shards = shards_of(output_prefix, key)
             about = _common(shards)
             prefix = with_suffix(output_prefix, f"_{key}_document")
             rejects = with_suffix(output_prefix, f"_{key}_rejects.jsonl")
@@ -101,8 +101,8 @@ def merge(
     return sidecars
 
 
-def _shards(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Prefix and sidecar of each shard, in order."""
+def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Prefix and sidecar of each shard, in order. Errors: FileNotFoundError, ValueError for one of others."""
     pattern = re.compile(
         re.escape(output_prefix.name) + r"_shard-(\d+)-of-(\d+)_" + re.escape(f"{key}_document.json")
     )

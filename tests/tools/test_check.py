@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_r1 import ledger
 from megatron_r1.data.shards import merge
 from tests.launch import ROOT
 
@@ -85,6 +86,11 @@ def test_of_merging_shards(data: Path) -> None:
         call("preprocess_data", *preprocess(data, "b"), "--shard", shard)
     said = checked(data, "preprocess_data", "--merge", "--output-prefix", data / "b")
     assert f"2 shards, {DOCUMENTS} documents" in said
+    call("preprocess_data", "--merge", "--output-prefix", data / "b")
+    told = [line for line in ledger.read(data) if line["stage"].endswith(" b")]
+    assert [line["stage"] for line in told] == ["preprocess b", "preprocess b", "merge b"]
+    parts = {value for line in told[:2] for value in line["outputs"].values()}
+    assert set(told[2]["inputs"].values()) == parts and len(parts) == 2
     assert sum(s["documents"] for s in merge(data / "b", log=lambda line: None).values()) == DOCUMENTS
 
 
