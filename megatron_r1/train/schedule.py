@@ -42,20 +42,28 @@ def decay_steps(phase: PhaseConfig, steps: int) -> int:
 
 
 def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
-    """What was changed, in phases that `step` lies in or behind, against the tree of an earlier
-    configuration (`RUN/config.yaml`); a line a phase. The steps behind stay as they are."""
-    out, phases = [], before.get("phases") or {}
-    for span in phase_spans(config):
-        old, new = phases.get(span.name), dataclasses.asdict(span.config)
-        if old is None or step <= span.start:
-            continue
-        changed = ", ".join(
-            f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]
-        )
+    """What was changed for a run that stands at `step`, against the tree of an earlier configuration
+    (`RUN/config.yaml`): of the optimizer, of what a step sees, and of phases that `step` lies in or behind.
+    A line each; the steps behind stay as they are."""
+    out, spans = [], phase_spans(config)
+
+    def tell(what: str, who: str, end: int, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
+        both = {key: old[key] for key in new if key in old} if old else {}
+        changed = ", ".join(f"{key} {then} -> {new[key]}" for key, then in both.items() if then != new[key])
         if changed:
-            over = step >= span.end
-            effect = "is over, so this has no effect" if over else f"takes this from step {step + 1} on"
-            out.append(f"phases.{span.name}: {changed}; the phase {effect}")
+            effect = (
+                "is over, so this has no effect" if step >= end else f"takes this from step {step + 1} on"
+            )
+            out.append(f"{what}: {changed}; {who} {effect}")
+
+    for section in ("optimizer", "data") if step else ():
+        now = dataclasses.asdict(getattr(config, section))
+        plain = {key: value for key, value in now.items() if not isinstance(value, dict)}
+        tell(section, "the run", spans[-1].end, before.get(section), plain)
+    for span in spans:
+        if step > span.start:
+            old = (before.get("phases") or {}).get(span.name)
+            tell(f"phases.{span.name}", "the phase", span.end, old, dataclasses.asdict(span.config))
     return out
 
 

@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 
-from megatron_r1.config import Config, PhaseConfig, TrainConfig
+from megatron_r1.config import Config, DataConfig, PhaseConfig, TrainConfig
 from megatron_r1.train.schedule import PhaseSpan, late_edits
 
 
-def test_only_edits_of_phases_that_have_begun_are_told() -> None:
+def recipe() -> Config:
     phases = {name: PhaseConfig(steps=10, learning_rate=0.5) for name in ("one", "two", "three")}
     train = TrainConfig(run="x", global_batch=1, micro_batch=1)
-    config = Config(model=None, data=None, train=train, phases=phases)  # type: ignore[arg-type]
-    before = {"phases": {name: {"steps": 10, "learning_rate": 0.1} for name in phases}}
+    model: Any = None
+    return Config(model, DataConfig(seq_length=8, sources={}), train, phases)
+
+
+def test_only_edits_of_phases_that_have_begun_are_told() -> None:
+    config = recipe()
+    before = {"phases": {name: {"steps": 10, "learning_rate": 0.1} for name in config.phases}}
     assert late_edits(before, config, 10) == [
         "phases.one: learning_rate 0.1 -> 0.5; the phase is over, so this has no effect"
     ]
@@ -22,6 +27,16 @@ def test_only_edits_of_phases_that_have_begun_are_told() -> None:
         "phases.two: learning_rate 0.1 -> 0.5; the phase takes this from step 15 on"
     ]
     assert late_edits({}, config, 14) == []
+
+
+def test_edits_of_the_optimizer_and_of_what_a_step_sees_are_told_once_a_step_was_taken() -> None:
+    before = {"optimizer": {"weight_decay": 0.01, "adam_eps": 1e-8}, "data": {"cross_documents": False}}
+    assert late_edits(before, recipe(), 0) == []
+    assert late_edits(before, recipe(), 14) == [
+        "optimizer: weight_decay 0.01 -> 0.1; the run takes this from step 15 on",
+        "data: cross_documents False -> True; the run takes this from step 15 on",
+    ]
+    assert late_edits(before, recipe(), 30)[0].endswith("the run is over, so this has no effect")
 
 
 def rates(steps: int, **phase: Any) -> list[float]:
