@@ -1,17 +1,19 @@
-"""What every figure of the report shares: the record, the token axis, tables."""
+"""What every figure of the report shares: the record, axes, phases, the curves of both arms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
 from megatron_r1.report import words
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.report.svg import Panel, Points, Scale, axes, line, smooth, text, ticks, width_of
+from megatron_r1.report.table import Table
 
 WIDTH = 1040.0
+GUTTER = 132.0
+"""Left of the names of sources: their domains."""
 CONTROL = "var(--control)"
 INK = "var(--ink)"
 
@@ -23,20 +25,13 @@ class Figure:
     lead: str
     """Plain sentences: what it shows and what to look for. Text, not markup."""
     body: str = ""
-    """Markup; empty where data are missing."""
+    """A drawing, or markup; empty where data are missing, or where tables say it all."""
     note: str = ""
     """How it is drawn. Text."""
     command: str = ""
     """Makes what is missing."""
-
-
-def table(head: Sequence[str], rows: Sequence[str], cls: str = "numbers") -> str:
-    """An HTML table from column names (text) and ready rows (markup)."""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    return (
-        f'<div class="scroll"><table class="{cls}"><thead><tr>{names}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    tables: Sequence[Table] = ()
+    """Below the body."""
 
 
 def token_panel(
@@ -49,11 +44,15 @@ def token_panel(
 
 def token_axes(panel: Panel, y_label: str = "", x_label: str = "", most: int = 6) -> str:
     """Axes of a panel whose x is tokens."""
-    xs, ys = ticks(panel.x.low, panel.x.high, most), ticks(panel.y.low, panel.y.high, 5)
-    step = ys[1] - ys[0] if len(ys) > 1 else 0.01
-    return axes(
-        panel, [(v, words.count(v)) for v in xs], [(v, words.tick(v, step)) for v in ys], x_label, y_label
-    )
+    xs = [(v, words.count(v)) for v in ticks(panel.x.low, panel.x.high, most)]
+    return axes(panel, xs, marks(panel.y.low, panel.y.high, 5), x_label, y_label)
+
+
+def marks(low: float, high: float, most: int, unit: float = 1.0) -> list[tuple[float, str]]:
+    """Round numbers of an axis, and how they read in units of `unit`."""
+    found = ticks(low, high, most)
+    step = found[1] - found[0] if len(found) > 1 else 0.01
+    return [(v, words.tick(v / unit, step / unit)) for v in found]
 
 
 def phase_name(phase: str) -> str:
@@ -101,8 +100,16 @@ def calm(run: Run, points: Points, neighbours: int) -> list[tuple[float, float]]
     return out
 
 
-def before(run: Run, arm: Run, points: Points) -> list[tuple[float, float]]:
-    """The run's last point before `arm` begins, where the control forks off; none for the run itself."""
-    if arm is run:
-        return []
-    return [p for p in points if p[0] < arm.metrics[0]["tokens"]][-1:]
+def arm_curves(
+    reading: Reading, curves: Sequence[Points], color: str = INK
+) -> Iterator[tuple[str, list[tuple[float, float]], str, str]]:
+    """(name, points, colour, class) of each arm that has points; `color` is the run's.
+
+    The control's curve begins at the run's last point before it, where it forks off.
+    """
+    for (name, arm), points, stroke in zip(reading.arms, curves, (color, CONTROL), strict=False):
+        fork = [p for p in curves[0] if p[0] < arm.metrics[0]["tokens"]][-1:]
+        if arm is reading.run and points:
+            yield name, list(points), stroke, "curve"
+        elif points:
+            yield name, [*fork, *points], stroke, "curve dashed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ class Run:
     @property
     def end(self) -> dict[str, Any]:
         return self.metrics[-1]
+
+    def points(self, name: str, of: str | None = None) -> list[tuple[float, float]]:
+        """(tokens, value) of the steps at which a figure, of one source or capability where it has one for
+        each, was measured and is a number."""
+        found = []
+        for line in self.metrics:
+            value = line.get(name)
+            value = value if of is None or value is None else value.get(of)
+            if value is not None and math.isfinite(value):
+                found.append((float(line["tokens"]), float(value)))
+        return found
 
     @property
     def probed(self) -> list[dict[str, Any]]:

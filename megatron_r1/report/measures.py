@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_r1.report import palette, words
 from megatron_r1.report.figure import (
-    CONTROL,
-    INK,
     WIDTH,
     Figure,
-    before,
+    arm_curves,
     padded,
     phase_marks,
     token_axes,
     token_panel,
 )
 from megatron_r1.report.load import Reading, Run
-from megatron_r1.report.svg import end_labels, path, picture, text, width_of
+from megatron_r1.report.svg import Points, end_labels, path, picture, text, width_of
 
 HEIGHT = 210.0
-Curve = list[tuple[float, float]]
 
 
 def figure(reading: Reading) -> Figure | None:
     """RankMe on the left, validation losses on the right, whichever there are; None where neither is."""
     run = reading.run
-    ranks = [_points(arm, "rank_me") for _, arm in reading.arms]
-    losses = {s: _points(run, "validation_nll", s) for s in run.domains}
+    ranks = [arm.points("rank_me") for _, arm in reading.arms]
+    losses: dict[str, Points] = {s: run.points("validation_nll", s) for s in run.domains}
     losses = {s: points for s, points in losses.items() if points}
     shown = [bool(ranks[0]), bool(losses)]
     if not any(shown):
@@ -57,35 +52,19 @@ def figure(reading: Reading) -> Figure | None:
     return Figure("measures", name[0].upper() + name[1:], " ".join(said), body, " ".join(note))
 
 
-def _points(run: Run, name: str, source: str | None = None) -> Curve:
-    """(tokens, value) of the steps at which it was measured and is a number."""
-    found = []
-    for line in run.metrics:
-        value = line.get(name)
-        if source is not None:
-            value = (value or {}).get(source)
-        if value is not None and math.isfinite(value):
-            found.append((float(line["tokens"]), float(value)))
-    return found
-
-
-def _rank_panel(reading: Reading, ranks: list[Curve], cell: float, height: float) -> str:
-    run, whole = reading.run, ranks[0]
+def _rank_panel(reading: Reading, ranks: list[list[tuple[float, float]]], cell: float, height: float) -> str:
     values = [v for points in ranks for _, v in points]
     margin = max(width_of(f"{name} 00.0") for name, _ in reading.arms) + 30
     panel = token_panel(reading, 50, cell - margin, 48, 48 + height, padded(min(values), max(values)))
     parts, labels = [text(42, 16, "RankMe", "panel"), token_axes(panel, "", "tokens", most=4)], []
-    parts.append(phase_marks(panel, run, named=False))
-    for (name, arm), points, color in zip(reading.arms, ranks, (INK, CONTROL), strict=False):
-        if not points:
-            continue
-        joined = [*before(run, arm, whole), *points]
-        parts.append(path(panel.at(joined), color, "curve" if arm is run else "curve dashed", name))
+    parts.append(phase_marks(panel, reading.run, named=False))
+    for name, points, color, cls in arm_curves(reading, ranks):
+        parts.append(path(panel.at(points), color, cls, name))
         labels.append((*points[-1], f"{name} {points[-1][1]:.1f}", color))
     return "".join([*parts, end_labels(panel, labels)])
 
 
-def _loss_panel(reading: Reading, losses: dict[str, Curve], left: float, cell: float, height: float) -> str:
+def _loss_panel(reading: Reading, losses: dict[str, Points], left: float, cell: float, height: float) -> str:
     colors = palette.source_colors(reading.run.domains)
     values = [v for points in losses.values() for _, v in points]
     margin = max(width_of(f"{s} 0.00") for s in losses) + 22
@@ -102,7 +81,7 @@ def _loss_panel(reading: Reading, losses: dict[str, Curve], left: float, cell: f
     return "".join([*parts, end_labels(panel, ends)])
 
 
-def _gap(run: Run, losses: dict[str, Curve]) -> str:
+def _gap(run: Run, losses: dict[str, Points]) -> str:
     """Which source's held-back text ends hardest, and whether any has become harder again."""
     hard = max(losses, key=lambda s: losses[s][-1][1])
     lead = f"{hard} ends hardest on held-back text, at {losses[hard][-1][1]:.2f} nats per token."

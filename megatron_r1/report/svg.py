@@ -104,14 +104,12 @@ def rect(x: float, y: float, width: float, height: float, fill: str, tip: str = 
     )
 
 
-def path(points: Points, color: str, cls: str = "curve", tip: str = "", **more: object) -> str:
+def path(points: Points, color: str, cls: str = "curve", tip: str = "") -> str:
     """A line through pixel positions."""
     if not points:
         return ""
     steps = "L".join(f"{short(x)} {short(y)}" for x, y in points)
-    return element(
-        "path", title(tip) if tip else "", d=f"M{steps}", class_=cls, style=f"stroke:{color}", **more
-    )
+    return element("path", title(tip) if tip else "", d=f"M{steps}", class_=cls, style=f"stroke:{color}")
 
 
 def clipped(panel: Panel, name: str, content: str) -> str:
@@ -192,16 +190,18 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return counts / max(1, len(values))
 
 
-def step_area(
-    x: Scale, edges: np.ndarray, heights: Sequence[float], base: float, color: str, cls: str
-) -> str:
+def step_area(x: Scale, edges: np.ndarray, heights: Sequence[float], base: float, color: str) -> str:
     """A histogram's outline, filled, standing on y = base; heights in pixels."""
     points = [(x(float(edges[0])), base)]
     for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
         points += [(x(float(left)), base - height), (x(float(right)), base - height)]
-    points.append((x(float(edges[-1])), base))
-    outline = "L".join(f"{short(a)} {short(b)}" for a, b in points)
-    return element("path", d=f"M{outline}Z", class_=cls, style=f"fill:{color}")
+    return polygon([*points, (x(float(edges[-1])), base)], color, "area")
+
+
+def polygon(points: Points, color: str, cls: str, tip: str = "") -> str:
+    """A filled outline through pixel positions."""
+    outline = "L".join(f"{short(x)} {short(y)}" for x, y in points)
+    return element("path", title(tip) if tip else "", d=f"M{outline}Z", class_=cls, style=f"fill:{color}")
 
 
 def smooth(values: Sequence[float] | np.ndarray, reach: int) -> np.ndarray:
