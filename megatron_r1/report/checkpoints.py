@@ -10,9 +10,9 @@ from pathlib import Path
 from megatron_r1 import checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.report import summary, words
-from megatron_r1.report.figure import INK, WIDTH, Figure, phase_marks
+from megatron_r1.report.figure import INK, WIDTH, Figure, phase_marks, token_axes
 from megatron_r1.report.load import Reading, Run
-from megatron_r1.report.svg import Panel, Scale, axes, line, picture, rect, text, ticks
+from megatron_r1.report.svg import Panel, Scale, line, picture, rect, text
 from megatron_r1.report.table import Cell, Table
 from megatron_r1.run_dir import RunDir
 from megatron_r1.train.schedule import kept_steps, phase_spans
@@ -135,8 +135,7 @@ def _timeline(run: Run, lanes: dict[str, list[int]]) -> str:
     end = float(max(run.end["tokens"], tokens * max(step for steps in lanes.values() for step in steps)))
     top, bottom = 30.0, 30.0 + _LANE * len(lanes)
     panel = Panel(Scale(0.0, end, _LEFT, WIDTH - 20), Scale(0.0, 1.0, bottom, top))
-    x_ticks = [(v, words.count(v)) for v in ticks(0.0, end, 6)]
-    parts = [axes(panel, x_ticks, [], "tokens"), phase_marks(panel, run)]
+    parts = [token_axes(panel, x_label="tokens", y_marks=[]), phase_marks(panel, run)]
     for row, (name, steps) in enumerate(lanes.items()):
         middle = top + _LANE * (row + 0.5)
         parts.append(text(0, middle + 4, name, "name"))

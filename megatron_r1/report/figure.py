@@ -42,10 +42,17 @@ def token_panel(
     return Panel(Scale(0.0, float(most), left, right), Scale(*span, bottom, top))
 
 
-def token_axes(panel: Panel, y_label: str = "", x_label: str = "", most: int = 6) -> str:
-    """Axes of a panel whose x is tokens."""
+def token_axes(
+    panel: Panel,
+    y_label: str = "",
+    x_label: str = "",
+    most: int = 6,
+    y_marks: Sequence[tuple[float, str]] | None = None,
+) -> str:
+    """Axes of a panel whose x is tokens; y: round numbers, unless given."""
     xs = [(v, words.count(v)) for v in ticks(panel.x.low, panel.x.high, most)]
-    return axes(panel, xs, marks(panel.y.low, panel.y.high, 5), x_label, y_label)
+    ys = marks(panel.y.low, panel.y.high, 5) if y_marks is None else y_marks
+    return axes(panel, xs, ys, x_label, y_label)
 
 
 def marks(low: float, high: float, most: int, unit: float = 1.0) -> list[tuple[float, str]]:

@@ -25,6 +25,10 @@ class Run:
     """The ledger's lines, in order."""
 
     @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
     def sources(self) -> list[str]:
         return list(self.config.data.sources)
 
@@ -88,7 +92,7 @@ class Reading:
             return [(self.run.phases[-1], self.run)]
         names = self.run.phases[-1], self.control.phases[-1]
         if names[0] == names[1]:
-            names = self.run.root.resolve().name, self.control.root.resolve().name
+            names = self.run.name, self.control.name
         return [(names[0], self.run), (names[1], self.control)]
 
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_r1.report import palette, summary, words
-from megatron_r1.report.figure import GUTTER, INK, WIDTH, Figure, phase_marks, phase_name, reach, token_panel
+from megatron_r1.report.figure import (
+    GUTTER,
+    INK,
+    WIDTH,
+    Figure,
+    phase_marks,
+    phase_name,
+    reach,
+    token_axes,
+    token_panel,
+)
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.report.svg import (
+    Points,
     Scale,
-    axes,
     end_labels,
     line,
     picture,
@@ -20,7 +31,6 @@ from megatron_r1.report.svg import (
     rect,
     smooth,
     text,
-    ticks,
     width_of,
 )
 
@@ -67,19 +77,17 @@ def over_time(reading: Reading) -> Figure:
             if mean_S[s] > 0:
                 tip = f"{source}, {phase_name(phase)}: {said}"
                 bands.append(polygon([*upper, *reversed(lower)], colors[source], "band", tip))
-            (at, top), (_, bottom) = upper[len(x) // 2], lower[len(x) // 2]
             # The last phase's stand with the names.
-            if phase != run.phases[-1] and bottom - top >= 15 and x[-1] - x[0] >= 60:
-                numbers.append(text(at, (top + bottom) / 2 + 4, said, "inside", "middle"))
+            if phase != run.phases[-1]:
+                numbers.append(_inside(upper, lower, said))
         begin = tokens[steps[-1]]
     middle_S = (edge_TS[-1, 1:] + edge_TS[-1, :-1]) / 2
     labels = [
         (begin, float(middle_S[s]), f"{source} {words.share(mean_S[s])}", colors[source])
         for s, source in enumerate(names)
     ]
-    x_ticks = [(v, words.count(v)) for v in ticks(0.0, panel.x.high, 6)]
-    y_ticks = [(v, words.percent(100 * v)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    frame = axes(panel, x_ticks, y_ticks, "tokens")
+    quarters = [(v, words.percent(100 * v)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    frame = token_axes(panel, x_label="tokens", y_marks=quarters)
     parts = [frame, *bands, *numbers, phase_marks(panel, run), end_labels(panel, labels)]
     body = picture(WIDTH, height + 72, parts, "Share of each source in the tokens of the steps")
     note = (
@@ -91,6 +99,16 @@ def over_time(reading: Reading) -> Figure:
     return Figure("mixture-over-time", "Mixture over time", _drawn_lead(run, means), body, note)
 
 
+def _inside(upper: Points, lower: Points, said: str) -> str:
+    """Words in the middle of a band, where it is wide and high enough all along them."""
+    at, half = (upper[0][0] + upper[-1][0]) / 2, width_of(said) / 2
+    top = max((y for x, y in upper if abs(x - at) <= half), default=math.inf)
+    bottom = min((y for x, y in lower if abs(x - at) <= half), default=-math.inf)
+    if bottom - top < 13 or at - half < upper[0][0]:
+        return ""
+    return text(at, (top + bottom) / 2 + 4, said, "inside", "middle")
+
+
 def _drawn_lead(run: Run, means: dict[str, dict[str, float]]) -> str:
     """The greatest change from a phase to the next, what is no longer drawn, and what ran into its cap."""
     phases = list(means)
@@ -98,9 +116,9 @@ def _drawn_lead(run: Run, means: dict[str, dict[str, float]]) -> str:
     if len(phases) == 1:
         low, high = summary.extremes(last)
         lead = (
-            f"All steps belong to one phase, {phases[0]}: {words.share(last[high])} of the tokens are drawn "
-            f"from {high}, the most, and {words.share(last[low])} from {low}, the least."
+            f"All steps are of one phase, {phases[0]}: {words.share(last[high])} of the tokens are {high}'s"
         )
+        lead += f", the most, and {words.share(last[low])} {low}'s, the least." if low != high else "."
     else:
         changes = {
             (source, a, b): abs(means[b][source] - means[a][source])

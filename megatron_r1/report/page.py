@@ -20,7 +20,7 @@ from megatron_r1.report import (
     words,
 )
 from megatron_r1.report.figure import Figure
-from megatron_r1.report.load import Reading, Run
+from megatron_r1.report.load import Reading
 from megatron_r1.run_dir import RunDir, write_text
 
 STYLE = """
@@ -118,7 +118,7 @@ def write(reading: Reading) -> Path:
 def render(reading: Reading) -> str:
     """The page; the same reading gives the same bytes."""
     shown = all_figures(reading)
-    name = _name(reading.run)
+    name = reading.run.name
     light = palette.variables(palette.LIGHT, palette.LIGHT_SHADES)
     dark = palette.variables(palette.DARK, palette.DARK_SHADES)
     style = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
@@ -181,7 +181,7 @@ def _held_out_card(reading: Reading) -> str:
     title = "Held-out loss at the end, nats per token"
     ends = summary.held_out(reading)
     if ends is None:
-        return _card(title, '<div class="big">–</div><p>not measured</p>')
+        return _big(title, "–", "not measured")
     return _card(title, curves.held_out_table(ends, brief=True).html())
 
 
@@ -189,7 +189,7 @@ def _worst_card(reading: Reading) -> str:
     title = "Worst source found"
     found = summary.influence(reading)
     if not found:
-        return _card(title, '<div class="big">–</div><p>influence not measured yet</p>')
+        return _big(title, "–", "influence not measured yet")
     best, worst = found[0], found[-1]
     low, high = words.compact(worst.total), words.compact(best.total)
     said = f"mean influence {low}; best: {best.source}, {high}"
@@ -197,7 +197,7 @@ def _worst_card(reading: Reading) -> str:
     if len(mixes) > 1:
         shares = [words.share(mix.get(worst.source, 0.0)) for mix in (mixes[0], mixes[-1])]
         said += f". Its share went from {shares[0]} to {shares[1]}"
-    return _card(title, f'<div class="big">{escape(worst.source)}</div><p>{escape(said)}</p>')
+    return _big(title, worst.source, said)
 
 
 def _time_card(reading: Reading) -> str:
@@ -215,7 +215,11 @@ def _time_card(reading: Reading) -> str:
     else:
         total = sum(line["seconds"] for _, arm in reading.arms for line in arm.metrics)
         said = "of training steps; the ledger is empty"
-    return _card("Total time", f'<div class="big">{words.duration(total)}</div><p>{escape(said)}</p>')
+    return _big("Total time", words.duration(total), said)
+
+
+def _big(title: str, value: str, said: str) -> str:
+    return _card(title, f'<div class="big">{escape(value)}</div><p>{escape(said)}</p>')
 
 
 def _card(title: str, body: str) -> str:
@@ -232,7 +236,3 @@ def _figure(figure: Figure) -> str:
     if figure.note:
         parts.append(f'<p class="note">{escape(figure.note)}</p>')
     return f'<figure id="{figure.anchor}">{"".join(parts)}</figure>\n'
-
-
-def _name(run: Run) -> str:
-    return run.root.resolve().name

@@ -16,9 +16,7 @@ from megatron_r1.config import PhaseConfig
 from megatron_r1.report import load, mixture
 from megatron_r1.report.figure import Figure
 
-from .conftest import SOURCES, make_arm, make_config
-
-Draws = list[dict[str, int]]
+from . import conftest
 
 
 def recorded(run: Path) -> list[dict[str, Any]]:
@@ -27,12 +25,12 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 
 def rewrite(run: Path, phases: dict[str, list[dict[str, int]]], caps: dict[str, float] | None = None) -> None:
     """Give the run other phases and, step by step, other draws in windows of 256 tokens."""
-    line, drawn, lines = recorded(run)[0], dict.fromkeys(SOURCES, 0), []
+    line, drawn, lines = recorded(run)[0], dict.fromkeys(conftest.SOURCES, 0), []
     for phase, steps in phases.items():
         begin = dict(drawn)
         for step in steps:
             drawn = {s: n + step.get(s, 0) for s, n in drawn.items()}
-            here = {s: drawn[s] - begin[s] for s in SOURCES}
+            here = {s: drawn[s] - begin[s] for s in conftest.SOURCES}
             lines.append(
                 line
                 | {
@@ -45,10 +43,10 @@ def rewrite(run: Path, phases: dict[str, list[dict[str, int]]], caps: dict[str, 
                 }
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = make_config(
+    config = conftest.make_config(
         run,
         {name: PhaseConfig(steps=len(steps), max_epochs=caps) for name, steps in phases.items()},
-        {s: domain for s, (domain, _) in SOURCES.items()},
+        {s: domain for s, (domain, _) in conftest.SOURCES.items()},
     )
     (run / "config.yaml").write_text(config_io.dump(config))
 
@@ -124,13 +122,27 @@ def test_a_source_that_came_to_its_cap_is_named_and_its_band_ends(run: Path) -> 
     rewrite(run, {"only": [before] * 50}, {"gcide": 4.1})
     lead = mixture.over_time(load.read_all(run)).lead
     assert "came to the cap on" not in lead
-    assert "50.0\xa0% of the tokens are drawn from sympy, the most, and 0.0\xa0%" in lead
+    assert "50.0\xa0% of the tokens are sympy's, the most, and 0.0\xa0%" in lead
+
+
+def test_no_stroke_lies_over_a_number(run: Path) -> None:
+    lines = recorded(run)
+    lines[-1]["mix_actual"] = {s: share + 0.01 for s, share in lines[-1]["mix_target"].items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawing = ElementTree.fromstring(mixture.before_and_after(load.read_all(run)).body)
+    strokes = [at for at in drawing.iter("line") if at.get("class") == "mark"]
+    numbers = [at for at in drawing.iter("text") if at.get("class") == "tick" and "%" in str(at.text)]
+    assert len(strokes) == len(conftest.SOURCES) and len(numbers) == 2 * len(strokes)
+    for stroke in strokes:
+        x, top, foot = (float(stroke.get(name, 0)) for name in ("x1", "y1", "y2"))
+        beside = [n for n in numbers if top + 3 < float(n.get("y", 0)) - 4 < foot]
+        assert [float(n.get("x", 0)) > x for n in beside] == [True]
 
 
 def test_a_long_run_of_many_sources_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = {f"source-{i}": (("code", "math", "web")[i % 3], 5.0) for i in range(20)}
     monkeypatch.setattr("tests.report.conftest.SOURCES", many)
-    make_arm(tmp_path, "second", "uniform", 0, 0.0)
+    conftest.make_arm(tmp_path, "second", "uniform", 0, 0.0)
     reading = load.read_all(tmp_path)
     lines = [
         reading.run.metrics[0] | {"tokens": n * 4096, "tokens_by_source": dict.fromkeys(many, n * 4096 / 20)}
