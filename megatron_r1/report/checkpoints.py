@@ -58,7 +58,7 @@ def figure(reading: Reading) -> Figure:
     if keep is None:
         note += "train.keep_last is not set: none is ever deleted."
     else:
-        note += f"What is not kept for good stays until {words.many(keep, 'newer checkpoint')} are complete."
+        note += f"What is not kept for good stays while it is among the newest {keep:,}."
     if len(complete) > _LISTED:
         note += " Listed: the newest, what ends a phase or was scored, and some between."
     return Figure("checkpoints", "Checkpoints", _lead(run, complete, partial), body, note, command, [table])
@@ -121,7 +121,7 @@ def _said_of(partial: list[Saved]) -> str:
     said = ""
     for hidden, why in (
         (True, "being written or deleted, or left so by a launch that was killed; the next save removes"),
-        (False, "without a readable description, so that nothing loads"),
+        (False, "whose description is missing or damaged: a last one so stops a resume; remove"),
     ):
         names = [saved.path.name for saved in partial if saved.path.name.startswith(".") == hidden]
         shown = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"]

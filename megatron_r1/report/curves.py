@@ -26,11 +26,11 @@ from megatron_r1.report.svg import (
     clipped,
     element,
     end_labels,
+    line,
     path,
     picture,
     text,
     thin,
-    title,
     width_of,
 )
 from megatron_r1.report.table import Cell, Table
@@ -92,9 +92,8 @@ def _skip_marks(panel: Panel, reading: Reading) -> str:
         for at, skipped in zip(arm.metrics, summary.skipped(arm), strict=True):
             if skipped:
                 x, foot = panel.x(float(at["tokens"])), panel.y.start
-                tip = title(f"step {at['step']:,} was skipped")
-                style = f"stroke:{color};stroke-width:2"
-                parts.append(element("line", tip, x1=x, y1=foot, x2=x, y2=foot - 12, style=style))
+                tip = f"step {at['step']:,} was skipped"
+                parts.append(line(x, foot, x, foot - 12, "mark", tip=tip, style=f"stroke:{color}"))
     return "".join(parts)
 
 

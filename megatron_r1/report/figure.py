@@ -107,12 +107,14 @@ def calm(run: Run, points: Points, neighbours: int) -> list[tuple[float, float]]
     return out
 
 
-def arm_curves(
-    reading: Reading, curves: Sequence[Points], color: str = INK
-) -> Iterator[tuple[str, list[tuple[float, float]], str, str]]:
-    """(name, points, colour, class) of each arm that has points; `color` is the run's.
+Curve = tuple[str, list[tuple[float, float]], str, str]
+"""Name, points, colour, class."""
 
-    The control's curve begins at the run's last point before it, where it forks off.
+
+def arm_curves(reading: Reading, curves: Sequence[Points], color: str = INK) -> Iterator[Curve]:
+    """The curve of each arm that has points; `color` is the run's.
+
+    The control's begins at the run's last point before it, where it forks off.
     """
     for (name, arm), points, stroke in zip(reading.arms, curves, (color, CONTROL), strict=False):
         fork = [p for p in curves[0] if p[0] < arm.metrics[0]["tokens"]][-1:]

@@ -115,9 +115,7 @@ def _drawn_lead(run: Run, means: dict[str, dict[str, float]]) -> str:
     last = means[phases[-1]]
     if len(phases) == 1:
         low, high = summary.extremes(last)
-        lead = (
-            f"All steps are of one phase, {phases[0]}: {words.share(last[high])} of the tokens are {high}'s"
-        )
+        lead = f"There is one phase, {phases[0]}: {words.share(last[high])} of the tokens are {high}'s"
         lead += f", the most, and {words.share(last[low])} {low}'s, the least." if low != high else "."
     else:
         changes = {
@@ -180,7 +178,7 @@ def before_and_after(reading: Reading) -> Figure:
             for row, name in enumerate(names):
                 value, y = mixes[name][source], top + (3 + 14 * row if len(names) > 1 else 10)
                 tip = f"{source}, {name}: {words.share(value)}"
-                pale = "0.4" if name != names[-1] else None
+                pale = 0.4 if name != names[-1] else 1.0
                 edge = x(value)
                 parts.append(rect(x(0), y, edge - x(0), 11, colors[source], tip, opacity=pale))
                 if name == names[-1] and abs(drift[source]) >= 0.001:
@@ -228,7 +226,7 @@ def _change(first: dict[str, float], after: dict[str, float]) -> str:
 def _legend(names: Sequence[str], x: Scale) -> str:
     parts, at = [], x(0)
     for name in names:
-        parts.append(rect(at, 5, 22, 10, INK, opacity="0.4" if name != names[-1] else None))
+        parts.append(rect(at, 5, 22, 10, INK, opacity=0.4 if name != names[-1] else 1.0))
         said = phase_name(name)
         parts.append(text(at + 28, 14, said, "muted"))
         at += 28 + width_of(said) + 24

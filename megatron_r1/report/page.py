@@ -78,7 +78,7 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 border-radius:2px;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue-0)}
 svg text{font:12px var(--font);fill:var(--ink);font-variant-numeric:tabular-nums}
-svg .tick,svg .muted{fill:var(--muted)}
+svg .tick,svg .muted,svg .domain{fill:var(--muted)}
 svg .panel{font-size:14px;font-weight:650}
 svg .name{font-weight:550}
 .grid{stroke:var(--grid)}

@@ -10,7 +10,7 @@ from megatron_r1.report import palette, summary, words
 from megatron_r1.report.agreement import spearman
 from megatron_r1.report.figure import WIDTH, Figure, marks, padded
 from megatron_r1.report.load import Reading
-from megatron_r1.report.svg import Panel, Scale, axes, element, picture, spread, text, title
+from megatron_r1.report.svg import Panel, Scale, axes, element, picture, spread, text
 
 _HEIGHT = 230.0
 _NAMED = 16
@@ -72,10 +72,10 @@ def _panel(
     ]
     places = spread([panel.y(y) for _, _, y in dots], 13.0, panel.y.end, panel.y.start)
     for (source, x, y), place in zip(dots, places, strict=True):
-        tip = title(f"{source}: {words.compact(x)}, {words.signed(y)} nats")
+        tip = f"{source}: {words.compact(x)}, {words.signed(y)} nats"
         style = f"fill:{colors.get(source, 'var(--control)')}"
         at = {"cx": panel.x(x * scale), "cy": panel.y(y)}
-        parts.append(element("circle", tip, **at, r=4.0, style=style))
+        parts.append(element("circle", tip=tip, **at, r=4.0, style=style))
         if len(dots) <= _NAMED:
             right = panel.x(x * scale) < (panel.x.start + panel.x.end) / 2
             side = ("start", 8.0) if right else ("end", -8.0)

@@ -59,14 +59,13 @@ class Cell:
         """In a drawing, between `left` and `right` with the room of half a gap on either side."""
         parts = []
         if self.shade:
-            ground = f"rgb(var(--{self.ground}))"
-            wide = right - left + _GAP - 3
-            parts.append(rect(left - _GAP / 2, top + 1, wide, _ROW - 3, ground, fill_opacity=abs(self.shade)))
+            ground, wide = f"rgb(var(--{self.ground}))", right - left + _GAP - 3
+            parts.append(rect(left - _GAP / 2, top + 1, wide, _ROW - 3, ground, opacity=abs(self.shade)))
         if self.bar is not None:
             parts.append(rect(left, top + 8, _BAR, 11, "var(--grid)"))
             parts.append(rect(left, top + 8, self.bar * _BAR, 11, "var(--blue-0)"))
         to_left = begins or self.kind == "domain"
-        cls = {"strong": "strong", "domain": "muted"}.get(self.kind, "name" if begins else "label")
+        cls = self.kind or ("name" if begins else "label")
         style = f"fill:{self.color}" if self.color else None
         said = text(
             left if to_left else right, top + 18, self.said, cls, None if to_left else "end", style=style

@@ -96,7 +96,7 @@ def test_what_is_not_complete_is_told_and_counts_as_none(run: Path) -> None:
     figure = checkpoints.figure(load.read_all(run))
     assert figure.lead.startswith("1 complete checkpoint, ") and "step_00000025, after" in figure.lead
     assert "Not complete: .step_00000100.tmp, being written" in figure.lead
-    assert "Not complete: step_00000050 and step_00000075, without a readable description" in figure.lead
+    assert "Not complete: step_00000050 and step_00000075, whose description is missing or" in figure.lead
     assert list(rows(run)) == ["25"]
 
 

@@ -76,7 +76,7 @@ def test_a_table_says_the_same_in_the_page_and_in_its_drawing() -> None:
     )
     assert "".join(page_says) == "namescoresharea<b+1 ± 225 %total3"
     grounds = [r.get("style") for r in drawing.iter("rect")]
-    assert grounds == ["fill:rgb(var(--negative))", "fill:var(--grid)", "fill:var(--blue-0)"]
+    assert grounds == ["fill:rgb(var(--negative));opacity:0.5", "fill:var(--grid)", "fill:var(--blue-0)"]
     bars = [float(r.get("width", 0)) for r in list(drawing.iter("rect"))[1:]]
     assert bars[1] == pytest.approx(bars[0] / 4, abs=0.1)
 
