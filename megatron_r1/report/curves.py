@@ -99,7 +99,7 @@ def _skip_marks(panel: Panel, reading: Reading) -> str:
 
 def _losses(run: Run) -> list[tuple[float, float]]:
     """(tokens, loss) of every step whose loss is a number; a run that has none is drawn as nothing."""
-    return run.points("loss") or [(0.0, math.nan)]
+    return run.points("loss") or [(float(run.end["tokens"]), math.nan)]
 
 
 def _loss_range(reading: Reading) -> tuple[float, float]:

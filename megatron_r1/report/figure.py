@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,15 +69,12 @@ def phase_name(phase: str) -> str:
 def phase_marks(panel: Panel, run: Run, named: bool = True) -> str:
     """A broken line where a phase begins, and the phases' names above where there is room."""
     parts = []
-    start = 0.0
-    for phase in run.phases:
-        end = float(run.last_of(phase)["tokens"])
-        left, right = panel.x(start), panel.x(end)
-        if start > 0:
+    for phase, begin, end in run.spans:
+        left, right = panel.x(begin), panel.x(end)
+        if begin > 0:
             parts.append(line(left, panel.y.end, left, panel.y.start, "phase"))
         if named and right - left > width_of(phase) + 50:
             parts.append(text((left + right) / 2, panel.y.end - 10, phase_name(phase), "muted", "middle"))
-        start = end
     return "".join(parts)
 
 
@@ -97,13 +93,10 @@ def reach(run: Run) -> int:
 def calm(run: Run, points: Points, neighbours: int) -> list[tuple[float, float]]:
     """Smoothed within each phase of `run`: a new mixture moves the loss at once, which must stay visible."""
     out: list[tuple[float, float]] = []
-    begin = -math.inf
-    for phase in run.phases:
-        end = float(run.last_of(phase)["tokens"])
+    for _, begin, end in run.spans:
         part = [p for p in points if begin < p[0] <= end]
         values = smooth([v for _, v in part], neighbours)
         out += [(t, float(v)) for (t, _), v in zip(part, values, strict=True)]
-        begin = end
     return out
 
 

@@ -44,6 +44,15 @@ class Run:
         """Phases that have trained at least a step, in order."""
         return list(dict.fromkeys(line["phase"] for line in self.metrics))
 
+    @property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """(phase, tokens before its first step, tokens after its last), in order."""
+        out, begin = [], float(self.metrics[0]["tokens"] - self.config.tokens_per_step())
+        for phase in self.phases:
+            out.append((phase, begin, float(self.last_of(phase)["tokens"])))
+            begin = out[-1][2]
+        return out
+
     def last_of(self, phase: str) -> dict[str, Any]:
         return next(line for line in reversed(self.metrics) if line["phase"] == phase)
 

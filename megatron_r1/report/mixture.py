@@ -58,8 +58,7 @@ def over_time(reading: Reading) -> Figure:
     panel = token_panel(reading, 50, WIDTH - margin, 30, 30 + height, (0.0, 1.0))
     share_TS, tokens = drawn(run), [float(line["tokens"]) for line in run.metrics]
     bands, numbers, means = [], [], {}
-    begin = tokens[0] - run.config.tokens_per_step()
-    for phase in run.phases:
+    for phase, begin, _ in run.spans:
         steps = [t for t, line in enumerate(run.metrics) if line["phase"] == phase]
         mean_S = share_TS[steps].mean(0)
         means[phase] = dict(zip(names, mean_S.tolist(), strict=True))
@@ -80,10 +79,9 @@ def over_time(reading: Reading) -> Figure:
             # The last phase's stand with the names.
             if phase != run.phases[-1]:
                 numbers.append(_inside(upper, lower, said))
-        begin = tokens[steps[-1]]
     middle_S = (edge_TS[-1, 1:] + edge_TS[-1, :-1]) / 2
     labels = [
-        (begin, float(middle_S[s]), f"{source} {words.share(mean_S[s])}", colors[source])
+        (tokens[-1], float(middle_S[s]), f"{source} {words.share(mean_S[s])}", colors[source])
         for s, source in enumerate(names)
     ]
     quarters = [(v, words.percent(100 * v)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
