@@ -28,7 +28,7 @@ def main() -> None:
         metavar="MODEL",
         help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
     )
-    parser.add_argument("--png", action="store_true", help="write drawings and tables as RUN/reports/*.png, too")
+    parser.add_argument("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
     options = parser.parse_args()
     with user_errors():
         reading = load.read_all(options.run, options.control, options.tokenizer)
