@@ -103,12 +103,14 @@ def has_apex() -> bool:
     return HAS_CUDA and _importable("amp_C") and _importable("apex.optimizers")
 
 
-def describe() -> str:
-    """One line for the log: what runs this process."""
+def describe(trains: bool = True) -> str:
+    """One line for the log: what runs this process. `trains` False: it scores, which takes plain layers."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
-    layers = "Transformer Engine" if has_transformer_engine() else "torch SDPA"
-    adam = "Transformer Engine" if has_transformer_engine() else "Apex" if has_apex() else "torch fused"
-    return f"device {where} | collectives {DISTRIBUTED_BACKEND} | attention {layers} | Adam {adam}"
+    engine = has_transformer_engine()
+    layers = "Transformer Engine" if engine and trains else "megatron-core with torch SDPA"
+    said = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
+    adam = "Transformer Engine" if engine else "Apex" if has_apex() else "torch fused"
+    return f"{said} | Adam {adam}" if trains else said
 
 
 class _InOrder:

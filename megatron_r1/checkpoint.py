@@ -22,7 +22,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint_files
-from megatron_r1.checkpoint_files import NOT_WEIGHTS, FileFacts, check_model, damaged, found, read_meta
+from megatron_r1.checkpoint_files import (
+    NOT_WEIGHTS,
+    FileFacts,
+    check_model,
+    damaged,
+    found,
+    identity,
+    read_meta,
+)
 from megatron_r1.config import ModelConfig
 from megatron_r1.optimizer_shards import METADATA, rectangles_of
 from megatron_r1.parallel import broadcast_object
@@ -36,7 +44,17 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-__all__ = ["Saver", "check_model", "damaged", "found", "load", "load_weights", "read_meta", "save"]
+__all__ = [
+    "Saver",
+    "check_model",
+    "damaged",
+    "found",
+    "identity",
+    "load",
+    "load_weights",
+    "read_meta",
+    "save",
+]
 
 # 0.19 has another package write by default; here it is only asked what is to be written.
 _ASYNC = {"async_sharded_save": True}

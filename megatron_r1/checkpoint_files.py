@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from megatron_r1.config import ModelConfig
+from megatron_r1.near import near_path
 from megatron_r1.records import CheckpointRef, TrainState
 from megatron_r1.run_dir import json_bytes, naming, sync
 
@@ -135,7 +136,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         older = meta.get("format") == 1
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is no complete checkpoint ({META} is missing); name a step_N directory"
+            f"{path} is no complete checkpoint ({META} is missing); name a step_N directory{near_path(path)}"
         ) from None
     except (ValueError, AttributeError):
         older, checksum = False, None
@@ -145,6 +146,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     if checksum != _own_checksum(meta):
         raise ValueError(_damaged(path, [f"{META} is not as it was written"]))
     return meta
+
+
+def identity(path: Path) -> str:
+    """What tells a checkpoint from any other: the checksum over what it says of its files."""
+    return str(json.loads((path / META).read_bytes())["checksum"])
 
 
 NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")

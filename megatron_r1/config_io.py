@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import typing
@@ -16,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import Config, RopeScaling
+from megatron_r1.near import near, near_path
 
 
 class ConfigError(ValueError):
@@ -36,7 +36,8 @@ def load(arguments: Iterable[str], also: Callable[[Config], list[str]] | None = 
     """
     mistakes: list[str] = []
     tree = _read_all(arguments, mistakes)
-    sections = _sections(tree, mistakes)
+    # What seems to be missing may be in a file that could not be read.
+    sections = _sections(tree, mistakes, whole=not mistakes)
     mistakes += _cross_check(sections)
     required = {f.name for f in dataclasses.fields(Config) if _required(f)}
     config = Config(**sections) if required <= sections.keys() else None
@@ -75,8 +76,7 @@ def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
     """One file as YAML says it, not checked further; empty, with a mistake more, where it is no such file."""
     # os.path's answers are no errors, however long the name.
     if not os.path.isfile(path):
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if os.path.isdir(path.parent) else []
-        mistakes.append(f"{path}: no such file{_near(str(path), siblings)}")
+        mistakes.append(f"{path}: no such file{near_path(path)}")
         return {}
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -97,16 +97,19 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _sections(tree: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
-    """Each root section that parses; sections are read apart so that one mistake hides no other."""
+def _sections(tree: dict[str, Any], mistakes: list[str], whole: bool) -> dict[str, Any]:
+    """Each root section that parses; sections are read apart so that one mistake hides no other.
+
+    `whole`: a section that is not there is a mistake.
+    """
     hints = typing.get_type_hints(Config)
     out = {}
     for key in tree:
         if key not in hints:
-            mistakes.append(f"{key}: unknown section{_near(key, hints)}")
+            mistakes.append(f"{key}: unknown section{near(key, hints)}")
     for spec in dataclasses.fields(Config):
         if spec.name not in tree:
-            if _required(spec):
+            if _required(spec) and whole:
                 mistakes.append(f"{spec.name}: missing section; add a file that has it (see examples/)")
             continue
         hint = hints[spec.name]
@@ -129,7 +132,7 @@ def _say(section: str, hint: Any, error: Any) -> str:
     path = ".".join(p for p in loc if "[" not in p and p not in ("float", "ModelConfig"))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _field_names(hint, [str(p) for p in error["loc"][:-1]])
-        return f"{path}: unknown key{_near(str(error['loc'][-1]), known)}"
+        return f"{path}: unknown key{near(str(error['loc'][-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: missing"
     if loc[0] == "phases" and loc[2:3] == ["weights"]:
@@ -147,14 +150,6 @@ def _field_names(hint: Any, path: list[str]) -> list[str]:
         if typing.get_origin(inner) is dict and path:
             return _field_names(typing.get_args(inner)[1], path[1:])
     return []
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(known)}" if 0 < len(known) <= 16 else ""
 
 
 def _cross_check(sections: dict[str, Any]) -> list[str]:
@@ -304,7 +299,7 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
             for what, names in (("max_epochs", caps), ("keep", phase.keep)):
                 out += [
-                    f"{path}.{what}.{key}: no such source in data.sources{_near(key, sources)}"
+                    f"{path}.{what}.{key}: no such source in data.sources{near(key, sources)}"
                     for key in names
                     if key not in sources
                 ]
@@ -312,7 +307,7 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             continue
         for key in phase.weights:
             if key not in sources:
-                out.append(f"{path}.weights.{key}: no such source in data.sources{_near(key, sources)}")
+                out.append(f"{path}.weights.{key}: no such source in data.sources{near(key, sources)}")
         if any(not 0 <= w < float("inf") for w in phase.weights.values()):
             out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
         elif not sum(phase.weights.values()) > 0:

@@ -52,8 +52,10 @@ for _name in ("connect", "connect_ex"):
 _LIST = Path(__file__).parent / "skips.txt"
 
 
-def _missing(need: str) -> bool:
-    return shutil.which(need) is None and importlib.util.find_spec(need) is None
+def _missing(needs: str) -> bool:
+    return any(
+        shutil.which(need) is None and importlib.util.find_spec(need) is None for need in needs.split(",")
+    )
 
 
 def _allowed() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {
-    **dict.fromkeys(("records", "config", "backend", "run_dir", "run_lock", "progress"), 0),
+    **dict.fromkeys(("records", "config", "backend", "run_dir", "run_lock", "progress", "near"), 0),
     **dict.fromkeys(("config_io", "parallel", "cli"), 1),
     **dict.fromkeys(("launch_store", "stop_request", "cpu_products"), 0),
     **dict.fromkeys(("agreement", "checkpoint_files", "optimizer_shards", "retention"), 1),

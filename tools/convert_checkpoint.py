@@ -24,6 +24,7 @@ def main() -> None:
     add("--context", type=int, metavar="TOKENS", help="to hf: longest sequence (default: the run's)")
     add("--tokenizer-type", metavar="KIND", help="to hf: as for tools/preprocess_data.py")
     add("--tokenizer-model", metavar="MODEL", help="to hf: the tokenizer that the model was trained with")
+    add("--check", action="store_true", help="print what would be written, and exit")
     args = parser.parse_args()
     with user_errors():
         only_hf = ("context", "tokenizer_type", "tokenizer_model")
@@ -36,16 +37,18 @@ def main() -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f"{error}: pip install -e '.[hf]'") from None
 
+        done = "would write" if args.check else "wrote"
         if args.to == "megatron":
-            print(f"wrote {convert.to_megatron(args.source, args.target, args.precision)}")
+            said = convert.to_megatron(args.source, args.target, args.precision, args.check)
+            print(f"{done} {args.target / 'step_00000000'}: {said}")
             return
         tokenizer = None
         if args.tokenizer_type:
             from megatron_r1.data.tokenizer_files import tokenizer_files
 
             tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-        convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer)
-        print(f"wrote {args.target}")
+        said = convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer, args.check)
+        print(f"{done} {args.target}: {said}")
 
 
 if __name__ == "__main__":

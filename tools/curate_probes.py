@@ -10,8 +10,13 @@ manifest.json.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.curation.probes import curate_probes
+from megatron_r1.data.indexed import identity_of
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -35,6 +40,7 @@ def main() -> None:
     add("--tokens-per-source", type=int, default=32_768, help="of each set (default: %(default)s)")
     add("--fraction", type=float, default=0.1, help="of a source to set aside (default: %(default)s)")
     add("--max-document-tokens", type=int, default=2048, help="of one document (default: %(default)s)")
+    add("--check", action="store_true", help="print how each source would be split, and exit")
     args = parser.parse_args()
     with user_errors():
         manifest = curate_probes(
@@ -44,9 +50,31 @@ def main() -> None:
             tokens_per_source=args.tokens_per_source,
             fraction=args.fraction,
             max_document_tokens=args.max_document_tokens,
+            check=args.check,
         )
-    left = sum(source["training_tokens"] for source in manifest["sources"].values())
-    print(f"{args.output_dir}: {', '.join(manifest['files'])}; {left} tokens left to training")
+        split = manifest["sources"]
+        if args.check:
+            for name, of in split.items():
+                print(
+                    f"{name}: {of['set_aside_documents']:,} of {of['documents']:,} documents set aside "
+                    f"({of['set_aside_tokens']:,} tokens), {of['training_tokens']:,} tokens left to training"
+                )
+            return
+        _tell(manifest, Path(args.output_dir))
+        left = sum(of["training_tokens"] for of in split.values())
+        print(f"{args.output_dir}: {', '.join(manifest['files'])}; {left} tokens left to training")
+
+
+def _tell(manifest: dict[str, Any], directory: Path) -> None:
+    """The ledger: datasets by the hash of their tokens, as those who read them know them."""
+    sources = [of["prefix"] for of in manifest["request"]["sources"].values()]
+    sets = [directory / name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin")]
+    ledger.append_new(
+        directory,
+        "set probes aside",
+        inputs={prefix: identity_of(prefix) for prefix in sources},
+        outputs={str(prefix): identity_of(prefix) for prefix in sets},
+    )
 
 
 if __name__ == "__main__":

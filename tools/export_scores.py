@@ -15,10 +15,12 @@ def main() -> None:
     parser = tool_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory that has been scored")
     parser.add_argument("--output", type=Path, metavar="FILE.parquet", help="default: RUN/influence.parquet")
+    parser.add_argument("--check", action="store_true", help="print how many rows there are, and exit")
     options = parser.parse_args()
     with user_errors():
         output = options.output or options.run / "influence.parquet"
-        print(f"wrote {output}, {write_parquet(options.run, output):,} rows")
+        rows = write_parquet(options.run, output, options.check)
+        print(f"{'would write' if options.check else 'wrote'} {output}, {rows:,} rows")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1 import config_io
+from megatron_r1 import config_io, ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.influence.mix_file import table, write
 from megatron_r1.influence.mixture import make_mixture
+from megatron_r1.run_dir import sha256
 
 
 def main() -> None:
@@ -32,6 +33,12 @@ def main() -> None:
             if output.suffix == ".json":
                 raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
             write(mixture, used, config.mix, output, config.data.seq_length)
+            ledger.append_new(
+                Path(config.train.run),
+                f"mix {config.mix.phase}",
+                inputs={str(s.directory): sha256(s.directory / "scores.npy") for s in used},
+                outputs={str(output): sha256(output)},
+            )
             masks = f" and its masks in {output.parent / 'keep'}" if config.mix.keep else ""
             print(f"wrote {output}, {output.with_suffix('.json')}{masks}")
 

@@ -10,12 +10,16 @@ python tools/preprocess_data.py --merge --output-prefix data/tokens/gcide
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
+from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.data.preprocess import preprocess
-from megatron_r1.data.shards import merge, parse_shard
+from megatron_r1.data.shards import merge, parse_shard, shards_of
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
         "are proven equal (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
     add("--merge", action="store_true", help="join the shards of this prefix; their options are known")
+    add("--check", action="store_true", help="print what would be read and written, and exit")
     args = parser.parse_args()
     given = {"--input": args.input, "--tokenizer-type": args.tokenizer_type}
     given["--tokenizer-model"] = args.tokenizer_model
@@ -52,9 +57,14 @@ def main() -> None:
             os.environ.pop("RANK", None)
         try:
             if args.merge:
-                merge(args.output_prefix, json_keys=args.json_keys, reject_limit=args.reject_limit)
+                sidecars = merge(
+                    args.output_prefix,
+                    json_keys=args.json_keys,
+                    reject_limit=args.reject_limit,
+                    check=args.check,
+                )
             else:
-                preprocess(
+                sidecars = preprocess(
                     args.input,
                     args.output_prefix,
                     args.tokenizer_type,
@@ -66,10 +76,33 @@ def main() -> None:
                     reject_limit=args.reject_limit,
                     encoder=args.encoder,
                     shard=shard,
+                    check=args.check,
                 )
+            if not args.check:
+                _tell(args, sidecars)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
+
+
+def _tell(args: argparse.Namespace, sidecars: dict[str, dict[str, Any]]) -> None:
+    """The ledger beside the outputs: of all keys together; a merge has read the shards' pairs."""
+    output, inputs = Path(args.output_prefix), {}
+    if args.merge:
+        shards = [found for key in args.json_keys for found in shards_of(output, key)]
+        inputs = {str(prefix): sidecar["bin_sha256"] for prefix, sidecar in shards}
+    else:
+        read = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
+        # Those of a shard are not hashed: other shards read them, too.
+        inputs = {source["path"]: source["sha256"] for source in read if source["sha256"]}
+        inputs[args.tokenizer_model] = next(iter(sidecars.values()))["tokenizer_fingerprint"]
+    ledger.append_new(
+        output.parent,
+        f"{'merge' if args.merge else 'preprocess'} {output.name}",
+        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
+        inputs=inputs,
+        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
+    )
 
 
 if __name__ == "__main__":

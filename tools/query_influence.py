@@ -19,13 +19,23 @@ def main() -> None:
     parser.add_argument(
         "--capabilities", metavar="NAME,...", help="of influence.directions (default: all of them)"
     )
+    parser.add_argument("--check", action="store_true", help="print what would be asked, and exit")
     options = parser.parse_intermixed_args()
     with user_errors():
         config = config_io.load(options.config)
-        from megatron_r1.influence.query import query_influence
+        from megatron_r1.influence.query import open_query, query_influence
 
         names = options.capabilities and [name.strip() for name in options.capabilities.split(",")]
-        query_influence(config, options.output, names)
+        job = open_query(config, options.output, names)
+        if options.check:
+            asked, windows = ", ".join(job.work.influence.directions), job.work.probe_windows(config)
+            examples = sum(len(part.example_N) for part in job.all_parts())
+            print(
+                f"{options.output}: {asked}, steps {job.work.steps}; {windows} probing windows pass at each, "
+                f"{examples:,} stored projections are asked"
+            )
+        else:
+            query_influence(job, options.output)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,14 @@ def main() -> None:
         help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
     )
     parser.add_argument("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
+    parser.add_argument("--check", action="store_true", help="print the figures' first sentences, and exit")
     options = parser.parse_args()
     with user_errors():
         reading = load.read_all(options.run, options.control, options.tokenizer)
+        if options.check:
+            for figure in page.all_figures(reading):
+                print(f"{figure.title}: {figure.lead}")
+            return
         print(page.write(reading))
         for path in png.write(reading) if options.png else []:
             print(path)

@@ -6,8 +6,11 @@ python tools/train_tokenizer.py --input data/text/*.jsonl --vocab-size 8192 --ou
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
+from megatron_r1.data.documents import digest, open_input
 from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 
 
@@ -23,13 +26,28 @@ def main() -> None:
         default=30,
         help="text to learn from, an equal share of each input (default: %(default)s)",
     )
+    parser.add_argument("--check", action="store_true", help="print what would be read, and exit")
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():
+        inputs = [open_input(name) for name in args.input]
+        if args.check:
+            share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)
+            for source in inputs:
+                print(f"input {source.name}: {source.size:,} bytes, of its text up to {share:.1f} MB")
+            there = "is replaced" if Path(args.output).exists() else "is written"
+            print(f"output {args.output}: {args.vocab_size:,} tokens, {there}")
+            return
         seen = train_sentencepiece(
             args.input, args.output, args.vocab_size, args.json_key, int(args.max_megabytes * 1e6)
         )
         tokenizer = build_tokenizer(SentencePiece.kind, args.output)
+        ledger.append_new(
+            Path(args.output).parent,
+            "train tokenizer",
+            inputs={source.name: digest(source) for source in inputs},
+            outputs={args.output: tokenizer.fingerprint()},
+        )
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "
         f"{time.monotonic() - start:.1f} s, fingerprint {tokenizer.fingerprint()[:12]}"

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1 import ledger
 from megatron_r1.cli import user_errors
 from megatron_r1.run_dir import replacing, sha256, write_json
 
@@ -355,6 +356,10 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         manifest = gather_all(args.output_dir, args.sources, args.megabytes)
+        written = [args.output_dir / f"{name}.jsonl" for name in manifest["found"]]
+        outputs = {str(path): sha256(path) for path in written}
+        # Not within: who reads *.jsonl there reads texts.
+        ledger.append_new(args.output_dir.parent, "gather text", outputs=outputs)
     total = sum(source["text_bytes"] for source in manifest["found"].values())
     print(f"{args.output_dir}: {len(manifest['found'])} sources, {total / 1e6:.1f} MB of text")
 

@@ -9,7 +9,6 @@ Run again, it goes on where it was cut off, or answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -99,10 +98,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
         # A thread for each rank: torchrun would say at length that it sets this.
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // RANKS))}
         configs = [ROOT / word for word in command if word.startswith("examples/") and word.endswith(".yaml")]
-        return Stage(name, command, outputs, files=configs, environment=threads, record=False)
-
-    def tokens_of(name: str) -> int:
-        return int(json.loads(Path(f"{prefix[name]}.json").read_text())["tokens"])
+        return Stage(name, command, outputs, files=configs, environment=threads)
 
     return [
         Stage(
@@ -127,8 +123,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
                     "--output-prefix", data / name, "--append-eod", "--workers", 2,
                 ),
                 [Path(f"{prefix[name]}.bin"), Path(f"{prefix[name]}.idx")],
-                tokens=lambda name=name: tokens_of(name),
-            )
+                )
             for name in gather_text.SOURCES
         ),
         Stage(

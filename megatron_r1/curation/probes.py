@@ -31,10 +31,14 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.near import near, near_path
+from megatron_r1.progress import Progress
 from megatron_r1.run_dir import sha256, write_json, write_text
 
 FORMAT = 1
 SETS = ("probe", "heldout")
+_AT_ONCE = 1000
+"""Documents that are hashed between two looks at the clock."""
 SLACK = 1.25
 """What is set aside, over what the two sets need: duplicates may drop out."""
 
@@ -59,9 +63,12 @@ def curate_probes(
     tokens_per_source: int = 32_768,
     fraction: float = 0.1,
     max_document_tokens: int = 2048,
+    check: bool = False,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
     """Write the sets, `split.yaml` (for the trainer) and `manifest.json`; returns the manifest.
+
+    check: write nothing; the manifest then says how each source would be split, and names no files.
 
     sources: name -> prefix, all that training will draw from, in order. capabilities: name -> its sources;
     a source may be in none, and is then only split. Each set holds exactly `tokens_per_source` tokens of
@@ -90,6 +97,8 @@ def curate_probes(
         for name, prefix in sources.items()
     ]
     _same_tokenizer(opened)
+    if check:
+        return {"request": request, "sources": {s.name: _describe(s) for s in opened}, "files": {}}
     digests = {s.name: _digests_set_aside(s) for s in opened if s.capability}
     in_training = _found_in_training(opened, {d for found in digests.values() for d in found})
     manifest_path.unlink(missing_ok=True)
@@ -138,7 +147,7 @@ def _checked(
     for capability, members in capabilities.items():
         for name in members:
             if name not in sources:
-                raise ValueError(f"capability {capability}: no source {name}; there are {', '.join(sources)}")
+                raise ValueError(f"capability {capability}: no source {name}{near(name, sources)}")
             if name in of_capability:
                 raise ValueError(
                     f"source {name} is in {of_capability[name]} and {capability}; one capability a source"
@@ -154,7 +163,10 @@ def _identity(prefix: str | Path) -> dict[str, Any]:
     sidecar = read_sidecar(prefix) or {}
     for suffix in (".idx", ".bin"):
         if not with_suffix(prefix, suffix).is_file():
-            raise FileNotFoundError(f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first")
+            raise FileNotFoundError(
+                f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first"
+                f"{near_path(with_suffix(prefix, suffix))}"
+            )
     return {
         "prefix": str(prefix),
         "idx_sha256": sha256(with_suffix(prefix, ".idx")),
@@ -227,12 +239,14 @@ def _found_in_training(opened: Sequence[_Source], wanted: set[bytes]) -> set[byt
     lengths = np.unique(
         np.concatenate([s.lengths[s.leading :] for s in opened if s.capability] or [np.empty(0, np.int64)])
     )
+    alike = [np.flatnonzero(np.isin(source.lengths[: source.leading], lengths)) for source in opened]
     found = set()
-    for source in opened:
-        for i in np.flatnonzero(np.isin(source.lengths[: source.leading], lengths)):
-            digest = _digest(source.dataset.document(int(i)))
-            if digest in wanted:
-                found.add(digest)
+    with Progress("look for copies in training", sum(map(len, alike)), "documents") as bar:
+        for source, documents in zip(opened, alike, strict=True):
+            for first in range(0, len(documents), _AT_ONCE):
+                some = documents[first : first + _AT_ONCE].tolist()
+                found |= wanted & {_digest(source.dataset.document(i)) for i in some}
+                bar.advance(len(some))
     return found
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_r1.near import near_path
 from megatron_r1.run_dir import sha256
 
 try:
@@ -78,7 +79,7 @@ def open_input(name: str | Path) -> Input:
     if path.is_dir():
         return Dataset(str(name), _load_saved(path))
     if not path.is_file():
-        raise FileNotFoundError(f"input {path} does not exist")
+        raise FileNotFoundError(f"input {path} does not exist{near_path(path)}")
     return Parquet(path) if path.suffix == ".parquet" else Lines(path)
 
 

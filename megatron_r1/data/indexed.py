@@ -79,7 +79,8 @@ class IndexedDataset:
     """Sequences before each document, [documents + 1], int64: Megatron's document_indices."""
     dtype: np.dtype[Any]
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, share: tuple[int, int] = (0, 1)):
+        """`share`: (rank, ranks) where so many open it together and each checks a part of the index."""
         self.prefix = Path(prefix)
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
@@ -89,7 +90,7 @@ class IndexedDataset:
                     f"{_near(self.prefix)}"
                 )
         self._read_index()
-        self._check_index()
+        self._check_index(*share)
         self.tokens = map_array(self._bin, self.dtype, 0, self._bin.stat().st_size // self.dtype.itemsize)
 
     def __len__(self) -> int:
@@ -150,49 +151,64 @@ class IndexedDataset:
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
 
-    def _check_index(self) -> None:
-        """Lengths against pointers, pointers against the size of the .bin, documents against sequences."""
+    def _check_index(self, part: int, parts: int) -> None:
+        """Lengths against pointers, pointers against the size of the .bin, documents against sequences.
+
+        Every rule looks at neighbours only: the parts together have seen the whole.
+        """
         n, item = len(self), self.dtype.itemsize
         lengths_at, pointers_at, documents_at = INDEX_START, INDEX_START + 4 * n, INDEX_START + 12 * n
-        end = 0
         # In pieces, so that opening an index of any size takes a few tens of MB.
-        for lo in range(0, n, _CHECKED_AT_ONCE):
-            lengths = self.lengths[lo : lo + _CHECKED_AT_ONCE].astype(np.int64)
-            pointers = self.pointers[lo : lo + _CHECKED_AT_ONCE]
+        for lo, hi in _pieces(n, part, parts):
+            lengths = self.lengths[lo:hi].astype(np.int64)
             if lengths.min() < 0:
                 i = lo + int(np.argmax(lengths < 0))
                 self._refuse(self._idx, lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}")
-            ends = end + np.cumsum(lengths * item)
-            wrong = np.flatnonzero(pointers != np.concatenate(([end], ends[:-1])))
+            # Of each sequence, where the one before it ends.
+            ends = np.concatenate(([self._end(lo)], (self.pointers[lo:hi] + item * lengths)[:-1]))
+            wrong = np.flatnonzero(self.pointers[lo:hi] != ends)
             if len(wrong):
                 i = lo + int(wrong[0])
                 self._refuse(
                     self._idx,
                     pointers_at + 8 * i,
                     f"sequence {i} starts at byte {self.pointers[i]} of the .bin, but the lengths before it "
-                    f"(offset {lengths_at} on) end at byte {end if i == lo else ends[i - lo - 1]}",
+                    f"(offset {lengths_at} on) end at byte {ends[i - lo]}",
                 )
-            end = int(ends[-1])
         if self.documents[0] != 0 or self.documents[-1] != n:
             self._refuse(
                 self._idx,
                 documents_at,
                 f"documents span sequences {self.documents[0]} to {self.documents[-1]}, not 0 to {n}",
             )
-        for lo in range(0, len(self.documents), _CHECKED_AT_ONCE):
-            falling = np.flatnonzero(np.diff(self.documents[lo : lo + _CHECKED_AT_ONCE + 1]) < 0)
+        for lo, hi in _pieces(len(self.documents), part, parts):
+            falling = np.flatnonzero(np.diff(self.documents[lo : hi + 1]) < 0)
             if len(falling):
                 i = lo + int(falling[0]) + 1
                 self._refuse(self._idx, documents_at + 8 * i, f"document entry {i} is below the one before")
-        size = self._bin.stat().st_size
+        size, end = self._bin.stat().st_size, self._end(n)
         if size != end:
             what = "is truncated" if size < end else "is longer than its index says"
             self._refuse(
                 self._bin, min(size, end), f"it {what}: {size} bytes, where {self._idx.name} says {end}"
             )
 
+    def _end(self, sequence: int) -> int:
+        """Where in the .bin the sequences before this one end."""
+        before = sequence - 1
+        if before < 0:
+            return 0
+        return int(self.pointers[before]) + int(self.lengths[before]) * self.dtype.itemsize
+
     def _refuse(self, path: Path, offset: int, what: str) -> None:
         raise ValueError(f"{path} is damaged at offset {offset}: {what}; {_REDO}")
+
+
+def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most _CHECKED_AT_ONCE that make up one of `parts` equal parts of range(count)."""
+    end = count * (part + 1) // parts
+    for lo in range(count * part // parts, end, _CHECKED_AT_ONCE):
+        yield lo, min(end, lo + _CHECKED_AT_ONCE)
 
 
 def _near(prefix: Path) -> str:
@@ -381,13 +397,15 @@ def identity_of(prefix: str | Path) -> str:
     return str(sidecar.get("bin_sha256") or sha256(with_suffix(prefix, ".idx")))
 
 
-def open_corpus(name: str, prefix: str | Path, documents: int | None = None) -> Corpus:
+def open_corpus(
+    name: str, prefix: str | Path, documents: int | None = None, share: tuple[int, int] = (0, 1)
+) -> Corpus:
     """Check a pair against itself and its sidecar, and describe it (or its leading `documents`).
 
-    Errors: FileNotFoundError, ValueError for a damaged pair, for a sidecar of another pair, and for
-    more documents than there are.
+    share: as of IndexedDataset. Errors: FileNotFoundError, ValueError for a damaged pair, for a sidecar of
+    another pair, and for more documents than there are.
     """
-    dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
+    dataset, sidecar = IndexedDataset(prefix, share), read_sidecar(prefix)
     if sidecar is not None:
         found: dict[str, Any] = {
             "documents": dataset.num_documents,

@@ -70,6 +70,7 @@ def preprocess(
     reject_limit: int = 100,
     encoder: str = "auto",
     shard: tuple[int, int] | None = None,
+    check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
     """Write `{output_prefix}_{key}_document.{bin,idx,docs.npy,json}` for each key; returns the sidecars by
@@ -78,7 +79,8 @@ def preprocess(
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
     tool. reject_limit: documents of one key that may be rejected. encoder: "auto" or "reference". shard:
     (i, n) encodes the i-th of n parts for `merge`, with line numbers counted from where the part begins.
-    Outputs that match the inputs and options are left as they are. Errors: ValueError, also where no
+    Outputs that match the inputs and options are left as they are. check: only log what would be done; the
+    sidecars are those that are there. Errors: ValueError, also where no
     document is left (but for a shard); FileNotFoundError; OSError where the disk is full.
     """
     if workers < 1 or reject_limit < 0 or not inputs or not json_keys or encoder not in ("auto", "reference"):
@@ -100,6 +102,11 @@ def preprocess(
         output_prefix = shard_prefix(output_prefix, *shard)
     prefixes = {key: with_suffix(output_prefix, f"_{key}_document") for key in json_keys}
     work = with_suffix(output_prefix, ".partial")
+    if check:
+        there = {p: finished(p, {**about, "key": k}, sources) for k, p in prefixes.items()}
+        for line in _told(sources, tokenizer, there, work):
+            log(line)
+        return {str(prefix): sidecar for prefix, sidecar in there.items() if sidecar}
     with alone(work, log):
         done = {key: finished(prefix, {**about, "key": key}, sources) for key, prefix in prefixes.items()}
         if all(done.values()):
@@ -159,6 +166,26 @@ def preprocess(
         except (ValueError, OSError):
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+def _told(
+    sources: Sequence[Input], tokenizer: Tokenizer, there: dict[Path, dict[str, Any] | None], work: Path
+) -> Iterator[str]:
+    """What a run would do, a line each for inputs, tokenizer and every output."""
+    for source in sources:
+        yield f"input {source.name}: {source.size:,} bytes"
+    dtype = best_dtype(tokenizer.vocab_size)
+    fingerprint = tokenizer.fingerprint()[:12]
+    yield f"tokenizer {tokenizer.kind} {fingerprint}: {tokenizer.vocab_size:,} tokens, stored as {dtype}"
+    for prefix, sidecar in there.items():
+        if sidecar:
+            said = f"done before, {sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens"
+        elif with_suffix(prefix, ".bin").exists():
+            made = with_suffix(prefix, ".json").exists()
+            said = "of other inputs or options: is replaced" if made else "another tool's: is refused"
+        else:
+            said = "begun, goes on" if (work / "journal").exists() else "is written"
+        yield f"output {prefix}.bin: {said}"
 
 
 def _about(tokenizer: Tokenizer, append_eod: bool, seed: int | None) -> dict[str, Any]:

@@ -45,12 +45,14 @@ def merge(
     *,
     json_keys: Sequence[str] = ("text",),
     reject_limit: int = 100,
+    check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
     """Join the shards of a prefix, found by name, into the pair that one run without shards would write.
 
-    The shards stay. Errors: FileNotFoundError for a missing shard, ValueError for shards of different
-    inputs or options, for a damaged one, and for more rejects in all than the limit.
+    The shards stay. check: only log what would be joined. Errors: FileNotFoundError for a missing shard,
+    ValueError for shards of different inputs or options, for a damaged one, and for more rejects in all than
+    the limit.
     """
     if reject_limit < 0 or not json_keys:
         raise ValueError(
@@ -58,9 +60,9 @@ def merge(
         )
     output_prefix, began = Path(output_prefix), time.monotonic()
     sidecars = {}
-    with alone(with_suffix(output_prefix, ".partial"), log):
+    with contextlib.nullcontext() if check else alone(with_suffix(output_prefix, ".partial"), log):
         for key in json_keys:
-            shards = _shards(output_prefix, key)
+            shards = shards_of(output_prefix, key)
             about = _common(shards)
             prefix = with_suffix(output_prefix, f"_{key}_document")
             rejects = with_suffix(output_prefix, f"_{key}_rejects.jsonl")
@@ -70,6 +72,10 @@ def merge(
                     f"the shards have {count} rejects for key {key!r}, more than {reject_limit}: "
                     f"mend the input or raise --reject-limit"
                 )
+            if check:
+                documents, tokens = (sum(s[what] for _, s in shards) for what in ("documents", "tokens"))
+                log(f"output {prefix}.bin: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")
+                continue
             sources = [_again(source) for source in about["inputs"]]
             found = [source for source in sources if source is not None]
             said = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
@@ -95,8 +101,8 @@ def merge(
     return sidecars
 
 
-def _shards(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Prefix and sidecar of each shard, in order."""
+def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Prefix and sidecar of each shard, in order. Errors: FileNotFoundError, ValueError for one of others."""
     pattern = re.compile(
         re.escape(output_prefix.name) + r"_shard-(\d+)-of-(\d+)_" + re.escape(f"{key}_document.json")
     )

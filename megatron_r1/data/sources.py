@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from megatron_r1 import config_io
@@ -13,9 +14,17 @@ from megatron_r1.data.token_ids import sampled_mistakes
 from megatron_r1.records import Corpus
 
 
-def resolve_data(config: Config) -> tuple[list[Corpus], BlendPlan]:
-    """Open every dataset and lay the data plan. Raises ConfigError with every mistake."""
-    corpora, mistakes = open_sources(config)
+def launched() -> tuple[int, int]:
+    """This rank and how many there are, as torchrun says; (0, 1) where it does not."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def resolve_data(config: Config, share: tuple[int, int] = (0, 1)) -> tuple[list[Corpus], BlendPlan]:
+    """Open every dataset and lay the data plan. Raises ConfigError with every mistake.
+
+    share: (rank, ranks) of a launch whose every rank calls this; each checks its part of every index.
+    """
+    corpora, mistakes = open_sources(config, share)
     if mistakes:
         raise config_io.ConfigError(mistakes)
     plan = build_plan(config, corpora)
@@ -27,7 +36,7 @@ def resolve_data(config: Config) -> tuple[list[Corpus], BlendPlan]:
 def data_mistakes(config: Config, ranks: int | None = None) -> list[str]:
     """What is wrong with the datasets, or with training on `ranks` ranks (default: one model copy)."""
     ranks = config.parallel.model_ranks() if ranks is None else ranks
-    return open_sources(config)[1] + config_io.check_world(config, ranks)
+    return open_sources(config, launched())[1] + config_io.check_world(config, ranks)
 
 
 def document_end(config: Config) -> int | None:
@@ -42,15 +51,15 @@ def document_end(config: Config) -> int | None:
     return int(found)
 
 
-def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
-    """The corpora that open, in order, and every mistake found."""
+def open_sources(config: Config, share: tuple[int, int] = (0, 1)) -> tuple[list[Corpus], list[str]]:
+    """The corpora that open, in order, and every mistake found. share: see `resolve_data`."""
     corpora: list[Corpus] = []
     mistakes: list[str] = []
     hashes: dict[str, str] = {}
     for name, source in config.data.sources.items():
         path = f"data.sources.{name}"
         try:
-            corpus = open_corpus(name, source.prefix, source.documents)
+            corpus = open_corpus(name, source.prefix, source.documents, share)
         except (OSError, ValueError) as error:
             mistakes.append(f"{path}: {error}")
             continue
@@ -64,7 +73,7 @@ def open_sources(config: Config) -> tuple[list[Corpus], list[str]]:
         mistakes += document_end_mistakes(path, source.prefix, config)
     for name, prefix in config.data.probes.items():
         try:
-            probe = open_corpus(name, prefix)
+            probe = open_corpus(name, prefix, share=share)
             path = f"data.probes.{name}"
             mistakes += _tokenizer_mistakes(path, prefix, probe, hashes, config.model.vocab_size)
             mistakes += document_end_mistakes(path, prefix, config)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from megatron_r1.near import near_path
 from megatron_r1.run_dir import replacing
 
 
@@ -80,7 +81,7 @@ def _library(name: str, kind: str) -> ModuleType:
 
 def _existing(model: Path, kind: str) -> Path:
     if not model.exists():
-        raise FileNotFoundError(f"{kind}: no tokenizer model at {model}")
+        raise FileNotFoundError(f"{kind}: no tokenizer model at {model}{near_path(model)}")
     return model
 
 

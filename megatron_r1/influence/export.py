@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.influence.store import scored
+from megatron_r1.near import near_path
+from megatron_r1.progress import Progress
 from megatron_r1.run_dir import RunDir, replacing
 
 COLUMNS = {
@@ -20,13 +22,13 @@ COLUMNS = {
 }
 
 
-def write_parquet(run: Path, output: Path) -> int:
+def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     """Write every complete score under `run`: a row for each (source, step, example). Returns how many.
 
     Columns: step, source, example (window or document number), tokens (labels), loss (nats), norm where any
     is stored (null elsewhere), and a float32 for each capability. A row group is one source at one step, and
-    no more is in memory. `output` is whole or not there. Raises ValueError where nothing is complete, where
-    checkpoints were scored for different capabilities, or where pyarrow is missing.
+    no more is in memory. check: only count. `output` is whole or not there. Raises ValueError where nothing
+    is complete, where checkpoints were scored for different capabilities, or where pyarrow is missing.
     """
     try:
         import pyarrow
@@ -37,6 +39,7 @@ def write_parquet(run: Path, output: Path) -> int:
     if not parts:
         raise ValueError(
             f"{RunDir(run).influence}: no complete influence scores; see tools/compute_influence.py"
+            f"{near_path(run)}"
         )
     capabilities: list[str] = parts[0].manifest["capabilities"]
     for part in parts:
@@ -45,12 +48,18 @@ def write_parquet(run: Path, output: Path) -> int:
                 f"{part.directory} holds scores for {part.manifest['capabilities']}, {parts[0].directory} "
                 f"for {capabilities}; a table has one set of columns: remove one of the two and score again"
             )
+    if check:
+        return sum(len(part.array("examples")) for part in parts)
     with_norms = any((part.directory / "norms.npy").is_file() for part in parts)
     columns = {name: kind for name, kind in COLUMNS.items() if with_norms or name != "norm"}
     columns |= dict.fromkeys(capabilities, "float32")
     schema = pyarrow.schema(list(columns.items()))
     rows = 0
-    with replacing(output) as stream, pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+    with (
+        replacing(output) as stream,
+        pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+        Progress("export", len(parts), "row groups") as bar,
+    ):
         for part in parts:
             example_N, score_NC = part.array("examples"), part.array("scores")
             norms = (part.directory / "norms.npy").is_file()
@@ -65,4 +74,5 @@ def write_parquet(run: Path, output: Path) -> int:
             }
             writer.write_table(pyarrow.table({name: values[name] for name in columns}, schema))
             rows += len(example_N)
+            bar.advance()
     return rows

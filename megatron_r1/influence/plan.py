@@ -11,14 +11,14 @@ import numpy as np
 
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import document_starts, open_corpus, with_suffix
-from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
+from megatron_r1.data.indexed import document_starts, identity_of, open_corpus, with_suffix
+from megatron_r1.data.sources import document_end, document_end_mistakes, launched, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.export import COLUMNS
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.windows import choose
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run_dir import RunDir, sha256
 
 _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
 """Fields of InfluenceConfig that decide what is stored."""
@@ -43,6 +43,11 @@ class Part:
         return len(self.example_N) - store.rows_written(self.directory)
 
 
+def scores_of(parts: Sequence[Part]) -> dict[str, str]:
+    """Directory of scores -> hash of them, for the ledger."""
+    return {str(part.directory): sha256(part.directory / "scores.npy") for part in parts}
+
+
 @dataclass(frozen=True)
 class Work:
     influence: InfluenceConfig
@@ -50,6 +55,10 @@ class Work:
     probes: list[Corpus]
     """Probing sets, one a capability, in order."""
     steps: list[int]
+
+    def identities(self) -> dict[str, str]:
+        """Prefix -> hash of every dataset that is read."""
+        return {str(c.prefix): identity_of(c.prefix) for c in (*self.sources, *self.probes)}
 
     def examples(self, config: Config) -> int:
         """Examples to score at each checkpoint."""
@@ -171,12 +180,12 @@ def _open(config: Config) -> tuple[Work | None, list[str]]:
     influence = config.influence
     if influence is None:
         return None, ["influence: missing section; add a file that has it (see examples/quickstart)"]
-    sources, mistakes = open_sources(config)
+    sources, mistakes = open_sources(config, launched())
     mistakes += _check(influence, config)
     probes = []
     for name, prefix in influence.directions.items():
         try:
-            probe = open_corpus(name, prefix)
+            probe = open_corpus(name, prefix, share=launched())
         except (OSError, ValueError) as error:
             mistakes.append(f"influence.directions.{name}: {error}")
             continue

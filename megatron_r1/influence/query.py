@@ -21,8 +21,8 @@ from megatron_r1 import checkpoint, ledger
 from megatron_r1.config import Config
 from megatron_r1.influence.build import build_method
 from megatron_r1.influence.methods import Method
-from megatron_r1.influence.plan import Part
-from megatron_r1.influence.score import Scoring, open_job
+from megatron_r1.influence.plan import Part, scores_of
+from megatron_r1.influence.score import Job, Scoring, open_job
 from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
@@ -33,11 +33,11 @@ _ROWS = 256
 """Examples whose projections are in memory at a time."""
 
 
-def query_influence(config: Config, output: Path, capabilities: Sequence[str] | None = None) -> None:
-    """Score `capabilities` (default: all of influence.directions) by a run's projections, or what is left.
+def open_query(config: Config, output: Path, capabilities: Sequence[str] | None = None) -> Job:
+    """The work of asking a run's projections for `capabilities` (default: all of influence.directions).
 
-    Every rank of the launch calls this, in any layout. Raises ValueError before anything is written where
-    projections are missing or were made from other inputs, or where `output` holds other answers.
+    Raises ValueError where projections are missing or were made from other inputs, or where `output` is a
+    run or holds other answers.
     """
     if RunDir(output).config.exists() or RunDir(output).checkpoints.exists():
         raise ValueError(f"--output {output} is a training run; name a directory for the answers alone")
@@ -57,7 +57,11 @@ def query_influence(config: Config, output: Path, capabilities: Sequence[str] | 
         )
     job = open_job(config)
     parts = {step: [_answers(part, output) for part in found] for step, found in job.parts.items()}
-    job = dataclasses.replace(job, parts=parts)
+    return dataclasses.replace(job, parts=parts)
+
+
+def query_influence(job: Job, output: Path) -> None:
+    """Answer what is left of an `open_query`; every rank of the launch calls this, in any layout."""
     if not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
@@ -66,7 +70,7 @@ def query_influence(config: Config, output: Path, capabilities: Sequence[str] | 
     with process_groups(job.config.parallel) as context, holding(RunDir(output).influence, context):
         scoring = Scoring(job, context)
         for ref in job.refs:
-            if scoring.left_of(parts[ref.step]):
+            if scoring.left_of(job.parts[ref.step]):
                 _ask(scoring, ref)
         if scoring.leads:
             print(f"{output}: {', '.join(job.work.influence.directions)}, steps {job.work.steps}", flush=True)
@@ -113,7 +117,8 @@ def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
             devices=scoring.context.world_size,
             tokens=work.probe_windows(config) * config.data.seq_length,
             seconds=time.time() - began,
-            outputs=[str(part.directory) for part in scoring.parts[ref.step]],
+            inputs={str(ref.path): checkpoint.identity(ref.path)} | work.identities(),
+            outputs=scores_of(scoring.parts[ref.step]),
         )
 
 

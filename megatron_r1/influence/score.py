@@ -33,7 +33,7 @@ from megatron_r1.influence.leave_out import own_products, without_own
 from megatron_r1.influence.low_rank import LowRank, correlation
 from megatron_r1.influence.methods import Directions, Method, WgradDot
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
-from megatron_r1.influence.plan import Part, Work, lay_plan
+from megatron_r1.influence.plan import Part, Work, lay_plan, scores_of
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
 from megatron_r1.influence.windows import Examples
 from megatron_r1.model.gpt import build_model
@@ -148,7 +148,7 @@ class Scoring:
         if self.leads:
             print(
                 f"{self.config.train.run}: {self.work.summary(self.config)} | {done:,} done before | "
-                f"{self.context.world_size} ranks | {backend.describe()}",
+                f"{self.context.world_size} ranks | {backend.describe(trains=False)}",
                 flush=True,
             )
         with Progress("score influence", total, "examples", done, self.leads) as bar:
@@ -196,7 +196,8 @@ class Scoring:
                 devices=self.context.world_size,
                 tokens=(examples + probes) * self.config.data.seq_length,
                 seconds=time.time() - self.began,
-                outputs=[str(part.directory) for part in self.parts[ref.step]],
+                inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities(),
+                outputs=scores_of(self.parts[ref.step]),
             )
         self.began = time.time()
 

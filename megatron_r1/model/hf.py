@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.model.hf_config import Family
+from megatron_r1.progress import Progress
 from megatron_r1.run_dir import naming, sync, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -79,15 +80,17 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
             shards.append({})
         shards[-1][name] = view
     files: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = directory / (_SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-        with naming(file):
-            save_file(tensors(shard), file, metadata={"format": "pt"})
-            # safetensors lets the owner alone read it.
-            file.chmod(directory.stat().st_mode & 0o666)
-            sync(file)
-        files |= dict.fromkeys(shard, file.name)
+    with Progress("write", len(views), "tensors") as bar:
+        for number, shard in enumerate(shards, 1):
+            single = len(shards) == 1
+            file = directory / (_SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            with naming(file):
+                save_file(tensors(shard), file, metadata={"format": "pt"})
+                # safetensors lets the owner alone read it.
+                file.chmod(directory.stat().st_mode & 0o666)
+                sync(file)
+            files |= dict.fromkeys(shard, file.name)
+            bar.advance(len(shard))
     if len(shards) > 1:
         total = sum(view.nbytes for view in views.values())
         write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
@@ -114,8 +117,10 @@ def load(views: Mapping[str, Tensor], directory: Path) -> None:
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ValueError(f"{directory}: tensors do not fit config.json:\n  " + "\n  ".join(wrong[:10] + more))
-    for name, view in views.items():
-        view.copy_(opened[files[name]].get_tensor(name).view(view.shape))
+    with Progress("read", len(views), "tensors") as bar:
+        for name, view in views.items():
+            view.copy_(opened[files[name]].get_tensor(name).view(view.shape))
+            bar.advance()
     if _HEAD in files:
         head = opened[files[_HEAD]].get_tensor(_HEAD)
         if not torch.equal(head, opened[files[_EMBEDDING]].get_tensor(_EMBEDDING)):

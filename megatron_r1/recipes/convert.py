@@ -13,14 +13,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
-from megatron_r1 import backend, checkpoint  # (backend before megatron.core)
+from megatron_r1 import backend, checkpoint, ledger  # (backend before megatron.core)
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.tokenizer_files import TokenizerFiles
 from megatron_r1.model import hf, hf_config
 from megatron_r1.model.gpt import build_model
+from megatron_r1.near import near_path
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
-from megatron_r1.run_dir import sync, write_json
+from megatron_r1.run_dir import RunDir, sha256, sync, write_json
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -35,13 +36,15 @@ def to_hf(
     context: int | None = None,
     precision: Precision | None = None,
     tokenizer: TokenizerFiles | None = None,
-) -> None:
+    check: bool = False,
+) -> str:
     """Write the checkpoint `source`, of whatever layout, as a folder that `from_pretrained` reads.
 
     `context`: longest sequence, tokens; None: `data.seq_length` of the checkpoint's run. `precision`: of the
-    written weights; None: as they are stored. Takes one process and at most twice the memory of the weights.
-    The folder appears whole or not at all. Raises ValueError for a damaged checkpoint, a `target` that holds
-    something, or a tokenizer that does not fit.
+    written weights; None: as they are stored. `check`: write nothing. Returns a line that says what it is.
+    Takes one process and at most twice the memory of the weights. The folder appears whole or not at all.
+    Raises ValueError for a damaged checkpoint, a `target` that holds something, or a tokenizer that does
+    not fit.
     """
     model = TypeAdapter(ModelConfig).validate_python(checkpoint.read_meta(source)["model"])
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -52,6 +55,10 @@ def to_hf(
     precision = precision or _stored_precision(source)
     end_of_text = tokenizer.end_of_text if tokenizer else None
     config = hf_config.to_hf(model, context or _context(source), _TORCH_NAME[precision], end_of_text)
+    said = _said(model, precision, f"{config['model_type']}, {config['max_position_embeddings']} positions")
+    _require_empty(target)
+    if check:
+        return said
     with _appearing(target) as folder, process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
         checkpoint.load(source, gpt, None, model)
@@ -62,27 +69,55 @@ def to_hf(
         for name, content in (tokenizer.files if tokenizer else {}).items():
             (folder / name).write_bytes(content)
             sync(folder / name)
+    run = _run_of(source)
+    ledger.append_new(
+        target.parent if run is None else run,
+        "convert to Hugging Face",
+        inputs={str(source): checkpoint.identity(source)},
+        outputs={str(path): sha256(path) for path in sorted(target.glob("*.safetensors"))},
+    )
+    return said
 
 
-def to_megatron(source: Path, target: Path, precision: Precision | None = None) -> Path:
-    """Write the weights of a Hugging Face folder as the checkpoint `target`/step_00000000; returns its path.
+def to_megatron(source: Path, target: Path, precision: Precision | None = None, check: bool = False) -> str:
+    """Write the weights of a Hugging Face folder as the checkpoint `target`/step_00000000.
 
-    `precision`: of the weights; None: bf16 where they are stored so, else fp32. Raises ValueError naming
-    every field and tensor that GPTModel has no place for, or for a `target` that holds something.
+    Returns a line that says what they are. `check`: write nothing. `precision`: of the weights; None: bf16
+    where they are stored so, else fp32. Raises ValueError naming every field and tensor that GPTModel has no
+    place for, or for a `target` that holds something.
     """
     try:
         described = hf_config.from_hf(json.loads((source / "config.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{source} has no config.json; name a folder as save_pretrained writes it") from None
+        raise ValueError(
+            f"{source} has no config.json; name a folder as save_pretrained writes it{near_path(source)}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from None
     _require_empty(target)
     model = described.model
     precision = precision or ("bf16" if hf.stored_dtype(source) == "BF16" else "fp32")
+    said = _said(model, precision, f"from {described.family}")
+    if check:
+        return said
     with process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
         hf.load(hf.views(gpt, model, described.family), source)
-        return checkpoint.save(target, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}").path
+        path = checkpoint.save(target, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}").path
+    ledger.append_new(
+        target,
+        "convert from Hugging Face",
+        inputs={str(file): sha256(file) for file in sorted(source.glob("*.safetensors"))},
+        outputs={str(path): checkpoint.identity(path)},
+    )
+    return said
+
+
+def _said(model: ModelConfig, precision: str, more: str) -> str:
+    return (
+        f"{model.parameters():,} parameters, {model.num_layers} layers, vocabulary {model.vocab_size:,}, "
+        f"{precision}, {more}"
+    )
 
 
 def _empty_model(model: ModelConfig, precision: Precision) -> Any:
@@ -96,11 +131,17 @@ def _stored_precision(source: Path) -> Precision:
 
 
 def _context(source: Path) -> int:
-    """Of the run that a checkpoint RUN/checkpoints/step_N lies in."""
-    config = source.resolve().parent.parent / "config.yaml"
-    if not config.is_file():
+    """Longest sequence of the run that a checkpoint lies in."""
+    run = _run_of(source)
+    if run is None:
         raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
-    return yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_length"]
+    return yaml.safe_load(RunDir(run).config.read_text(encoding="utf-8"))["data"]["seq_length"]
+
+
+def _run_of(checkpoint_path: Path) -> Path | None:
+    """The run that a checkpoint RUN/checkpoints/step_N lies in."""
+    run = checkpoint_path.resolve().parent.parent
+    return run if RunDir(run).config.is_file() else None
 
 
 def _require_empty(target: Path) -> None:

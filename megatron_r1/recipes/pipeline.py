@@ -11,11 +11,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_r1 import ledger
 from megatron_r1.run_dir import write_text
 from megatron_r1.run_lock import RunLock, owner_environment
 
@@ -31,10 +30,6 @@ class Stage:
     files: Sequence[Path] = ()
     """Files it reads besides what earlier stages left: when they change, it runs again."""
     environment: dict[str, str] = field(default_factory=dict)
-    record: bool = True
-    """Write a ledger line for it; False where the command writes its own."""
-    tokens: Callable[[], int] = lambda: 0
-    """Tokens it worked through, asked once it has finished."""
 
 
 class PipelineError(ValueError):
@@ -59,14 +54,6 @@ def run(directory: Path, stages: Sequence[Stage]) -> None:
             continue
         print(f"{title}: {_short(stage.command)}", flush=True)
         seconds = _call(stage)
-        if stage.record:
-            ledger.append(
-                directory,
-                stage.name,
-                tokens=stage.tokens(),
-                seconds=seconds,
-                outputs=[str(p) for p in stage.outputs],
-            )
         write_text(stamp, json.dumps({"inputs": chain.hexdigest(), "seconds": seconds}))
         print(f"{title}: {seconds:.0f} s\n", flush=True)
     print(f"all {len(stages)} stages done, {time.monotonic() - began:.0f} s this time", flush=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config_io, ledger
 from megatron_r1.config import Config
 from megatron_r1.influence.store import Scored, read_scores, scored
+from megatron_r1.near import near_path
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir
 
@@ -22,7 +23,7 @@ class Run:
     metrics: list[dict[str, Any]]
     """One line a step, in order; never empty."""
     stages: list[dict[str, Any]]
-    """The ledger's lines, in order."""
+    """The ledger's lines, in order; of a report's own run, before them those of the stages it stands on."""
 
     @property
     def name(self) -> str:
@@ -111,6 +112,7 @@ def read_run(root: Path) -> Run:
     if not files.config.is_file():
         raise ValueError(
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
+            f"{near_path(root)}"
         )
     metrics = ledger.read_jsonl(files.metrics) if files.metrics.is_file() else []
     if not metrics:
@@ -121,6 +123,7 @@ def read_run(root: Path) -> Run:
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
     run = read_run(root)
+    run = replace(run, stages=[*ledger.lineage(root), *run.stages])
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
     mix = root / "mix.json"

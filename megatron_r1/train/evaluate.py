@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_r1.config import Config
 from megatron_r1.data.indexed import open_corpus
-from megatron_r1.data.sources import document_end
+from megatron_r1.data.sources import document_end, launched
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Corpus
 from megatron_r1.train.batches import HeldOut
@@ -60,7 +60,7 @@ def _probing(config: Config) -> dict[str, tuple[Corpus, np.ndarray]]:
     """All windows of each capability's probing set."""
     found = {}
     for name, prefix in config.data.probes.items():
-        probe = open_corpus(name, prefix)
+        probe = open_corpus(name, prefix, share=launched())
         count = probe.windows(config.data.seq_length)
         if count == 0:
             raise ValueError(
@@ -75,7 +75,7 @@ def _validation(config: Config, corpora: list[Corpus]) -> dict[str, tuple[Corpus
     """The first `train.validation_windows` windows behind the documents that each source trains on."""
     found = {}
     for corpus in corpora:
-        whole = open_corpus(corpus.name, corpus.prefix)
+        whole = open_corpus(corpus.name, corpus.prefix, share=launched())
         first = -(-corpus.tokens // config.data.seq_length)
         last = min(whole.windows(config.data.seq_length), first + config.train.validation_windows)
         if first < last:

@@ -15,10 +15,11 @@ from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.sources import document_end, identities, resolve_data
+from megatron_r1.data.sources import document_end, identities, launched, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
-from megatron_r1.parallel import ParallelContext, holding, process_groups
+from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention
@@ -53,7 +54,7 @@ def train(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit
     the launch, the datasets, or the past of the run.
     """
-    corpora, plan = resolve_data(config)
+    corpora, plan = resolve_data(config, launched())
     if _finished(config, plan):
         return
     exit_when_orphaned()
@@ -67,7 +68,7 @@ def _finished(config: Config, plan: BlendPlan) -> bool:
     saved = checkpoint.found(RunDir(Path(config.train.run)).checkpoints)
     if not saved or saved[-1].step < phase_spans(config)[-1].end:
         return False
-    _check_past(saved[-1].path, config, plan)
+    _check_past(saved[-1].path, config, plan, identities(config))
     checkpoint.check_model(saved[-1].path, config.model)
     if int(os.environ.get("RANK", 0)) == 0:
         _say_late_edits(config, RunDir(Path(config.train.run)), saved[-1].step)
@@ -82,8 +83,11 @@ def _say_late_edits(config: Config, run: RunDir, step: int) -> None:
         say(f"{run.root}: {line}")
 
 
-def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
-    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn."""
+def _check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str]) -> None:
+    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn.
+
+    `now`: the datasets' identities.
+    """
     meta = checkpoint.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
     if samples != step * config.train.global_batch:
@@ -93,7 +97,7 @@ def _check_past(path: Path, config: Config, plan: BlendPlan) -> None:
             f"begin a new run"
         )
     plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
-    seen, now = json.loads(meta["plan"]).get("data", {}), identities(config)
+    seen = json.loads(meta["plan"]).get("data", {})
     other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
     if other:
         raise ValueError(
@@ -116,7 +120,8 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
-        self.identities = identities(config)
+        # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
+        self.identities: Any = broadcast_object(identities(config) if context.rank == 0 else None)
         self.loader = BatchLoader(
             plan,
             corpora,
@@ -127,6 +132,8 @@ class Trainer:
         )
         self.training: Training = build_training(config)
         self.guard = StepGuard(config.health)
+        self.origin: dict[str, str] = {}
+        """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
         self.ends = {span.end for span in phase_spans(config)}
         self.kept = kept_steps(config)
@@ -220,20 +227,25 @@ class Trainer:
                 self.watchdog.heard()
         if self.leads:
             steps = self.state.step - first
-            saved = str(self.run.checkpoints / f"step_{self.state.step:08d}")
+            path = self.run.checkpoints / f"step_{self.state.step:08d}"
+            written = [ref.path for ref in checkpoint.found(self.run.checkpoints) if ref.step > first]
+            probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
+            sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
-                outputs=[saved],
+                inputs={**sources, **probes, **self.origin},
+                outputs={str(saved): checkpoint.identity(saved) for saved in written},
             )
+            self.origin = {str(path): checkpoint.identity(path)}
             stops = self.stopping and self.state.step < self.last_step
             end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
             print(
                 f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
-                f"loss {line['loss']:.4f}; wrote {saved}",
+                f"loss {line['loss']:.4f}; wrote {path}",
                 flush=True,
             )
         self.began = time.time()
@@ -390,9 +402,11 @@ class Trainer:
             if weights := self.config.train.init_weights:
                 training = self.training
                 checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
+                self.origin = {weights: checkpoint.identity(Path(weights))}
             return TrainState()
-        _check_past(path, self.config, self.plan)
+        _check_past(path, self.config, self.plan, self.identities)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
+        self.origin = {str(path): checkpoint.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
         if self.leads:

@@ -167,7 +167,7 @@ def test_source_too_small_says_what_to_do(tmp_path, documents):
 @pytest.mark.parametrize(
     ("capabilities", "message"),
     [
-        ({"code": ["zzz"]}, "capability code: no source zzz; there are a, b, c, junk"),
+        ({"code": ["zzz"]}, "capability code: no source zzz; known: a, b, c, junk"),
         ({"code": ["a"], "math": ["a"]}, "source a is in code and math"),
         ({"code": []}, "capability code has no source"),
     ],

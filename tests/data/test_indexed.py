@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 import warnings
@@ -158,6 +159,32 @@ def test_damage_is_refused_with_file_and_offset(tmp_path, fault):
     with pytest.raises(ValueError, match=message) as raised:
         IndexedDataset(prefix)
     assert "make the pair again" in str(raised.value)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 168])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ranks_that_check_a_part_each_miss_no_damage(tmp_path, fault, ranks):
+    prefix = write(tmp_path / "pair")
+    for rank in range(ranks):
+        assert len(IndexedDataset(prefix, (rank, ranks))) == 5
+    damage, message = FAULTS[fault]
+    damage(prefix)
+    said = []
+    for rank in range(ranks):
+        try:
+            IndexedDataset(prefix, (rank, ranks))
+        except ValueError as error:
+            said.append(str(error))
+    assert any(re.search(message, line) for line in said), said
+
+
+def test_a_rank_reads_its_part_of_the_index_alone(tmp_path):
+    """Damage in another's part is not its to find."""
+    prefix = write(tmp_path / "pair")
+    put(62, "<q", 4)(prefix)
+    IndexedDataset(prefix, (2, 3))
+    with pytest.raises(ValueError, match="sequence 1"):
+        IndexedDataset(prefix, (0, 2))
 
 
 def test_every_index_longer_than_one_check_is_checked_on_both_sides(tmp_path, monkeypatch):

@@ -54,6 +54,19 @@ def test_transformers_gives_the_same_tokens(
     assert again.files == written.files and again.end_of_text == ours.eod
 
 
+def test_nemo_s_hugging_face_tokenizer_gives_the_same_tokens(sentencepiece: Path, tmp_path: Path) -> None:
+    """From the folder that an export has; special tokens' names in a text are the one difference."""
+    library = pytest.importorskip("nemo.collections.common.tokenizers.huggingface.auto_tokenizer")
+    ours = build_tokenizer("SentencePieceTokenizer", sentencepiece)
+    for name, content in tokenizer_files("SentencePieceTokenizer", sentencepiece).files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = library.AutoTokenizer(pretrained_model_name=str(tmp_path), use_fast=True)
+    texts = [text for text in TEXTS if "</s>" not in text]
+    assert len(texts) > 5
+    assert [theirs.text_to_ids(text) for text in texts] == [ours.encode(text) for text in texts]
+    assert (theirs.eos_id, theirs.vocab_size) == (ours.eod, ours.vocab_size)
+
+
 def test_a_normalising_sentencepiece_model_is_refused(sentencepiece: Path, tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2 as protocol
 

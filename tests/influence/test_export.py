@@ -32,6 +32,8 @@ def _scores(run: Path, capabilities: tuple[str, ...] = ("code", "math")) -> dict
 
 def test_every_row_is_an_examples_scores(tmp_path: Path) -> None:
     stored = _scores(tmp_path)
+    assert export.write_parquet(tmp_path, tmp_path / "x.parquet", check=True) == 16
+    assert not (tmp_path / "x.parquet").exists()
     command = [sys.executable, "tools/export_scores.py", str(tmp_path), "--output", f"{tmp_path}/x.parquet"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=launch.ROOT, timeout=60, check=True)
     assert done.stdout == f"wrote {tmp_path}/x.parquet, 16 rows\n"

@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.influence import score as score_module
 from megatron_r1.influence.export import write_parquet
-from megatron_r1.influence.query import query_influence
+from megatron_r1.influence.query import open_query, query_influence
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import fingerprint, read_scores
 from tests.distributed import RankFailedError, on_ranks
@@ -34,7 +34,7 @@ def _asked(config: Config, output: Path, capabilities: list[str]) -> None:
         raise AssertionError("an example passed through the model")
 
     score_module.score = refused  # type: ignore[assignment]  # this fork's own
-    query_influence(config, output, capabilities)
+    query_influence(open_query(config, output, capabilities), output)
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=str)

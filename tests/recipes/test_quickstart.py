@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_r1 import ledger
 from tests import launch
 
 LAST = "step_00000036"
@@ -73,6 +75,23 @@ def test_the_report_and_tensorboard_are_there(whole: Path) -> None:
     assert all(name in page for name in ("base64", "gcide", "sympy", "knowledge"))
     assert not re.search(r"""(src|href)=["']https?:""", page)
     assert list((whole / "tb").glob("events.*"))
+
+
+def test_the_ledgers_tell_every_stage_from_the_first_text_on(whole: Path) -> None:
+    """By hashes alone: what a stage has read is what another one made."""
+    lines = [*ledger.lineage(whole), *ledger.read(whole)]
+    tokenized = [f"preprocess {path.stem}" for path in (whole / "text").glob("*.jsonl")]
+    scored = [f"influence step {step}" for step in (16, 24)]
+    trained = ["train tokenizer", "train uniform", "train influence"]
+    assert len(tokenized) == 7
+    assert sorted(line["stage"] for line in lines) == sorted(
+        ["gather text", "set probes aside", *tokenized, *trained, *scored, "mix influence"]
+    )
+    made = {value for line in lines for value in line["outputs"].values()}
+    assert all(set(line["inputs"].values()) <= made for line in lines)
+    text = whole / "text" / "gcide.jsonl"
+    assert hashlib.sha256(text.read_bytes()).hexdigest() in made
+    assert all(line["device_hours"] > 0 for line in lines)
 
 
 def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:

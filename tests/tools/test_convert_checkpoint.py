@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import backend, checkpoint
+from megatron_r1 import backend, checkpoint, ledger
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.tokenizer_files import TokenizerFiles
 from megatron_r1.model import hf
@@ -62,7 +62,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_and_back_again_is_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
     convert.to_hf(saved, tmp_path / "hf", context=64)
-    back = convert.to_megatron(tmp_path / "hf", tmp_path / "back")
+    convert.to_megatron(tmp_path / "hf", tmp_path / "back")
+    back = tmp_path / "back" / "step_00000000"
     assert TrainState(**checkpoint.check_model(back, MODEL)["state"]) == TrainState()
     assert_same_weights(saved, back)
     convert.to_hf(back, tmp_path / "hf again", context=64)
@@ -101,7 +102,8 @@ def test_precision_is_that_of_the_checkpoint_unless_asked(tmp_path: Path, asked:
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["torch_dtype"] == {"BF16": "bfloat16", "F32": "float32"}[written]
     # bf16 to fp32 and back loses nothing.
-    assert_same_weights(source, convert.to_megatron(tmp_path / "hf", tmp_path / "back", "bf16"))
+    convert.to_megatron(tmp_path / "hf", tmp_path / "back", "bf16")
+    assert_same_weights(source, tmp_path / "back" / "step_00000000")
 
 
 def test_a_failed_export_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +145,22 @@ def test_the_tool_writes_what_the_run_says(
         tool.main()
 
     (saved.parent.parent / "config.yaml").write_text("data: {seq_length: 640}\n")
+    call("--to", "hf", saved, tmp_path / "hf", "--check")
+    assert f"would write {tmp_path / 'hf'}: {MODEL.parameters():,} parameters" in capsys.readouterr().out
+    assert not (tmp_path / "hf").exists()
     call("--to", "hf", saved, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["architectures"]) == (640, ["Llama4ForCausalLM"])
+    call("--to", "megatron", tmp_path / "hf", tmp_path / "back", "--check")
+    assert not (tmp_path / "back").exists()
     call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
-    assert capsys.readouterr().out.split() == ["wrote", str(tmp_path / "hf"), "wrote",
-        str(tmp_path / "back" / "step_00000000")]  # fmt: skip
+    wrote = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    back = tmp_path / "back" / "step_00000000"
+    assert wrote == [f"wrote {tmp_path / 'hf'}", f"would write {back}", f"wrote {back}"]
+    # Where it came from: the run's ledger has the export, and the import names the very file.
+    (export,) = ledger.read(saved.parent.parent)
+    (imported,) = ledger.read(tmp_path / "back")
+    assert imported["inputs"] == export["outputs"]
     with pytest.raises(SystemExit) as status:
         call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
     assert status.value.code == 2 and "is not an empty folder" in capsys.readouterr().err

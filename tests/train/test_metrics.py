@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,3 +70,16 @@ def test_nemo_s_experiment_manager_logs(tmp_path: Path) -> None:
     found = EventAccumulator(str(events))
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("loss/train")] == [(7, 2.0)]
+
+
+def test_weights_and_biases_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: the file that a later `wandb sync` reads holds the scalar, as name and JSON."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train = TrainConfig(run=str(tmp_path), global_batch=1, micro_batch=1, wandb_project="p")
+    log = MetricsLog(RunDir(tmp_path), 0, build_loggers(RunDir(tmp_path), train))
+    log.write({"step": 7, "loss": 2.125})
+    log.close()
+    (path,) = tmp_path.rglob("*.wandb")
+    assert re.search(rb"loss/train.{0,4}2\.125", path.read_bytes(), re.DOTALL)

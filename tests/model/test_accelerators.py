@@ -1,0 +1,116 @@
+"""Transformer Engine and Apex, where they are: they compute what runs without them, and the log says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1 import backend
+from tests.launch import ROOT
+
+LAYERS = """
+import sys
+from pathlib import Path
+import torch
+from megatron_r1 import backend, checkpoint
+from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
+from megatron_r1.records import TrainState
+
+precision, folder = sys.argv[1], Path(sys.argv[2])
+model, alone = ModelConfig(2, 128, 256, 4, 2, 512, head_dim=32), ParallelConfig()
+token_BS = torch.randint(512, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+position_BS = torch.arange(64, device="cuda").expand(2, 64)
+backend.use_local_device()
+with process_groups(alone):
+    backend.seed_model_parallel(1)
+    found = {}
+    for plain in (False, True):
+        gpt = build_model(model, alone, precision, 64, plain_layers=plain)
+        if plain:
+            checkpoint.load(folder / "step_00000000", gpt, None, model)
+        else:
+            checkpoint.save(folder, gpt, None, TrainState(), model, "phase", plan="{}")
+        logits = gpt(token_BS, position_BS, None).float()
+        torch.logsumexp(logits, -1).sum().backward()
+        embedding = gpt.embedding.word_embeddings.weight.grad.float()
+        found[plain] = logits.detach(), embedding
+for ours, theirs in zip(found[True], found[False], strict=True):
+    print(float((ours - theirs).norm() / ours.norm()))
+"""
+
+
+@pytest.mark.skipif(not backend.has_transformer_engine(), reason="needs a GPU and transformer_engine")
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-3), ("bf16", 3e-2)], ids=["fp32", "bf16"])
+def test_transformer_engine_s_layers_compute_what_ours_do(
+    precision: str, most: float, tmp_path: Path
+) -> None:
+    """Logits and gradients, from a checkpoint that the one wrote and the other read."""
+    command = [sys.executable, "-c", LAYERS, precision, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    errors = [float(line) for line in done.stdout.split()[-2:]]
+    assert all(0 < error < most for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("module", "there"),
+    [
+        pytest.param(
+            "transformer_engine.pytorch.optimizers", backend.has_transformer_engine(), id="transformer_engine"
+        ),
+        pytest.param("apex.optimizers", backend.has_apex(), id="apex"),
+    ],
+)
+def test_a_fused_adam_steps_as_ours_does(module: str, there: bool) -> None:
+    """By the interface that both document: ten steps of AdamW, and the state that checkpoints hold."""
+    if not there:
+        pytest.skip(f"needs a GPU and {module}")
+    from megatron_r1.optimizer import FusedAdam
+
+    theirs = pytest.importorskip(module).FusedAdam
+    parameters = [torch.nn.Parameter(torch.ones(300, device="cuda")) for _ in range(2)]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizers = [
+        kind([parameter], **options) for kind, parameter in zip((FusedAdam, theirs), parameters, strict=True)
+    ]
+    for step in range(10):
+        gradient = torch.randn(300, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
+    torch.testing.assert_close(*parameters)
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(states[0][name], states[1][name])
+
+
+@pytest.mark.parametrize(
+    ("there", "layers", "adam"),
+    [
+        (
+            {"transformer_engine", "transformer_engine.pytorch", "amp_C", "apex.optimizers"},
+            "Transformer Engine",
+            "Transformer Engine",
+        ),
+        ({"amp_C", "apex.optimizers"}, "megatron-core with torch SDPA", "Apex"),
+        # The package of Apex's name that is another's.
+        ({"apex", "transformer_engine"}, "megatron-core with torch SDPA", "torch fused"),
+    ],
+    ids=["both", "Apex", "neither"],
+)
+def test_one_line_says_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, there: set[str], layers: str, adam: str
+) -> None:
+    monkeypatch.setattr(backend, "HAS_CUDA", True)
+    monkeypatch.setattr(backend, "_importable", there.__contains__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    line = backend.describe()
+    assert line.startswith("device a GPU |") and f"| layers {layers} | Adam {adam}" in f"{line}"
+    assert backend.describe(trains=False).endswith("| layers megatron-core with torch SDPA")
+    monkeypatch.setattr(backend, "HAS_CUDA", False)
+    assert backend.describe().endswith("| layers megatron-core with torch SDPA | Adam torch fused")

@@ -1,0 +1,43 @@
+"""A mistyped name is answered with the one that was meant, where it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.near import near, near_path
+
+
+def test_near_names() -> None:
+    assert near("phaes", ["phase", "floor"]) == "; did you mean phase?"
+    assert near("entirely", ["phase", "floor"]) == "; known: phase, floor"
+    assert near("entirely", map(str, range(17))) == near("entirely", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("runs/quickstrat", "runs/quickstart"),
+        ("runs/quickstart/tokenizr.model", "runs/quickstart/tokenizer.model"),
+        ("rns/quickstart/tokenizer.model", "runs/quickstart/tokenizer.model"),
+        # Two folders are alike; in one of them there is such a file.
+        ("runs/quickstrt/tokenizer.model", "runs/quickstart/tokenizer.model"),
+    ],
+)
+def test_near_paths(tmp_path: Path, typed: str, meant: str) -> None:
+    for name in ("quickstart", "quickstrr"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/quickstart/tokenizer.model").touch()
+    assert near_path(tmp_path / typed) == f"; did you mean {tmp_path / meant}?"
+
+
+def test_what_resembles_nothing_or_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    assert near_path(tmp_path / "data") == near_path(tmp_path / "xyz") == near_path(tmp_path / "data/x") == ""
+
+
+def test_relative_paths_stay_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.yaml").touch()
+    assert near_path(Path("modl.yaml")) == "; did you mean model.yaml?"

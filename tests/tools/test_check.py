@@ -1,0 +1,109 @@
+"""`--check` says what a tool would do, and leaves every file as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1 import ledger
+from megatron_r1.data.shards import merge
+from tests.launch import ROOT
+
+DOCUMENTS = 60
+
+
+def call(tool: str, *words: object) -> str:
+    """What the tool prints, in this process."""
+    said, arguments = io.StringIO(), sys.argv
+    sys.argv = [tool, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    finally:
+        sys.argv = arguments
+    return said.getvalue()
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two texts, and a tokenizer trained on them."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("a", "b"):
+        texts = [
+            f"{name} document {i} " + " ".join(f"word{(i * j) % 37}" for j in range(60))
+            for i in range(DOCUMENTS)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    call("train_tokenizer", *tokenizer(folder))
+    return folder
+
+
+def tokenizer(folder: Path) -> list[Any]:
+    output = folder / "tokenizer.model"
+    return ["--input", folder / "a.jsonl", folder / "b.jsonl", "--vocab-size", 300, "--output", output]
+
+
+def preprocess(folder: Path, name: str) -> list[Any]:
+    model = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model"]
+    return ["--input", folder / f"{name}.jsonl", "--output-prefix", folder / name, *model]
+
+
+def checked(folder: Path, tool: str, *words: object) -> str:
+    before = files(folder)
+    said = call(tool, *words, "--check")
+    assert files(folder) == before
+    return said
+
+
+def test_of_the_tokenizer(data: Path) -> None:
+    said = checked(data, "train_tokenizer", *tokenizer(data))
+    assert f"{(data / 'a.jsonl').stat().st_size:,} bytes" in said and "300 tokens, is replaced" in said
+
+
+def test_of_preprocessing_before_and_after(data: Path) -> None:
+    assert "a_text_document.bin: is written" in checked(data, "preprocess_data", *preprocess(data, "a"))
+    call("preprocess_data", *preprocess(data, "a"))
+    said = checked(data, "preprocess_data", *preprocess(data, "a"))
+    assert f"a_text_document.bin: done before, {DOCUMENTS} documents" in said
+    other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod")
+    assert "of other inputs or options: is replaced" in other
+
+
+def test_of_merging_shards(data: Path) -> None:
+    for shard in ("0/2", "1/2"):
+        call("preprocess_data", *preprocess(data, "b"), "--shard", shard)
+    said = checked(data, "preprocess_data", "--merge", "--output-prefix", data / "b")
+    assert f"2 shards, {DOCUMENTS} documents" in said
+    call("preprocess_data", "--merge", "--output-prefix", data / "b")
+    told = [line for line in ledger.read(data) if line["stage"].endswith(" b")]
+    assert [line["stage"] for line in told] == ["preprocess b", "preprocess b", "merge b"]
+    parts = {value for line in told[:2] for value in line["outputs"].values()}
+    assert set(told[2]["inputs"].values()) == parts and len(parts) == 2
+    assert sum(s["documents"] for s in merge(data / "b", log=lambda line: None).values()) == DOCUMENTS
+
+
+def test_of_curation_tells_the_split_that_is_then_made(data: Path) -> None:
+    for name in ("a", "b"):
+        call("preprocess_data", *preprocess(data, name))
+    words: list[Any] = ["--output-dir", data / "probes", "--tokens-per-source", 200]
+    words += ["--sources", *(f"{name}={data / name}_text_document" for name in ("a", "b"))]
+    words += ["--capabilities", "code=a", "math=b"]
+    said = checked(data, "curate_probes", *words)
+    call("curate_probes", *words)
+    made = json.loads((data / "probes" / "manifest.json").read_text())["sources"]
+    for name in ("a", "b"):
+        aside, left = made[name]["set_aside_documents"], made[name]["training_tokens"]
+        assert f"{name}: {aside} of {DOCUMENTS} documents set aside" in said
+        assert f"{left:,} tokens left to training" in said
