@@ -28,7 +28,7 @@ def main() -> None:
         metavar="MODEL",
         help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
     )
-    parser.add_argument("--png", action="store_true", help="write drawn figures as RUN/reports/*.png, too")
+    parser.add_argument("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
     parser.add_argument("--check", action="store_true", help="print the figures' first sentences, and exit")
     options = parser.parse_args()
     with user_errors():

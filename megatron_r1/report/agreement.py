@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_r1.report import summary, words
-from megatron_r1.report.figure import Figure, table
+from megatron_r1.report.figure import Figure
 from megatron_r1.report.load import Reading
-from megatron_r1.report.svg import element
+from megatron_r1.report.table import Cell, Table
 
 
 def figure(reading: Reading) -> Figure | None:
@@ -25,12 +25,12 @@ def figure(reading: Reading) -> Figure | None:
     pairs += [(0, len(steps) - 1)] if len(steps) > 2 else []
     rows, of_examples = [], []
     for a, b in pairs:
-        cells = [element("th", f"{steps[a]:,} → {steps[b]:,}", scope="row")]
+        cells = [Cell(f"{steps[a]:,} → {steps[b]:,}")]
         for array in (score_NCK, mean_GCK):
             found = [spearman(array[:, c, a], array[:, c, b]) for c in range(len(capabilities))]
             of_examples += [found] if array is score_NCK else []
             cells += [_cell(value) for value in found]
-        rows.append(element("tr", "".join(cells)))
+        rows.append(cells)
     head = ["steps", *(f"{c}, examples" for c in capabilities), *(f"{c}, sources" for c in capabilities)]
     successive = np.array(of_examples[: len(steps) - 1])
     note = (
@@ -42,8 +42,8 @@ def figure(reading: Reading) -> Figure | None:
         "agreement",
         "Agreement between checkpoints",
         _lead(successive, steps, of_examples),
-        table(head, rows, "numbers heat"),
-        note,
+        note=note,
+        tables=[Table(head, rows, "numbers heat")],
     )
 
 
@@ -73,8 +73,5 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return mean_rank
 
 
-def _cell(value: float) -> str:
-    if not np.isfinite(value):
-        return element("td", "–")
-    sign = "positive" if value >= 0 else "negative"
-    return f'<td style="background:rgb(var(--{sign}) / {0.4 * abs(value):.2f})">{words.signed(value, 2)}</td>'
+def _cell(value: float) -> Cell:
+    return Cell(words.signed(value, 2), shade=0.4 * value) if np.isfinite(value) else Cell("–")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from xml.sax.saxutils import escape
 
+from megatron_r1.checkpoint_files import step_path
 from megatron_r1.report import palette, summary, words
 from megatron_r1.report.figure import (
     CONTROL,
-    INK,
     WIDTH,
     Figure,
-    before,
+    arm_curves,
     calm,
     padded,
     phase_marks,
     reach,
-    table,
     token_axes,
     token_panel,
 )
@@ -29,13 +26,15 @@ from megatron_r1.report.svg import (
     clipped,
     element,
     end_labels,
+    line,
     path,
     picture,
     text,
     thin,
-    title,
     width_of,
 )
+from megatron_r1.report.table import Cell, Table
+from megatron_r1.run_dir import RunDir
 
 HELD_OUT = "Held-out loss per capability"
 ROW_HEIGHT = 250.0
@@ -46,15 +45,13 @@ def loss(reading: Reading) -> Figure:
     run = reading.run
     margin = max(width_of(f"{name} 0.00") for name, _ in reading.arms) + 30
     panel = token_panel(reading, 64, WIDTH - margin, 26, 320, _loss_range(reading))
-    whole = _losses(run)
     drawn, labels = [], []
-    for (name, arm), color in zip(reading.arms, (INK, CONTROL), strict=False):
-        raw = _losses(arm)
-        smoothed = calm(arm, raw, reach(run))
-        joined = [*before(run, arm, calm(run, whole, reach(run))), *smoothed]
-        drawn.append(path(panel.at(thin(raw)), color, "raw"))
-        drawn.append(path(panel.at(thin(joined)), color, "curve" if arm is run else "curve dashed"))
-        labels.append((*smoothed[-1], f"{name} {smoothed[-1][1]:.2f}", color))
+    raw = [_losses(arm) for _, arm in reading.arms]
+    smoothed = [calm(arm, points, reach(run)) for (_, arm), points in zip(reading.arms, raw, strict=True)]
+    for faint, (name, points, color, cls) in zip(raw, arm_curves(reading, smoothed), strict=True):
+        drawn.append(path(panel.at(thin(faint)), color, "raw"))
+        drawn.append(path(panel.at(thin(points)), color, cls))
+        labels.append((*points[-1], f"{name} {points[-1][1]:.2f}", color))
     body = picture(
         WIDTH,
         362,
@@ -67,10 +64,10 @@ def loss(reading: Reading) -> Figure:
         ],
         "Training loss over tokens",
     )
-    first, last = whole[0][1], labels[0][1]
+    first, last = raw[0][0][1], labels[0][1]
     tokens = words.count(run.end["tokens"])
     lead = f"Training loss goes from {first:.2f} to {last:.2f} nats per token over {tokens} tokens."
-    lead += _still_falling(whole)
+    lead += _still_falling(raw[0])
     if reading.control:
         lead += (
             " Where the arms part they read different text, so this loss does not compare them:"
@@ -95,16 +92,14 @@ def _skip_marks(panel: Panel, reading: Reading) -> str:
         for at, skipped in zip(arm.metrics, summary.skipped(arm), strict=True):
             if skipped:
                 x, foot = panel.x(float(at["tokens"])), panel.y.start
-                tip = title(f"step {at['step']:,} was skipped")
-                style = f"stroke:{color};stroke-width:2"
-                parts.append(element("line", tip, x1=x, y1=foot, x2=x, y2=foot - 12, style=style))
+                tip = f"step {at['step']:,} was skipped"
+                parts.append(line(x, foot, x, foot - 12, "mark", tip=tip, style=f"stroke:{color}"))
     return "".join(parts)
 
 
 def _losses(run: Run) -> list[tuple[float, float]]:
     """(tokens, loss) of every step whose loss is a number; a run that has none is drawn as nothing."""
-    points = [(float(line["tokens"]), float(line["loss"])) for line in run.metrics]
-    return [p for p in points if math.isfinite(p[1])] or [(0.0, math.nan)]
+    return run.points("loss") or [(float(run.end["tokens"]), math.nan)]
 
 
 def _loss_range(reading: Reading) -> tuple[float, float]:
@@ -132,9 +127,7 @@ def loss_by_source(reading: Reading) -> Figure:
     """One panel per domain, a curve per source."""
     run = reading.run
     colors = palette.source_colors(run.domains)
-    losses: dict[str, Points] = {
-        s: [(float(t), v) for t, v in summary.source_losses(run, s)] for s in run.sources
-    }
+    losses: dict[str, Points] = {s: run.points("loss_by_source", s) for s in run.sources}
     losses = {s: points for s, points in losses.items() if points}
     domains = [d for d in palette.domain_order(run.domains) if any(run.domains[s] == d for s in losses)]
     smoothed = {s: calm(run, points, reach(run)) for s, points in losses.items()}
@@ -204,7 +197,7 @@ def held_out(reading: Reading) -> Figure:
     rows = 1 if fork is None else 2
     parts = [_held_out_column(reading, c, i, len(capabilities), fork) for i, c in enumerate(capabilities)]
     body = picture(WIDTH, ROW_HEIGHT * rows + 14, parts, "Held-out loss per capability over tokens")
-    body += _held_out_table(ends, capabilities)
+    tables = [held_out_table(ends)]
     note = (
         f"Mean negative log-likelihood per token of text that is kept out of training; the table is at "
         f"{words.count(ends.tokens)} tokens, which every arm has read."
@@ -217,22 +210,22 @@ def held_out(reading: Reading) -> Figure:
             f"At {words.count(ends.tokens)} tokens the held-out loss is {words.both(values)}, in nats per "
             "token. There is no control run to compare with; this trains one:"
         )
-        return Figure("heldout", HELD_OUT, lead, body, note, command=control_command(run))
+        return Figure("heldout", HELD_OUT, lead, body, note, control_command(run), tables)
     note += " One run of each arm: no error bars."
-    return Figure("heldout", HELD_OUT, _compared(reading, ends), body, note)
+    return Figure("heldout", HELD_OUT, _compared(reading, ends), body, note, tables=tables)
 
 
 def _not_measured(reading: Reading) -> Figure:
     run = reading.run
-    command = f"torchrun --nproc-per-node 2 tools/train.py {run.root / 'config.yaml'}"
+    more = []
     if run.config.data.probes:
         lead = (
             "No held-out loss was measured yet at a step that every arm has reached. Training on measures it:"
         )
     else:
         lead = "No held-out sets are named, so no loss on them is known. Training with them measures it:"
-        command += f" data.probes.code=PREFIX train.probe_every={run.config.train.probe_every}"
-    return Figure("heldout", HELD_OUT, lead, command=command)
+        more = ["data.probes.code=PREFIX", f"train.probe_every={run.config.train.probe_every}"]
+    return Figure("heldout", HELD_OUT, lead, command=summary.launch(run, "train", *more))
 
 
 def _held_out_column(reading: Reading, capability: str, column: int, columns: int, fork: float | None) -> str:
@@ -242,31 +235,25 @@ def _held_out_column(reading: Reading, capability: str, column: int, columns: in
     cell = WIDTH / columns
     left = column * cell + 50
     margin = max(width_of(f"{name} 0.000") for name, _ in reading.arms) + 22
-    series: list[list[tuple[float, float]]] = []
-    for _, arm in reading.arms:
-        points = [(float(m["tokens"]), float(m["probe_nll"][capability])) for m in arm.probed]
-        series.append([*(before(run, arm, series[0]) if series else []), *points])
+    curves = list(
+        arm_curves(reading, [arm.points("probe_nll", capability) for _, arm in reading.arms], color)
+    )
     parts = [text(left - 8, 16, capability, "panel")]
     for row, since in enumerate([0.0] if fork is None else [0.0, fork]):
         top = 48 + row * ROW_HEIGHT
-        shown = [[p for p in points if p[0] >= since] for points in series]
-        values = [v for points in shown for _, v in points if math.isfinite(v)] or [0.0]
+        values = [v for _, points, _, _ in curves for t, v in points if t >= since] or [0.0]
+        last = max((points[-1][0] for _, points, _, _ in curves), default=since + 1)
         panel = Panel(
-            Scale(
-                since,
-                float(max(p[-1][0] for p in series)),
-                left,
-                max(left + 80, (column + 1) * cell - margin),
-            ),
+            Scale(since, last, left, max(left + 80, (column + 1) * cell - margin)),
             Scale(*padded(min(values), max(values)), top + 170, top),
         )
         parts.append(token_axes(panel, "from the fork on" if row else "nats per token", most=4))
         if row == 0:
             parts.append(phase_marks(panel, run, named=False))
         labels = []
-        for (name, arm), points, stroke in zip(reading.arms, shown, (color, CONTROL), strict=False):
-            at = panel.at(points)
-            parts.append(path(at, stroke, "curve" if arm is run else "curve dashed", name))
+        for name, points, stroke, cls in curves:
+            at = panel.at([p for p in points if p[0] >= since])
+            parts.append(path(at, stroke, cls, name))
             # Dots at the measurements, where they are few enough to stand apart.
             dots = at if len(at) <= 24 else []
             parts += [element("circle", cx=a, cy=b, r=2.2, style=f"fill:{stroke}") for a, b in dots]
@@ -278,7 +265,7 @@ def _held_out_column(reading: Reading, capability: str, column: int, columns: in
 def _compared(reading: Reading, ends: summary.HeldOut) -> str:
     """Which arm ended ahead, on what, and by how much."""
     (name, _), (control, _) = reading.arms
-    gaps = {c: round(ends.difference(c) or 0.0, 3) for c in next(iter(ends.by_arm.values()))}
+    gaps = {c: round(ends.difference(c), 3) for c in next(iter(ends.by_arm.values()))}
     ahead = [f"{c} by {-gap:.3f}" for c, gap in gaps.items() if gap < 0]
     behind = [f"{c} by {gap:.3f}" for c, gap in gaps.items() if gap > 0]
     level = [c for c, gap in gaps.items() if gap == 0]
@@ -291,31 +278,29 @@ def _compared(reading: Reading, ends: summary.HeldOut) -> str:
     )
 
 
-def _held_out_table(ends: summary.HeldOut, capabilities: Sequence[str]) -> str:
+def held_out_table(ends: summary.HeldOut, brief: bool = False) -> Table:
+    """Held-out loss per capability and arm, and how far the arms are apart."""
     arms = list(ends.by_arm)
-    head = ["nats per token at the end", *arms] + (["difference", ""] if len(arms) == 2 else [])
-    rows = []
-    for c in capabilities:
-        cells = [element("th", escape(c), scope="row")]
-        cells += [element("td", f"{ends.by_arm[arm][c]:.3f}") for arm in arms]
-        gap = ends.difference(c)
-        if gap is not None:
-            change = words.signed(100 * gap / ends.by_arm[arms[1]][c], 1)
-            cells += [element("td", words.signed(gap), class_="strong"), element("td", f"{change} %")]
-        rows.append(element("tr", "".join(cells)))
-    return table(head, rows)
+    head = ["" if brief else "nats per token at the end", *arms]
+    rows = [[Cell(c), *(Cell(f"{ends.by_arm[arm][c]:.3f}") for arm in arms)] for c in ends.by_arm[arms[0]]]
+    if len(arms) == 2:
+        head += ["difference"] if brief else ["difference", ""]
+        for c, row in zip(ends.by_arm[arms[0]], rows, strict=True):
+            gap = ends.difference(c)
+            row.append(Cell(words.signed(gap), kind="strong"))
+            if not brief:
+                row.append(Cell(f"{words.signed(100 * gap / ends.by_arm[arms[1]][c], 1)} %"))
+    return Table(head, rows)
 
 
 def control_command(run: Run) -> str:
     """Trains the control of a run: its last phase again on the uniform blend, from the same checkpoint."""
-    start = ""
+    start = []
     if len(run.phases) > 1:
-        step = run.last_of(run.phases[-2])["step"]
-        start = f" train.init_from={run.root / 'checkpoints' / f'step_{step:08d}'}"
-    return (
-        f"torchrun --nproc-per-node 2 tools/train.py {run.root / 'config.yaml'} "
-        f"train.run={run.root / 'control'}{start} phases.{run.phases[-1]}.weights=uniform"
-    )
+        last = step_path(RunDir(run.root).checkpoints, run.last_of(run.phases[-2])["step"])
+        start = [f"train.init_from={last}"]
+    weights = f"phases.{run.phases[-1]}.weights=uniform"
+    return summary.launch(run, "train", f"train.run={run.root / 'control'}", *start, weights)
 
 
 def _fork(reading: Reading) -> float | None:

@@ -57,6 +57,7 @@ def figure(reading: Reading) -> Figure | None:
     title = "The most and the least helpful examples"
     tokenizer = find_tokenizer(reading)
     ends = [(c, *extremes(found, i)) for i, c in enumerate(capabilities)]
+    command = ""
     lead = " ".join(
         f"{c}: most helped by {best[0].source}, least by {worst[0].source}." for c, best, worst in ends
     )
@@ -81,8 +82,7 @@ def figure(reading: Reading) -> Figure | None:
     if tokenizer is None:
         lead += " Their text needs the tokenizer that made the datasets:"
         command = f"python tools/report.py {reading.run.root} --tokenizer MODEL"
-        return Figure("examples", title, lead, "".join(parts), note, command=command)
-    return Figure("examples", title, lead, "".join(parts), note)
+    return Figure("examples", title, lead, "".join(parts), note, command)
 
 
 def extremes(found: Sequence[SourceInfluence], column: int) -> tuple[list[Chosen], list[Chosen]]:
@@ -127,19 +127,15 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
 
 
 def _card(reading: Reading, one: Chosen, tokenizer: Tokenizer | None, colors: dict[str, str]) -> str:
-    color = f"color:{colors.get(one.source, INK)}"
-    name = element("b", escape(one.source), style=color)
+    name = element("b", escape(one.source), style=f"color:{colors.get(one.source, INK)}")
     try:
         place, text = _read(reading, one, tokenizer)
+        origin = f", {place.origin}" if place.origin else ""
+        where = f"[tokens {place.begin:,} to {place.end:,}, document {place.document:,}{origin}]"
     except (OSError, ValueError):
-        said = f" {words.compact(one.score)} (number {one.number:,}; the dataset is not there any more)"
-        return element("div", element("p", name + escape(said)), class_="example")
-    said = (
-        f" {words.compact(one.score)} [tokens {place.begin:,} to {place.end:,}, document {place.document:,}"
-    )
-    said += f", {place.origin}]" if place.origin else "]"
-    shown = element("pre", escape(text)) if text is not None else ""
-    return element("div", element("p", name + escape(said)) + shown, class_="example")
+        where, text = f"(number {one.number:,}; the dataset is not there any more)", None
+    said = element("p", f"{name} {escape(words.compact(one.score))} {escape(where)}")
+    return element("div", said + (element("pre", escape(text)) if text is not None else ""), class_="example")
 
 
 def _read(reading: Reading, one: Chosen, tokenizer: Tokenizer | None) -> tuple[Place, str | None]:

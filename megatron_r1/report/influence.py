@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from xml.sax.saxutils import escape
-
 import numpy as np
 
 from megatron_r1.report import palette, summary, words
-from megatron_r1.report.figure import INK, WIDTH, Figure, table
+from megatron_r1.report.figure import INK, WIDTH, Figure, marks
 from megatron_r1.report.load import Reading
 from megatron_r1.report.summary import SourceInfluence
-from megatron_r1.report.svg import Scale, element, histogram, line, picture, step_area, text, ticks, width_of
+from megatron_r1.report.svg import Scale, histogram, line, picture, step_area, text, width_of
+from megatron_r1.report.table import Cell, Table
 
 BINS = 48
 CLIP = (1.0, 99.0)
@@ -20,16 +19,14 @@ ROW = 34.0
 
 
 def missing(reading: Reading) -> Figure:
-    config = reading.run.config
-    command = f"torchrun --nproc-per-node 2 tools/compute_influence.py {reading.run.root / 'config.yaml'}"
-    if config.influence is None:
-        command += " influence.directions.code=PREFIX"
+    named = reading.run.config.influence is not None
+    more = [] if named else ["influence.directions.code=PREFIX"]
     return Figure(
         "influence",
         "Influence",
         "No complete influence scores, so which source helps which capability is not known. This "
         "measures it:",
-        command=command,
+        command=summary.launch(reading.run, "compute_influence", *more),
     )
 
 
@@ -52,12 +49,12 @@ def histograms(reading: Reading) -> Figure:
         low, high = _range(np.concatenate([s.score_NC[:, column] for s in found]))
         parts.append(text(start, 16, capability, "panel"))
         parts.append(_column(found, column, Scale(low, high, start, start + cell - 74), colors, top, bottom))
-    body = picture(WIDTH, bottom + 24, parts, "Influence scores per source and capability")
+    body = picture(WIDTH, bottom + 42, parts, "Influence scores per source and capability")
     steps = words.both([f"{step:,}" for step in reading.scores[0].steps])
     note = (
         f"{sum(len(s.score_NC) for s in found):,} examples, scored at checkpoints of step {steps} and summed "
-        "(Eq. 4). x: how much a gradient step on the example lowers the capability's loss, per unit of step "
-        "size. Drawn from the 1st to the 99th percentile of all sources together; what lies beyond is "
+        "(Eq. 4). Score: how much a gradient step on the example lowers the capability's loss, per unit of "
+        "step size. Drawn from the 1st to the 99th percentile of all sources together; what lies beyond is "
         "clipped. Each row is scaled to its own peak. Upright stroke: mean. At the right: share of examples "
         "that help. From the most to the least helpful source."
     )
@@ -69,10 +66,9 @@ def _column(
 ) -> str:
     """One capability's histograms, one below the other."""
     edges = np.linspace(x.low, x.high, BINS + 1)
-    marks = ticks(x.low, x.high, 5)
-    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
     power = words.power_of(max(abs(x.low), abs(x.high)))
-    parts = [line(x(v), top, x(v), bottom) for v in marks if v]
+    ground = marks(x.low, x.high, 5, 10.0**power)
+    parts = [line(x(v), top, x(v), bottom) for v, _ in ground if v]
     zero = x(0)
     if zero - x.start > 56:
         parts.append(text(zero - 7, top - 10, "harms ←", "muted", "end"))
@@ -83,16 +79,15 @@ def _column(
         values = s.score_NC[:, column]
         shares = histogram(values, edges)
         heights = shares / max(shares.max(), 1e-12) * (ROW - 6)
-        parts.append(step_area(x, edges, heights.tolist(), base, colors.get(s.source, INK), "area"))
+        parts.append(step_area(x, edges, heights.tolist(), base, colors.get(s.source, INK)))
         parts.append(line(x.start, base, x.end, base))
         at = x(float(np.clip(s.mean_C[column], x.low, x.high)))
         parts.append(line(at, base - ROW + 6, at, base, "mark"))
         parts.append(text(x.end + 8, base - 6, words.percent(100 * float((values > 0).mean())), "tick"))
     parts.append(line(zero, top - 4, zero, bottom, "zero"))
-    scale = 10.0**power
-    parts += [text(x(v), bottom + 17, words.tick(v / scale, step / scale), "tick", "middle") for v in marks]
-    if power:
-        parts.append(text(x.end + 8, bottom + 17, words.power(power), "tick"))
+    parts += [text(x(v), bottom + 17, said, "tick", "middle") for v, said in ground]
+    name = f"score {words.power(power)}" if power else "score"
+    parts.append(text(x.end, bottom + 35, name, "muted", "end"))
     return "".join(parts)
 
 
@@ -136,18 +131,16 @@ def heat(reading: Reading) -> Figure | None:
     scale, digits = 10.0**power, words.digits_for(most / 10.0**power)
     rows = []
     for s in found:
-        style = f"color:{colors.get(s.source, INK)}"
         cells = [
-            element("th", escape(s.source), scope="row", style=style),
-            element("td", escape(reading.run.domains.get(s.source, "")), class_="domain"),
+            Cell(s.source, color=colors.get(s.source, INK)),
+            Cell(reading.run.domains.get(s.source, ""), kind="domain"),
         ]
         for value, error, limit in zip(s.mean_C, s.error_C, top_C, strict=True):
-            shade = float(value) / max(float(limit), 1e-300)
-            said = words.signed(float(value) / scale, digits)
-            cells.append(_cell(said, shade, f"± {float(error) / scale:.{digits}f}"))
-        cells.append(_cell(words.signed(s.total / scale, digits), s.total / max(top, 1e-300)))
-        cells.append(element("td", words.percent(100 * s.kept)))
-        rows.append(element("tr", "".join(cells)))
+            said, aside = words.signed(value / scale, digits), f"± {error / scale:.{digits}f}"
+            cells.append(Cell(said, aside, shade=_shade(value, limit)))
+        cells.append(Cell(words.signed(s.total / scale, digits), shade=_shade(s.total, top)))
+        cells.append(Cell(words.percent(100 * s.kept)))
+        rows.append(cells)
     head = ["source", "domain", *capabilities, "together", "examples that help"]
     note = "Token-weighted mean score (rho of Eq. 5) ± its standard error"
     note += f", in units of {words.power(power)}" if power else ""
@@ -156,8 +149,9 @@ def heat(reading: Reading) -> Figure | None:
         "capabilities' weighted mean, from which the mixture is made. Examples that help: those whose joint "
         "score at the last checkpoint is positive (Eq. 6)."
     )
-    body = table(head, rows, "numbers heat")
-    return Figure("heat", "Influence per source and capability", _heat_lead(found, capabilities), body, note)
+    lead = _heat_lead(found, capabilities)
+    tables = [Table(head, rows, "numbers heat")]
+    return Figure("heat", "Influence per source and capability", lead, note=note, tables=tables)
 
 
 def _heat_lead(found: list[SourceInfluence], capabilities: tuple[str, ...]) -> str:
@@ -185,9 +179,6 @@ def _range(scores: np.ndarray) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _cell(said: str, strength: float, small: str = "") -> str:
-    """A number on a ground of its sign's colour; at most about half opaque, so that ink stays readable."""
-    sign = "positive" if strength >= 0 else "negative"
-    shade = min(0.55, 0.55 * abs(strength))
-    aside = f" <small>{escape(small)}</small>" if small else ""
-    return f'<td style="background:rgb(var(--{sign}) / {shade:.2f})">{escape(said)}{aside}</td>'
+def _shade(value: float, most: float) -> float:
+    """Opacity of a number's ground: at most about half, so that ink stays readable."""
+    return 0.55 * max(-1.0, min(1.0, value / max(most, 1e-300)))

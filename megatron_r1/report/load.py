@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ class Run:
     """The ledger's lines, in order; of a report's own run, before them those of the stages it stands on."""
 
     @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
     def sources(self) -> list[str]:
         return list(self.config.data.sources)
 
@@ -40,12 +45,32 @@ class Run:
         """Phases that have trained at least a step, in order."""
         return list(dict.fromkeys(line["phase"] for line in self.metrics))
 
+    @property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """(phase, tokens before its first step, tokens after its last), in order."""
+        out, begin = [], float(self.metrics[0]["tokens"] - self.config.tokens_per_step())
+        for phase in self.phases:
+            out.append((phase, begin, float(self.last_of(phase)["tokens"])))
+            begin = out[-1][2]
+        return out
+
     def last_of(self, phase: str) -> dict[str, Any]:
         return next(line for line in reversed(self.metrics) if line["phase"] == phase)
 
     @property
     def end(self) -> dict[str, Any]:
         return self.metrics[-1]
+
+    def points(self, name: str, of: str | None = None) -> list[tuple[float, float]]:
+        """(tokens, value) of the steps at which a figure, of one source or capability where it has one for
+        each, was measured and is a number."""
+        found = []
+        for line in self.metrics:
+            value = line.get(name)
+            value = value if of is None or value is None else value.get(of)
+            if value is not None and math.isfinite(value):
+                found.append((float(line["tokens"]), float(value)))
+        return found
 
     @property
     def probed(self) -> list[dict[str, Any]]:
@@ -77,7 +102,7 @@ class Reading:
             return [(self.run.phases[-1], self.run)]
         names = self.run.phases[-1], self.control.phases[-1]
         if names[0] == names[1]:
-            names = self.run.root.resolve().name, self.control.root.resolve().name
+            names = self.run.name, self.control.name
         return [(names[0], self.run), (names[1], self.control)]
 
 

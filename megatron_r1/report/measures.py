@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 from megatron_r1.report import palette, words
 from megatron_r1.report.figure import (
-    CONTROL,
-    INK,
     WIDTH,
+    Curve,
     Figure,
-    before,
+    arm_curves,
     padded,
     phase_marks,
     token_axes,
@@ -20,14 +19,14 @@ from megatron_r1.report.load import Reading, Run
 from megatron_r1.report.svg import end_labels, path, picture, text, width_of
 
 HEIGHT = 210.0
-Curve = list[tuple[float, float]]
 
 
 def figure(reading: Reading) -> Figure | None:
     """RankMe on the left, validation losses on the right, whichever there are; None where neither is."""
     run = reading.run
-    ranks = [_points(arm, "rank_me") for _, arm in reading.arms]
-    losses = {s: _points(run, "validation_nll", s) for s in run.domains}
+    ranks = [arm.points("rank_me") for _, arm in reading.arms]
+    colors = palette.source_colors(run.domains)
+    losses = {s: run.points("validation_nll", s) for s in run.domains}
     losses = {s: points for s, points in losses.items() if points}
     shown = [bool(ranks[0]), bool(losses)]
     if not any(shown):
@@ -36,7 +35,7 @@ def figure(reading: Reading) -> Figure | None:
     height = max(HEIGHT, 15.0 * len(losses) + 10)
     parts, said, note, titles = [], [], [], []
     if ranks[0]:
-        parts.append(_rank_panel(reading, ranks, cell, height))
+        parts.append(_panel(reading, "RankMe", list(arm_curves(reading, ranks)), 1, 0.0, cell, height))
         first, last = ranks[0][0][1], ranks[0][-1][1]
         titles.append("rank of the embeddings")
         said.append(
@@ -48,7 +47,8 @@ def figure(reading: Reading) -> Figure | None:
             "over the probing text (Eq. 8)."
         )
     if losses:
-        parts.append(_loss_panel(reading, losses, WIDTH - cell, cell, height))
+        drawn = [(s, points, colors[s], "curve") for s, points in losses.items()]
+        parts.append(_panel(reading, "validation loss per source", drawn, 2, WIDTH - cell, cell, height))
         titles.append("loss on each source's held-back text")
         said.append(_gap(run, losses) + " Look for a curve that turns up while its source is trained on.")
         note.append("Validation: text of each source behind the documents it trains on, nats per token.")
@@ -57,52 +57,22 @@ def figure(reading: Reading) -> Figure | None:
     return Figure("measures", name[0].upper() + name[1:], " ".join(said), body, " ".join(note))
 
 
-def _points(run: Run, name: str, source: str | None = None) -> Curve:
-    """(tokens, value) of the steps at which it was measured and is a number."""
-    found = []
-    for line in run.metrics:
-        value = line.get(name)
-        if source is not None:
-            value = (value or {}).get(source)
-        if value is not None and math.isfinite(value):
-            found.append((float(line["tokens"]), float(value)))
-    return found
-
-
-def _rank_panel(reading: Reading, ranks: list[Curve], cell: float, height: float) -> str:
-    run, whole = reading.run, ranks[0]
-    values = [v for points in ranks for _, v in points]
-    margin = max(width_of(f"{name} 00.0") for name, _ in reading.arms) + 30
-    panel = token_panel(reading, 50, cell - margin, 48, 48 + height, padded(min(values), max(values)))
-    parts, labels = [text(42, 16, "RankMe", "panel"), token_axes(panel, "", "tokens", most=4)], []
-    parts.append(phase_marks(panel, run, named=False))
-    for (name, arm), points, color in zip(reading.arms, ranks, (INK, CONTROL), strict=False):
-        if not points:
-            continue
-        joined = [*before(run, arm, whole), *points]
-        parts.append(path(panel.at(joined), color, "curve" if arm is run else "curve dashed", name))
-        labels.append((*points[-1], f"{name} {points[-1][1]:.1f}", color))
-    return "".join([*parts, end_labels(panel, labels)])
-
-
-def _loss_panel(reading: Reading, losses: dict[str, Curve], left: float, cell: float, height: float) -> str:
-    colors = palette.source_colors(reading.run.domains)
-    values = [v for points in losses.values() for _, v in points]
-    margin = max(width_of(f"{s} 0.00") for s in losses) + 22
-    panel = token_panel(
-        reading, left + 50, left + cell - margin, 48, 48 + height, padded(min(values), max(values))
-    )
-    parts = [
-        text(left + 42, 16, "validation loss per source", "panel"),
-        token_axes(panel, "", "tokens", most=4),
-    ]
+def _panel(
+    reading: Reading, name: str, curves: Sequence[Curve], digits: int, left: float, cell: float, height: float
+) -> str:
+    """Curves over tokens, each with its name and last value."""
+    values = [v for _, points, _, _ in curves for _, v in points]
+    ends = [(*points[-1], f"{said} {points[-1][1]:.{digits}f}", color) for said, points, color, _ in curves]
+    margin = max(width_of(said) for _, _, said, _ in ends) + 30
+    span = padded(min(values), max(values))
+    panel = token_panel(reading, left + 50, left + cell - margin, 48, 48 + height, span)
+    parts = [text(left + 42, 16, name, "panel"), token_axes(panel, "", "tokens", most=4)]
     parts.append(phase_marks(panel, reading.run, named=False))
-    parts += [path(panel.at(points), colors[s], "curve", s) for s, points in losses.items()]
-    ends = [(*points[-1], f"{s} {points[-1][1]:.2f}", colors[s]) for s, points in losses.items()]
+    parts += [path(panel.at(points), color, cls, said) for said, points, color, cls in curves]
     return "".join([*parts, end_labels(panel, ends)])
 
 
-def _gap(run: Run, losses: dict[str, Curve]) -> str:
+def _gap(run: Run, losses: dict[str, list[tuple[float, float]]]) -> str:
     """Which source's held-back text ends hardest, and whether any has become harder again."""
     hard = max(losses, key=lambda s: losses[s][-1][1])
     lead = f"{hard} ends hardest on held-back text, at {losses[hard][-1][1]:.2f} nats per token."

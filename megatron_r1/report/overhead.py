@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from xml.sax.saxutils import escape
-
 from megatron_r1.report import words
-from megatron_r1.report.figure import table
 from megatron_r1.report.load import Reading
 from megatron_r1.report.summary import StageCost, stage_costs
-from megatron_r1.report.svg import element
+from megatron_r1.report.table import Cell, Table
 
 _PAPER = {
     "representative and probing sets": 200.0,
@@ -19,17 +16,19 @@ _PAPER = {
 """Appendix D.3, GPU hours of the 950M model."""
 
 
-def overhead(reading: Reading) -> str:
-    """Table of device-hours, or nothing before anything was trained and scored."""
+def overhead(reading: Reading) -> Table | None:
+    """Table of device-hours; None before anything was trained and scored."""
     ours = dict.fromkeys(_PAPER, 0.0)
     for cost in stage_costs(reading):
         if (row := _row_of(cost)) is not None:
             ours[row] += cost.device_hours
     if not ours["training"] or not ours["influence scores and mixture"]:
-        return ""
-    rows = [_cells(name, words.hours(ours[name]), f"{_PAPER[name]:,.0f} h") for name in _PAPER]
-    rows.append(_cells("choosing, of the whole", *(words.percent(100 * _share(c)) for c in (ours, _PAPER))))
-    return table(["choosing data, device-hours", "this run", "the paper, 950M"], rows)
+        return None
+    rows = [(name, words.hours(ours[name]), f"{_PAPER[name]:,.0f} h") for name in _PAPER]
+    shares = [words.percent(100 * _share(hours)) for hours in (ours, _PAPER)]
+    rows.append(("choosing, of the whole", shares[0], shares[1]))
+    head = ["choosing data, device-hours", "this run", "the paper, 950M"]
+    return Table(head, [[Cell(said) for said in row] for row in rows])
 
 
 def _row_of(cost: StageCost) -> str | None:
@@ -45,8 +44,3 @@ def _row_of(cost: StageCost) -> str | None:
 
 def _share(hours: dict[str, float]) -> float:
     return 1 - hours["training"] / sum(hours.values())
-
-
-def _cells(name: str, *values: str) -> str:
-    cells = [element("th", escape(name), scope="row"), *(element("td", escape(v)) for v in values)]
-    return element("tr", "".join(cells))

@@ -8,17 +8,19 @@ from xml.sax.saxutils import escape
 from megatron_r1.report import (
     agreement,
     bars,
+    checkpoints,
     curves,
     examples,
     influence,
     measures,
+    mixture,
     palette,
     predicted,
     summary,
     words,
 )
-from megatron_r1.report.figure import Figure, table
-from megatron_r1.report.load import Reading, Run
+from megatron_r1.report.figure import Figure
+from megatron_r1.report.load import Reading
 from megatron_r1.run_dir import RunDir, write_text
 
 STYLE = """
@@ -29,7 +31,7 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--font)
 main{max-width:1120px;margin:0 auto;padding:36px 20px 64px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
 h2{font-size:20px;margin:0 0 6px;letter-spacing:-.005em}
-p{margin:0 0 12px;max-width:78ch}
+p{margin:0 0 12px;max-width:78ch;overflow-wrap:break-word}
 nav{margin:14px 0 26px;font-size:14px;display:flex;flex-wrap:wrap;gap:4px 18px}
 nav a{color:var(--muted);text-decoration:none;border-bottom:1px solid var(--grid)}
 nav a:hover{color:var(--ink)}
@@ -76,7 +78,7 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 border-radius:2px;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue-0)}
 svg text{font:12px var(--font);fill:var(--ink);font-variant-numeric:tabular-nums}
-svg .tick,svg .muted{fill:var(--muted)}
+svg .tick,svg .muted,svg .domain{fill:var(--muted)}
 svg .panel{font-size:14px;font-weight:650}
 svg .name{font-weight:550}
 .grid{stroke:var(--grid)}
@@ -90,6 +92,10 @@ svg .name{font-weight:550}
 .raw{stroke-width:1;opacity:.28}
 .leader{stroke-width:1;opacity:.5}
 .area{opacity:.8}
+.band{stroke:var(--card);stroke-width:.6;stroke-linejoin:round}
+svg .inside{font-size:11px;fill:var(--card)}
+svg .strong{font-weight:650}
+svg .small{font-size:10.5px;opacity:.75}
 @media screen and (max-width:820px){.pair,.cards{grid-template-columns:1fr}figure{padding:18px 14px}
 figure .art{overflow-x:auto}}
 @media print{body{background:none;font-size:12px}main{max-width:none;padding:0}nav{display:none}
@@ -112,7 +118,7 @@ def write(reading: Reading) -> Path:
 def render(reading: Reading) -> str:
     """The page; the same reading gives the same bytes."""
     shown = all_figures(reading)
-    name = _name(reading.run)
+    name = reading.run.name
     light = palette.variables(palette.LIGHT, palette.LIGHT_SHADES)
     dark = palette.variables(palette.DARK, palette.DARK_SHADES)
     style = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
@@ -136,10 +142,12 @@ def all_figures(reading: Reading) -> list[Figure]:
         agreement.figure(reading),
         predicted.figure(reading),
         examples.figure(reading),
-        bars.mixture(reading),
+        mixture.before_and_after(reading),
+        mixture.over_time(reading),
+        bars.epochs(reading),
         curves.held_out(reading),
         measures.figure(reading),
-        bars.epochs(reading),
+        checkpoints.figure(reading),
         bars.stages(reading),
     ]
     return [f for f in made if f is not None]
@@ -173,23 +181,15 @@ def _held_out_card(reading: Reading) -> str:
     title = "Held-out loss at the end, nats per token"
     ends = summary.held_out(reading)
     if ends is None:
-        return _card(title, '<div class="big">–</div><p>not measured</p>')
-    arms = list(ends.by_arm)
-    head = ["", *arms] + (["difference"] if len(arms) == 2 else [])
-    rows = []
-    for capability in ends.by_arm[arms[0]]:
-        gap = ends.difference(capability)
-        values = "".join(f"<td>{ends.by_arm[a][capability]:.3f}</td>" for a in arms)
-        last = "" if gap is None else f'<td class="strong">{words.signed(gap)}</td>'
-        rows.append(f'<tr><th scope="row">{escape(capability)}</th>{values}{last}</tr>')
-    return _card(title, table(head, rows))
+        return _big(title, "–", "not measured")
+    return _card(title, curves.held_out_table(ends, brief=True).html())
 
 
 def _worst_card(reading: Reading) -> str:
     title = "Worst source found"
     found = summary.influence(reading)
     if not found:
-        return _card(title, '<div class="big">–</div><p>influence not measured yet</p>')
+        return _big(title, "–", "influence not measured yet")
     best, worst = found[0], found[-1]
     low, high = words.compact(worst.total), words.compact(best.total)
     said = f"mean influence {low}; best: {best.source}, {high}"
@@ -197,7 +197,7 @@ def _worst_card(reading: Reading) -> str:
     if len(mixes) > 1:
         shares = [words.share(mix.get(worst.source, 0.0)) for mix in (mixes[0], mixes[-1])]
         said += f". Its share went from {shares[0]} to {shares[1]}"
-    return _card(title, f'<div class="big">{escape(worst.source)}</div><p>{escape(said)}</p>')
+    return _big(title, worst.source, said)
 
 
 def _time_card(reading: Reading) -> str:
@@ -215,7 +215,11 @@ def _time_card(reading: Reading) -> str:
     else:
         total = sum(line["seconds"] for _, arm in reading.arms for line in arm.metrics)
         said = "of training steps; the ledger is empty"
-    return _card("Total time", f'<div class="big">{words.duration(total)}</div><p>{escape(said)}</p>')
+    return _big("Total time", words.duration(total), said)
+
+
+def _big(title: str, value: str, said: str) -> str:
+    return _card(title, f'<div class="big">{escape(value)}</div><p>{escape(said)}</p>')
 
 
 def _card(title: str, body: str) -> str:
@@ -226,12 +230,9 @@ def _figure(figure: Figure) -> str:
     parts = [f"<h2>{escape(figure.title)}</h2>", f"<p>{escape(figure.lead)}</p>"]
     if figure.command:
         parts.append(f"<pre>{escape(figure.command)}</pre>")
-    if figure.body:
-        parts.append(f'<div class="art">{figure.body}</div>')
+    shown = figure.body + "".join(table.html() for table in figure.tables)
+    if shown:
+        parts.append(f'<div class="art">{shown}</div>')
     if figure.note:
         parts.append(f'<p class="note">{escape(figure.note)}</p>')
     return f'<figure id="{figure.anchor}">{"".join(parts)}</figure>\n'
-
-
-def _name(run: Run) -> str:
-    return run.root.resolve().name

@@ -8,9 +8,9 @@ import numpy as np
 
 from megatron_r1.report import palette, summary, words
 from megatron_r1.report.agreement import spearman
-from megatron_r1.report.figure import WIDTH, Figure, padded
+from megatron_r1.report.figure import WIDTH, Figure, marks, padded
 from megatron_r1.report.load import Reading
-from megatron_r1.report.svg import Panel, Scale, axes, element, picture, spread, text, ticks, title
+from megatron_r1.report.svg import Panel, Scale, axes, element, picture, spread, text
 
 _HEIGHT = 230.0
 _NAMED = 16
@@ -65,25 +65,17 @@ def _panel(
     x_low, x_high = padded(min(x for _, x, _ in dots) * scale, max(x for _, x, _ in dots) * scale)
     y_low, y_high = padded(min(y for _, _, y in dots), max(y for _, _, y in dots))
     panel = Panel(Scale(x_low, x_high, left + 58, left + cell - 20), Scale(y_low, y_high, 48 + _HEIGHT, 48.0))
-    xs, ys = ticks(x_low, x_high, 4), ticks(y_low, y_high, 5)
-    steps = [t[1] - t[0] if len(t) > 1 else 0.01 for t in (xs, ys)]
     unit = f"mean score {words.power(power)}" if power else "mean score"
     parts = [
         text(left + 50, 16, name, "panel"),
-        axes(
-            panel,
-            [(v, words.tick(v, steps[0])) for v in xs],
-            [(v, words.tick(v, steps[1])) for v in ys],
-            unit,
-            "nats without it",
-        ),
+        axes(panel, marks(x_low, x_high, 4), marks(y_low, y_high, 5), unit, "nats without it"),
     ]
     places = spread([panel.y(y) for _, _, y in dots], 13.0, panel.y.end, panel.y.start)
     for (source, x, y), place in zip(dots, places, strict=True):
-        tip = title(f"{source}: {words.compact(x)}, {words.signed(y)} nats")
+        tip = f"{source}: {words.compact(x)}, {words.signed(y)} nats"
         style = f"fill:{colors.get(source, 'var(--control)')}"
         at = {"cx": panel.x(x * scale), "cy": panel.y(y)}
-        parts.append(element("circle", tip, **at, r=4.0, style=style))
+        parts.append(element("circle", tip=tip, **at, r=4.0, style=style))
         if len(dots) <= _NAMED:
             right = panel.x(x * scale) < (panel.x.start + panel.x.end) / 2
             side = ("start", 8.0) if right else ("end", -8.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -16,6 +15,9 @@ from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Reading, Run
 
+_PER_NODE = 8
+"""GPUs of a node, for commands."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -25,10 +27,8 @@ class HeldOut:
     by_arm: dict[str, dict[str, float]]
     """Arm -> capability -> nats per token."""
 
-    def difference(self, capability: str) -> float | None:
+    def difference(self, capability: str) -> float:
         """The run less its control; negative: the run is better."""
-        if len(self.by_arm) < 2:
-            return None
         run, control = self.by_arm.values()
         return run[capability] - control[capability]
 
@@ -170,6 +170,17 @@ def ranks(run: Run) -> int | None:
     return devices[-1] if devices else None
 
 
+def launch(run: Run, tool: str, *overrides: str) -> str:
+    """The command that starts a tool with the run's configuration, on as many ranks as have trained it."""
+    count = ranks(run) or 2
+    nodes = -(-count // _PER_NODE)
+    where = f"--nnodes {nodes} " if nodes > 1 else ""
+    start = (
+        f"torchrun {where}--nproc-per-node {-(-count // nodes)} tools/{tool}.py {run.root / 'config.yaml'}"
+    )
+    return " ".join([start, *overrides])
+
+
 def mixtures(run: Run) -> dict[str, dict[str, float]]:
     """Phase -> source -> target share of sequences."""
     return {phase: run.last_of(phase)["mix_target"] for phase in run.phases}
@@ -184,18 +195,11 @@ def fall_by_source(run: Run) -> dict[str, float]:
     """How far each source's loss fell: mean of its first tenth of steps less mean of its last tenth, nats."""
     out = {}
     for source in run.sources:
-        losses = source_losses(run, source)
-        tenth = max(1, len(losses) // 10)
-        if len(losses) >= 2:
-            values = [loss for _, loss in losses]
+        values = [loss for _, loss in run.points("loss_by_source", source)]
+        tenth = max(1, len(values) // 10)
+        if len(values) >= 2:
             out[source] = float(np.mean(values[:tenth]) - np.mean(values[-tenth:]))
     return out
-
-
-def source_losses(run: Run, source: str) -> list[tuple[int, float]]:
-    """(tokens, loss) of the steps that drew from a source."""
-    found = ((line["tokens"], line["loss_by_source"].get(source)) for line in run.metrics)
-    return [(tokens, loss) for tokens, loss in found if loss is not None and math.isfinite(loss)]
 
 
 def extremes(values: Mapping[str, float]) -> tuple[str, str]:

@@ -46,8 +46,10 @@ class Panel:
         return [(self.x(a), self.y(b)) for a, b in points if math.isfinite(a) and math.isfinite(b)]
 
 
-def element(tag: str, content: str = "", /, **attributes: object) -> str:
-    """One element. `content` is markup; attribute values are escaped, `_` in their names becomes `-`."""
+def element(tag: str, content: str = "", /, tip: str = "", **attributes: object) -> str:
+    """One element. `content` is markup; `tip` is what a mouse resting on it shows; attribute values are
+    escaped, `_` in their names becomes `-`."""
+    content = f"<title>{escape(tip)}</title>{content}" if tip else content
     given = {k: short(v) if isinstance(v, float) else str(v) for k, v in attributes.items() if v is not None}
     said = "".join(f" {k.strip('_').replace('_', '-')}={quoteattr(v)}" for k, v in given.items())
     return f"<{tag}{said}>{content}</{tag}>"
@@ -71,10 +73,10 @@ def picture(width: float, height: float, parts: Iterable[str], label: str) -> st
 
 
 def text(
-    x: float, y: float, words: str, cls: str = "label", anchor: str | None = None, **more: object
+    x: float, y: float, words: str, cls: str = "label", anchor: str | None = None, style: str | None = None
 ) -> str:
     """A line of text; y is its baseline."""
-    return element("text", escape(words), x=x, y=y, class_=cls, text_anchor=anchor, **more)
+    return element("text", escape(words), x=x, y=y, class_=cls, text_anchor=anchor, style=style)
 
 
 def width_of(words: str) -> float:
@@ -82,36 +84,31 @@ def width_of(words: str) -> float:
     return CHARACTER * len(words)
 
 
-def title(words: str) -> str:
-    """What a mouse resting on the parent shows."""
-    return element("title", escape(words))
+def line(
+    x1: float, y1: float, x2: float, y2: float, cls: str = "grid", tip: str = "", style: str | None = None
+) -> str:
+    return element("line", tip=tip, x1=x1, y1=y1, x2=x2, y2=y2, class_=cls, style=style)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, cls: str = "grid", **more: object) -> str:
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=cls, **more)
+def rect(
+    x: float, y: float, width: float, height: float, fill: str, tip: str = "", opacity: float = 1.0
+) -> str:
+    style = f"fill:{fill}" + (f";opacity:{opacity:.2g}" if opacity < 1 else "")
+    return element("rect", tip=tip, x=x, y=y, width=max(0.0, width), height=height, style=style)
 
 
-def rect(x: float, y: float, width: float, height: float, fill: str, tip: str = "", **more: object) -> str:
-    return element(
-        "rect",
-        title(tip) if tip else "",
-        x=x,
-        y=y,
-        width=max(0.0, width),
-        height=height,
-        style=f"fill:{fill}",
-        **more,
-    )
-
-
-def path(points: Points, color: str, cls: str = "curve", tip: str = "", **more: object) -> str:
+def path(points: Points, color: str, cls: str = "curve", tip: str = "") -> str:
     """A line through pixel positions."""
-    if not points:
-        return ""
-    steps = "L".join(f"{short(x)} {short(y)}" for x, y in points)
-    return element(
-        "path", title(tip) if tip else "", d=f"M{steps}", class_=cls, style=f"stroke:{color}", **more
-    )
+    return element("path", tip=tip, d=_through(points), class_=cls, style=f"stroke:{color}") if points else ""
+
+
+def polygon(points: Points, color: str, cls: str, tip: str = "") -> str:
+    """A filled outline through pixel positions."""
+    return element("path", tip=tip, d=f"{_through(points)}Z", class_=cls, style=f"fill:{color}")
+
+
+def _through(points: Points) -> str:
+    return "M" + "L".join(f"{short(x)} {short(y)}" for x, y in points)
 
 
 def clipped(panel: Panel, name: str, content: str) -> str:
@@ -192,16 +189,12 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return counts / max(1, len(values))
 
 
-def step_area(
-    x: Scale, edges: np.ndarray, heights: Sequence[float], base: float, color: str, cls: str
-) -> str:
+def step_area(x: Scale, edges: np.ndarray, heights: Sequence[float], base: float, color: str) -> str:
     """A histogram's outline, filled, standing on y = base; heights in pixels."""
     points = [(x(float(edges[0])), base)]
     for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
         points += [(x(float(left)), base - height), (x(float(right)), base - height)]
-    points.append((x(float(edges[-1])), base))
-    outline = "L".join(f"{short(a)} {short(b)}" for a, b in points)
-    return element("path", d=f"M{outline}Z", class_=cls, style=f"fill:{color}")
+    return polygon([*points, (x(float(edges[-1])), base)], color, "area")
 
 
 def smooth(values: Sequence[float] | np.ndarray, reach: int) -> np.ndarray:

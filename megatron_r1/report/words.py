@@ -17,6 +17,14 @@ def count(value: float) -> str:
     return _three(value)
 
 
+def size(value: float) -> str:
+    """Bytes in the greatest binary unit that leaves one before the point: 41 MiB, 1.2 GiB."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 1024**power:
+            return f"{_three(value / 1024**power)}{SPACE}{unit}"
+    return f"{value:.0f}{SPACE}B"
+
+
 def _three(value: float) -> str:
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     said = f"{value:.{digits}f}"

@@ -22,7 +22,7 @@ from megatron_r1.optimizer import forget_moments, set_schedule
 from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
-from megatron_r1.retention import Retention, evenly_spaced
+from megatron_r1.retention import Retention
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
@@ -38,7 +38,7 @@ from megatron_r1.train.health import (
 )
 from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog
-from megatron_r1.train.schedule import PhaseSpan, late_edits, phase_spans
+from megatron_r1.train.schedule import PhaseSpan, kept_steps, late_edits, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
@@ -136,7 +136,7 @@ class Trainer:
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
         self.ends = {span.end for span in phase_spans(config)}
-        self.kept = _kept_steps(config)
+        self.kept = kept_steps(config)
         keep = config.train
         self.saver = checkpoint.Saver(
             run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept))
@@ -423,11 +423,3 @@ class Trainer:
 def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
     total = sum(weights.values())
     return {name: weights.get(name, 0) / total for name in names}
-
-
-def _kept_steps(config: Config) -> set[int]:
-    """Steps that are saved, and kept, besides the regular ones: what influence is to score."""
-    kept = set(config.influence.steps if config.influence else ())
-    for span in phase_spans(config):
-        kept |= {span.end, *evenly_spaced(span.start, span.end, config.train.keep_spaced)}
-    return kept

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.config import Config, PhaseConfig
+from megatron_r1.retention import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,12 @@ def phase_spans(config: Config) -> list[PhaseSpan]:
         spans.append(PhaseSpan(name, start, end, phase))
         start = end
     return spans
+
+
+def kept_steps(config: Config) -> set[int]:
+    """Steps that are saved, and kept, besides the regular ones: ends of phases, and what influence is to
+    score."""
+    kept = set(config.influence.steps if config.influence else ())
+    for span in phase_spans(config):
+        kept |= {span.end, *evenly_spaced(span.start, span.end, config.train.keep_spaced)}
+    return kept

@@ -15,6 +15,10 @@ import pytest
 
 from megatron_r1.report import load, page
 
+from . import conftest
+from .test_checkpoints import save
+from .test_mixture import rewrite
+
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 
 # Asks the browser itself for the boxes of all labels. 2 px of a text's box are room above and below it.
@@ -55,17 +59,34 @@ def looked_at(root: Path, tmp_path: Path, width: int) -> dict[str, Any]:
     return dict(json.loads(html.unescape(found[1])))
 
 
-@pytest.mark.parametrize("which", ["whole", "run"])
+@pytest.fixture
+def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sixteen sources, five phases, some of a few steps, and checkpoints."""
+    names = [f"{domain}-source-{i}" for i in range(4) for domain in ("code", "math", "knowledge", "web")]
+    monkeypatch.setattr(conftest, "SOURCES", {name: (name.split("-")[0], 5.0) for name in names})
+    root = tmp_path / "crowded"
+    conftest.make_arm(root, "second", "uniform", 0, 0.0)
+    mixes = [{name: 1 + 7 * (i % 4 == k) for i, name in enumerate(names)} for k in range(5)]
+    lengths = {"web": 40, "clean": 40, "code-heavy": 20, "anneal": 6, "sft": 2}
+    rewrite(root, {phase: [mix] * n for (phase, n), mix in zip(lengths.items(), mixes, strict=True)})
+    save(root, [40, 80, 100, 104, 106])
+    return root
+
+
+@pytest.mark.parametrize("which", ["whole", "run", "crowded"])
 def test_labels_neither_overlap_nor_leave_their_figure(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     seen = looked_at(request.getfixturevalue(which), tmp_path, 1200)
     assert seen["found"] == []
-    assert seen["drawings"] == (7 if which == "whole" else 6)
+    assert seen["drawings"] == {"whole": 8, "run": 7, "crowded": 6}[which]
 
 
-def test_a_narrow_window_scrolls_figures_and_not_the_page(whole: Path, tmp_path: Path) -> None:
-    assert looked_at(whole, tmp_path, 500)["wide"] <= 0
+@pytest.mark.parametrize("which", ["whole", "crowded"])
+def test_a_narrow_window_scrolls_figures_and_not_the_page(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    assert looked_at(request.getfixturevalue(which), tmp_path, 500)["wide"] <= 0
 
 
 def test_screenshot_has_the_size_asked_for(whole: Path, tmp_path: Path) -> None:

@@ -48,5 +48,5 @@ def test_rank_and_validation_losses_are_drawn_where_they_were_measured(pair: Pat
 
 def test_memory_and_the_slowest_rank_stand_with_the_times(whole: Path) -> None:
     text = words_of(spoil(whole, lambda line: line.update(memory_bytes=3 << 30, slowest_ratio=1.25)))
-    assert "The first rank held at most 3.0 GiB" in text
+    assert "The first rank held at most 3 GiB" in text
     assert "slowest rank of a step took 1.25 times the median rank's time" in text

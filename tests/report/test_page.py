@@ -44,8 +44,10 @@ def test_page_names_every_source_and_capability_and_figure(whole: Path) -> None:
         "Influence per example",
         "Influence per source and capability",
         "Mixture before and after",
+        "Mixture over time",
         "Held-out loss per capability",
         "Epochs per source",
+        "Checkpoints",
         "Where the time went",
     ):
         assert heading in text
@@ -217,7 +219,9 @@ def test_stages_of_one_kind_are_one_row_and_the_total_is_the_ledgers(whole: Path
 
 def test_overhead_of_choosing_data_stands_beside_the_papers(whole: Path) -> None:
     """(3 x 11 x 2 + 1.2 + 36 x 2) / (that + (48 + 36) x 2) device-seconds; 6,800 / 45,400 hours."""
-    text = words_of(f"<html><body>{overhead.overhead(load.read_all(whole))}</body></html>")
+    table = overhead.overhead(load.read_all(whole))
+    assert table is not None
+    text = words_of(f"<html><body>{table.html()}</body></html>")
     assert "leave-one-out and control runs 0.02 400 h" in text
     assert "training 0.05 38,600 h" in text
     assert "choosing, of the whole 45 % 15 %" in text
