@@ -11,7 +11,8 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.recipes import launch_plan_paper
 from megatron_r1.recipes.launch_plan_data import DataPlan, plan_data, warnings
-from megatron_r1.retention import Retention, evenly_spaced
+from megatron_r1.retention import Retention
+from megatron_r1.train.schedule import kept_steps
 
 if TYPE_CHECKING:
     from megatron_r1.recipes.launch_plan_memory import RankMemory
@@ -153,13 +154,8 @@ def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPla
 def plan_checkpoints(config: Config) -> Checkpoints:
     numel = config.model.parameters()
     size = numel * ((2 if config.train.precision == "bf16" else 4) + 12)
-    ends, pinned, start = [], set(config.influence.steps if config.influence else ()), 0
-    for name in config.phases:
-        end = start + config.phase_steps(name)
-        pinned |= {end, *evenly_spaced(start, end, config.train.keep_spaced)}
-        ends.append(end)
-        start = end
-    pinned = {step for step in pinned if step <= start}
-    saved = sorted(pinned | set(range(config.train.checkpoint_every, start, config.train.checkpoint_every)))
+    last = sum(config.phase_steps(name) for name in config.phases)
+    pinned = {step for step in kept_steps(config) if step <= last}
+    saved = sorted(pinned | set(range(config.train.checkpoint_every, last, config.train.checkpoint_every)))
     retention = Retention(config.train.keep_last, config.train.keep_every, frozenset(pinned))
     return Checkpoints(size, len(saved), len(saved) - len(retention.surplus(saved)))
