@@ -23,7 +23,7 @@ class Run:
     metrics: list[dict[str, Any]]
     """One line a step, in order; never empty."""
     stages: list[dict[str, Any]]
-    """The ledger's lines, in order; of a report's own run, before them those of the stages it stands on."""
+    """The ledger's lines, in order; of a report's own run also those of the stages that it stands on."""
 
     @property
     def name(self) -> str:
@@ -123,7 +123,8 @@ def read_run(root: Path) -> Run:
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
     run = read_run(root)
-    run = replace(run, stages=[*ledger.lineage(root), *run.stages])
+    stages = sorted([*ledger.lineage(root), *run.stages], key=lambda line: str(line["finished"]))
+    run = replace(run, stages=stages)
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
     mix = root / "mix.json"
