@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_r1.config import Config, RopeScaling
+from megatron_r1.config import Config, ParallelConfig, RopeScaling
 
 
 class ConfigError(ValueError):
@@ -325,11 +325,8 @@ def check_world(config: Config, world_size: int) -> list[str]:
     ranks = config.parallel.model_ranks()
     if ranks < 1 or config.train.global_batch % max(1, config.train.micro_batch):
         return []  # said already, without any launch
-    if world_size % ranks:
-        return [
-            f"{world_size} ranks do not divide into model copies of parallel.tensor x pipeline x context = "
-            f"{ranks} ranks; launch a multiple of {ranks}"
-        ]
+    if mistakes := check_copies(config.parallel, world_size):
+        return mistakes
     data_parallel, train = world_size // ranks, config.train
     if train.global_batch % (train.micro_batch * data_parallel) == 0:
         passes = train.global_batch // (train.micro_batch * data_parallel)
@@ -348,4 +345,15 @@ def check_world(config: Config, world_size: int) -> list[str]:
     return [
         f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
         f"{data_parallel} data-parallel ranks; {way}"
+    ]
+
+
+def check_copies(parallel: ParallelConfig, ranks: int) -> list[str]:
+    """Mistakes of dividing `ranks` ranks into copies of the model."""
+    copy = parallel.model_ranks()
+    if copy < 1 or ranks % copy == 0:
+        return []
+    return [
+        f"{ranks} ranks do not divide into model copies of parallel.tensor x pipeline x context = {copy} "
+        f"ranks; launch a multiple of {copy}"
     ]

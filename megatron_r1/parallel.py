@@ -1,7 +1,9 @@
-"""Process groups -> ParallelContext."""
+"""Process groups -> ParallelContext; what a rank shares with the others, and its part of a batch."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from megatron_r1 import backend, cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.launch_store import launch_store
+from megatron_r1.records import Batch
 from megatron_r1.run_lock import RunLock
 
 
@@ -119,3 +122,28 @@ def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
 
     dist.all_reduce(tensor, group=ps.get_data_parallel_group(with_context_parallel=True))
     return tensor
+
+
+def on_device(batch: Batch) -> Batch:
+    """The batch on this rank's device, cut to this context-parallel rank's part of each sequence."""
+    tensors = {
+        field.name: value.to(backend.device(), non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if (value := getattr(batch, field.name)) is not None
+    }
+    return Batch(**{**tensors, **cut_to_rank({name: t for name, t in tensors.items() if t.dim() == 2})})
+
+
+def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's tokens of each tensor, where context parallelism divides the sequence."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    if ps.get_context_parallel_world_size() == 1:
+        return whole_BS
+    # megatron-core 0.19 wants to be told.
+    told = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
+    cut: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(
+        whole_BS, **({"is_hybrid_cp": False} if told else {})
+    )
+    return cut

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import Config, InfluenceConfig
-from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.layers import select
-from megatron_r1.influence.low_rank import LowRank
-from megatron_r1.influence.methods import Directions, Method, WgradDot
+from megatron_r1.influence.methods import Directions, Ghost, LowRank, Method, WgradDot
 from megatron_r1.influence.passes import named_parameters
 from megatron_r1.influence.projected import Projected, Projection, split_axis
 from megatron_r1.parallel import ParallelContext

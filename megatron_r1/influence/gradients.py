@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -76,14 +75,15 @@ class Scorer:
             rule = self._rule(module)
             if rule is None:
                 continue
-            weight = module.weight if module.weight is not None else self._tied_weight()
-            name = names[id(weight)]
+            # The head of a stage that holds the embedding, too, has no weight of its own.
+            tied = module.weight is None
+            name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
             covered.add(name)
             # The graph begins at the embedding, whether it counts or not.
             if name in self.method.names or rule == self._embedding:
                 self._hooks.append(module.register_forward_hook(partial(rule, name=name)))
         if rest := sorted(set(names.values()) - covered):
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise ValueError(
                 f"no rule for the gradient of {', '.join(rest[:4])}: scoring knows megatron-core's own "
                 f"parallel layers and RMSNorm without biases, not Transformer Engine's"
@@ -92,9 +92,7 @@ class Scorer:
             p.requires_grad_(False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -108,10 +106,6 @@ class Scorer:
         )
         self.sums.append(RowSums(batch.tokens_BS, zeros, zeros.clone(), zeros[:, 0].clone()))
         return self.sums[-1].loss_B
-
-    def _tied_weight(self) -> Tensor:
-        weight: Tensor = self.gpt.shared_embedding_or_output_weight()
-        return weight
 
     def _rule(self, module: Any) -> Callable[..., Tensor | None] | None:
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):

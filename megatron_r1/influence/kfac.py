@@ -32,7 +32,7 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.layers import EMBEDDING
-from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.methods import Directions, Method
 from megatron_r1.influence.passes import named_parameters
 from megatron_r1.influence.projected import split_axis
 from megatron_r1.parallel import ParallelContext, sum_over_data
@@ -107,15 +107,11 @@ def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[s
     yield from groups + [[]] * (int(count) - len(groups))
 
 
-class _Collector:
-    """A `Method` that keeps sums of what passes, and adds nothing to the examples' rows."""
+class _Collector(Method):
+    """Keeps sums of what passes, and adds nothing to the examples' rows."""
 
-    names: frozenset[str]
     squares = False
     width = 1
-
-    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        raise NotImplementedError
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         raise NotImplementedError

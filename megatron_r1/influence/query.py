@@ -63,7 +63,7 @@ def query_influence(config: Config, output: Path, capabilities: Sequence[str] | 
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()
-    with process_groups(job.config.parallel) as context, holding(RunDir(output).influence, context):
+    with process_groups(job.work.config.parallel) as context, holding(RunDir(output).influence, context):
         scoring = Scoring(job, context)
         for ref in job.refs:
             if scoring.left_of(parts[ref.step]):
@@ -111,7 +111,7 @@ def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
             Path(config.train.run),
             f"influence query step {ref.step}",
             devices=scoring.context.world_size,
-            tokens=work.probe_windows(config) * config.data.seq_length,
+            tokens=work.probe_windows() * config.data.seq_length,
             seconds=time.time() - began,
             outputs=[str(part.directory) for part in scoring.parts[ref.step]],
         )

@@ -30,12 +30,11 @@ from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.leave_out import own_products, without_own
-from megatron_r1.influence.low_rank import LowRank, correlation
-from megatron_r1.influence.methods import Directions, Method, WgradDot
+from megatron_r1.influence.methods import Directions, LowRank, Method, WgradDot, correlation
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
-from megatron_r1.influence.windows import Examples
+from megatron_r1.influence.windows import Examples, Unit
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import (
     ParallelContext,
@@ -74,7 +73,7 @@ def compute_influence(config: Config) -> None:
             print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()
-    with process_groups(job.config.parallel) as context, holding(influence, context):
+    with process_groups(job.work.config.parallel) as context, holding(influence, context):
         Scoring(job, context).run()
 
 
@@ -82,7 +81,6 @@ def compute_influence(config: Config) -> None:
 class Job:
     """What is to be scored, with its checkpoints read as far as their hashes."""
 
-    config: Config
     work: Work
     refs: list[CheckpointRef]
     curvature: str
@@ -108,15 +106,15 @@ def open_job(config: Config) -> Job:
     for ref in refs:
         checkpoint.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
-        parts[ref.step] = work.parts(config, ref.step, weights, curvature)
-    return Job(config, work, refs, curvature, parts)
+        parts[ref.step] = work.parts(ref.step, weights, curvature)
+    return Job(work, refs, curvature, parts)
 
 
 class Scoring:
     """The model on this rank, and the passes over it."""
 
     def __init__(self, job: Job, context: ParallelContext):
-        config, work = job.config, job.work
+        work, config = job.work, job.work.config
         self.config, self.work, self.context, self.parts = config, work, context, job.parts
         self.refs, self.curvature = job.refs, job.curvature
         self.passed, self.pass_seconds = 0, 0.0
@@ -143,11 +141,11 @@ class Scoring:
 
     def run(self) -> None:
         left = self.left = {step: self.left_of(found) for step, found in self.parts.items()}
-        total = self.work.examples(self.config) * len(self.refs)
+        total = self.work.examples() * len(self.refs)
         done = total - sum(left.values())
         if self.leads:
             print(
-                f"{self.config.train.run}: {self.work.summary(self.config)} | {done:,} done before | "
+                f"{self.config.train.run}: {self.work.summary()} | {done:,} done before | "
                 f"{self.context.world_size} ranks | {backend.describe()}",
                 flush=True,
             )
@@ -171,7 +169,7 @@ class Scoring:
         start = time.monotonic()
         directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
-        probes = self.work.probe_windows(self.config)
+        probes = self.work.probe_windows()
         if self.leads:
             later = sum(left for step, left in self.left.items() if step > ref.step)
             about = ""
@@ -204,7 +202,7 @@ class Scoring:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
         cache = self.cache(ref)
-        total = self.work.probe_windows(self.config)
+        total = self.work.probe_windows()
         with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
             for probe in self.work.probes:
                 cached = cache.load(probe.name)
@@ -244,7 +242,7 @@ class Scoring:
         out = []
         for part in parts:
             place = np.linspace(0, len(part.example_N) - 1, min(share, len(part.example_N))).astype(int)
-            out.append((self._examples(part, part.example_N[place]), len(place)))
+            out.append((self._examples(part.corpus, part.example_N[place]), len(place)))
         return out
 
     def _apply_kfac(self, directions: Directions, ref: CheckpointRef) -> None:
@@ -277,8 +275,7 @@ class Scoring:
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, Tensor]:
         """Of one probing set, on every rank its shard."""
         influence, seq_length = self.work.influence, self.config.data.seq_length
-        chosen = self.work.probing(self.config, probe)
-        rows = Examples(probe, chosen, seq_length, self.config.model.vocab_size)
+        rows = self._examples(probe, self.work.probing(probe))
         per_pass = influence.micro_batch * self.context.data_size
 
         def counted() -> Iterator[Batch]:
@@ -303,7 +300,7 @@ class Scoring:
         ways: tuple[Method, ...] = (method, WgradDot(directions, len(self.work.probes)))
         for scores, way in zip(found, ways, strict=True):
             for part in parts:
-                examples = self._examples(part)
+                examples = self._examples(part.corpus, part.example_N, self.work.influence.unit)
                 last = min(-(-_COMPARED // len(parts)), len(examples))
                 scores.append(torch.from_numpy(self._score_rows(examples, 0, last, way)[0]))
         low, exact = (torch.cat(scores)[:_COMPARED] for scores in found)
@@ -319,17 +316,15 @@ class Scoring:
                 f"influence.rank, or use influence.method=wgrad-dot"
             )
 
-    def _examples(self, part: Part, some_N: np.ndarray | None = None) -> Examples:
-        seq_length, vocab_size = self.config.data.seq_length, self.config.model.vocab_size
-        chosen_N = part.example_N if some_N is None else some_N
-        return Examples(part.corpus, chosen_N, seq_length, vocab_size, self.work.influence.unit)
+    def _examples(self, corpus: Corpus, number_N: np.ndarray, unit: Unit = "window") -> Examples:
+        return Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size, unit)
 
     def _score_part(
         self, part: Part, ref: CheckpointRef, method: Method, norm_C: list[float], bar: Progress
     ) -> None:
-        examples = self._examples(part)
+        examples = self._examples(part.corpus, part.example_N, self.work.influence.unit)
         exclude = self.work.influence.exclude_self
-        shared_NC = self.work.shared(self.config, part) if exclude else np.zeros((len(examples), 1), bool)
+        shared_NC = self.work.shared(part) if exclude else np.zeros((len(examples), 1), bool)
         store = None
         if self.leads:
             named = zip((probe.name for probe in self.work.probes), norm_C, strict=True)
@@ -368,11 +363,10 @@ class Scoring:
         if "norms" in results and self.curvature == "identity":
             own_N = results["norms"].square()
         else:
-            corpus, number_N = part.corpus, part.example_N[first : first + len(shared_N)][shared_N]
-            rows = Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size)
+            rows = self._examples(part.corpus, part.example_N[first : first + len(shared_N)][shared_N])
             own_N = torch.zeros(len(shared_N), dtype=torch.float64)
             own_N[torch.from_numpy(shared_N)] = self._own_products(rows, ref)
-        size_C = torch.tensor([len(self.work.probing(self.config, probe)) for probe in self.work.probes])
+        size_C = torch.tensor([len(self.work.probing(probe)) for probe in self.work.probes])
         results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
 
     def _own_products(self, rows: Examples, ref: CheckpointRef) -> Tensor:

@@ -18,14 +18,14 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.sources import document_end, identities, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
-from megatron_r1.parallel import ParallelContext, holding, process_groups
+from megatron_r1.parallel import ParallelContext, holding, on_device, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention, evenly_spaced
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
-from megatron_r1.train.batches import Tolerant, micro_batches, on_device, rank_samples
+from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
     StepGuard,
@@ -287,7 +287,7 @@ class Trainer:
         rows, length = self.shape.micro_batch, self.shape.seq_length
         none = np.zeros(rows, dtype=bool)
         empty = whole_batch(np.zeros((rows, length + 1), dtype=np.int64), none, none, self.loader.eod)
-        return on_device(empty, self.context)
+        return on_device(empty)
 
     def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""

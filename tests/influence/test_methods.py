@@ -11,10 +11,8 @@ import torch
 from megatron_r1 import checkpoint
 from megatron_r1.config import ParallelConfig
 from megatron_r1.influence.build import build_projection, projected_directions
-from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.layers import parameter_names
-from megatron_r1.influence.low_rank import LowRank, correlation, truncated
-from megatron_r1.influence.methods import Method
+from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
 from megatron_r1.influence.projected import Projected, Projection
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState

@@ -83,6 +83,7 @@ def directions(gpt: Any, context: ParallelContext, micro_batch: int = 3) -> Dire
                 SEQ,
                 rows,
                 context,
+                named_parameters(gpt),
             )
         )
     return {name: torch.stack([f[name] for f in found]) for name in found[0]}
