@@ -57,10 +57,6 @@ class Encoder:
         lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
         return np.fromiter(chain.from_iterable(found), np.int64, count=int(lengths.sum())), lengths
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of one text."""
-        return self.encode_batch([text], [text.encode()])[0].tolist()
-
 
 class Gigatoken(Encoder):
     """`model`: the tokenizer in the form of a tokenizer.json (`Tokenizer.fast_model`)."""
