@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
@@ -13,10 +12,7 @@ from megatron_r1.influence.layers import select
 from megatron_r1.influence.methods import Directions, Ghost, LowRank, Method, WgradDot
 from megatron_r1.influence.passes import named_parameters
 from megatron_r1.influence.projected import Projected, Projection, split_axis
-from megatron_r1.parallel import ParallelContext
-
-# isort: split
-from megatron.core import parallel_state
+from megatron_r1.parallel import ParallelContext, sum_over
 
 
 def build_method(
@@ -31,7 +27,7 @@ def build_method(
     if influence.method == "projected":
         names = select(influence.layers, config.model.num_layers)
         projection = build_projection(names, directions, influence.projection, influence.seed, context)
-        projected_CP = projected_directions(projection, directions, capabilities, gpt, context)
+        projected_CP = projected_directions(projection, directions, capabilities, gpt)
         return Projected(projection, frozenset(directions), projected_CP)
     return WgradDot(directions, capabilities, influence.norms)
 
@@ -47,7 +43,7 @@ def build_projection(
 
 
 def projected_directions(
-    projection: Projection, directions: Directions, capabilities: int, gpt: Any, context: ParallelContext
+    projection: Projection, directions: Directions, capabilities: int, gpt: Any
 ) -> Tensor:
     """Of the whole model's directions, [C, P], the same on all ranks of a model copy."""
     # The last stage's copy of the tied embedding counts on the first.
@@ -56,9 +52,6 @@ def projected_directions(
     shared = {name: v for name, v in mine.items() if split_axis(name) is None}
     sharded = {name: v for name, v in mine.items() if name not in shared}
     out_CP = projection.of_directions(sharded, capabilities).to(backend.device())
-    if context.tensor_size > 1:
-        dist.all_reduce(out_CP, group=parallel_state.get_tensor_model_parallel_group())
+    sum_over("tensor", out_CP)
     out_CP += projection.of_directions(shared, capabilities).to(out_CP.device)
-    if context.pipeline_size > 1:
-        dist.all_reduce(out_CP, group=parallel_state.get_pipeline_model_parallel_group())
-    return out_CP
+    return sum_over("pipeline", out_CP)

@@ -25,6 +25,7 @@ from megatron_r1 import backend
 from megatron_r1.influence.layers import EMBEDDING
 from megatron_r1.influence.methods import Method
 from megatron_r1.influence.passes import named_parameters, run_passes
+from megatron_r1.parallel import sum_over
 from megatron_r1.records import Batch
 
 # isort: split
@@ -198,7 +199,7 @@ def score(
 
     Of scores: <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. Every
     rank that shares a sequence gets the same result but for context parallelism: there it is a part, and
-    `sum_over_data` adds the parts up.
+    `sum_over("tokens", ...)` adds the parts up.
     """
     scorer.sums.clear()
     run_passes(model, batches, passes, micro_batch, seq_length, scorer.begin)
@@ -208,13 +209,8 @@ def score(
     replicated_NX = torch.cat([sums.replicated_BX for sums in scorer.sums])
     loss_N = torch.cat([sums.loss_B for sums in scorer.sums])
     scorer.sums.clear()
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        dist.all_reduce(sharded_NX, group=parallel_state.get_tensor_model_parallel_group())
-    row_NX = sharded_NX + replicated_NX
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        for part in (row_NX, loss_N):
-            dist.all_reduce(part, group=parallel_state.get_pipeline_model_parallel_group())
-    return row_NX, loss_N
+    row_NX = sum_over("tensor", sharded_NX) + replicated_NX
+    return sum_over("pipeline", row_NX), sum_over("pipeline", loss_N)
 
 
 def _add_cross_terms(scorer: Scorer) -> None:

@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_r1 import backend
 from megatron_r1.influence.layers import EMBEDDING
-from megatron_r1.parallel import ParallelContext, on_device, sum_over_data
+from megatron_r1.parallel import on_device, sum_over
 from megatron_r1.records import Batch
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
@@ -98,7 +96,6 @@ def mean_gradient(
     micro_batch: int,
     seq_length: int,
     examples: int,
-    context: ParallelContext,
     names: Collection[str],
 ) -> dict[str, Tensor]:
     """Gradient of the mean over `examples` rows of each row's loss, of the parameters `names`: float32, this
@@ -119,22 +116,21 @@ def mean_gradient(
         for hook in hooks:
             hook.remove()
     for name, gradient in sums.items():
-        complete_gradient(mine[name], gradient, context)
-        sum_over_data(gradient)
-        gradient /= examples
+        complete_gradient(mine[name], gradient)
+        sum_over("tokens", gradient).div_(examples)
     return sums
 
 
-def complete_gradient(p: Parameter, gradient: Tensor, context: ParallelContext) -> None:
+def complete_gradient(p: Parameter, gradient: Tensor) -> None:
     """Add up, in place, what the ranks of a model copy hold in part."""
-    if getattr(p, "sequence_parallel", False) and context.tensor_size > 1:
-        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    if getattr(p, "sequence_parallel", False):
+        sum_over("tensor", gradient)
     # The first and the last stage hold a copy of the tied embedding each, and a use of it each.
-    if getattr(p, "shared_embedding", False) and context.pipeline_size > 1:
-        dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+    if getattr(p, "shared_embedding", False):
+        sum_over("embedding", gradient)
 
 
-def squared_norm(gradient: dict[str, Tensor], gpt: Any, context: ParallelContext) -> float:
+def squared_norm(gradient: dict[str, Tensor], gpt: Any) -> float:
     """Of the whole model's gradient, from each rank's shard of it; the same on all ranks."""
     parts_2 = torch.zeros(2, dtype=torch.float64, device=backend.device())
     for name, (local, p) in named_parameters(gpt).items():
@@ -142,11 +138,8 @@ def squared_norm(gradient: dict[str, Tensor], gpt: Any, context: ParallelContext
         if name in gradient and not local.startswith("output_layer"):
             replicated = int(not getattr(p, "tensor_model_parallel", False))
             parts_2[replicated] += gradient[name].double().square().sum()
-    if context.tensor_size > 1:
-        dist.all_reduce(parts_2[:1], group=parallel_state.get_tensor_model_parallel_group())
-    if context.pipeline_size > 1:
-        dist.all_reduce(parts_2, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(parts_2.sum())
+    sum_over("tensor", parts_2[:1])
+    return float(sum_over("pipeline", parts_2).sum())
 
 
 def _add_and_free(total: Tensor | None, p: Tensor) -> None:

@@ -41,7 +41,7 @@ from megatron_r1.parallel import (
     broadcast_object,
     holding,
     process_groups,
-    sum_over_data,
+    sum_over,
 )
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, CheckpointRef, Corpus
@@ -207,7 +207,7 @@ class Scoring:
             for probe in self.work.probes:
                 cached = cache.load(probe.name)
                 gradient = self._mean_gradient(probe, bar) if cached is None else cached
-                square = squared_norm(gradient, self.gpt, self.context)
+                square = squared_norm(gradient, self.gpt)
                 if not 0 < square < float("inf"):
                     what = "zero" if square == 0 else "not finite"
                     raise ValueError(
@@ -225,7 +225,7 @@ class Scoring:
         else:
             precondition(self.curvature, directions, ref.path, self.gpt)
         norm_C = [
-            squared_norm({name: v[c] for name, v in directions.items()}, self.gpt, self.context) ** 0.5
+            squared_norm({name: v[c] for name, v in directions.items()}, self.gpt) ** 0.5
             for c in range(len(gradients))
         ]
         return directions, norm_C
@@ -266,7 +266,7 @@ class Scoring:
             for examples, last in chosen:
                 batches = self._batches(examples, 0, last, micro_batch=1)
                 yield from datainf.example_gradients(
-                    self.model, self.gpt, self.names, batches, self.config.data.seq_length, self.context
+                    self.model, self.gpt, self.names, batches, self.config.data.seq_length
                 )
 
         examples = sum(last for _, last in chosen)
@@ -287,7 +287,7 @@ class Scoring:
         size, examples = influence.micro_batch, len(rows)
         start = time.monotonic()
         gradient = mean_gradient(
-            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context, self.names
+            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.names
         )
         self.passed += examples
         self.pass_seconds += time.monotonic() - start
@@ -373,12 +373,12 @@ class Scoring:
         """<H^-1 g, g> of each row, on every rank: float64 [N]. One pass of each by itself."""
         context, seq_length = self.context, self.config.data.seq_length
         batches = self._batches(rows, 0, len(rows), micro_batch=1)
-        gradients = datainf.example_gradients(self.model, self.gpt, self.names, batches, seq_length, context)
-        mine_P = own_products(self.curvature, ref.path, gradients, self.gpt, context)
+        gradients = datainf.example_gradients(self.model, self.gpt, self.names, batches, seq_length)
+        mine_P = own_products(self.curvature, ref.path, gradients, self.gpt)
         all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
         # Ranks that share a sequence have the same products.
         all_PR[:, context.data_rank] = mine_P.to(all_PR.device) / context.context_size
-        return sum_over_data(all_PR).flatten()[: len(rows)].cpu()
+        return sum_over("tokens", all_PR).flatten()[: len(rows)].cpu()
 
     def _score_rows(
         self, examples: Examples, first: int, last: int, method: Method
@@ -393,7 +393,7 @@ class Scoring:
         mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
         all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])
         all_rows[:, context.data_rank] = mine
-        rows_PX = sum_over_data(all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
+        rows_PX = sum_over("tokens", all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
         out = examples.join(first, last, rows_PX)
         if self.work.influence.loss == "sum":
             out[:, -1] /= examples.length_N[first:last]

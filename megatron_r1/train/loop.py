@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
@@ -18,7 +17,7 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.sources import document_end, identities, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
-from megatron_r1.parallel import ParallelContext, holding, on_device, process_groups
+from megatron_r1.parallel import ParallelContext, gather_objects, holding, on_device, process_groups
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention, evenly_spaced
@@ -293,8 +292,7 @@ class Trainer:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
         first = self.state.samples
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        told: list[Any] = [None] * self.context.world_size
-        dist.all_gather_object(told, None if error is None else str(error))
+        told = gather_objects(None if error is None else str(error))
         if any(told):
             self._save(span.name)
             self.saver.wait()

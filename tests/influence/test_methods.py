@@ -36,7 +36,7 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
         checkpoint.load(ref.path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
         projection = build_projection(parameter_names(tiny.MODEL.num_layers), v, 4, 5, context)
-        projected_CP = projected_directions(projection, v, 3, gpt, context)
+        projected_CP = projected_directions(projection, v, 3, gpt)
         methods: dict[str, Method] = {
             "ghost": Ghost(v, 3, tiny.SEQ),
             "tokens": Ghost(v, 3, tiny.SEQ, per_token=True),
