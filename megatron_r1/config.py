@@ -141,6 +141,10 @@ class PhaseConfig(_Strict):
     keep: dict[str, str] = field(default_factory=dict)
     """Source -> file of the windows or documents that may be drawn (Eq. 6; see data/keep.py). Others: all."""
 
+    def wsd_steps(self, steps: int) -> int:
+        """Of a wsd phase of `steps` steps, the last ones, over which its learning rate falls."""
+        return self.decay_steps if self.decay_steps is not None else max(1, steps // 10)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Strict):

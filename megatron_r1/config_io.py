@@ -272,7 +272,7 @@ def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
     out = []
     for name, phase in phases.items():
         steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
-        decay = (phase.decay_steps or max(1, steps // 10)) if phase.decay == "wsd" else 0
+        decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
         if not 0 <= phase.warmup_steps <= steps - decay:
             also = f" with a decay over {decay}" if decay else ""
             out.append(

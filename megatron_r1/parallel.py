@@ -40,6 +40,16 @@ class ParallelContext:
     """Among the ranks that hold different samples."""
     data_size: int
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank, which speaks for all."""
+        return self.rank == 0
+
+    def announce(self, line: str) -> None:
+        """Print a line on the first rank alone."""
+        if self.leads:
+            print(line, flush=True)
+
 
 @contextmanager
 def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
@@ -100,10 +110,10 @@ def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
     """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in the first rank
     where another launch has it."""
     lock = RunLock(directory)
-    if context.rank == 0:
+    if context.leads:
         lock.take(share=True)
     dist.barrier()
-    if context.rank != 0:
+    if not context.leads:
         lock.join()
     try:
         yield
@@ -112,7 +122,7 @@ def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
         lock.release()
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: object) -> Any:
     """`value` of the first rank on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0, device=backend.device())
@@ -178,7 +188,4 @@ def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return whole_BS
     # megatron-core 0.19 wants to be told.
     told = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
-    cut: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(
-        whole_BS, **({"is_hybrid_cp": False} if told else {})
-    )
-    return cut
+    return get_batch_on_this_cp_rank(whole_BS, **({"is_hybrid_cp": False} if told else {}))

@@ -213,7 +213,7 @@ class BlendPlan:
 
     def _drawn_before(self, start: int) -> list[int]:
         try:
-            return self._native.counts(start).tolist()  # type: ignore[no-any-return]
+            return self._native.counts(start).tolist()
         except IndexError as error:
             raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
 
@@ -250,21 +250,18 @@ class BlendPlan:
 
     def locate(self, i: int) -> tuple[int, int, int]:
         """(source index, epoch, window) of global sample i. IndexError past the end of a capped plan."""
-        source, epoch, window = self._native.locate(i)
-        return source, epoch, window
+        return self._native.locate(i)
 
     def locate_range(self, lo: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples [lo, lo + n): source_N int32, epoch_N int32, window_N int64."""
-        source, epoch, window = self._native.locate_range(lo, n)
-        return source, epoch, window
+        return self._native.locate_range(lo, n)
 
     def locate_many(self, i_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples i_N (integers, any order): source_N int32, epoch_N int32, window_N int64."""
         i_N = np.asarray(i_N)
         if i_N.size and i_N.dtype.kind not in "iu":
             raise ValueError(f"sample numbers must be integers, got {i_N.dtype}")
-        source, epoch, window = self._native.locate_many(i_N)
-        return source, epoch, window
+        return self._native.locate_many(i_N)
 
     def count(self, name: str, i: int) -> int:
         """Draws of the source among samples [0, i)."""

@@ -188,8 +188,7 @@ def _head_rows(a_SBD: Tensor, g_SBV: Tensor, index_BS: Tensor) -> Tensor:
 
 def _whole_sequence(x: Tensor, module: Any) -> Tensor:
     """[S / ranks, B, D] of each tensor-parallel rank -> [S, B, D] on all of them."""
-    whole: Tensor = gather_from_sequence_parallel_region(x.contiguous(), group=module.tp_group)
-    return whole
+    return gather_from_sequence_parallel_region(x.contiguous(), group=module.tp_group)
 
 
 def score(

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_r1.config import MixConfig
-from megatron_r1.data.indexed import with_suffix
 from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, mask_file
-from megatron_r1.influence.store import Scored, fingerprint_of
+from megatron_r1.influence.store import Scored, data_hash
 from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import Corpus, ScoreTable
 from megatron_r1.run_dir import replacing
@@ -107,7 +106,7 @@ def _check(corpus: Corpus, manifest: Mapping[str, object], unit: object, seq_len
         )
     data = manifest["data"]
     assert isinstance(data, dict)
-    if data["hash"] != fingerprint_of([with_suffix(corpus.prefix, s) for s in (".bin", ".idx")]):
+    if data["hash"] != data_hash(corpus.prefix):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
-from megatron_r1.data.indexed import document_starts, open_corpus, with_suffix
+from megatron_r1.data.indexed import document_starts, open_corpus
 from megatron_r1.data.sources import document_end, document_end_mistakes, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.export import COLUMNS
@@ -137,14 +138,8 @@ class Work:
         return out
 
 
-_hashes: dict[Path, str] = {}
-
-
-def _data_hash(prefix: Path) -> str:
-    """Of a pair; each is read once a launch."""
-    if prefix not in _hashes:
-        _hashes[prefix] = store.fingerprint_of([with_suffix(prefix, s) for s in (".bin", ".idx")])
-    return _hashes[prefix]
+_data_hash = functools.cache(store.data_hash)
+"""Each pair is read once a launch."""
 
 
 def lay_plan(config: Config) -> Work:

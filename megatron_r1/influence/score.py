@@ -23,16 +23,16 @@ from megatron_r1.config import Config
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.sources import document_end
 from megatron_r1.influence import datainf, kfac
-from megatron_r1.influence.build import build_method
 from megatron_r1.influence.curvature import precondition, resolve
 from megatron_r1.influence.direction_cache import DirectionCache
 from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.leave_out import own_products, without_own
-from megatron_r1.influence.methods import Directions, LowRank, Method, WgradDot, correlation
+from megatron_r1.influence.methods import Directions, Ghost, LowRank, Method, WgradDot, correlation
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan
+from megatron_r1.influence.projected import Projected, build_projection, projected_directions
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
 from megatron_r1.influence.windows import Examples, Unit
 from megatron_r1.model.gpt import build_model
@@ -135,33 +135,24 @@ class Scoring:
             self.model = Float16Module(get_model_config(self.gpt), self.gpt)
         self.chunk = _PASSES * work.influence.micro_batch * context.data_size
 
-    @property
-    def leads(self) -> bool:
-        return self.context.rank == 0
-
     def run(self) -> None:
         left = self.left = {step: self.left_of(found) for step, found in self.parts.items()}
         total = self.work.examples() * len(self.refs)
         done = total - sum(left.values())
-        if self.leads:
-            print(
-                f"{self.config.train.run}: {self.work.summary()} | {done:,} done before | "
-                f"{self.context.world_size} ranks | {backend.describe()}",
-                flush=True,
-            )
-        with Progress("score influence", total, "examples", done, self.leads) as bar:
+        self.context.announce(
+            f"{self.config.train.run}: {self.work.summary()} | {done:,} done before | "
+            f"{self.context.world_size} ranks | {backend.describe()}"
+        )
+        with Progress("score influence", total, "examples", done, self.context.leads) as bar:
             for ref in self.refs:
                 if left[ref.step]:
                     self._score_checkpoint(ref, left[ref.step], bar)
-        if self.leads:
-            where = RunDir(Path(self.config.train.run)).influence
-            print(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py", flush=True)
+        where = RunDir(Path(self.config.train.run)).influence
+        self.context.announce(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py")
 
     def left_of(self, parts: list[Part]) -> int:
         """Rows to compute, as the first rank sees the disk."""
-        left = broadcast_object(sum(part.left() for part in parts))
-        assert isinstance(left, int)
-        return left
+        return broadcast_object(sum(part.left() for part in parts))
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
@@ -170,32 +161,23 @@ class Scoring:
         directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
         probes = self.work.probe_windows()
-        if self.leads:
-            later = sum(left for step, left in self.left.items() if step > ref.step)
-            about = ""
-            if self.passed:
-                hours = self.pass_seconds / self.passed * (examples + later) / 3600
-                about = f", about {hours:.3g} h on {self.context.world_size} devices"
-            print(
-                f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
-                f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}",
-                flush=True,
-            )
-        method = build_method(self.work.influence, directions, self.config, self.gpt, self.context)
+        later = sum(left for step, left in self.left.items() if step > ref.step)
+        about = ""
+        if self.passed:
+            hours = self.pass_seconds / self.passed * (examples + later) / 3600
+            about = f", about {hours:.3g} h on {self.context.world_size} devices"
+        self.context.announce(
+            f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
+            f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}"
+        )
+        method = self.method(directions)
         if isinstance(method, LowRank):
             self._compare(method, directions, ref)
         for part in self.parts[ref.step]:
             self._score_part(part, ref, method, norm_C, bar)
-        if self.leads:
-            self.cache(ref).clear()
-            ledger.append(
-                Path(self.config.train.run),
-                f"influence step {ref.step}",
-                devices=self.context.world_size,
-                tokens=(examples + probes) * self.config.data.seq_length,
-                seconds=time.time() - self.began,
-                outputs=[str(part.directory) for part in self.parts[ref.step]],
-            )
+        if self.context.leads:
+            tokens = (examples + probes) * self.config.data.seq_length
+            self.finish(ref, "influence", tokens, self.began)
         self.began = time.time()
 
     def directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
@@ -203,7 +185,7 @@ class Scoring:
         gradients = []
         cache = self.cache(ref)
         total = self.work.probe_windows()
-        with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
+        with Progress(f"directions of step {ref.step}", total, "windows", show=self.context.leads) as bar:
             for probe in self.work.probes:
                 cached = cache.load(probe.name)
                 gradient = self._mean_gradient(probe, bar) if cached is None else cached
@@ -229,6 +211,34 @@ class Scoring:
             for c in range(len(gradients))
         ]
         return directions, norm_C
+
+    def method(self, directions: Directions) -> Method:
+        """What `influence.method` names. Every rank of a model copy calls this."""
+        influence, capabilities = self.work.influence, len(self.work.probes)
+        if influence.method == "ghost":
+            return Ghost(directions, capabilities, self.config.data.seq_length, influence.per_token)
+        if influence.method == "lowrank":
+            return LowRank(directions, capabilities, influence.rank)
+        if influence.method == "projected":
+            names = select(influence.layers, self.config.model.num_layers)
+            projection = build_projection(
+                names, directions, influence.projection, influence.seed, self.context
+            )
+            projected_CP = projected_directions(projection, directions, capabilities, self.gpt)
+            return Projected(projection, frozenset(directions), projected_CP)
+        return WgradDot(directions, capabilities, influence.norms)
+
+    def finish(self, ref: CheckpointRef, stage: str, tokens: int, began: float) -> None:
+        """The first rank's: a line of what a checkpoint's scores have cost, and its directions may go."""
+        self.cache(ref).clear()
+        ledger.append(
+            Path(self.config.train.run),
+            f"{stage} step {ref.step}",
+            devices=self.context.world_size,
+            tokens=tokens,
+            seconds=time.time() - began,
+            outputs=[str(part.directory) for part in self.parts[ref.step]],
+        )
 
     def cache(self, ref: CheckpointRef) -> DirectionCache:
         part, micro_batch = self.parts[ref.step][0], self.work.influence.micro_batch
@@ -306,9 +316,8 @@ class Scoring:
         low, exact = (torch.cat(scores)[:_COMPARED] for scores in found)
         least = correlation(low, exact).min().item()
         influence = self.work.influence
-        if self.leads:
-            said = f"correlation {least:.6f} with exact scores on {len(low)} examples, the worst capability's"
-            print(f"step {ref.step}: directions of rank {influence.rank}, {said}", flush=True)
+        said = f"correlation {least:.6f} with exact scores on {len(low)} examples, the worst capability's"
+        self.context.announce(f"step {ref.step}: directions of rank {influence.rank}, {said}")
         if not least >= influence.min_correlation:
             raise ValueError(
                 f"at step {ref.step}, scores by directions of rank {influence.rank} correlate {least:.6f} "
@@ -326,7 +335,7 @@ class Scoring:
         exclude = self.work.influence.exclude_self
         shared_NC = self.work.shared(part) if exclude else np.zeros((len(examples), 1), bool)
         store = None
-        if self.leads:
+        if self.context.leads:
             named = zip((probe.name for probe in self.work.probes), norm_C, strict=True)
             inputs = {**part.inputs, "direction_norms": dict(named)}
             zeros_NX = torch.zeros(1, method.width, dtype=torch.float64)
@@ -335,9 +344,7 @@ class Scoring:
                 part.directory, inputs, part.example_N, examples.length_N, {**shapes, "losses": ()}
             )
         missing = [c for c in examples.chunks(self.chunk) if store is not None and store.missing(*c)]
-        todo = broadcast_object(missing)
-        assert isinstance(todo, list)
-        for first, last in todo:
+        for first, last in broadcast_object(missing):
             before = part.left() if store is not None else 0
             row_NX, loss_N = self._score_rows(examples, first, last, method)
             bad = ~np.isfinite(row_NX).all(1)

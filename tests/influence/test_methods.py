@@ -10,10 +10,14 @@ import torch
 
 from megatron_r1 import checkpoint
 from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.build import build_projection, projected_directions
 from megatron_r1.influence.layers import parameter_names
 from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
-from megatron_r1.influence.projected import Projected, Projection
+from megatron_r1.influence.projected import (
+    Projected,
+    Projection,
+    build_projection,
+    projected_directions,
+)
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from tests.distributed import on_ranks
