@@ -245,14 +245,14 @@ class Scoring:
         parallel, directory = self.config.parallel, part.directory.parent
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
 
-    def _measured(self, ref: CheckpointRef) -> list[tuple[Examples, int]]:
+    def _measured(self, ref: CheckpointRef) -> list[Examples]:
         """Of all sources alike, the examples that H is measured on: so many, evenly spaced."""
         parts = self.parts[ref.step]
         share = -(-self.work.influence.curvature_examples // len(parts))
         out = []
         for part in parts:
             place = np.linspace(0, len(part.example_N) - 1, min(share, len(part.example_N))).astype(int)
-            out.append((self._examples(part.corpus, part.example_N[place]), len(place)))
+            out.append(self._examples(part.corpus, part.example_N[place]))
         return out
 
     def _apply_kfac(self, directions: Directions, ref: CheckpointRef) -> None:
@@ -260,11 +260,11 @@ class Scoring:
         chosen, size = self._measured(ref), influence.micro_batch
 
         def sources() -> Iterator[tuple[Iterator[Batch], int]]:
-            for examples, last in chosen:
-                passes = examples.passes(0, last, size * self.context.data_size)
-                yield self._batches(examples, 0, last), passes
+            for examples in chosen:
+                passes = examples.passes(0, len(examples), size * self.context.data_size)
+                yield self._batches(examples, 0, len(examples)), passes
 
-        count, seed = sum(last for _, last in chosen), influence.seed
+        count, seed = sum(map(len, chosen)), influence.seed
         passes = DrawnPasses(self.model, self.gpt, sources, count, size, seq_length, seed, self.context)
         kfac.apply_inverse(self.curvature, directions, passes)
 
@@ -273,14 +273,13 @@ class Scoring:
         chosen = self._measured(ref)
 
         def gradients() -> Iterator[dict[str, Tensor]]:
-            for examples, last in chosen:
-                batches = self._batches(examples, 0, last, micro_batch=1)
+            for examples in chosen:
+                batches = self._batches(examples, 0, len(examples), micro_batch=1)
                 yield from datainf.example_gradients(
                     self.model, self.gpt, self.names, batches, self.config.data.seq_length
                 )
 
-        examples = sum(last for _, last in chosen)
-        datainf.apply_inverse(directions, gradients, examples, self.gpt, self.context)
+        datainf.apply_inverse(directions, gradients, sum(map(len, chosen)), self.gpt, self.context)
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, Tensor]:
         """Of one probing set, on every rank its shard."""

@@ -134,11 +134,11 @@ def test_difference_during_the_run_stops_it(tiktoken, monkeypatch):
     monkeypatch.setattr("megatron_r1.data.workers.COMPARED", 1)
     fast = Gigatoken(tiktoken, tiktoken.fast_model())
     piece = Piece("in.jsonl", 0, 7, [b'{"text": "def the thing"}'], 1)
-    encode_piece(tiktoken, fast, piece, ["text"], True)
+    encode_piece(fast, piece, ["text"], True)
     wrong = np.array([1], dtype=np.uint32), np.array([0, 1])
     monkeypatch.setattr(Gigatoken, "_rows", lambda self, utf8: wrong)
     with pytest.raises(ValueError, match=r"in\.jsonl:7: gigatoken .* and tiktoken give other tokens"):
-        encode_piece(tiktoken, fast, piece, ["text"], True)
+        encode_piece(fast, piece, ["text"], True)
 
 
 def test_memory_is_given_back(tiktoken, monkeypatch):
