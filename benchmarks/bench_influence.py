@@ -28,10 +28,8 @@ import yaml
 from megatron_r1 import backend
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_r1.data.loader import whole_batch
-from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.gradients import Scorer, score
-from megatron_r1.influence.low_rank import LowRank
-from megatron_r1.influence.methods import Method, WgradDot
+from megatron_r1.influence.methods import Ghost, LowRank, Method, WgradDot
 from megatron_r1.influence.passes import run_passes, weigh
 from megatron_r1.model.gpt import build_model
 from megatron_r1.optimizer import set_schedule

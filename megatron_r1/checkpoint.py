@@ -33,7 +33,7 @@ from megatron_r1.checkpoint_files import (
 )
 from megatron_r1.config import ModelConfig
 from megatron_r1.optimizer_shards import METADATA, rectangles_of
-from megatron_r1.parallel import broadcast_object
+from megatron_r1.parallel import broadcast_object, gather_objects
 from megatron_r1.records import CheckpointRef, TrainState
 from megatron_r1.retention import Retention
 from megatron_r1.run_dir import sync
@@ -97,10 +97,8 @@ def load(path: Path, gpt: Any, optimizer: Any | None, model: ModelConfig) -> Tra
 
 def _verify(path: Path, meta: dict[str, Any]) -> None:
     """Read every file, each on one rank. Raises ValueError on all ranks, naming what is damaged."""
-    faults: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(
-        faults, checkpoint_files.faults(path, meta["files"], dist.get_rank(), dist.get_world_size())
-    )
+    mine = checkpoint_files.faults(path, meta["files"], dist.get_rank(), dist.get_world_size())
+    faults = gather_objects(mine)
     checkpoint_files.refuse(path, [fault for share in faults for fault in share])
 
 
@@ -199,8 +197,7 @@ class Saver:
             return
         flight, self._flight = self._flight, None
         flight.thread.join()
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (flight.error, flight.facts))
+        told = gather_objects((flight.error, flight.facts))
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(told) if error]
         if dist.get_rank() == 0:
             checkpoint_files.release(self._directory)

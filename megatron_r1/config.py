@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Read by pydantic: a key that no field has is a mistake, never ignored.
-_STRICT = {"extra": "forbid"}
+
+class _Strict:
+    # Read by pydantic: a key that no field has is a mistake, never ignored.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (annotated, it would look like a field)
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(_Strict):
     """Slower rotation for a context longer than the one first trained with (megatron_r1/model/rope.py)."""
 
     rope_type: Literal["linear", "llama3"]
@@ -27,11 +29,9 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
     """llama3: the original context, tokens."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Strict):
     """A MobileLLM-R1 shape (paper, Table 3)."""
 
     num_layers: int
@@ -52,8 +52,6 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get it / sqrt(2 num_layers)."""
 
-    __pydantic_config__ = _STRICT
-
     def parameters(self) -> int:
         """Parameters, tied embedding counted once (docs/recipe.md lists the exact integers)."""
         h, d = self.hidden_size, self.head_dim
@@ -68,7 +66,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(_Strict):
     """Ranks per model copy; data parallelism takes what the launch leaves."""
 
     tensor: int = 1
@@ -79,14 +77,12 @@ class ParallelConfig:
     sequence: bool = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
 
-    __pydantic_config__ = _STRICT
-
     def model_ranks(self) -> int:
         return self.tensor * self.pipeline * self.context
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(_Strict):
     """One indexed dataset to draw from."""
 
     prefix: str
@@ -98,11 +94,9 @@ class SourceConfig:
     tokens: int | None = None
     """How many the dataset will have: read by tools/plan_launch.py alone, and only while it is not there."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Strict):
     sources: dict[str, SourceConfig]
     """Name -> dataset. The order is part of the data plan."""
     seq_length: int = 2048
@@ -119,11 +113,9 @@ class DataConfig:
     probes: dict[str, str] = field(default_factory=dict)
     """Capability -> prefix of a held-out dataset whose NLL is reported while training."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class PhaseConfig:
+class PhaseConfig(_Strict):
     """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
 
     weights: dict[str, float] | Literal["uniform"] = "uniform"
@@ -149,11 +141,13 @@ class PhaseConfig:
     keep: dict[str, str] = field(default_factory=dict)
     """Source -> file of the windows or documents that may be drawn (Eq. 6; see data/keep.py). Others: all."""
 
-    __pydantic_config__ = _STRICT
+    def wsd_steps(self, steps: int) -> int:
+        """Of a wsd phase of `steps` steps, the last ones, over which its learning rate falls."""
+        return self.decay_steps if self.decay_steps is not None else max(1, steps // 10)
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Strict):
     """AdamW. Norm weights are exempt from decay."""
 
     adam_beta1: float = 0.9
@@ -165,11 +159,9 @@ class OptimizerConfig:
     z_loss: float = 0.0
     """Weight of log^2 of the softmax's normaliser in the gradient; reported losses are without it."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Strict):
     run: str
     """Run directory. Resuming is the default: the same command again continues."""
     global_batch: int
@@ -207,11 +199,9 @@ class TrainConfig:
     init_from: str | None = None
     """A checkpoint to start a new run from: weights, optimizer state and data position."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class HealthConfig:
+class HealthConfig(_Strict):
     """When a step is skipped, and when a run gives up."""
 
     loss_spike: float = 2.0
@@ -223,11 +213,9 @@ class HealthConfig:
     hang_seconds: int = 540
     """End a rank, with its stacks in RUN/logs, when a step takes so long; 0: wait for ever."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class InfluenceConfig:
+class InfluenceConfig(_Strict):
     """Scores of representative sets against capability directions (Eqs. 2-4)."""
 
     directions: dict[str, str]
@@ -270,11 +258,9 @@ class InfluenceConfig:
     seed: int = 1234
     """Of the choice of examples."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class MixConfig:
+class MixConfig(_Strict):
     """From scores to source weights and keep masks (Eqs. 4-6)."""
 
     phase: str
@@ -305,11 +291,9 @@ class MixConfig:
     keep_unscored: bool = True
     """With `keep`: draw what was not scored."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Strict):
     """The root: files merge left to right into this, dotted overrides last."""
 
     model: ModelConfig
@@ -322,8 +306,6 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     influence: InfluenceConfig | None = None
     mix: MixConfig | None = None
-
-    __pydantic_config__ = _STRICT
 
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.data.seq_length

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_r1.config import Config, RopeScaling
+from megatron_r1.config import Config, ParallelConfig, RopeScaling
 from megatron_r1.near import near, near_path
 
 
@@ -152,11 +152,39 @@ def _field_names(hint: Any, path: list[str]) -> list[str]:
     return []
 
 
+_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("parallel.context data.seq_length", lambda v: v > 0, "must be positive"),
+    ("train.head_chunk train.checkpoint_every train.probe_every", lambda v: v > 0, "must be positive"),
+    ("train.keep_last train.keep_every", lambda v: v > 0, "must be positive"),
+    ("train.validation_windows train.keep_spaced", lambda v: v >= 0, "must not be negative"),
+    (
+        "optimizer.weight_decay optimizer.clip_grad optimizer.z_loss",
+        lambda v: 0 <= v < math.inf,
+        "must be a finite number of at least 0",
+    ),
+    # Without it, a parameter whose gradient is 0 would become 0 / 0.
+    ("optimizer.adam_eps", lambda v: 0 < v < math.inf, "must be a finite number above 0"),
+    ("optimizer.adam_beta1 optimizer.adam_beta2", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    ("health.loss_spike health.grad_norm_spike health.hang_seconds", lambda v: v >= 0, "must be at least 0"),
+    ("health.max_skipped", lambda v: v >= 1, "must be at least 1"),
+)
+"""Fields, where they are set; what holds for each, and how a reader is told."""
+
+
+def _check_limits(sections: dict[str, Any]) -> Iterator[str]:
+    for paths, holds, said in _LIMITS:
+        for path in paths.split():
+            section, name = path.split(".")
+            value = getattr(sections.get(section), name, None)
+            if value is not None and not holds(value):
+                yield f"{path}={value} {said}"
+
+
 def _cross_check(sections: dict[str, Any]) -> list[str]:
     """Mistakes between fields, for whichever sections parsed."""
     model, parallel = sections.get("model"), sections.get("parallel")
     data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
-    out: list[str] = []
+    out = list(_check_limits(sections))
     if model:
         for spec in dataclasses.fields(model):
             value = getattr(model, spec.name)
@@ -186,54 +214,27 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             by = " x virtual_pipeline" if parallel.virtual_pipeline != 1 else ""
             out.append(f"parallel.pipeline{by}={stages} does not divide model.num_layers={model.num_layers}")
     if parallel:
-        if parallel.context < 1:
-            out.append(f"parallel.context={parallel.context} must be positive")
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             out.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1")
         if parallel.sequence and parallel.tensor == 1:
             out.append("parallel.sequence=true needs parallel.tensor > 1")
-    if data:
-        if not data.sources:
-            out.append("data.sources: empty; name at least one dataset")
-        if data.seq_length < 1:
-            out.append(f"data.seq_length={data.seq_length} must be positive")
+    if data and not data.sources:
+        out.append("data.sources: empty; name at least one dataset")
     if train and (train.global_batch < 1 or train.micro_batch < 1 or train.global_batch % train.micro_batch):
         out.append(
             f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
         )
     if train:
-        for name in ("head_chunk", "checkpoint_every", "probe_every", "keep_last", "keep_every"):
-            if (value := getattr(train, name)) is not None and value < 1:
-                out.append(f"train.{name}={value} must be positive")
-        if train.validation_windows < 0:
-            out.append(f"train.validation_windows={train.validation_windows} must not be negative")
-        elif train.validation_windows and data and all(s.documents is None for s in data.sources.values()):
+        undivided = data and all(source.documents is None for source in data.sources.values())
+        if train.validation_windows > 0 and undivided:
             out.append(
                 f"train.validation_windows={train.validation_windows} needs documents set aside: give "
                 f"data.sources.NAME.documents (tools/curate_probes.py does)"
             )
-        if train.keep_spaced < 0:
-            out.append(f"train.keep_spaced={train.keep_spaced} must not be negative")
         if train.keep_every is not None and train.keep_last is None:
             out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
-    optimizer = sections.get("optimizer")
-    for name in ("weight_decay", "clip_grad", "z_loss"):
-        if optimizer and not 0 <= getattr(optimizer, name) < math.inf:
-            out.append(f"optimizer.{name}={getattr(optimizer, name)} must be a finite number of at least 0")
-    if optimizer and not 0 < optimizer.adam_eps < math.inf:
-        # Without it, a parameter whose gradient is 0 would become 0 / 0.
-        out.append(f"optimizer.adam_eps={optimizer.adam_eps} must be a finite number above 0")
-    for name in ("adam_beta1", "adam_beta2"):
-        if optimizer and not 0 <= getattr(optimizer, name) < 1:
-            out.append(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")
-    health = sections.get("health")
-    if health:
-        least_of = {"loss_spike": 0, "grad_norm_spike": 0, "max_skipped": 1, "hang_seconds": 0}
-        for name, least in least_of.items():
-            if not getattr(health, name) >= least:
-                out.append(f"health.{name}={getattr(health, name)} must be at least {least}")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)
         if data and train and train.global_batch > 0 and data.seq_length > 0:
@@ -266,7 +267,7 @@ def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
     out = []
     for name, phase in phases.items():
         steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
-        decay = (phase.decay_steps or max(1, steps // 10)) if phase.decay == "wsd" else 0
+        decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
         if not 0 <= phase.warmup_steps <= steps - decay:
             also = f" with a decay over {decay}" if decay else ""
             out.append(
@@ -320,11 +321,8 @@ def check_world(config: Config, world_size: int) -> list[str]:
     ranks = config.parallel.model_ranks()
     if ranks < 1 or config.train.global_batch % max(1, config.train.micro_batch):
         return []  # said already, without any launch
-    if world_size % ranks:
-        return [
-            f"{world_size} ranks do not divide into model copies of parallel.tensor x pipeline x context = "
-            f"{ranks} ranks; launch a multiple of {ranks}"
-        ]
+    if mistakes := check_copies(config.parallel, world_size):
+        return mistakes
     data_parallel, train = world_size // ranks, config.train
     if train.global_batch % (train.micro_batch * data_parallel) == 0:
         passes = train.global_batch // (train.micro_batch * data_parallel)
@@ -343,4 +341,15 @@ def check_world(config: Config, world_size: int) -> list[str]:
     return [
         f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
         f"{data_parallel} data-parallel ranks; {way}"
+    ]
+
+
+def check_copies(parallel: ParallelConfig, ranks: int) -> list[str]:
+    """Mistakes of dividing `ranks` ranks into copies of the model."""
+    copy = parallel.model_ranks()
+    if copy < 1 or ranks % copy == 0:
+        return []
+    return [
+        f"{ranks} ranks do not divide into model copies of parallel.tensor x pipeline x context = {copy} "
+        f"ranks; launch a multiple of {copy}"
     ]

@@ -57,7 +57,7 @@ def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     ):
         if not (b_KN.is_contiguous() or b_KN.t().is_contiguous()):
             b_KN = b_KN.contiguous()  # oneDNN's kernel for spaced rows here is a thousand times slower
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
     # The `out` variant has a kernel of its own, which is still torch's.
     return torch.mm(a_MK, b_KN, out=a_MK.new_empty(rows, columns))
 

@@ -12,45 +12,23 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 
-@dataclass(frozen=True)
 class RunDir:
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
+    def __init__(self, root: Path):
+        self.root = root
+        self.config = root / "config.yaml"
+        self.plan = root / "plan.json"
+        self.metrics = root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.tensorboard = root / "tb"
+        self.influence = root / "influence"
+        self.reports = root / "reports"
 
     def rank_log(self, rank: int) -> Path:
         return self.root / "logs" / f"rank_{rank:05d}.log"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.root / "tb"
-
-    @property
-    def influence(self) -> Path:
-        return self.root / "influence"
-
-    @property
-    def reports(self) -> Path:
-        return self.root / "reports"
 
 
 def open_alone(path: Path, waiting: Callable[[], None] = lambda: None) -> IO[bytes]:

@@ -15,11 +15,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 _OWNER = "MEGATRON_R1_OWNER"
 """Environment: "PID:START" of the command on whose behalf a launch runs."""
+
+
+_LOOK_SECONDS = 0.3
 
 
 class RunBusyError(RuntimeError):
@@ -89,19 +91,14 @@ def owner_environment() -> dict[str, str]:
     return {_OWNER: f"{os.getpid()}:{_start_time(os.getpid())}"}
 
 
-def exit_when_orphaned(before_exit: Callable[[], None] | None = None, period: float = 0.3) -> None:
-    """End this process (status 1) once its parent, or the owner in the environment, is gone.
-
-    `before_exit` runs first, for instance to end children.
-    """
+def exit_when_orphaned() -> None:
+    """End this process (status 1) once its parent, or the owner in the environment, is gone."""
     parent = os.getppid()
     owner = os.environ.get(_OWNER)
 
     def watch() -> None:
         while os.getppid() == parent and (owner is None or _alive(owner)):
-            time.sleep(period)
-        if before_exit is not None:
-            before_exit()
+            time.sleep(_LOOK_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, name="exit-when-orphaned", daemon=True).start()

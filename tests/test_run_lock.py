@@ -27,7 +27,7 @@ import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", '''
 import time
 from megatron_r1.run_lock import exit_when_orphaned
-exit_when_orphaned(period=0.05); print("child", flush=True); time.sleep(60)
+exit_when_orphaned(); print("child", flush=True); time.sleep(60)
 '''])
 print(child.pid, flush=True); child.wait()
 """

@@ -32,7 +32,7 @@ def main() -> None:
         config = config_io.load(options.config, also=lambda config: influence_mistakes(config, ranks))
         if options.check:
             work = lay_plan(config)
-            print(f"{config_io.dump(config)}\nsteps {work.steps}: {work.summary(config)}")
+            print(f"{config_io.dump(config)}\nsteps {work.steps}: {work.summary()}")
         else:
             announce_torch(config.train.run)
             from megatron_r1.influence.score import compute_influence

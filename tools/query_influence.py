@@ -28,7 +28,7 @@ def main() -> None:
         names = options.capabilities and [name.strip() for name in options.capabilities.split(",")]
         job = open_query(config, options.output, names)
         if options.check:
-            asked, windows = ", ".join(job.work.influence.directions), job.work.probe_windows(config)
+            asked, windows = ", ".join(job.work.influence.directions), job.work.probe_windows()
             examples = sum(len(part.example_N) for part in job.all_parts())
             print(
                 f"{options.output}: {asked}, steps {job.work.steps}; {windows} probing windows pass at each, "

@@ -12,9 +12,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -163,7 +162,7 @@ class BlendPlan:
                 raise ValueError(
                     f"{len(values)} weights for the {len(self._names)} sources {listed(self._names)}"
                 )
-        given = tuple(int(value) if isinstance(value, int | np.integer) else float(value) for value in values)
+        given = tuple(map(_number, values))
         for name, weight in zip(self._names, given, strict=True):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weight of '{name}' is {weight}; use a finite number, 0 or more")
@@ -214,7 +213,7 @@ class BlendPlan:
 
     def _drawn_before(self, start: int) -> list[int]:
         try:
-            return self._native.counts(start).tolist()  # type: ignore[no-any-return]
+            return self._native.counts(start).tolist()
         except IndexError as error:
             raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
 
@@ -251,21 +250,18 @@ class BlendPlan:
 
     def locate(self, i: int) -> tuple[int, int, int]:
         """(source index, epoch, window) of global sample i. IndexError past the end of a capped plan."""
-        source, epoch, window = self._native.locate(i)
-        return source, epoch, window
+        return self._native.locate(i)
 
     def locate_range(self, lo: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples [lo, lo + n): source_N int32, epoch_N int32, window_N int64."""
-        source, epoch, window = self._native.locate_range(lo, n)
-        return source, epoch, window
+        return self._native.locate_range(lo, n)
 
     def locate_many(self, i_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples i_N (integers, any order): source_N int32, epoch_N int32, window_N int64."""
         i_N = np.asarray(i_N)
         if i_N.size and i_N.dtype.kind not in "iu":
             raise ValueError(f"sample numbers must be integers, got {i_N.dtype}")
-        source, epoch, window = self._native.locate_many(i_N)
-        return source, epoch, window
+        return self._native.locate_many(i_N)
 
     def count(self, name: str, i: int) -> int:
         """Draws of the source among samples [0, i)."""
@@ -388,8 +384,8 @@ class BlendPlan:
         return json.dumps(text, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, root: Path | None = None, samples: int | None = None) -> BlendPlan:
-        """The plan of `to_json`. Relative mask paths are relative to `root`, or else the working directory.
+    def from_json(cls, text: str, samples: int | None = None) -> BlendPlan:
+        """The plan of `to_json`.
 
         `samples`: leave out the phases that begin at this sample or later, whose masks may be gone.
         ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
@@ -403,7 +399,7 @@ class BlendPlan:
         plan = cls(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
         past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
         for number, phase in enumerate(past):
-            keep = {name: (root or Path()) / mask["path"] for name, mask in phase["keep"].items()}
+            keep = {name: mask["path"] for name, mask in phase["keep"].items()}
             plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
             for name, mask in phase["keep"].items():
                 loaded = plan.phases[-1].keep.get(name)
@@ -412,7 +408,6 @@ class BlendPlan:
                         f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
                         f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
                     )
-                plan.phases[-1].keep[name] = replace(loaded, path=mask["path"])
         whole = len(past) == len(parts["phases"])
         if whole and parts.get("fingerprint") not in (None, plan.fingerprint()):
             raise ValueError(

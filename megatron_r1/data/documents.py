@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from megatron_r1.near import near_path
 from megatron_r1.run_dir import sha256
@@ -57,18 +57,20 @@ class Piece:
     """Bytes of the input consumed so far (compressed bytes where compressed)."""
 
 
-class Input(Protocol):
-    name: str
-    """As the user wrote it."""
-    files: list[Path]
-    """What it is made of."""
+class Input:
+    """`name`: as the user wrote it. `files`: what it is made of."""
+
+    def __init__(self, name: str, files: list[Path]):
+        self.name, self.files = name, files
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.files)
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         """Documents that begin in bytes [lo, hi), in order, cut by a rule that depends on the data alone."""
+        raise NotImplementedError
 
 
 def open_input(name: str | Path) -> Input:
@@ -98,16 +100,7 @@ def digest(source: Input) -> str:
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
-class _OnDisk:
-    def __init__(self, name: str, files: list[Path]):
-        self.name, self.files = name, files
-
-    @property
-    def size(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
-
-
-class Lines(_OnDisk):
+class Lines(Input):
     """JSONL; the ending tells how it is packed."""
 
     def __init__(self, path: Path):
@@ -170,7 +163,7 @@ def _library(module: str, what: str) -> Any:
         raise ValueError(f"{what} needs {package} ({error}): pip install {package}") from None
 
 
-class _Table(_OnDisk):
+class _Table(Input):
     """Rows, told apart by number; a range of bytes is the rows at that share of them."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:

@@ -49,17 +49,13 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.name = tokenizer.library
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts, one after the other, and how many each has, [texts]. utf8: the texts again."""
-        found = self._tokenizer.encode_batch(texts)
+        found = self.tokenizer.encode_batch(texts)
         lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
         return np.fromiter(chain.from_iterable(found), np.int64, count=int(lengths.sum())), lengths
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of one text."""
-        return self.encode_batch([text], [text.encode()])[0].tolist()
 
 
 class Gigatoken(Encoder):
@@ -82,7 +78,7 @@ class Gigatoken(Encoder):
     def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if _memory() - self._loaded > REMEMBERED_BYTES:
             self._load()
-        parts = [self._tokenizer.parts(text) for text in texts]
+        parts = [self.tokenizer.parts(text) for text in texts]
         counts = np.array([len(some) for some in parts], dtype=np.int64)
         if len(counts) and counts.max() > 1:
             utf8 = [part.encode() for some in parts for part in some]

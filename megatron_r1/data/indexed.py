@@ -439,5 +439,4 @@ def document_starts(corpus: Corpus) -> np.ndarray:
     """First token of each of the corpus's documents, and the end of the last: int64 [documents + 1]."""
     dataset = IndexedDataset(corpus.prefix)
     token_S = np.append(dataset.pointers // dataset.dtype.itemsize, len(dataset.tokens))
-    starts: np.ndarray = token_S[dataset.documents[: corpus.documents + 1]]
-    return starts
+    return token_S[dataset.documents[: corpus.documents + 1]]

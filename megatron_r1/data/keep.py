@@ -38,6 +38,8 @@ class KeptWindows:
     """A keep mask and where it came from."""
 
     bitmap: Any
+    packed: np.ndarray
+    """The same as uint8 [ceil(windows / 8)], window 0 in the lowest bit."""
     sha256: str
     path: str | None
     stretch_N2: np.ndarray | None = None
@@ -87,7 +89,9 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
     if stretch_N2 is not None:
         digest.update(stretch_N2.tobytes())
-    return KeptWindows(Keep(windows, packed), digest.hexdigest(), path, stretch_N2, seq_length, corpus)
+    return KeptWindows(
+        Keep(windows, packed), packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus
+    )
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
@@ -109,19 +113,27 @@ def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_len
         )
     if Path(path).suffix != ".npz":
         raise ValueError(f"{path}: a mask over documents is a .npz file; name it so")
+    with replacing(path) as stream:
+        stream.write(mask_file(corpus, windows, stretch_N2, seq_length))
+
+
+def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None, seq_length: int) -> bytes:
+    """The bytes of a mask's file: `.npz` of one over documents, whose stretches are given, else `.npy`."""
     packed = np.packbits(windows, bitorder="little")
     # An archive goes back to its headers, which a file that only grows does not allow.
-    archive = io.BytesIO()
-    np.savez(
-        archive,
-        windows=packed,
-        stretches=stretch_N2,
-        seq_length=np.int64(seq_length),
-        count=np.int64(len(windows)),
-        corpus=np.array(identity_of(corpus.prefix)),
-    )
-    with replacing(path) as stream:
-        stream.write(archive.getbuffer())
+    stream = io.BytesIO()
+    if stretch_N2 is None:
+        np.save(stream, packed)
+    else:
+        np.savez(
+            stream,
+            windows=packed,
+            stretches=stretch_N2,
+            seq_length=np.int64(seq_length),
+            count=np.int64(len(windows)),
+            corpus=np.array(identity_of(corpus.prefix)),
+        )
+    return stream.getvalue()
 
 
 def kept_stretches(corpus: Corpus, kept_D: np.ndarray) -> np.ndarray:

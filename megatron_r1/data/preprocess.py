@@ -127,7 +127,7 @@ def preprocess(
             sample = _sample(sources, ranges, json_keys)
             chosen, why = choose(tokenizer, sample, encoder)
             log(f"encoder: {why}")
-            job = Job(tokenizer, tokenizer_model, chosen, json_keys, append_eod, workers, reject_limit)
+            job = Job(tokenizer_model, chosen, json_keys, append_eod, workers, reject_limit)
             header = {
                 **about,
                 "inputs": stats,

@@ -25,13 +25,8 @@ ORIGIN = np.dtype([("hash", "u1", 16), ("file", "<u4"), ("line", "<u8")])
 SUFFIX = ".docs.npy"
 
 
-def text_hash(text: str | bytes) -> bytes:
-    """16 bytes that tell a text."""
-    return xxhash.xxh3_128_digest(text.encode() if isinstance(text, str) else text)
-
-
 def text_hashes(texts: Iterable[bytes]) -> np.ndarray:
-    """`text_hash` of each text in UTF-8, [texts, 16] uint8."""
+    """16 bytes that tell each text, in UTF-8: [texts, 16] uint8."""
     joined = b"".join(map(xxhash.xxh3_128_digest, texts))
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config
@@ -69,28 +67,25 @@ def open_sources(config: Config, share: tuple[int, int] = (0, 1)) -> tuple[list[
                 f"{path}: {corpus.tokens} tokens are less than one window of data.seq_length="
                 f"{config.data.seq_length}"
             )
-        mistakes += _tokenizer_mistakes(path, source.prefix, corpus, hashes, config.model.vocab_size)
+        mistakes += _tokenizer_mistakes(path, corpus, hashes, config.model.vocab_size)
         mistakes += document_end_mistakes(path, source.prefix, config)
     for name, prefix in config.data.probes.items():
+        path = f"data.probes.{name}"
         try:
             probe = open_corpus(name, prefix, share=share)
-            path = f"data.probes.{name}"
-            mistakes += _tokenizer_mistakes(path, prefix, probe, hashes, config.model.vocab_size)
+            mistakes += _tokenizer_mistakes(path, probe, hashes, config.model.vocab_size)
             mistakes += document_end_mistakes(path, prefix, config)
         except (OSError, ValueError) as error:
-            mistakes.append(f"data.probes.{name}: {error}")
+            mistakes.append(f"{path}: {error}")
     return corpora, mistakes
 
 
-def _tokenizer_mistakes(
-    path: str, prefix: str, corpus: Corpus, hashes: dict[str, str], vocab_size: int
-) -> list[str]:
+def _tokenizer_mistakes(path: str, corpus: Corpus, hashes: dict[str, str], vocab_size: int) -> list[str]:
     """Tokens of two tokenizers in one run, or ids that the model has no row for."""
-    sidecar = Path(f"{prefix}.json")
-    if corpus.tokenizer_hash is None or not sidecar.exists():
+    if corpus.tokenizer_hash is None:
         return [f"{path}: {mistake}" for mistake in sampled_mistakes(corpus, vocab_size)]
     out = []
-    made_with = json.loads(sidecar.read_text())
+    made_with = read_sidecar(corpus.prefix) or {}
     if made_with.get("vocab_size", 0) > vocab_size and corpus.tokenizer_hash not in hashes.values():
         out.append(
             f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} "

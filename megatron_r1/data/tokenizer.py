@@ -31,12 +31,15 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod: int
     """The token that ends a document."""
+    model_bytes: bytes
+    """The model's file."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without a token before or after it. ValueError for a lone surrogate."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
@@ -45,12 +48,15 @@ class Tokenizer(Protocol):
 
     def parts(self, text: str) -> list[str]:
         """What is encoded apart, with nothing merged across: the whole text but for rare limits."""
+        return [text]
 
     def fast_model(self) -> str | None:
         """A tokenizer.json for gigatoken that should give the same tokens; None: there is none."""
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 over kind and model: equal fingerprints give equal tokens."""
+        return _fingerprint(self.kind, self.model_bytes)
 
 
 def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
@@ -92,15 +98,15 @@ def _fingerprint(kind: str, *parts: bytes) -> str:
     return digest.hexdigest()
 
 
-class SentencePiece:
+class SentencePiece(Tokenizer):
     kind = "SentencePieceTokenizer"
     library = "sentencepiece"
 
     def __init__(self, model: Path):
         library = _library("sentencepiece", self.kind)
-        self._bytes = _existing(model, self.kind).read_bytes()
+        self.model_bytes = _existing(model, self.kind).read_bytes()
         try:
-            self._model = library.SentencePieceProcessor(model_proto=self._bytes)
+            self._model = library.SentencePieceProcessor(model_proto=self.model_bytes)
         except RuntimeError:
             raise ValueError(
                 f"{model} is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
@@ -123,17 +129,8 @@ class SentencePiece:
     def specials(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
 
-    def parts(self, text: str) -> list[str]:
-        return [text]
 
-    def fast_model(self) -> str | None:
-        return None
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.kind, self._bytes)
-
-
-class HuggingFace:
+class HuggingFace(Tokenizer):
     """By `tokenizers`, the library under transformers' fast tokenizers; transformers is not imported."""
 
     kind = "HuggingFaceTokenizer"
@@ -147,8 +144,8 @@ class HuggingFace:
                 f"{self.kind}: {model} has no tokenizer.json; write one with "
                 f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        self._bytes = path.read_bytes()
-        self._model = library.Tokenizer.from_str(self._bytes.decode())
+        self.model_bytes = path.read_bytes()
+        self._model = library.Tokenizer.from_str(self.model_bytes.decode())
         self._model.encode_special_tokens = True
         self._model.no_truncation()
         self._model.no_padding()
@@ -181,20 +178,17 @@ class HuggingFace:
         return self._model.decode(list(tokens), skip_special_tokens=False)
 
     def specials(self) -> list[str]:
-        return [token["content"] for token in json.loads(self._bytes).get("added_tokens") or []]
-
-    def parts(self, text: str) -> list[str]:
-        return [text]
+        return [token["content"] for token in json.loads(self.model_bytes).get("added_tokens") or []]
 
     def fast_model(self) -> str | None:
-        model = json.loads(self._bytes)
+        model = json.loads(self.model_bytes)
         # As `encode_special_tokens` has it: such strings are text.
         added = [token for token in model.get("added_tokens") or [] if not token.get("special")]
         plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         return json.dumps({**model, **plain})
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.kind, self._bytes, str(self.eod).encode())
+        return _fingerprint(self.kind, self.model_bytes, str(self.eod).encode())
 
 
 def _hf_file(model: Path, name: str) -> Path | None:
@@ -241,7 +235,7 @@ def _may_have_long_run(text: str) -> bool:
     return False
 
 
-class TikToken:
+class TikToken(Tokenizer):
     """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
 
     kind = "TikTokenizer"
@@ -249,10 +243,10 @@ class TikToken:
 
     def __init__(self, model: Path):
         library = _library("tiktoken", self.kind)
-        self._bytes = _existing(model, self.kind).read_bytes()
+        self.model_bytes = _existing(model, self.kind).read_bytes()
         ranks: dict[bytes, int] = {}
         try:
-            for line in self._bytes.splitlines():
+            for line in self.model_bytes.splitlines():
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
@@ -290,9 +284,6 @@ class TikToken:
         bounds = [*sorted(cuts), len(text)]
         return [text[lo:hi] for lo, hi in pairwise(bounds)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(t) for t in texts]
-
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens))
 
@@ -301,9 +292,6 @@ class TikToken:
 
     def fast_model(self) -> str | None:
         return _tokenizer_json(self._ranks, _LLAMA3_SPLIT)
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.kind, self._bytes)
 
 
 def _tokenizer_json(ranks: dict[bytes, int], split: str) -> str:

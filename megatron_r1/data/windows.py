@@ -7,7 +7,7 @@ import numpy as np
 from megatron_r1._csrc import Streams
 from megatron_r1.records import Corpus
 
-WIDTH = {"uint16": 2, "int32": 4}
+_WIDTH = {"uint16": 2, "int32": 4}
 """Bytes of a token, by `Corpus.dtype`."""
 
 
@@ -29,8 +29,8 @@ class WindowReader:
 
 
 def add_stream(streams: Streams, corpus: Corpus) -> None:
-    if corpus.dtype not in WIDTH:
+    if corpus.dtype not in _WIDTH:
         raise ValueError(
-            f"source '{corpus.name}' has tokens of type {corpus.dtype}; use one of {list(WIDTH)}"
+            f"source '{corpus.name}' has tokens of type {corpus.dtype}; use one of {list(_WIDTH)}"
         )
-    streams.add(f"{corpus.prefix}.bin", WIDTH[corpus.dtype], corpus.tokens)
+    streams.add(f"{corpus.prefix}.bin", _WIDTH[corpus.dtype], corpus.tokens)

@@ -20,7 +20,7 @@ from megatron_r1.data.documents import Piece, parse, reject, text_of
 from megatron_r1.data.encoder import COMPARED, Encoder, Gigatoken
 from megatron_r1.data.indexed import best_dtype
 from megatron_r1.data.provenance import ORIGIN, text_hashes
-from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_r1.data.tokenizer import build_tokenizer
 
 LONGEST = 2**31 - 1
 """Tokens of one document that an index can say."""
@@ -42,7 +42,6 @@ class Encoded:
 class Job:
     """What stays the same from piece to piece."""
 
-    tokenizer: Tokenizer
     model: str | Path
     encoder: Encoder
     keys: Sequence[str]
@@ -51,9 +50,7 @@ class Job:
     reject_limit: int
 
 
-def encode_piece(
-    tokenizer: Tokenizer, encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod: bool
-) -> list[Encoded]:
+def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod: bool) -> list[Encoded]:
     """Tokens of each document of a piece, for each key. What is wrong with a document is a reject.
 
     Raises ValueError only where the encoder's tokens are not the reference's.
@@ -75,7 +72,7 @@ def encode_piece(
             column.texts.append(text)
             column.utf8.append(data)
             column.lines.append(number)
-    return [_encode_column(tokenizer, encoder, piece, column, append_eod) for column in columns]
+    return [_encode_column(encoder, piece, column, append_eod) for column in columns]
 
 
 @dataclass
@@ -89,9 +86,8 @@ class _Column:
     rejects: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _encode_column(
-    tokenizer: Tokenizer, encoder: Encoder, piece: Piece, column: _Column, append_eod: bool
-) -> Encoded:
+def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: bool) -> Encoded:
+    tokenizer = encoder.tokenizer
     flat, counts = encoder.encode_batch(column.texts, column.utf8)
     origins = np.zeros(len(counts), dtype=ORIGIN)
     origins["hash"], origins["file"], origins["line"] = text_hashes(column.utf8), piece.input, column.lines
@@ -123,18 +119,12 @@ def _encode_column(
     # A tokenizer that gives a token beyond its vocabulary is broken: say so, never wrap around.
     assert not flat.size or 0 <= flat.min() <= flat.max() < tokenizer.vocab_size
     flat = flat.astype(best_dtype(tokenizer.vocab_size), copy=False)
-    tokens = flat
     if append_eod:
-        lasts = np.cumsum(lengths) - 1
-        tokens = np.empty(flat.size + len(lasts), dtype=flat.dtype)
-        body = np.ones(tokens.size, dtype=bool)
-        body[lasts] = False
-        tokens[lasts] = tokenizer.eod
-        tokens[body] = flat
-    return Encoded(tokens, lengths.astype(np.int32), origins, column.rejects)
+        flat = np.insert(flat, np.cumsum(lengths - 1), tokenizer.eod)
+    return Encoded(flat, lengths.astype(np.int32), origins, column.rejects)
 
 
-_worker: tuple[Tokenizer, Encoder, Sequence[str], bool] | None = None
+_worker: tuple[Encoder, Sequence[str], bool] | None = None
 
 
 def _start_worker(
@@ -148,7 +138,7 @@ def _start_worker(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = build_tokenizer(kind, model)
     encoder = Encoder(tokenizer) if fast_model is None else Gigatoken(tokenizer, fast_model)
-    _worker = tokenizer, encoder, keys, append_eod
+    _worker = encoder, keys, append_eod
 
 
 def _end_with_parent() -> None:
@@ -161,21 +151,21 @@ def _end_with_parent() -> None:
 
 def _work(piece: Piece) -> list[Encoded]:
     assert _worker is not None
-    tokenizer, encoder, keys, append_eod = _worker
-    return encode_piece(tokenizer, encoder, piece, keys, append_eod)
+    encoder, keys, append_eod = _worker
+    return encode_piece(encoder, piece, keys, append_eod)
 
 
 def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[Encoded]]]:
     """Encode by worker processes; results come in the order of the pieces, a few at a time in memory."""
     if job.workers == 1:
         for piece in pieces:
-            yield piece, encode_piece(job.tokenizer, job.encoder, piece, job.keys, job.append_eod)
+            yield piece, encode_piece(job.encoder, piece, job.keys, job.append_eod)
         return
     # Spawned, not forked: the caller may hold threads or a device. Workers import no torch.
     context = multiprocessing.get_context("spawn")
     waiting: deque[tuple[Piece, Future[list[Encoded]]]] = deque()
     fast_model = job.encoder.model if isinstance(job.encoder, Gigatoken) else None
-    start = job.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
+    start = job.encoder.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, start)
     try:
         for piece in pieces:

@@ -13,17 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.influence.methods import Directions
 from megatron_r1.influence.passes import complete_gradient, named_parameters, run_passes
-from megatron_r1.parallel import ParallelContext
+from megatron_r1.parallel import ParallelContext, sum_over
 from megatron_r1.records import Batch
-
-# isort: split
-from megatron.core import parallel_state
 
 _DAMPING = 0.1
 
@@ -50,15 +46,14 @@ def apply_inverse(
 
     def whole(part_LX: Tensor) -> Tensor:
         """Sums over shards; what every tensor-parallel rank has alike is counted once."""
-        if context.tensor_size > 1 and len(part_LX):
-            dist.all_reduce(part_LX, group=parallel_state.get_tensor_model_parallel_group())
+        if len(part_LX):
+            sum_over("tensor", part_LX)
         return part_LX / (context.tensor_size / ranks_L)[:, None]
 
     total_L1 = torch.zeros(len(mine), 1, dtype=torch.float64, device=backend.device())
     for gradient in gradients():
         total_L1 += whole(_products(mine, gradient, {n: g[None] for n, g in gradient.items()}, 1))
-    data_group = parallel_state.get_data_parallel_group()
-    dist.all_reduce(total_L1, group=data_group)
+    sum_over("data", total_L1)
     damping_L = _DAMPING * total_L1[:, 0] / (examples * size_L)
     if bool((damping_L <= 0).any()):
         zero = [name for name, damping in zip(mine, damping_L, strict=True) if damping <= 0]
@@ -75,8 +70,7 @@ def apply_inverse(
         for share_C, (name, total) in zip(share_LC, sums.items(), strict=True):
             total += torch.tensordot(share_C[:, None], gradient[name][None], dims=1)
     for damping, (name, total) in zip(damping_L, sums.items(), strict=True):
-        dist.all_reduce(total, group=data_group)
-        directions[name] -= total / examples
+        directions[name] -= sum_over("data", total) / examples
         directions[name] /= damping.float()
 
 
@@ -93,7 +87,6 @@ def example_gradients(
     names: frozenset[str],
     batches: Iterator[Batch],
     seq_length: int,
-    context: ParallelContext,
 ) -> Iterator[Gradient]:
     """Whole gradients of the loss of single rows, float32, this rank's shard; batches are of one row."""
     mine = {name: p for name, (_, p) in named_parameters(gpt).items()}
@@ -104,8 +97,7 @@ def example_gradients(
             if name in names:
                 found = torch.zeros_like(p) if p.grad is None else p.grad
                 gradient[name] = found.float()
-                complete_gradient(p, gradient[name], context)
-                if context.context_size > 1:
-                    dist.all_reduce(gradient[name], group=parallel_state.get_context_parallel_group())
+                complete_gradient(p, gradient[name])
+                sum_over("context", gradient[name])
             p.grad = None
         yield gradient

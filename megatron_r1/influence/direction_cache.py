@@ -61,8 +61,7 @@ class DirectionCache:
         dist.all_reduce(there, dist.ReduceOp.MIN)
         if not there.item():
             return None
-        found: dict[str, torch.Tensor] = torch.load(path, map_location=backend.device(), weights_only=True)
-        return found
+        return torch.load(path, map_location=backend.device(), weights_only=True)
 
     def save(self, capability: str, gradient: dict[str, torch.Tensor]) -> None:
         """Of several ranks that hold the same shard, the first writes it."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.influence.gradients import Scorer
 from megatron_r1.influence.methods import Method
-from megatron_r1.influence.passes import cut_to_rank, run_passes
-from megatron_r1.parallel import ParallelContext
+from megatron_r1.influence.passes import run_passes
+from megatron_r1.parallel import ParallelContext, cut_to_rank
 from megatron_r1.records import Batch
 
 # isort: split

@@ -25,7 +25,7 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
         raise ValueError(f"peak {peak_tflops} and utilisation {utilisation} must be positive")
     try:
         work = lay_plan(config)
-        rows, probes, checkpoints, most = work.rows(config), work.probe_windows(config), len(work.steps), ""
+        rows, probes, checkpoints, most = work.rows(), work.probe_windows(), len(work.steps), ""
     except ConfigError:
         rows = len(config.data.sources) * influence.examples
         probes = len(influence.directions) * (influence.probe_examples or rows)

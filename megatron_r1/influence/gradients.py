@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from megatron_r1 import backend
 from megatron_r1.influence.layers import EMBEDDING
 from megatron_r1.influence.methods import Method
 from megatron_r1.influence.passes import named_parameters, run_passes
+from megatron_r1.parallel import sum_over
 from megatron_r1.records import Batch
 
 # isort: split
@@ -76,14 +76,15 @@ class Scorer:
             rule = self._rule(module)
             if rule is None:
                 continue
-            weight = module.weight if module.weight is not None else self._tied_weight()
-            name = names[id(weight)]
+            # The head of a stage that holds the embedding, too, has no weight of its own.
+            tied = module.weight is None
+            name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
             covered.add(name)
             # The graph begins at the embedding, whether it counts or not.
             if name in self.method.names or rule == self._embedding:
                 self._hooks.append(module.register_forward_hook(partial(rule, name=name)))
         if rest := sorted(set(names.values()) - covered):
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise ValueError(
                 f"no rule for the gradient of {', '.join(rest[:4])}: scoring knows megatron-core's own "
                 f"parallel layers and RMSNorm without biases, not Transformer Engine's"
@@ -92,9 +93,7 @@ class Scorer:
             p.requires_grad_(False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -108,10 +107,6 @@ class Scorer:
         )
         self.sums.append(RowSums(batch.tokens_BS, zeros, zeros.clone(), zeros[:, 0].clone()))
         return self.sums[-1].loss_B
-
-    def _tied_weight(self) -> Tensor:
-        weight: Tensor = self.gpt.shared_embedding_or_output_weight()
-        return weight
 
     def _rule(self, module: Any) -> Callable[..., Tensor | None] | None:
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
@@ -193,8 +188,7 @@ def _head_rows(a_SBD: Tensor, g_SBV: Tensor, index_BS: Tensor) -> Tensor:
 
 def _whole_sequence(x: Tensor, module: Any) -> Tensor:
     """[S / ranks, B, D] of each tensor-parallel rank -> [S, B, D] on all of them."""
-    whole: Tensor = gather_from_sequence_parallel_region(x.contiguous(), group=module.tp_group)
-    return whole
+    return gather_from_sequence_parallel_region(x.contiguous(), group=module.tp_group)
 
 
 def score(
@@ -204,7 +198,7 @@ def score(
 
     Of scores: <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. Every
     rank that shares a sequence gets the same result but for context parallelism: there it is a part, and
-    `sum_over_data` adds the parts up.
+    `sum_over("tokens", ...)` adds the parts up.
     """
     scorer.sums.clear()
     run_passes(model, batches, passes, micro_batch, seq_length, scorer.begin)
@@ -214,13 +208,8 @@ def score(
     replicated_NX = torch.cat([sums.replicated_BX for sums in scorer.sums])
     loss_N = torch.cat([sums.loss_B for sums in scorer.sums])
     scorer.sums.clear()
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        dist.all_reduce(sharded_NX, group=parallel_state.get_tensor_model_parallel_group())
-    row_NX = sharded_NX + replicated_NX
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        for part in (row_NX, loss_N):
-            dist.all_reduce(part, group=parallel_state.get_pipeline_model_parallel_group())
-    return row_NX, loss_N
+    row_NX = sum_over("tensor", sharded_NX) + replicated_NX
+    return sum_over("pipeline", row_NX), sum_over("pipeline", loss_N)
 
 
 def _add_cross_terms(scorer: Scorer) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_r1.config import MixConfig
-from megatron_r1.data.indexed import with_suffix
-from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask
-from megatron_r1.influence.store import Scored, fingerprint_of
+from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, mask_file
+from megatron_r1.influence.store import Scored, data_hash
 from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import Corpus, ScoreTable
 from megatron_r1.run_dir import replacing
@@ -30,7 +28,7 @@ from megatron_r1.run_dir import replacing
 class KeepMask:
     """What one source may still draw."""
 
-    source: str
+    corpus: Corpus
     scored: int
     helpful: int
     """Of the scored examples, those above the threshold."""
@@ -38,8 +36,6 @@ class KeepMask:
     """bool [windows]."""
     stretch_N2: np.ndarray | None
     """Of a mask over documents: tokens whose labels count (see data/keep.py)."""
-    path: str | None = None
-    """Its file; None where none is needed, as everything is kept or nothing."""
 
     @property
     def share(self) -> float:
@@ -89,7 +85,7 @@ def make_masks(
         if unit == "document" and not kept.all():
             stretch_N2 = kept_stretches(corpus, kept)
             windows = kept_windows(stretch_N2, len(windows), seq_length)
-        mask = KeepMask(table.source, len(table.example_N), helpful, windows, stretch_N2)
+        mask = KeepMask(corpus, len(table.example_N), helpful, windows, stretch_N2)
         if table.source in before:
             mask = _and_before(mask, before[table.source])
         masks[table.source] = mask
@@ -110,17 +106,14 @@ def _check(corpus: Corpus, manifest: Mapping[str, object], unit: object, seq_len
         )
     data = manifest["data"]
     assert isinstance(data, dict)
-    if data["hash"] != fingerprint_of([with_suffix(corpus.prefix, s) for s in (".bin", ".idx")]):
+    if data["hash"] != data_hash(corpus.prefix):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 
 
 def _and_before(mask: KeepMask, path: str) -> KeepMask:
     """`mask`, less what the file drops."""
-    there = load_mask(mask.source, len(mask.windows), path)
-    loaded = np.load(path, allow_pickle=False)
-    bits = loaded if isinstance(loaded, np.ndarray) else loaded["windows"]
-    if bits.dtype != np.bool_:
-        bits = np.unpackbits(bits, count=len(mask.windows), bitorder="little").astype(bool)
+    there = load_mask(mask.corpus.name, len(mask.windows), path)
+    bits = np.unpackbits(there.packed, count=len(mask.windows), bitorder="little").astype(bool)
     windows, stretch_N2 = mask.windows & bits, mask.stretch_N2
     if there.stretch_N2 is not None:
         stretch_N2 = there.stretch_N2 if stretch_N2 is None else _overlap(stretch_N2, there.stretch_N2)
@@ -139,35 +132,26 @@ def _overlap(a_N2: np.ndarray, b_N2: np.ndarray) -> np.ndarray:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def named(masks: Mapping[str, KeepMask], directory: Path, seq_length: int) -> dict[str, KeepMask]:
-    """The masks with the files they belong in: SOURCE-HASH.npy, or .npz over documents.
+def mask_files(
+    masks: Mapping[str, KeepMask], directory: Path, seq_length: int
+) -> dict[str, tuple[Path, bytes]]:
+    """Source -> where its mask belongs, SOURCE-HASH.npy or .npz, and what that file holds; without masks that
+    keep everything or nothing.
 
     The hash is of what the file says, so a file that an earlier phase refers to is never altered.
     """
     out = {}
     for name, mask in masks.items():
         if mask.windows.any() and not (mask.windows.all() and mask.stretch_N2 is None):
+            content = mask_file(mask.corpus, mask.windows, mask.stretch_N2, seq_length)
             suffix = ".npy" if mask.stretch_N2 is None else ".npz"
-            digest = hashlib.sha256(_bytes(mask, seq_length)).hexdigest()[:16]
-            mask = dataclasses.replace(mask, path=str(directory / f"{name}-{digest}{suffix}"))
-        out[name] = mask
+            out[name] = directory / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}", content
     return out
 
 
-def save(mask: KeepMask, seq_length: int) -> None:
-    """Write a named mask; a file that is there already and whole is left alone."""
-    assert mask.path is not None
-    content, path = _bytes(mask, seq_length), Path(mask.path)
+def save(path: Path, content: bytes) -> None:
+    """A file that is there already and whole is left alone."""
     if path.is_file() and path.read_bytes() == content:
         return
     with replacing(path) as stream:
         stream.write(content)
-
-
-def _bytes(mask: KeepMask, seq_length: int) -> bytes:
-    packed, stream = np.packbits(mask.windows, bitorder="little"), io.BytesIO()
-    if mask.stretch_N2 is None:
-        np.save(stream, packed)
-    else:
-        np.savez(stream, windows=packed, stretches=mask.stretch_N2, seq_length=np.int64(seq_length))
-    return stream.getvalue()

@@ -32,10 +32,10 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.layers import EMBEDDING
-from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.methods import Directions, Method
 from megatron_r1.influence.passes import named_parameters
 from megatron_r1.influence.projected import split_axis
-from megatron_r1.parallel import ParallelContext, sum_over_data
+from megatron_r1.parallel import ParallelContext, sum_over
 
 # isort: split
 from megatron.core import parallel_state
@@ -70,8 +70,7 @@ def apply_inverse(kind: str, directions: Directions, passes: DrawnPasses) -> Non
             moments = _Moments({name: sides for name, sides in bases.items() if name != EMBEDDING}, context)
             passes.run(moments)
             for name, sum_XY in moments.squares_XY.items():
-                dist.all_reduce(sum_XY, group=parallel_state.get_data_parallel_group())
-                eigenvalues[name] = sum_XY / examples
+                eigenvalues[name] = sum_over("data", sum_XY) / examples
         eigenvalues |= factors.norms
         damping = {name: _DAMPING * _mean(name, value) for name, value in eigenvalues.items()}
         if zero := [name for name, value in damping.items() if not value > 0]:
@@ -107,15 +106,11 @@ def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[s
     yield from groups + [[]] * (int(count) - len(groups))
 
 
-class _Collector:
-    """A `Method` that keeps sums of what passes, and adds nothing to the examples' rows."""
+class _Collector(Method):
+    """Keeps sums of what passes, and adds nothing to the examples' rows."""
 
-    names: frozenset[str]
     squares = False
     width = 1
-
-    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        raise NotImplementedError
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         raise NotImplementedError
@@ -174,25 +169,22 @@ class _Factors(_Collector):
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
         gradient_BD = g_SBD.sum(0)
-        if getattr(self._parameters[name], "sequence_parallel", False) and self._context.tensor_size > 1:
-            dist.all_reduce(gradient_BD, group=parallel_state.get_tensor_model_parallel_group())
-        if self._context.context_size > 1:
-            dist.all_reduce(gradient_BD, group=parallel_state.get_context_parallel_group())
-        self.norms[name] += gradient_BD.square().sum(0)
+        if getattr(self._parameters[name], "sequence_parallel", False):
+            sum_over("tensor", gradient_BD)
+        self.norms[name] += sum_over("context", gradient_BD).square().sum(0)
 
     def finish(self, examples: int, seq_length: int) -> None:
         """Sums over ranks -> means."""
         for sum_D in self.norms.values():
-            dist.all_reduce(sum_D, group=parallel_state.get_data_parallel_group())
-            sum_D /= examples
+            sum_over("data", sum_D).div_(examples)
         for name, (left, right) in self.sides.items():
             for side in (left, right):
-                sum_over_data(side)
-                if name == EMBEDDING and self._context.pipeline_size > 1:
-                    dist.all_reduce(side, group=parallel_state.get_embedding_group())
+                sum_over("tokens", side)
+                if name == EMBEDDING:
+                    sum_over("embedding", side)
             left /= examples
             if name == EMBEDDING:
-                dist.all_reduce(right, group=parallel_state.get_tensor_model_parallel_group())
+                sum_over("tensor", right)
                 right /= right.trace().clamp(min=torch.finfo(right.dtype).tiny)
             else:
                 right /= examples * seq_length
@@ -204,7 +196,7 @@ class _Moments(_Collector):
 
     def __init__(self, bases: dict[str, Sides], context: ParallelContext):
         self.names = frozenset(bases)
-        self._bases, self._context = bases, context
+        self._bases = bases
         self.squares_XY = {
             name: left.new_zeros(len(left) // context.tensor_size, len(right))
             for name, (left, right) in bases.items()
@@ -219,10 +211,7 @@ class _Moments(_Collector):
         for total_XY, part_BXS in zip(
             self.squares_XY[name].split(rows), left_BXS.split(rows, dim=1), strict=True
         ):
-            gradient_BXY = torch.bmm(part_BXS, right_BSY)
-            if self._context.context_size > 1:
-                dist.all_reduce(gradient_BXY, group=parallel_state.get_context_parallel_group())
-            total_XY += gradient_BXY.square_().sum(0)
+            total_XY += sum_over("context", torch.bmm(part_BXS, right_BSY)).square_().sum(0)
 
 
 def _tokens(name: str, a_SBI: Tensor, g_SBO: Tensor) -> Sides:
@@ -269,7 +258,7 @@ def _mean(name: str, value: Tensor) -> float:
     """Over the whole parameter."""
     mean = value.double().mean()
     if split_axis(name) is not None:
-        dist.all_reduce(mean, group=parallel_state.get_tensor_model_parallel_group())
+        sum_over("tensor", mean)
         mean /= parallel_state.get_tensor_model_parallel_world_size()
     return float(mean)
 

@@ -19,12 +19,9 @@ from torch import Tensor
 from megatron_r1.influence.curvature import adam_scale
 from megatron_r1.influence.datainf import Gradient
 from megatron_r1.influence.passes import squared_norm
-from megatron_r1.parallel import ParallelContext
 
 
-def own_products(
-    kind: str, checkpoint: Path, gradients: Iterator[Gradient], gpt: Any, context: ParallelContext
-) -> Tensor:
+def own_products(kind: str, checkpoint: Path, gradients: Iterator[Gradient], gpt: Any) -> Tensor:
     """<H^-1 g, g> of each gradient g: float64 [N], the same on all ranks of a model copy.
 
     `kind`: identity or adam. `gradients`: whole ones, this rank's shard.
@@ -33,7 +30,7 @@ def own_products(
     if kind == "adam":
         root = {name: scale.sqrt_() for name, scale in adam_scale(checkpoint, gpt).items()}
     found = [
-        squared_norm({name: g / root[name] if root else g for name, g in gradient.items()}, gpt, context)
+        squared_norm({name: g / root[name] if root else g for name, g in gradient.items()}, gpt)
         for gradient in gradients
     ]
     return torch.tensor(found, dtype=torch.float64)

@@ -50,32 +50,33 @@ def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squ
     over blocks of output rows. `squares`: the gradient's squared norm in one more column. Under tensor
     parallelism all three are this rank's shard: sum over ranks.
     """
-    inputs, batch = a_SBI.shape[2], a_SBI.shape[1]
-    outputs, c = g_SBO.shape[2], len(direction_COI)
-    flat_CP = direction_COI.reshape(c, -1)
-    a_BSI, g_BOS = a_SBI.transpose(0, 1), g_SBO.permute(1, 2, 0)
-    out_BX = torch.zeros(batch, c + squares, dtype=torch.float64, device=a_SBI.device)
+    out_BX = a_SBI.new_zeros(a_SBI.shape[1], len(direction_COI) + squares, dtype=torch.float64)
     # A CPU's plain products are faster than its batched ones (cpu_products.py).
-    on_cpu = a_SBI.device.type == "cpu"
-    together, block = (1, _CPU_BLOCK) if on_cpu else (batch, _BLOCK // batch)
-    if on_cpu:
-        a_BSI = a_BSI.contiguous()
-    rows = max(1, block // inputs)
-    for first in range(0, outputs, rows):
-        last = min(first + rows, outputs)
-        part_CP = flat_CP[:, first * inputs : last * inputs]
-        for one in range(0, batch, together):
-            some = slice(one, one + together)
-            if on_cpu:
-                gradient_P = (g_BOS[one, first:last] @ a_BSI[one]).view(-1).float()
-                out_BX[one, :c].add_(torch.mv(part_CP, gradient_P))
-                gradient_BP = gradient_P[None]
-            else:
-                gradient_BP = torch.bmm(g_BOS[:, first:last], a_BSI).view(batch, -1).float()
-                out_BX[:, :c].add_(gradient_BP @ part_CP.T)
-            if squares:
-                out_BX[some, c].add_(torch.linalg.vector_norm(gradient_BP, dim=1).double().square())
+    add = _add_one_by_one if a_SBI.device.type == "cpu" else _add_together
+    add(out_BX, a_SBI.transpose(0, 1), g_SBO.permute(1, 2, 0), direction_COI)
     return out_BX
+
+
+def _add_one_by_one(out_BX: Tensor, a_BSI: Tensor, g_BOS: Tensor, direction_COI: Tensor) -> None:
+    c, a_BSI = len(direction_COI), a_BSI.contiguous()
+    size = max(1, _CPU_BLOCK // a_BSI.shape[2])
+    for first in range(0, g_BOS.shape[1], size):
+        part_CP = direction_COI[:, first : first + size].flatten(1)
+        for out_X, a_SI, g_OS in zip(out_BX, a_BSI, g_BOS, strict=True):
+            gradient_P = (g_OS[first : first + size] @ a_SI).flatten().float()
+            out_X[:c].add_(torch.mv(part_CP, gradient_P))
+            if len(out_X) > c:
+                out_X[c].add_(torch.linalg.vector_norm(gradient_P).double().square())
+
+
+def _add_together(out_BX: Tensor, a_BSI: Tensor, g_BOS: Tensor, direction_COI: Tensor) -> None:
+    c, (batch, _, inputs) = len(direction_COI), a_BSI.shape
+    size = max(1, _BLOCK // batch // inputs)
+    for first in range(0, g_BOS.shape[1], size):
+        gradient_BP = torch.bmm(g_BOS[:, first : first + size], a_BSI).flatten(1).float()
+        out_BX[:, :c].add_(gradient_BP @ direction_COI[:, first : first + size].flatten(1).T)
+        if out_BX.shape[1] > c:
+            out_BX[:, c].add_(torch.linalg.vector_norm(gradient_BP, dim=1).double().square())
 
 
 class WgradDot:
@@ -121,3 +122,86 @@ def _squared_rows(index_BS: Tensor, g_BSD: Tensor) -> Tensor:
     sums = g_BSD.new_zeros(len(used), d).index_add_(0, place.flatten(), g_BSD.reshape(b * s, d))
     square = sums.double().square().sum(1)
     return square.new_zeros(b).index_add_(0, used % b, square)
+
+
+class Ghost:
+    """Exact, token by token: of a linear layer, <g_s a_s^T, V_c> = g_s^T V_c a_s at each place s.
+
+    No example's gradient is formed, but each direction is multiplied with every token: dearer than `WgradDot`
+    where there are several directions. `per_token`: a row holds [S, C], and `results` gives `token_scores`,
+    which sum to the example's.
+    """
+
+    squares = False
+
+    def __init__(self, directions: Directions, capabilities: int, seq_length: int, per_token: bool = False):
+        self.directions, self.capabilities, self.per_token = directions, capabilities, per_token
+        self.names = frozenset(directions)
+        self.width = seq_length * capabilities if per_token else capabilities
+
+    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
+        for c, direction_OI in enumerate(self.directions[name]):
+            passed_SBI = g_SBO @ direction_OI.to(g_SBO.dtype)
+            self._add(row_BX, c, torch.linalg.vecdot(passed_SBI.float(), a_SBI.float()).T, 0)
+
+    def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
+        for c, direction_VD in enumerate(self.directions[name]):
+            rows_BSD = F.embedding(index_BS, direction_VD)
+            self._add(row_BX, c, torch.linalg.vecdot(g_BSD.float(), rows_BSD), 0)
+
+    def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
+        for c, direction_D in enumerate(self.directions[name]):
+            self._add(row_BX, c, (g_SBD @ direction_D).T, first)
+
+    def _add(self, row_BX: Tensor, c: int, token_BS: Tensor, first: int) -> None:
+        if self.per_token:
+            token_BSC = row_BX.view(len(row_BX), -1, self.capabilities)
+            token_BSC[:, first : first + token_BS.shape[1], c] += token_BS
+        else:
+            row_BX[:, c] += token_BS.double().sum(1)
+
+    def results(self, row_NX: Tensor) -> dict[str, Tensor]:
+        if not self.per_token:
+            return {"scores": row_NX}
+        token_NSC = row_NX.view(len(row_NX), -1, self.capabilities)
+        return {"scores": token_NSC.sum(1), "token_scores": token_NSC}
+
+
+class LowRank(WgradDot):
+    """V_c ~ L_c R_c^T of rank `rank`, for this process's shard of each matrix: <sum_s g_s a_s^T, L_c R_c^T> =
+    sum_s <L_c^T g_s, R_c^T a_s>. Cheaper, and no longer exact but for norm weights and look-ups."""
+
+    def __init__(self, directions: Directions, capabilities: int, rank: int):
+        super().__init__(directions, capabilities)
+        self._factors = {
+            name: truncated(direction, rank) for name, direction in directions.items() if direction.dim() == 3
+        }
+
+    def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
+        left_OR, right_IR = (factor.to(g_SBO.dtype) for factor in self._factors[name])
+        product_SBR = (g_SBO @ left_OR).float() * (a_SBI @ right_IR).float()
+        row_BX += product_SBR.sum(0).unflatten(-1, (self.capabilities, -1)).sum(-1)
+
+
+def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [O, C r] and [I, C r] of the best approximation of rank r of each direction.
+
+    From the eigenvectors of V^T V or V V^T: a singular value decomposition of a vocabulary's matrix would
+    cost more than the scores.
+    """
+    left, right = [], []
+    for direction_OI in direction_COI:
+        outputs, inputs = direction_OI.shape
+        wide = direction_OI if inputs <= outputs else direction_OI.T
+        vectors = torch.linalg.eigh((wide.T @ wide).double()).eigenvectors[:, -rank:].to(wide.dtype)
+        factors = (wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors)
+        left.append(factors[0])
+        right.append(factors[1])
+    return torch.cat(left, 1).contiguous(), torch.cat(right, 1).contiguous()
+
+
+def correlation(found_NC: Tensor, exact_NC: Tensor) -> Tensor:
+    """Pearson's over examples, for each capability: [C]. 0 where one does not vary."""
+    x_NC, y_NC = found_NC - found_NC.mean(0), exact_NC - exact_NC.mean(0)
+    scale_C = x_NC.norm(dim=0) * y_NC.norm(dim=0)
+    return torch.where(scale_C > 0, (x_NC * y_NC).sum(0) / scale_C, 0.0)

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from megatron_r1.config import MixConfig
-from megatron_r1.influence.keep_masks import named, save
+from megatron_r1.influence.keep_masks import mask_files, save
 from megatron_r1.influence.mixture import Mixture
 from megatron_r1.influence.store import Scored
 from megatron_r1.run_dir import write_json, write_text
@@ -51,7 +51,7 @@ def table(mixture: Mixture) -> str:
         lines.append(f"{name:{width}s}  least   {said:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
     for mask in mixture.masks.values():
         lines.append(
-            f"keep {mask.source}: {mask.helpful} of {mask.scored} scored examples help at step "
+            f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
             f"{mixture.steps[-1]}; {mask.share:.1%} of its windows may be drawn"
         )
     return "\n".join(lines)
@@ -66,15 +66,15 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
 
     Each file is whole or not there; the phase comes last, when all that it names is written.
     """
-    beside = output.with_suffix(".json")
-    masks = named(mixture.masks, output.parent / "keep", seq_length)
+    beside, masks = output.with_suffix(".json"), mixture.masks
+    files = mask_files(masks, output.parent / "keep", seq_length)
     phase: dict[str, Any] = {
         "weights": {name: round(weight, 9) for name, weight in mixture.weights.by_source.items()}
     }
     if mix.max_epochs is not None:
         phase["max_epochs"] = mixture.max_epochs
-    if files := {name: mask.path for name, mask in masks.items() if mask.path is not None}:
-        phase["keep"] = files
+    if files:
+        phase["keep"] = {name: str(path) for name, (path, _) in files.items()}
     report: dict[str, Any] = {
         "phase": mixture.phase,
         "mix": dataclasses.asdict(mix),
@@ -93,9 +93,8 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
         },
         "scores": {_name(s, mix): _hash(s) for s in used},
     }
-    for mask in masks.values():
-        if mask.path is not None:
-            save(mask, seq_length)
+    for path, content in files.values():
+        save(path, content)
     write_json(beside, report)
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}

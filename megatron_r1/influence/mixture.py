@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import load_mask
 from megatron_r1.data.sources import build_plan, open_sources
 from megatron_r1.influence.keep_masks import KeepMask, make_masks
-from megatron_r1.influence.stacked import stack
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.influence.units import in_units
 from megatron_r1.influence.weights import (
@@ -29,6 +29,9 @@ from megatron_r1.influence.weights import (
     worst_case_weights,
 )
 from megatron_r1.records import Corpus, MixWeights, ScoreTable
+
+Selected = tuple[list[ScoreTable], list[Scored]]
+"""Sources in order, and their checkpoints: all of the first source, all of the second, ..."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     return mixture, used
 
 
-def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
+def _select(config: Config) -> Selected:
     """Scores of the configured checkpoints (default: all that are scored) and sources, in order.
 
     Of one run, or, where `mix.runs` says so, of each capability's own.
@@ -124,10 +127,10 @@ def _select(config: Config) -> tuple[list[ScoreTable], list[Scored]]:
     assert config.mix is not None
     if not config.mix.runs:
         return _of_run(Path(config.train.run), config)
-    return stack({name: _of_run(Path(run), config) for name, run in config.mix.runs.items()})
+    return _stack({name: _of_run(Path(run), config) for name, run in config.mix.runs.items()})
 
 
-def _of_run(run: Path, config: Config) -> tuple[list[ScoreTable], list[Scored]]:
+def _of_run(run: Path, config: Config) -> Selected:
     again = "score them with tools/compute_influence.py"
     tables = {table.source: table for table in read_scores(run, config.data.sources)}
     if not tables:
@@ -152,6 +155,51 @@ def _of_run(run: Path, config: Config) -> tuple[list[ScoreTable], list[Scored]]:
         selected.append(in_units(table, of_steps, config.mix))
         used += of_steps
     return selected, used
+
+
+_SAME = ("source", "step", "data", "seq_length", "eod", "precision", "influence")
+"""Of manifests. Weights and directions are each run's own."""
+
+
+def _stack(runs: Mapping[str, Selected]) -> Selected:
+    """Scores of several runs as one table, each capability by the model trained for it (Eq. 3): the column of
+    each capability from its run, in the order given.
+
+        score_c(x; theta_t) = <v_c, grad l(x)>, both gradients at the checkpoints of c's own run
+
+    Raises ValueError where a run was not scored for its capability, or where runs differ in sources,
+    examples, steps or in how they were scored.
+    """
+    tables, used = next(iter(runs.values()))
+    for capability, (others, theirs) in runs.items():
+        if capability not in others[0].capabilities:
+            raise ValueError(
+                f"mix.runs.{capability}: {theirs[0].directory} has scores for {list(others[0].capabilities)} "
+                f"only; score that run for {capability} with tools/compute_influence.py"
+            )
+        examples = zip(tables, others, strict=True)
+        same = [np.array_equal(one.example_N, other.example_N) for one, other in examples]
+        differ = [] if all(same) else ["examples"]
+        if others[0].steps != tables[0].steps:
+            differ.append(f"steps ({list(tables[0].steps)} and {list(others[0].steps)})")
+        else:
+            pairs = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
+            differ += [key for key in _SAME if any(one.get(key) != other.get(key) for one, other in pairs)]
+        if differ:
+            raise ValueError(
+                f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}; "
+                f"score every run with the same data, influence section and steps"
+            )
+    stacked = []
+    for g, table in enumerate(tables):
+        columns = [
+            others[g].score_NCK[:, others[g].capabilities.index(capability)]
+            for capability, (others, _) in runs.items()
+        ]
+        stacked.append(
+            dataclasses.replace(table, capabilities=tuple(runs), score_NCK=np.stack(columns, axis=1))
+        )
+    return stacked, [one for _, theirs in runs.values() for one in theirs]
 
 
 class _Draws:

@@ -8,28 +8,22 @@ over several rows or over the ranks that share a sequence.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_r1 import backend
 from megatron_r1.influence.layers import EMBEDDING
-from megatron_r1.parallel import ParallelContext, sum_over_data
+from megatron_r1.parallel import on_device, sum_over
 from megatron_r1.records import Batch
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
-
-_CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
 
 
 def named_parameters(gpt: Any) -> dict[str, tuple[str, Parameter]]:
@@ -48,24 +42,7 @@ def named_parameters(gpt: Any) -> dict[str, tuple[str, Parameter]]:
 def weigh(batch: Batch, label_weight_B: np.ndarray) -> Batch:
     """The batch whose labels in row b count with a weight; on the device, cut to this rank's tokens."""
     weight_B1 = torch.from_numpy(label_weight_B.astype(np.float32))[:, None]
-    batch = dataclasses.replace(batch, loss_mask_BS=batch.loss_mask_BS * weight_B1)
-    tensors = {
-        field.name: value.to(backend.device())
-        for field in dataclasses.fields(batch)
-        if (value := getattr(batch, field.name)) is not None
-    }
-    along_sequence = {name: t for name, t in tensors.items() if t.dim() == 2}
-    return Batch(**{**tensors, **cut_to_rank(along_sequence)})
-
-
-def cut_to_rank(whole_BS: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's tokens of each tensor, where context parallelism divides the sequence."""
-    if parallel_state.get_context_parallel_world_size() == 1:
-        return whole_BS
-    # megatron-core 0.19 wants to be told.
-    extra = {"is_hybrid_cp": False} if "is_hybrid_cp" in _CP_PARAMETERS else {}
-    cut: dict[str, Tensor] = get_batch_on_this_cp_rank(whole_BS, **extra)
-    return cut
+    return on_device(dataclasses.replace(batch, loss_mask_BS=batch.loss_mask_BS * weight_B1))
 
 
 def run_passes(
@@ -119,20 +96,16 @@ def mean_gradient(
     micro_batch: int,
     seq_length: int,
     examples: int,
-    context: ParallelContext,
-    names: Collection[str] | None = None,
+    names: Collection[str],
 ) -> dict[str, Tensor]:
-    """Gradient of the mean over `examples` rows of each row's loss: float32, this rank's shard.
+    """Gradient of the mean over `examples` rows of each row's loss, of the parameters `names`: float32, this
+    rank's shard.
 
-    Of all parameters or of these `names`. The batches are this data-parallel rank's; the result is the
+    The batches are this data-parallel rank's; the result is the
     same on all of them.
     """
     mine = {name: p for name, (_, p) in named_parameters(gpt).items()}
-    sums = {
-        name: torch.zeros_like(p, dtype=torch.float32)
-        for name, p in mine.items()
-        if names is None or name in names
-    }
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in mine.items() if name in names}
     hooks = [
         p.register_post_accumulate_grad_hook(partial(_add_and_free, sums.get(name)))
         for name, p in mine.items()
@@ -143,22 +116,21 @@ def mean_gradient(
         for hook in hooks:
             hook.remove()
     for name, gradient in sums.items():
-        complete_gradient(mine[name], gradient, context)
-        sum_over_data(gradient)
-        gradient /= examples
+        complete_gradient(mine[name], gradient)
+        sum_over("tokens", gradient).div_(examples)
     return sums
 
 
-def complete_gradient(p: Parameter, gradient: Tensor, context: ParallelContext) -> None:
+def complete_gradient(p: Parameter, gradient: Tensor) -> None:
     """Add up, in place, what the ranks of a model copy hold in part."""
-    if getattr(p, "sequence_parallel", False) and context.tensor_size > 1:
-        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    if getattr(p, "sequence_parallel", False):
+        sum_over("tensor", gradient)
     # The first and the last stage hold a copy of the tied embedding each, and a use of it each.
-    if getattr(p, "shared_embedding", False) and context.pipeline_size > 1:
-        dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+    if getattr(p, "shared_embedding", False):
+        sum_over("embedding", gradient)
 
 
-def squared_norm(gradient: dict[str, Tensor], gpt: Any, context: ParallelContext) -> float:
+def squared_norm(gradient: dict[str, Tensor], gpt: Any) -> float:
     """Of the whole model's gradient, from each rank's shard of it; the same on all ranks."""
     parts_2 = torch.zeros(2, dtype=torch.float64, device=backend.device())
     for name, (local, p) in named_parameters(gpt).items():
@@ -166,11 +138,8 @@ def squared_norm(gradient: dict[str, Tensor], gpt: Any, context: ParallelContext
         if name in gradient and not local.startswith("output_layer"):
             replicated = int(not getattr(p, "tensor_model_parallel", False))
             parts_2[replicated] += gradient[name].double().square().sum()
-    if context.tensor_size > 1:
-        dist.all_reduce(parts_2[:1], group=parallel_state.get_tensor_model_parallel_group())
-    if context.pipeline_size > 1:
-        dist.all_reduce(parts_2, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(parts_2.sum())
+    sum_over("tensor", parts_2[:1])
+    return float(sum_over("pipeline", parts_2).sum())
 
 
 def _add_and_free(total: Tensor | None, p: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.config import Config, InfluenceConfig
-from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import document_starts, identity_of, open_corpus, with_suffix
+from megatron_r1.config_io import ConfigError, check_copies
+from megatron_r1.data.indexed import document_starts, identity_of, open_corpus
 from megatron_r1.data.sources import document_end, document_end_mistakes, launched, open_sources
 from megatron_r1.influence import store
 from megatron_r1.influence.export import COLUMNS
@@ -50,6 +51,7 @@ def scores_of(parts: Sequence[Part]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Work:
+    config: Config
     influence: InfluenceConfig
     sources: list[Corpus]
     probes: list[Corpus]
@@ -60,52 +62,52 @@ class Work:
         """Prefix -> hash of every dataset that is read."""
         return {str(c.prefix): identity_of(c.prefix) for c in (*self.sources, *self.probes)}
 
-    def examples(self, config: Config) -> int:
+    def examples(self) -> int:
         """Examples to score at each checkpoint."""
-        return sum(len(self.chosen(config, corpus)) for corpus in self.sources)
+        return sum(len(self.chosen(corpus)) for corpus in self.sources)
 
-    def rows(self, config: Config) -> int:
+    def rows(self) -> int:
         """Rows of `seq_length` tokens that these examples are."""
         if self.influence.unit == "window":
-            return self.examples(config)
-        lengths = (np.diff(document_starts(c))[self.chosen(config, c)] - 1 for c in self.sources)
-        return sum(int((-(-length_N // config.data.seq_length)).sum()) for length_N in lengths)
+            return self.examples()
+        lengths = (np.diff(document_starts(c))[self.chosen(c)] - 1 for c in self.sources)
+        return sum(int((-(-length_N // self.config.data.seq_length)).sum()) for length_N in lengths)
 
-    def chosen(self, config: Config, corpus: Corpus) -> np.ndarray:
+    def chosen(self, corpus: Corpus) -> np.ndarray:
         """The representative set of a source: numbers of its examples."""
         influence = self.influence
-        return choose(corpus, config.data.seq_length, influence.examples, influence.seed, influence.unit)
+        return choose(corpus, self.config.data.seq_length, influence.examples, influence.seed, influence.unit)
 
-    def probing(self, config: Config, probe: Corpus) -> np.ndarray:
+    def probing(self, probe: Corpus) -> np.ndarray:
         """Numbers of a probing set's windows."""
-        return choose(probe, config.data.seq_length, self.influence.probe_examples, self.influence.seed)
+        return choose(probe, self.config.data.seq_length, self.influence.probe_examples, self.influence.seed)
 
-    def shared(self, config: Config, part: Part) -> np.ndarray:
+    def shared(self, part: Part) -> np.ndarray:
         """bool [N, C]: which examples lie in which probing set: the same window of the same pair of files."""
         shared_NC = np.zeros((len(part.example_N), len(self.probes)), bool)
         for c, probe in enumerate(self.probes):
             if part.inputs["directions"][probe.name] == part.inputs["data"]["hash"]:
-                shared_NC[:, c] = np.isin(part.example_N, self.probing(config, probe))
+                shared_NC[:, c] = np.isin(part.example_N, self.probing(probe))
         return shared_NC
 
-    def probe_windows(self, config: Config) -> int:
+    def probe_windows(self) -> int:
         most = self.influence.probe_examples
-        windows = [c.windows(config.data.seq_length) for c in self.probes]
+        windows = [c.windows(self.config.data.seq_length) for c in self.probes]
         return sum(w if most is None else min(w, most) for w in windows)
 
-    def summary(self, config: Config) -> str:
+    def summary(self) -> str:
         """One line: how much there is, in examples and tokens."""
-        examples, probes = self.examples(config), self.probe_windows(config)
-        k, seq = len(self.steps), config.data.seq_length
+        examples, probes = self.examples(), self.probe_windows()
+        k, seq = len(self.steps), self.config.data.seq_length
         unit = "examples" if self.influence.unit == "window" else "documents"
         return (
             f"{len(self.sources)} sources x up to {self.influence.examples} {unit} x {k} checkpoints = "
-            f"{examples * k:,} examples, {self.rows(config) * k * seq:,} tokens; "
+            f"{examples * k:,} examples, {self.rows() * k * seq:,} tokens; "
             f"{len(self.probes)} directions from {probes} probing windows each checkpoint, "
             f"{probes * k * seq:,} tokens"
         )
 
-    def parts(self, config: Config, step: int, weights: str, curvature: str) -> list[Part]:
+    def parts(self, step: int, weights: str, curvature: str) -> list[Part]:
         """Every source at one checkpoint. `weights`: the checkpoint's hash."""
         influence = self.influence
         layers = influence.layers
@@ -135,24 +137,18 @@ class Work:
                     **measured,
                     "layers": layers if isinstance(layers, str) else " ".join(layers),
                 },
-                "seq_length": config.data.seq_length,
-                "eod": document_end(config),
-                "precision": config.train.precision,
+                "seq_length": self.config.data.seq_length,
+                "eod": document_end(self.config),
+                "precision": self.config.train.precision,
             }
-            example_N = self.chosen(config, corpus)
-            directory = store.directory_of(Path(config.train.run), step, corpus.name)
+            example_N = self.chosen(corpus)
+            directory = store.directory_of(Path(self.config.train.run), step, corpus.name)
             out.append(Part(step, corpus, example_N, directory, inputs))
         return out
 
 
-_hashes: dict[Path, str] = {}
-
-
-def _data_hash(prefix: Path) -> str:
-    """Of a pair; each is read once a launch."""
-    if prefix not in _hashes:
-        _hashes[prefix] = store.fingerprint_of([with_suffix(prefix, s) for s in (".bin", ".idx")])
-    return _hashes[prefix]
+_data_hash = functools.cache(store.data_hash)
+"""Each pair is read once a launch."""
 
 
 def lay_plan(config: Config) -> Work:
@@ -166,14 +162,7 @@ def lay_plan(config: Config) -> Work:
 def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
     """What is wrong with scoring this on `ranks` ranks (default: one model copy)."""
     ranks = config.parallel.model_ranks() if ranks is None else ranks
-    mistakes = _open(config)[1]
-    copy = config.parallel.model_ranks()
-    if copy > 0 and ranks % copy:
-        mistakes.append(
-            f"{ranks} ranks do not divide into model copies of {copy} ranks (parallel.tensor x pipeline x "
-            f"context); launch a multiple of {copy}"
-        )
-    return mistakes
+    return _open(config)[1] + check_copies(config.parallel, ranks)
 
 
 def _open(config: Config) -> tuple[Work | None, list[str]]:
@@ -210,7 +199,7 @@ def _open(config: Config) -> tuple[Work | None, list[str]]:
         mistakes.append(f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)")
     elif absent := sorted(set(influence.steps) - set(available)):
         mistakes.append(f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}")
-    return Work(influence, sources, probes, sorted(set(influence.steps)) or available), mistakes
+    return Work(config, influence, sources, probes, sorted(set(influence.steps)) or available), mistakes
 
 
 def _check(influence: InfluenceConfig, config: Config) -> list[str]:

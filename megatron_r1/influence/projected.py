@@ -9,13 +9,17 @@ and G is never formed. A norm weight is kept as k numbers, one-sided.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_r1 import backend
 from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.passes import named_parameters
+from megatron_r1.parallel import ParallelContext, sum_over
 
 
 class Projection:
@@ -82,6 +86,31 @@ def _matrix(name: str, axis: int, size: int, k: int, seed: int, rank: int, ranks
     halves = 2 if axis == 0 and name.endswith("linear_fc1.weight") else 1
     mine = whole.reshape(halves, ranks, size // halves, k)[:, rank].reshape(size, k)
     return torch.from_numpy(np.ascontiguousarray(mine))
+
+
+def build_projection(
+    names: list[str], directions: Directions, k: int, seed: int, context: ParallelContext
+) -> Projection:
+    """Of the selected parameters `names`, of which this rank has those of `directions`."""
+    axes = {name: 1 if split_axis(name) is None else 2 for name in names}
+    shapes = {name: tuple(direction.shape[1:]) for name, direction in directions.items()}
+    shard = (context.tensor_rank, context.tensor_size)
+    return Projection(shapes, axes, k, seed, shard, backend.device())
+
+
+def projected_directions(
+    projection: Projection, directions: Directions, capabilities: int, gpt: Any
+) -> Tensor:
+    """Of the whole model's directions, [C, P], the same on all ranks of a model copy."""
+    # The last stage's copy of the tied embedding counts on the first.
+    copies = {n for n, (local, _) in named_parameters(gpt).items() if local.startswith("output_layer")}
+    mine = {name: v for name, v in directions.items() if name not in copies}
+    shared = {name: v for name, v in mine.items() if split_axis(name) is None}
+    sharded = {name: v for name, v in mine.items() if name not in shared}
+    out_CP = projection.of_directions(sharded, capabilities).to(backend.device())
+    sum_over("tensor", out_CP)
+    out_CP += projection.of_directions(shared, capabilities).to(out_CP.device)
+    return sum_over("pipeline", out_CP)
 
 
 class Projected:

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1 import checkpoint, ledger
+from megatron_r1 import checkpoint
 from megatron_r1.config import Config
-from megatron_r1.influence.build import build_method
 from megatron_r1.influence.methods import Method
-from megatron_r1.influence.plan import Part, scores_of
+from megatron_r1.influence.plan import Part
 from megatron_r1.influence.score import Job, Scoring, open_job
 from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
 from megatron_r1.parallel import holding, process_groups
@@ -67,13 +66,12 @@ def query_influence(job: Job, output: Path) -> None:
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()
-    with process_groups(job.config.parallel) as context, holding(RunDir(output).influence, context):
+    with process_groups(job.work.config.parallel) as context, holding(RunDir(output).influence, context):
         scoring = Scoring(job, context)
         for ref in job.refs:
             if scoring.left_of(job.parts[ref.step]):
                 _ask(scoring, ref)
-        if scoring.leads:
-            print(f"{output}: {', '.join(job.work.influence.directions)}, steps {job.work.steps}", flush=True)
+        context.announce(f"{output}: {', '.join(job.work.influence.directions)}, steps {job.work.steps}")
 
 
 def _answers(part: Part, output: Path) -> Part:
@@ -105,21 +103,13 @@ def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
     config, work, began = scoring.config, scoring.work, time.time()
     checkpoint.load(ref.path, scoring.gpt, None, config.model)
     directions, norm_C = scoring.directions(ref)
-    method = build_method(work.influence, directions, config, scoring.gpt, scoring.context)
-    if scoring.leads:
+    method = scoring.method(directions)
+    if scoring.context.leads:
         named = dict(zip(work.influence.directions, norm_C, strict=True))
         for part in scoring.parts[ref.step]:
             _write(part, named, method)
-        scoring.cache(ref).clear()
-        ledger.append(
-            Path(config.train.run),
-            f"influence query step {ref.step}",
-            devices=scoring.context.world_size,
-            tokens=work.probe_windows(config) * config.data.seq_length,
-            seconds=time.time() - began,
-            inputs={str(ref.path): checkpoint.identity(ref.path)} | work.identities(),
-            outputs=scores_of(scoring.parts[ref.step]),
-        )
+        tokens = work.probe_windows() * config.data.seq_length
+        scoring.finish(ref, "influence query", tokens, began)
 
 
 def _write(part: Part, direction_norms: dict[str, float], method: Method) -> None:

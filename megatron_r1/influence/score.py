@@ -23,26 +23,25 @@ from megatron_r1.config import Config
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.sources import document_end
 from megatron_r1.influence import datainf, kfac
-from megatron_r1.influence.build import build_method
 from megatron_r1.influence.curvature import precondition, resolve
 from megatron_r1.influence.direction_cache import DirectionCache
 from megatron_r1.influence.drawn_labels import DrawnPasses
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.layers import select
 from megatron_r1.influence.leave_out import own_products, without_own
-from megatron_r1.influence.low_rank import LowRank, correlation
-from megatron_r1.influence.methods import Directions, Method, WgradDot
+from megatron_r1.influence.methods import Directions, Ghost, LowRank, Method, WgradDot, correlation
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan, scores_of
+from megatron_r1.influence.projected import Projected, build_projection, projected_directions
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
-from megatron_r1.influence.windows import Examples
+from megatron_r1.influence.windows import Examples, Unit
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import (
     ParallelContext,
     broadcast_object,
     holding,
     process_groups,
-    sum_over_data,
+    sum_over,
 )
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, CheckpointRef, Corpus
@@ -74,7 +73,7 @@ def compute_influence(config: Config) -> None:
             print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()
-    with process_groups(job.config.parallel) as context, holding(influence, context):
+    with process_groups(job.work.config.parallel) as context, holding(influence, context):
         Scoring(job, context).run()
 
 
@@ -82,7 +81,6 @@ def compute_influence(config: Config) -> None:
 class Job:
     """What is to be scored, with its checkpoints read as far as their hashes."""
 
-    config: Config
     work: Work
     refs: list[CheckpointRef]
     curvature: str
@@ -108,15 +106,15 @@ def open_job(config: Config) -> Job:
     for ref in refs:
         checkpoint.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
-        parts[ref.step] = work.parts(config, ref.step, weights, curvature)
-    return Job(config, work, refs, curvature, parts)
+        parts[ref.step] = work.parts(ref.step, weights, curvature)
+    return Job(work, refs, curvature, parts)
 
 
 class Scoring:
     """The model on this rank, and the passes over it."""
 
     def __init__(self, job: Job, context: ParallelContext):
-        config, work = job.config, job.work
+        work, config = job.work, job.work.config
         self.config, self.work, self.context, self.parts = config, work, context, job.parts
         self.refs, self.curvature = job.refs, job.curvature
         self.passed, self.pass_seconds = 0, 0.0
@@ -137,33 +135,24 @@ class Scoring:
             self.model = Float16Module(get_model_config(self.gpt), self.gpt)
         self.chunk = _PASSES * work.influence.micro_batch * context.data_size
 
-    @property
-    def leads(self) -> bool:
-        return self.context.rank == 0
-
     def run(self) -> None:
         left = self.left = {step: self.left_of(found) for step, found in self.parts.items()}
-        total = self.work.examples(self.config) * len(self.refs)
+        total = self.work.examples() * len(self.refs)
         done = total - sum(left.values())
-        if self.leads:
-            print(
-                f"{self.config.train.run}: {self.work.summary(self.config)} | {done:,} done before | "
-                f"{self.context.world_size} ranks | {backend.describe(trains=False)}",
-                flush=True,
-            )
-        with Progress("score influence", total, "examples", done, self.leads) as bar:
+        self.context.announce(
+            f"{self.config.train.run}: {self.work.summary()} | {done:,} done before | "
+            f"{self.context.world_size} ranks | {backend.describe(trains=False)}"
+        )
+        with Progress("score influence", total, "examples", done, self.context.leads) as bar:
             for ref in self.refs:
                 if left[ref.step]:
                     self._score_checkpoint(ref, left[ref.step], bar)
-        if self.leads:
-            where = RunDir(Path(self.config.train.run)).influence
-            print(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py", flush=True)
+        where = RunDir(Path(self.config.train.run)).influence
+        self.context.announce(f"{where}: scored, steps {self.work.steps}; next: tools/make_mix.py")
 
     def left_of(self, parts: list[Part]) -> int:
         """Rows to compute, as the first rank sees the disk."""
-        left = broadcast_object(sum(part.left() for part in parts))
-        assert isinstance(left, int)
-        return left
+        return broadcast_object(sum(part.left() for part in parts))
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
         checkpoint.load(ref.path, self.gpt, None, self.config.model)
@@ -171,46 +160,36 @@ class Scoring:
         start = time.monotonic()
         directions, norm_C = self.directions(ref)
         seconds = time.monotonic() - start
-        probes = self.work.probe_windows(self.config)
-        if self.leads:
-            later = sum(left for step, left in self.left.items() if step > ref.step)
-            about = ""
-            if self.passed:
-                hours = self.pass_seconds / self.passed * (examples + later) / 3600
-                about = f", about {hours:.3g} h on {self.context.world_size} devices"
-            print(
-                f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
-                f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}",
-                flush=True,
-            )
-        method = build_method(self.work.influence, directions, self.config, self.gpt, self.context)
+        probes = self.work.probe_windows()
+        later = sum(left for step, left in self.left.items() if step > ref.step)
+        about = ""
+        if self.passed:
+            hours = self.pass_seconds / self.passed * (examples + later) / 3600
+            about = f", about {hours:.3g} h on {self.context.world_size} devices"
+        self.context.announce(
+            f"step {ref.step}: {len(self.work.probes)} directions from {probes} windows in "
+            f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}"
+        )
+        method = self.method(directions)
         if isinstance(method, LowRank):
             self._compare(method, directions, ref)
         for part in self.parts[ref.step]:
             self._score_part(part, ref, method, norm_C, bar)
-        if self.leads:
-            self.cache(ref).clear()
-            ledger.append(
-                Path(self.config.train.run),
-                f"influence step {ref.step}",
-                devices=self.context.world_size,
-                tokens=(examples + probes) * self.config.data.seq_length,
-                seconds=time.time() - self.began,
-                inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities(),
-                outputs=scores_of(self.parts[ref.step]),
-            )
+        if self.context.leads:
+            tokens = (examples + probes) * self.config.data.seq_length
+            self.finish(ref, "influence", tokens, self.began)
         self.began = time.time()
 
     def directions(self, ref: CheckpointRef) -> tuple[Directions, list[float]]:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         gradients = []
         cache = self.cache(ref)
-        total = self.work.probe_windows(self.config)
-        with Progress(f"directions of step {ref.step}", total, "windows", show=self.leads) as bar:
+        total = self.work.probe_windows()
+        with Progress(f"directions of step {ref.step}", total, "windows", show=self.context.leads) as bar:
             for probe in self.work.probes:
                 cached = cache.load(probe.name)
                 gradient = self._mean_gradient(probe, bar) if cached is None else cached
-                square = squared_norm(gradient, self.gpt, self.context)
+                square = squared_norm(gradient, self.gpt)
                 if not 0 < square < float("inf"):
                     what = "zero" if square == 0 else "not finite"
                     raise ValueError(
@@ -228,24 +207,53 @@ class Scoring:
         else:
             precondition(self.curvature, directions, ref.path, self.gpt)
         norm_C = [
-            squared_norm({name: v[c] for name, v in directions.items()}, self.gpt, self.context) ** 0.5
+            squared_norm({name: v[c] for name, v in directions.items()}, self.gpt) ** 0.5
             for c in range(len(gradients))
         ]
         return directions, norm_C
+
+    def method(self, directions: Directions) -> Method:
+        """What `influence.method` names. Every rank of a model copy calls this."""
+        influence, capabilities = self.work.influence, len(self.work.probes)
+        if influence.method == "ghost":
+            return Ghost(directions, capabilities, self.config.data.seq_length, influence.per_token)
+        if influence.method == "lowrank":
+            return LowRank(directions, capabilities, influence.rank)
+        if influence.method == "projected":
+            names = select(influence.layers, self.config.model.num_layers)
+            projection = build_projection(
+                names, directions, influence.projection, influence.seed, self.context
+            )
+            projected_CP = projected_directions(projection, directions, capabilities, self.gpt)
+            return Projected(projection, frozenset(directions), projected_CP)
+        return WgradDot(directions, capabilities, influence.norms)
+
+    def finish(self, ref: CheckpointRef, stage: str, tokens: int, began: float) -> None:
+        """The first rank's: a line of what a checkpoint's scores have cost, and its directions may go."""
+        self.cache(ref).clear()
+        ledger.append(
+            Path(self.config.train.run),
+            f"{stage} step {ref.step}",
+            devices=self.context.world_size,
+            tokens=tokens,
+            seconds=time.time() - began,
+            inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities(),
+            outputs=scores_of(self.parts[ref.step]),
+        )
 
     def cache(self, ref: CheckpointRef) -> DirectionCache:
         part, micro_batch = self.parts[ref.step][0], self.work.influence.micro_batch
         parallel, directory = self.config.parallel, part.directory.parent
         return DirectionCache(directory, part.inputs, micro_batch, parallel, self.context)
 
-    def _measured(self, ref: CheckpointRef) -> list[tuple[Examples, int]]:
+    def _measured(self, ref: CheckpointRef) -> list[Examples]:
         """Of all sources alike, the examples that H is measured on: so many, evenly spaced."""
         parts = self.parts[ref.step]
         share = -(-self.work.influence.curvature_examples // len(parts))
         out = []
         for part in parts:
             place = np.linspace(0, len(part.example_N) - 1, min(share, len(part.example_N))).astype(int)
-            out.append((self._examples(part, part.example_N[place]), len(place)))
+            out.append(self._examples(part.corpus, part.example_N[place]))
         return out
 
     def _apply_kfac(self, directions: Directions, ref: CheckpointRef) -> None:
@@ -253,11 +261,11 @@ class Scoring:
         chosen, size = self._measured(ref), influence.micro_batch
 
         def sources() -> Iterator[tuple[Iterator[Batch], int]]:
-            for examples, last in chosen:
-                passes = examples.passes(0, last, size * self.context.data_size)
-                yield self._batches(examples, 0, last), passes
+            for examples in chosen:
+                passes = examples.passes(0, len(examples), size * self.context.data_size)
+                yield self._batches(examples, 0, len(examples)), passes
 
-        count, seed = sum(last for _, last in chosen), influence.seed
+        count, seed = sum(map(len, chosen)), influence.seed
         passes = DrawnPasses(self.model, self.gpt, sources, count, size, seq_length, seed, self.context)
         kfac.apply_inverse(self.curvature, directions, passes)
 
@@ -266,20 +274,18 @@ class Scoring:
         chosen = self._measured(ref)
 
         def gradients() -> Iterator[dict[str, Tensor]]:
-            for examples, last in chosen:
-                batches = self._batches(examples, 0, last, micro_batch=1)
+            for examples in chosen:
+                batches = self._batches(examples, 0, len(examples), micro_batch=1)
                 yield from datainf.example_gradients(
-                    self.model, self.gpt, self.names, batches, self.config.data.seq_length, self.context
+                    self.model, self.gpt, self.names, batches, self.config.data.seq_length
                 )
 
-        examples = sum(last for _, last in chosen)
-        datainf.apply_inverse(directions, gradients, examples, self.gpt, self.context)
+        datainf.apply_inverse(directions, gradients, sum(map(len, chosen)), self.gpt, self.context)
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> dict[str, Tensor]:
         """Of one probing set, on every rank its shard."""
         influence, seq_length = self.work.influence, self.config.data.seq_length
-        chosen = self.work.probing(self.config, probe)
-        rows = Examples(probe, chosen, seq_length, self.config.model.vocab_size)
+        rows = self._examples(probe, self.work.probing(probe))
         per_pass = influence.micro_batch * self.context.data_size
 
         def counted() -> Iterator[Batch]:
@@ -291,7 +297,7 @@ class Scoring:
         size, examples = influence.micro_batch, len(rows)
         start = time.monotonic()
         gradient = mean_gradient(
-            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.context, self.names
+            self.model, self.gpt, counted(), passes, size, seq_length, examples, self.names
         )
         self.passed += examples
         self.pass_seconds += time.monotonic() - start
@@ -304,15 +310,14 @@ class Scoring:
         ways: tuple[Method, ...] = (method, WgradDot(directions, len(self.work.probes)))
         for scores, way in zip(found, ways, strict=True):
             for part in parts:
-                examples = self._examples(part)
+                examples = self._examples(part.corpus, part.example_N, self.work.influence.unit)
                 last = min(-(-_COMPARED // len(parts)), len(examples))
                 scores.append(torch.from_numpy(self._score_rows(examples, 0, last, way)[0]))
         low, exact = (torch.cat(scores)[:_COMPARED] for scores in found)
         least = correlation(low, exact).min().item()
         influence = self.work.influence
-        if self.leads:
-            said = f"correlation {least:.6f} with exact scores on {len(low)} examples, the worst capability's"
-            print(f"step {ref.step}: directions of rank {influence.rank}, {said}", flush=True)
+        said = f"correlation {least:.6f} with exact scores on {len(low)} examples, the worst capability's"
+        self.context.announce(f"step {ref.step}: directions of rank {influence.rank}, {said}")
         if not least >= influence.min_correlation:
             raise ValueError(
                 f"at step {ref.step}, scores by directions of rank {influence.rank} correlate {least:.6f} "
@@ -320,19 +325,17 @@ class Scoring:
                 f"influence.rank, or use influence.method=wgrad-dot"
             )
 
-    def _examples(self, part: Part, some_N: np.ndarray | None = None) -> Examples:
-        seq_length, vocab_size = self.config.data.seq_length, self.config.model.vocab_size
-        chosen_N = part.example_N if some_N is None else some_N
-        return Examples(part.corpus, chosen_N, seq_length, vocab_size, self.work.influence.unit)
+    def _examples(self, corpus: Corpus, number_N: np.ndarray, unit: Unit = "window") -> Examples:
+        return Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size, unit)
 
     def _score_part(
         self, part: Part, ref: CheckpointRef, method: Method, norm_C: list[float], bar: Progress
     ) -> None:
-        examples = self._examples(part)
+        examples = self._examples(part.corpus, part.example_N, self.work.influence.unit)
         exclude = self.work.influence.exclude_self
-        shared_NC = self.work.shared(self.config, part) if exclude else np.zeros((len(examples), 1), bool)
+        shared_NC = self.work.shared(part) if exclude else np.zeros((len(examples), 1), bool)
         store = None
-        if self.leads:
+        if self.context.leads:
             named = zip((probe.name for probe in self.work.probes), norm_C, strict=True)
             inputs = {**part.inputs, "direction_norms": dict(named)}
             zeros_NX = torch.zeros(1, method.width, dtype=torch.float64)
@@ -341,9 +344,7 @@ class Scoring:
                 part.directory, inputs, part.example_N, examples.length_N, {**shapes, "losses": ()}
             )
         missing = [c for c in examples.chunks(self.chunk) if store is not None and store.missing(*c)]
-        todo = broadcast_object(missing)
-        assert isinstance(todo, list)
-        for first, last in todo:
+        for first, last in broadcast_object(missing):
             before = part.left() if store is not None else 0
             row_NX, loss_N = self._score_rows(examples, first, last, method)
             bad = ~np.isfinite(row_NX).all(1)
@@ -369,23 +370,22 @@ class Scoring:
         if "norms" in results and self.curvature == "identity":
             own_N = results["norms"].square()
         else:
-            corpus, number_N = part.corpus, part.example_N[first : first + len(shared_N)][shared_N]
-            rows = Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size)
+            rows = self._examples(part.corpus, part.example_N[first : first + len(shared_N)][shared_N])
             own_N = torch.zeros(len(shared_N), dtype=torch.float64)
             own_N[torch.from_numpy(shared_N)] = self._own_products(rows, ref)
-        size_C = torch.tensor([len(self.work.probing(self.config, probe)) for probe in self.work.probes])
+        size_C = torch.tensor([len(self.work.probing(probe)) for probe in self.work.probes])
         results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
 
     def _own_products(self, rows: Examples, ref: CheckpointRef) -> Tensor:
         """<H^-1 g, g> of each row, on every rank: float64 [N]. One pass of each by itself."""
         context, seq_length = self.context, self.config.data.seq_length
         batches = self._batches(rows, 0, len(rows), micro_batch=1)
-        gradients = datainf.example_gradients(self.model, self.gpt, self.names, batches, seq_length, context)
-        mine_P = own_products(self.curvature, ref.path, gradients, self.gpt, context)
+        gradients = datainf.example_gradients(self.model, self.gpt, self.names, batches, seq_length)
+        mine_P = own_products(self.curvature, ref.path, gradients, self.gpt)
         all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
         # Ranks that share a sequence have the same products.
         all_PR[:, context.data_rank] = mine_P.to(all_PR.device) / context.context_size
-        return sum_over_data(all_PR).flatten()[: len(rows)].cpu()
+        return sum_over("tokens", all_PR).flatten()[: len(rows)].cpu()
 
     def _score_rows(
         self, examples: Examples, first: int, last: int, method: Method
@@ -400,7 +400,7 @@ class Scoring:
         mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
         all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])
         all_rows[:, context.data_rank] = mine
-        rows_PX = sum_over_data(all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
+        rows_PX = sum_over("tokens", all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
         out = examples.join(first, last, rows_PX)
         if self.work.influence.loss == "sum":
             out[:, -1] /= examples.length_N[first:last]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.data.indexed import with_suffix
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir, sync, write_text
 
@@ -58,6 +59,11 @@ def fingerprint_of(files: list[Path]) -> str:
     for path in sorted(files):
         digest.update(f"{path.name} {fingerprint(path)}\n".encode())
     return digest.hexdigest()
+
+
+def data_hash(prefix: Path) -> str:
+    """Of a pair of an indexed dataset."""
+    return fingerprint_of([with_suffix(prefix, suffix) for suffix in (".bin", ".idx")])
 
 
 def directory_of(run: Path, step: int, source: str) -> Path:
@@ -109,7 +115,13 @@ class ScoreStore:
         """
         check_inputs(directory, inputs)
         if not directory.exists():
-            _lay_out(directory, inputs, example_N, length_N, shapes)
+            n = len(example_N)
+            results = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
+            tokens, examples = length_N.astype(np.int32), example_N.astype(np.int64)
+            written = np.zeros(n, bool)
+            _lay_out(
+                directory, inputs, {**results, "tokens": tokens, "examples": examples, "written": written}
+            )
         self.directory = directory
         self._results = {name: np.load(directory / f"{name}.npy", mmap_mode="r+") for name in shapes}
         self._written = np.load(directory / "written.npy", mmap_mode="r+")
@@ -129,23 +141,10 @@ class ScoreStore:
         self._written.flush()
 
 
-def _lay_out(
-    directory: Path,
-    inputs: Mapping[str, Any],
-    example_N: np.ndarray,
-    length_N: np.ndarray,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    n = len(example_N)
+def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    arrays: dict[str, np.ndarray] = {
-        **{name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()},
-        "tokens": length_N.astype(np.int32),
-        "examples": example_N.astype(np.int64),
-        "written": np.zeros(n, bool),
-    }
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
     write_text(temporary / "manifest.json", json.dumps(inputs, indent=1, ensure_ascii=False) + "\n")

@@ -37,8 +37,7 @@ def checkpoint_weights(mix: MixConfig, capabilities: tuple[str, ...], steps: tup
     weight_C = np.array([given.get(c, 0.0) if given else 1.0 for c in capabilities])
     if not (np.isfinite(weight_C).all() and (weight_C >= 0).all() and weight_C.sum() > 0):
         raise ValueError(f"mix.capability_weight={given}: give finite weights >= 0 with a positive sum")
-    alpha_CK: np.ndarray = np.outer(weight_C / weight_C.sum(), time_K / time_K.sum())
-    return alpha_CK
+    return np.outer(weight_C / weight_C.sum(), time_K / time_K.sum())
 
 
 def scale_of(tables: Sequence[ScoreTable], mix: MixConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -31,8 +31,7 @@ def choose(corpus: Corpus, seq_length: int, most: int | None, seed: int, unit: U
     if most is None or most >= len(number_N):
         return number_N
     generator = np.random.default_rng([seed, zlib.crc32(corpus.name.encode())])
-    chosen: np.ndarray = number_N[np.sort(generator.choice(len(number_N), most, replace=False))]
-    return chosen
+    return number_N[np.sort(generator.choice(len(number_N), most, replace=False))]
 
 
 class Examples:
@@ -120,5 +119,4 @@ class Examples:
 
     def join(self, first: int, last: int, row_PX: np.ndarray) -> np.ndarray:
         """Sums over the pieces of each of the examples [first, last): [pieces, X] -> [examples, X]."""
-        joined: np.ndarray = np.add.reduceat(row_PX, self._first_N1[first:last] - self._first_N1[first])
-        return joined
+        return np.add.reduceat(row_PX, self._first_N1[first:last] - self._first_N1[first])

@@ -27,8 +27,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     query [b, heads, s, d], key and value [b, groups, s, d] -> [b, heads, s, d]; `groups` divides `heads`,
     and consecutive query heads share a key head.
     """
-    out: Tensor = _CausalAttention.apply(query, key, value, scale)
-    return out
+    return _CausalAttention.apply(query, key, value, scale)
 
 
 class _CausalAttention(torch.autograd.Function):

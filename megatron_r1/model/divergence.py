@@ -15,8 +15,7 @@ def kl_divergence(student_NV: Tensor, teacher_NV: Tensor, group: Any = None) -> 
     Logits [..., V], or with `group`, the tensor-parallel group, each rank's consecutive shard of them.
     Memory: one more tensor of the student's logits' size, kept for the backward pass.
     """
-    loss_N: Tensor = _KlDivergence.apply(student_NV, teacher_NV.detach(), group)
-    return loss_N
+    return _KlDivergence.apply(student_NV, teacher_NV.detach(), group)
 
 
 class _KlDivergence(torch.autograd.Function):

@@ -11,8 +11,7 @@ def main_gradient(weight: Any) -> Tensor | None:
     """The buffer, fp32 or the weight's type, into which a backward pass may add; None without one."""
     if not weight.requires_grad or not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    buffer: Tensor = weight.main_grad
-    return buffer
+    return weight.main_grad
 
 
 def say_added(weight: Any) -> None:

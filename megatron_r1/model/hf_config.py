@@ -14,31 +14,30 @@ from megatron_r1.config import ModelConfig, RopeScaling
 Family = Literal["llama", "llama4_text"]
 _CLASS = {"llama": "LlamaForCausalLM", "llama4_text": "Llama4ForCausalLM"}
 
+_BOTH: dict[str, Any] = {
+    "initializer_range": 0.02,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
+        **_BOTH,
         "num_key_value_heads": None,
         "head_dim": None,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
         "rope_theta": 10_000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
     },
     "llama4_text": {
+        **_BOTH,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 131_072,
         "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
         "rope_theta": 500_000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
         "use_qk_norm": True,
         "attn_temperature_tuning": True,
         "no_rope_layers": None,

@@ -50,8 +50,7 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         chunk = chunk or _FORWARD_CHUNK
-    loss_N: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss)
-    return loss_N
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

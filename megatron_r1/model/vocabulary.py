@@ -47,8 +47,7 @@ class VocabularyGpt(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.post_process else None
         # A frozen head is one whose layer is watched (influence/gradients.py): it must run.
         if weight is None or labels is None or not weight.requires_grad:
-            out: Tensor = super()._postprocess(hidden_states, labels=labels, **others)
-            return out
+            return super()._postprocess(hidden_states, labels=labels, **others)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_states, group=group)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from megatron_r1 import backend
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.token_ids import foreign, outside
 from megatron_r1.data.windows import WindowReader
-from megatron_r1.parallel import ParallelContext
+from megatron_r1.parallel import ParallelContext, on_device
 from megatron_r1.records import Batch, Corpus
-
-# isort: split
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 
 def micro_batches(
@@ -28,7 +22,7 @@ def micro_batches(
     """
     samples = rank_samples(first_sample, global_batch, micro_batch, context)
     for sample_B in samples.reshape(-1, micro_batch):
-        yield on_device(loader.batch(sample_B), context)
+        yield on_device(loader.batch(sample_B))
 
 
 class Tolerant:
@@ -63,24 +57,6 @@ def rank_samples(
     return (mine[:, None] + np.arange(micro_batch)).ravel()
 
 
-def on_device(batch: Batch, context: ParallelContext) -> Batch:
-    """The batch on this rank's device, cut to this context-parallel rank's part of each sequence."""
-    tensors = {
-        field.name: value.to(backend.device(), non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if (value := getattr(batch, field.name)) is not None
-    }
-    if context.context_size > 1:
-        along_sequence = {name: t for name, t in tensors.items() if t.dim() == 2}
-        # megatron-core 0.19 wants to be told.
-        extra = {"is_hybrid_cp": False} if "is_hybrid_cp" in _CP_PARAMETERS else {}
-        tensors.update(get_batch_on_this_cp_rank(along_sequence, **extra))
-    return Batch(**tensors)
-
-
-_CP_PARAMETERS = inspect.signature(get_batch_on_this_cp_rank).parameters
-
-
 class HeldOut:
     """Windows that are only measured, laid out for forward passes.
 
@@ -112,7 +88,7 @@ class HeldOut:
             real_B = row_B < len(self.windows_NS)
             row_B = np.where(real_B, row_B, 0)
             batch = whole_batch(self.windows_NS[row_B], real_B, self.set_N[row_B], self.eod)
-            yield on_device(batch, self.context)
+            yield on_device(batch)
 
 
 def _rows(corpus: Corpus, window_N: np.ndarray, seq_length: int, vocab_size: int) -> np.ndarray:

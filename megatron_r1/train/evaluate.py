@@ -23,7 +23,7 @@ class Evaluation:
     """
 
     def __init__(self, config: Config, corpora: list[Corpus], training: Training, context: ParallelContext):
-        self._training, self._context = training, context
+        self._training = training
         seq_length, micro_batch = config.data.seq_length, config.train.micro_batch
         eod = document_end(config)
         # An interleaved pipeline takes micro-batches in groups of its stages.
@@ -45,7 +45,7 @@ class Evaluation:
         """Nats a label, by capability and by source; RankMe of the first set's hidden states (Eq. 8)."""
         found: dict[str, Any] = {}
         for what, (held_out, names) in self._sets.items():
-            with OutputEmbeddings(self._training.last, self._context) as embeddings:
+            with OutputEmbeddings(self._training.last) as embeddings:
                 batches = embeddings.watch(held_out.batches())
                 loss_N, tokens_N = label_losses(
                     self._training, batches, held_out.passes, Shape(*self._shape, sources=len(names))

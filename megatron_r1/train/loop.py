@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_r1 import backend, checkpoint, config_io, ledger
 from megatron_r1.agreement import Agreement
@@ -19,14 +18,21 @@ from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.sources import document_end, identities, launched, resolve_data
 from megatron_r1.optimizer import forget_moments, set_schedule
-from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups
+from megatron_r1.parallel import (
+    ParallelContext,
+    broadcast_object,
+    gather_objects,
+    holding,
+    on_device,
+    process_groups,
+)
 from megatron_r1.progress import Progress
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
-from megatron_r1.train.batches import Tolerant, micro_batches, on_device, rank_samples
+from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
     StepGuard,
@@ -121,7 +127,7 @@ class Trainer:
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
         self.sources = [corpus.name for corpus in corpora]
         # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        self.identities: Any = broadcast_object(identities(config) if context.rank == 0 else None)
+        self.identities: dict[str, str] = broadcast_object(identities(config) if context.rank == 0 else None)
         self.loader = BatchLoader(
             plan,
             corpora,
@@ -135,7 +141,7 @@ class Trainer:
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
-        self.ends = {span.end for span in phase_spans(config)}
+        self.spans = phase_spans(config)
         self.kept = kept_steps(config)
         keep = config.train
         self.saver = checkpoint.Saver(
@@ -149,36 +155,30 @@ class Trainer:
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
         self.evaluation = Evaluation(config, corpora, self.training, context)
-        self.last_step = phase_spans(config)[-1].end
+        self.last_step = self.spans[-1].end
         self.asked = self.state.step
         """Steps whose windows the disk has been asked for."""
         self.log: MetricsLog | None = None
         self.rank_log = RankLog(run.rank_log(context.rank))
         self.began = ledger.process_start()
 
-    @property
-    def leads(self) -> bool:
-        return self.context.rank == 0
-
     def train(self) -> None:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
-        spans = phase_spans(self.config)
-        if self.leads:
+        if self.context.leads:
             _say_late_edits(self.config, self.run, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
             write_text(self.run.plan, self._plan_text())
-            print(
-                f"{self.run.root}: step {self.state.step} of {spans[-1].end} | "
+            self.context.announce(
+                f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
                 f"{self.config.tokens_per_step():,} tokens a step | "
-                f"{self.context.world_size} ranks | {backend.describe()}",
-                flush=True,
+                f"{self.context.world_size} ranks | {backend.describe()}"
             )
             others = build_loggers(self.run, self.config.train)
             self.log = MetricsLog(self.run, self.state.step, others)
         with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
-            for span in spans:
+            for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
                     self._train_phase(span)
         if self.log is not None:
@@ -188,7 +188,7 @@ class Trainer:
     def _told(self, line: dict[str, Any], bar: Progress) -> str:
         """A line of this rank's log."""
         busy = f"busy {self.training.busy.seconds:.3f} s of {line['seconds']:.3f}"
-        if not self.leads:
+        if not self.context.leads:
             return f"step {line['step']} | {busy}"
         slowest = f"slowest rank {line['slowest_rank']} ({line['slowest_ratio']:.2f}x)"
         return (
@@ -200,13 +200,17 @@ class Trainer:
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
         target = _shares(config.phase_weights(span.name), self.sources)
-        self._say_unseen(span)
         if self.state.step == span.start:
+            self._say_unseen(span)
             self.guard.forget()
             if span.config.reset_optimizer:
                 forget_moments(self.training.optimizer)
         with Progress(
-            f"train {span.name}", span.end - span.start, "steps", self.state.step - span.start, self.leads
+            f"train {span.name}",
+            span.end - span.start,
+            "steps",
+            self.state.step - span.start,
+            self.context.leads,
         ) as bar:
             while self.state.step < span.end and not self.stopping:
                 start = time.perf_counter()
@@ -225,7 +229,7 @@ class Trainer:
                 self.rank_log.write(self._told(line, bar))
                 self._between_steps(span.name)
                 self.watchdog.heard()
-        if self.leads:
+        if self.context.leads:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
             written = [ref.path for ref in checkpoint.found(self.run.checkpoints) if ref.step > first]
@@ -243,10 +247,9 @@ class Trainer:
             self.origin = {str(path): checkpoint.identity(path)}
             stops = self.stopping and self.state.step < self.last_step
             end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
-            print(
+            self.context.announce(
                 f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
-                f"loss {line['loss']:.4f}; wrote {path}",
-                flush=True,
+                f"loss {line['loss']:.4f}; wrote {path}"
             )
         self.began = time.time()
 
@@ -254,13 +257,11 @@ class Trainer:
         """Say which windows the coming of a phase's keep masks leaves undrawn in the epochs they close."""
         start = span.start * self.config.train.global_batch
         unseen = next(phase.unseen for phase in self.plan.phases if phase.start == start)
-        if self.leads and self.state.step == span.start:
-            for name, windows in unseen.items():
-                print(
-                    f"{self.run.root}: phase {span.name} brings another keep mask of {name}; "
-                    f"{windows:,} windows of its epoch stay unseen",
-                    flush=True,
-                )
+        for name, windows in unseen.items():
+            self.context.announce(
+                f"{self.run.root}: phase {span.name} brings another keep mask of {name}; "
+                f"{windows:,} windows of its epoch stay unseen"
+            )
 
     def _read_ahead(self) -> None:
         """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""
@@ -299,14 +300,13 @@ class Trainer:
         rows, length = self.shape.micro_batch, self.shape.seq_length
         none = np.zeros(rows, dtype=bool)
         empty = whole_batch(np.zeros((rows, length + 1), dtype=np.int64), none, none, self.loader.eod)
-        return on_device(empty, self.context)
+        return on_device(empty)
 
     def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
         first = self.state.samples
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        told: list[Any] = [None] * self.context.world_size
-        dist.all_gather_object(told, None if error is None else str(error))
+        told = gather_objects(None if error is None else str(error))
         if any(told):
             self._save(span.name)
             self.saver.wait()
@@ -314,7 +314,7 @@ class Trainer:
                 raise error
             rank = next(rank for rank, message in enumerate(told) if message)
             raise UnreadableDataError(f"rank {rank} could not read its part of {where}: {told[rank]}")
-        if self.leads:
+        if self.context.leads:
             say(f"{self.run.root}: {where}: skipped, {reason}")
         try:
             self.guard.check()
@@ -364,7 +364,7 @@ class Trainer:
         self.busy_R = [us / 1e6 for us in busy_us]
         self.saver.poll(writing)
         self.stopping = bool(stop)
-        last = self.stopping or step in self.ends
+        last = self.stopping or any(step == span.end for span in self.spans)
         if last or step in self.kept or step % self.config.train.checkpoint_every == 0:
             self._save(phase)
         if last:
@@ -409,8 +409,8 @@ class Trainer:
         self.origin = {str(path): checkpoint.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
-        if self.leads:
-            print(f"{self.run.root}: continues from {path}", flush=True)
+        if self.context.leads:
+            self.context.announce(f"{self.run.root}: continues from {path}")
             if spoiled := checkpoint.damaged(self.run.checkpoints):
                 names = ", ".join(path.name for path in spoiled)
                 say(

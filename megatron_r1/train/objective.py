@@ -20,8 +20,7 @@ Objective = Callable[[Any, Batch], Tensor]
 
 def next_token(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy of the next token, nats."""
-    loss: Tensor = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
-    return loss
+    return model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
 
 
 class Distillation:

@@ -7,15 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.parallel import ParallelContext, sum_over_data
+from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
-
-# isort: split
-from megatron.core import parallel_state as ps
 
 
 class OutputEmbeddings:
@@ -25,8 +21,8 @@ class OutputEmbeddings:
     float64 [D, D]; cost: 2 D^2 FLOP a token.
     """
 
-    def __init__(self, gpt: Any, context: ParallelContext):
-        self._gpt, self._context = gpt, context
+    def __init__(self, gpt: Any):
+        self._gpt = gpt
         size = gpt.config.hidden_size
         self._gram_DD = torch.zeros(size, size, dtype=torch.float64, device=backend.device())
         # Interleaved, the first part of the model takes batches long before the last has passed them.
@@ -53,14 +49,10 @@ class OutputEmbeddings:
 
     def rank_me(self) -> float:
         """Of all tokens seen on all ranks; every rank calls this and gets the same number."""
-        gram_DD = self._gram_DD
-        sum_over_data(gram_DD)
+        gram_DD = sum_over("tokens", self._gram_DD)
         if self._gpt.config.sequence_parallel:
-            dist.all_reduce(gram_DD, group=ps.get_tensor_model_parallel_group())
-        if self._context.pipeline_size > 1:
-            last = ps.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(gram_DD, last, group=ps.get_pipeline_model_parallel_group())
-        return rank_me(gram_DD)
+            sum_over("tensor", gram_DD)
+        return rank_me(from_last_stage(gram_DD))
 
 
 def rank_me(gram_DD: Tensor) -> float:

@@ -31,15 +31,10 @@ class PhaseSpan:
             return peak * (step + 1) / phase.warmup_steps
         if phase.decay == "constant":
             return peak
-        first = steps - decay_steps(phase, steps) if phase.decay == "wsd" else phase.warmup_steps
+        first = steps - phase.wsd_steps(steps) if phase.decay == "wsd" else phase.warmup_steps
         done = max(0.0, (step - first) / max(1, steps - first))
         share = 0.5 * (1 + math.cos(math.pi * done)) if phase.decay == "cosine" else 1 - done
         return low + (peak - low) * share
-
-
-def decay_steps(phase: PhaseConfig, steps: int) -> int:
-    """Last steps of a wsd phase, over which its learning rate falls."""
-    return phase.decay_steps if phase.decay_steps is not None else max(1, steps // 10)
 
 
 def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:

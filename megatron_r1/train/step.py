@@ -15,7 +15,7 @@ from megatron_r1 import backend
 from megatron_r1.config import Config
 from megatron_r1.model.gpt import Chunks, build_model
 from megatron_r1.optimizer import build_optimizer, guarded_step
-from megatron_r1.parallel import sum_over_data
+from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
 from megatron_r1.train.health import Stopwatch
 from megatron_r1.train.objective import Objective, next_token
@@ -207,18 +207,7 @@ def run_schedule(
     sums = torch.zeros(2, shape.sources, dtype=torch.float64, device=backend.device())
     for report in reports:
         sums += report["by_source"]
-    sum_over_data(sums)
-    return _from_last_stage(sums).cpu()
-
-
-def _from_last_stage(sums: Tensor) -> Tensor:
-    from megatron.core import parallel_state as ps
-
-    if ps.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            sums, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group()
-        )
-    return sums
+    return from_last_stage(sum_over("tokens", sums)).cpu()
 
 
 def _forward_step(

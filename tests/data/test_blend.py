@@ -508,9 +508,7 @@ def test_a_changed_mask_file_or_text_is_refused(tmp_path: Path) -> None:
     plan = BlendPlan({"web": 100})
     plan.add_phase(0, [1], keep={"web": path})
     text = plan.to_json()
-    parts = json.loads(text)
-    parts["phases"][0]["keep"]["web"]["path"] = "web.npy"
-    assert BlendPlan.from_json(json.dumps(parts), root=tmp_path).fingerprint() == plan.fingerprint()
+    assert BlendPlan.from_json(text).fingerprint() == plan.fingerprint()
     with pytest.raises(ValueError, match="text was edited"):
         BlendPlan.from_json(text.replace('"seed": 1234', '"seed": 1235'))
     with pytest.raises(ValueError, match="version 9"):

@@ -448,7 +448,7 @@ def test_document_longer_than_an_index_can_say_is_rejected(model):
 
     piece = Piece("in.jsonl", 0, 1, [b'{"text": "%d"}' % n for n in (3, 2**31 - 1, 2**31)], 1)
     tokenizer = build_tokenizer(KIND, model)
-    [encoded] = encode_piece(tokenizer, Huge(tokenizer), piece, ["text"], append_eod=True)
+    [encoded] = encode_piece(Huge(tokenizer), piece, ["text"], append_eod=True)
     assert encoded.lengths.tolist() == [4]
     assert [(r["line"], r["reason"]) for r in encoded.rejects] == [
         (2, "2147483648 tokens, more than an index can say"),

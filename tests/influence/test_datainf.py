@@ -39,7 +39,7 @@ def _scores(parallel: ParallelConfig, checkpoints: Path, damping: float) -> dict
 
         def gradients() -> Iterator[dict[str, torch.Tensor]]:
             turn = tiny.batches(rows, 1, context.data_rank, context.data_size)
-            yield from example_gradients(gpt, gpt, frozenset(v), turn, tiny.SEQ, context)
+            yield from example_gradients(gpt, gpt, frozenset(v), turn, tiny.SEQ)
 
         true = {name: w.double() for name, w in v.items()}
         out = {"plain": tiny.scores(gpt, context, v, tiny.windows())[0]}

@@ -104,7 +104,7 @@ def _sum_over_examples() -> tuple[np.ndarray, np.ndarray]:
         gpt, rows = tiny.build(), tiny.windows()
         v = tiny.directions(gpt, context)
         found = tiny.scores(gpt, context, v, rows)[0]
-        g = mean_gradient(gpt, gpt, tiny.batches(rows, 4), 3, 4, tiny.SEQ, len(rows), context)
+        g = mean_gradient(gpt, gpt, tiny.batches(rows, 4), 3, 4, tiny.SEQ, len(rows), v)
         return found.sum(0), len(rows) * sum((g[n] * v[n]).flatten(1).sum(1) for n in g).numpy()
 
 

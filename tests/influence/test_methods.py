@@ -10,12 +10,14 @@ import torch
 
 from megatron_r1 import checkpoint
 from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.build import build_projection, projected_directions
-from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.layers import parameter_names
-from megatron_r1.influence.low_rank import LowRank, correlation, truncated
-from megatron_r1.influence.methods import Method
-from megatron_r1.influence.projected import Projected, Projection
+from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
+from megatron_r1.influence.projected import (
+    Projected,
+    Projection,
+    build_projection,
+    projected_directions,
+)
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from tests.distributed import on_ranks
@@ -38,7 +40,7 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
         checkpoint.load(ref.path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
         projection = build_projection(parameter_names(tiny.MODEL.num_layers), v, 4, 5, context)
-        projected_CP = projected_directions(projection, v, 3, gpt, context)
+        projected_CP = projected_directions(projection, v, 3, gpt)
         methods: dict[str, Method] = {
             "ghost": Ghost(v, 3, tiny.SEQ),
             "tokens": Ghost(v, 3, tiny.SEQ, per_token=True),

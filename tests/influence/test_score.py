@@ -277,7 +277,7 @@ def test_measured_curvature_belongs_to_the_sources_it_was_measured_on(whole: Con
     turned = changed(whole, data={"sources": dict(reversed(sources))})
     for curvature, same in (("identity", True), ("adam", True), ("datainf", False), ("kfac", False)):
         deciding = [
-            {p.corpus.name: p.inputs["influence"] for p in lay_plan(c).parts(c, 2, "weights", curvature)}
+            {p.corpus.name: p.inputs["influence"] for p in lay_plan(c).parts(2, "weights", curvature)}
             for c in (whole, turned)
         ]
         assert (deciding[0] == deciding[1]) is same

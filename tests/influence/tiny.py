@@ -16,7 +16,7 @@ from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.methods import Directions, Method, WgradDot
 from megatron_r1.influence.passes import mean_gradient, named_parameters, squared_norm, weigh
 from megatron_r1.model.gpt import build_model
-from megatron_r1.parallel import ParallelContext, process_groups, sum_over_data
+from megatron_r1.parallel import ParallelContext, process_groups, sum_over
 from megatron_r1.records import Batch, TrainState
 
 MODEL = ModelConfig(
@@ -82,7 +82,7 @@ def directions(gpt: Any, context: ParallelContext, micro_batch: int = 3) -> Dire
                 micro_batch,
                 SEQ,
                 rows,
-                context,
+                named_parameters(gpt),
             )
         )
     return {name: torch.stack([f[name] for f in found]) for name in found[0]}
@@ -107,7 +107,7 @@ def rows(
     mine = torch.cat([score_NC, loss_N[:, None]], 1).view(count, micro_batch, -1)
     out = mine.new_zeros(count, ranks, *mine.shape[1:])
     out[:, rank] = mine
-    together = sum_over_data(out).flatten(0, 2)[: len(window_NS)].numpy()
+    together = sum_over("tokens", out).flatten(0, 2)[: len(window_NS)].numpy()
     return together[:, :-1], together[:, -1]
 
 
@@ -127,7 +127,7 @@ def layout(
         v = directions(gpt, context)
         found, losses = scores(gpt, context, v, windows())
         out = {"scores": found, "losses": losses, "names": sorted(named_parameters(gpt))}
-        out["direction"] = squared_norm({name: t[0] for name, t in v.items()}, gpt, context)
+        out["direction"] = squared_norm({name: t[0] for name, t in v.items()}, gpt)
         if parallel.context == 1:
             with_norms = WgradDot(v, 3, squares=True)
             row_NX = torch.from_numpy(rows(gpt, context, with_norms, windows())[0])

@@ -31,11 +31,11 @@ def batch() -> Batch:
 
 def _ranked(parallel: ParallelConfig) -> tuple[float, np.ndarray]:
     """RankMe as reported, and the hidden states of this rank."""
-    with process_groups(parallel) as context:
+    with process_groups(parallel):
         gpt = tiny.build(parallel)
         seen = []
         gpt.decoder.register_forward_hook(lambda _m, _i, hidden: seen.append(hidden.detach()))
-        with torch.no_grad(), OutputEmbeddings(gpt, context) as embeddings:
+        with torch.no_grad(), OutputEmbeddings(gpt) as embeddings:
             for one in embeddings.watch(iter([batch()])):
                 gpt(one.tokens_BS, one.position_BS, None, labels=one.labels_BS)
         return embeddings.rank_me(), seen[0].numpy()
