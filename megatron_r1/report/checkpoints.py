@@ -59,9 +59,19 @@ def figure(reading: Reading) -> Figure:
         note += "train.keep_last is not set: none is ever deleted."
     else:
         note += f"What is not kept for good stays while it is among the newest {keep:,}."
+    note += _held_up(run)
     if len(complete) > _LISTED:
         note += " Listed: the newest, what ends a phase or was scored, and some between."
     return Figure("checkpoints", "Checkpoints", _lead(run, complete, partial), body, note, command, [table])
+
+
+def _held_up(run: Run) -> str:
+    """What saving cost the first rank, between the steps that are recorded."""
+    saving = sum(line.get("saving_seconds", 0.0) for line in run.metrics)
+    if not saving:
+        return ""
+    share = saving / (saving + sum(line["seconds"] for line in run.metrics))
+    return f" Saving held training up for {words.duration(saving)} in all, {words.share(share)} of its time."
 
 
 def found(run: Run) -> tuple[list[Saved], list[Saved]]:

@@ -150,6 +150,8 @@ class Trainer:
         self.agreement = Agreement(flags=2 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
+        self.saving = 0.0
+        """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
         """All ranks have agreed to stop, because one was asked to."""
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
@@ -353,6 +355,7 @@ class Trainer:
             "slowest_ratio": ratio,
             "memory_bytes": backend.peak_memory(),
             "seconds": seconds,
+            "saving_seconds": self.saving,
             "tokens_per_second": config.tokens_per_step() / seconds,
             **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
         }
@@ -362,6 +365,7 @@ class Trainer:
         step = self.state.step
         stop, writing, *busy_us = self.agreement.heard()
         self.busy_R = [us / 1e6 for us in busy_us]
+        start = time.perf_counter()
         self.saver.poll(writing)
         self.stopping = bool(stop)
         last = self.stopping or any(step == span.end for span in self.spans)
@@ -370,6 +374,7 @@ class Trainer:
         if last:
             self.watchdog.heard(more=_LONG)
             self.saver.wait()
+        self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.tell(self.stop.requested, self.saver.writing, *mine)

@@ -93,6 +93,7 @@ _GROUPS = {
     "tokens_per_second": "throughput/tokens_per_second",
     "mfu": "throughput/mfu",
     "seconds": "throughput/seconds_per_step",
+    "saving_seconds": "throughput/saving_seconds",
     "samples": "progress/samples",
     "tokens": "progress/tokens",
     "mix_target": "mix/target",

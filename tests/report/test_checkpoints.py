@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,6 +70,20 @@ def test_the_lead_says_where_the_newest_is_and_how_to_go_on(run: Path) -> None:
     save(run, [175])
     lead = checkpoints.figure(load.read_all(run)).lead
     assert "The recipe ends there" in lead and "further" not in lead
+
+
+def test_what_saving_cost_is_told_where_it_was_recorded(run: Path) -> None:
+    save(run, [25])
+    assert "held training up" not in checkpoints.figure(load.read_all(run)).note
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["seconds"], line["saving_seconds"] = 0.9, 3.0 if line["step"] == 26 else 0.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(lines) == 175
+    said = checkpoints.figure(load.read_all(run)).note
+    # 3 s beside 175 steps of 0.9 s.
+    assert f"Saving held training up for 3.0{SPACE}s in all, 1.9{SPACE}% of its time." in said
 
 
 def test_why_a_checkpoint_is_kept_is_what_retention_goes_by(run: Path) -> None:
