@@ -103,11 +103,11 @@ def has_apex() -> bool:
     return HAS_CUDA and _importable("amp_C") and _importable("apex.optimizers")
 
 
-def describe(trains: bool = True) -> str:
-    """One line for the log: what runs this process. `trains` False: it scores, which takes plain layers."""
+def describe(plain_layers: bool = False, trains: bool = True) -> str:
+    """One line for the log: what runs this process. `plain_layers`: as of `build_model`. `trains`: by Adam."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
     engine = has_transformer_engine()
-    layers = "Transformer Engine" if engine and trains else "megatron-core with torch SDPA"
+    layers = "Transformer Engine" if engine and not plain_layers else "megatron-core with torch SDPA"
     said = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
     adam = "Transformer Engine" if engine else "Apex" if has_apex() else "torch fused"
     return f"{said} | Adam {adam}" if trains else said

@@ -141,7 +141,7 @@ class Scoring:
         done = total - sum(left.values())
         self.context.announce(
             f"{self.config.train.run}: {self.work.summary()} | {done:,} done before | "
-            f"{self.context.world_size} ranks | {backend.describe(trains=False)}"
+            f"{self.context.world_size} ranks | {backend.describe(plain_layers=True, trains=False)}"
         )
         with Progress("score influence", total, "examples", done, self.context.leads) as bar:
             for ref in self.refs:

@@ -175,7 +175,7 @@ class Trainer:
                 f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
                 f"{self.config.tokens_per_step():,} tokens a step | "
-                f"{self.context.world_size} ranks | {backend.describe()}"
+                f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
             others = build_loggers(self.run, self.config.train)
             self.log = MetricsLog(self.run, self.state.step, others)

@@ -111,6 +111,11 @@ def test_one_line_says_what_was_found(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     line = backend.describe()
     assert line.startswith("device a GPU |") and f"| layers {layers} | Adam {adam}" in f"{line}"
-    assert backend.describe(trains=False).endswith("| layers megatron-core with torch SDPA")
+    assert backend.describe(plain_layers=True).endswith(
+        f"| layers megatron-core with torch SDPA | Adam {adam}"
+    )
+    assert backend.describe(plain_layers=True, trains=False).endswith(
+        "| layers megatron-core with torch SDPA"
+    )
     monkeypatch.setattr(backend, "HAS_CUDA", False)
     assert backend.describe().endswith("| layers megatron-core with torch SDPA | Adam torch fused")
