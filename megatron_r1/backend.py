@@ -104,7 +104,7 @@ def has_apex() -> bool:
 
 
 def describe(plain_layers: bool = False, trains: bool = True) -> str:
-    """One line for the log: what runs this process. `plain_layers`: as of `build_model`. `trains`: by Adam."""
+    """One line for the log: what runs here. `plain_layers`: as of `build_model`; `trains`: with Adam."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
     engine = has_transformer_engine()
     layers = "Transformer Engine" if engine and not plain_layers else "megatron-core with torch SDPA"
