@@ -144,7 +144,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     if older:
         raise ValueError(f"{path} has no checksums: an earlier version wrote it; begin a new run")
     if checksum != _own_checksum(meta):
-        raise ValueError(_damaged(path, [f"{META} is not as it was written"]))
+        refuse(path, [f"{META} is not as it was written"])
     return meta
 
 
@@ -194,11 +194,9 @@ def faults(path: Path, files: FileFacts, rank: int = 0, ranks: int = 1) -> list[
 def refuse(path: Path, faults: list[str]) -> None:
     """Raise ValueError where there are faults."""
     if faults:
-        raise ValueError(_damaged(path, faults))
-
-
-def _damaged(path: Path, faults: list[str]) -> str:
-    return f"{path} is damaged: {'; '.join(faults)}; remove {path} and continue from an earlier one"
+        raise ValueError(
+            f"{path} is damaged: {'; '.join(faults)}; remove {path} and continue from an earlier one"
+        )
 
 
 def _own_checksum(meta: dict[str, Any]) -> str:

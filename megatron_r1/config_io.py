@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_r1.config import Config, ParallelConfig, RopeScaling
+from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.near import near, near_path
 
 
@@ -153,6 +153,8 @@ def _field_names(hint: Any, path: list[str]) -> list[str]:
 
 
 _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("model.rope_scaling.factor", lambda v: v >= 1, "must be at least 1"),
+    ("model.rope_scaling.original_max_position_embeddings", lambda v: v > 0, "must be positive"),
     ("parallel.context data.seq_length", lambda v: v > 0, "must be positive"),
     ("train.head_chunk train.checkpoint_every train.probe_every", lambda v: v > 0, "must be positive"),
     ("train.keep_last train.keep_every", lambda v: v > 0, "must be positive"),
@@ -174,8 +176,8 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 def _check_limits(sections: dict[str, Any]) -> Iterator[str]:
     for paths, holds, said in _LIMITS:
         for path in paths.split():
-            section, name = path.split(".")
-            value = getattr(sections.get(section), name, None)
+            section, *names = path.split(".")
+            value = reduce(lambda found, name: getattr(found, name, None), names, sections.get(section))
             if value is not None and not holds(value):
                 yield f"{path}={value} {said}"
 
@@ -190,8 +192,12 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             value = getattr(model, spec.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 out.append(f"model.{spec.name}={value} must be positive")
-        if model.rope_scaling:
-            out += _check_rope_scaling(model.rope_scaling)
+        scaling = model.rope_scaling
+        if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+            out.append(
+                f"model.rope_scaling: 0 < low_freq_factor < high_freq_factor does not hold for "
+                f"{scaling.low_freq_factor}, {scaling.high_freq_factor}"
+            )
         if model.head_dim % 2:
             out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
         if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
@@ -242,23 +248,6 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
     mix = sections.get("mix")
     if mix and not 0 <= mix.floor <= mix.cap <= 1:
         out.append(f"mix: 0 <= floor <= cap <= 1 does not hold for floor={mix.floor}, cap={mix.cap}")
-    return out
-
-
-def _check_rope_scaling(scaling: RopeScaling) -> list[str]:
-    out = []
-    if not scaling.factor >= 1:
-        out.append(f"model.rope_scaling.factor={scaling.factor} must be at least 1")
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
-        out.append(
-            f"model.rope_scaling: 0 < low_freq_factor < high_freq_factor does not hold for "
-            f"{scaling.low_freq_factor}, {scaling.high_freq_factor}"
-        )
-    if scaling.original_max_position_embeddings < 1:
-        out.append(
-            f"model.rope_scaling.original_max_position_embeddings="
-            f"{scaling.original_max_position_embeddings} must be positive"
-        )
     return out
 
 

@@ -83,10 +83,3 @@ class ScoreTable:
     """Tokens of each example, s(x) of Eq. 5."""
     score_NCK: np.ndarray
     """float32; positive: a step on the example lowers the capability's loss."""
-
-
-@dataclass(frozen=True)
-class MixWeights:
-    """Source weights (Eq. 5): nonnegative, summing to 1."""
-
-    by_source: dict[str, float]

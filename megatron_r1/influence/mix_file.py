@@ -23,7 +23,7 @@ def table(mixture: Mixture) -> str:
 
     Below, the predicted gain of this mixture and its rivals for each capability, in the same columns.
     """
-    mine = np.array([mixture.weights.by_source[name] for name in mixture.sources])
+    mine = np.array([mixture.weights[name] for name in mixture.sources])
     mixes = {"this mixture": mine, **mixture.rivals}
     width = max(len(name) for name in (*mixture.sources, *mixes, "source"))
     kept = f"  {'kept':>6s}" if mixture.masks else ""
@@ -36,7 +36,7 @@ def table(mixture: Mixture) -> str:
     for g in order:
         name = mixture.sources[g]
         values = _numbers([*mixture.rho_GC[g], mixture.rho_G[g]])
-        weight, epochs = mixture.weights.by_source[name], mixture.epochs[name]
+        weight, epochs = mixture.weights[name], mixture.epochs[name]
         share = f"  {mixture.masks[name].share:6.1%}" if mixture.masks else ""
         lines.append(f"{name:{width}s}  {weight:6.1%}  {epochs:6.2f}{share}  {values}")
     weight_C = mixture.alpha_CK.sum(1)
@@ -68,9 +68,7 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
     """
     beside, masks = output.with_suffix(".json"), mixture.masks
     files = mask_files(masks, output.parent / "keep", seq_length)
-    phase: dict[str, Any] = {
-        "weights": {name: round(weight, 9) for name, weight in mixture.weights.by_source.items()}
-    }
+    phase: dict[str, Any] = {"weights": {name: round(weight, 9) for name, weight in mixture.weights.items()}}
     if mix.max_epochs is not None:
         phase["max_epochs"] = mixture.max_epochs
     if files:
@@ -83,7 +81,7 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
         "alpha": mixture.alpha_CK.tolist(),
         "sources": {
             name: {
-                "weight": mixture.weights.by_source[name],
+                "weight": mixture.weights[name],
                 "rho": float(mixture.rho_G[g]),
                 "rho_by_capability": dict(zip(mixture.capabilities, mixture.rho_GC[g].tolist(), strict=True)),
                 "epochs": mixture.epochs[name],

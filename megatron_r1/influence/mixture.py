@@ -28,7 +28,7 @@ from megatron_r1.influence.weights import (
     source_weights,
     worst_case_weights,
 )
-from megatron_r1.records import Corpus, MixWeights, ScoreTable
+from megatron_r1.records import Corpus, ScoreTable
 
 Selected = tuple[list[ScoreTable], list[Scored]]
 """Sources in order, and their checkpoints: all of the first source, all of the second, ..."""
@@ -47,7 +47,8 @@ class Mixture:
     """Eq. 5 for each capability alone, weighted over checkpoints: gain per token, as scaled."""
     rho_G: np.ndarray
     """Eq. 5: the capabilities' weighted mean of `rho_GC`."""
-    weights: MixWeights
+    weights: dict[str, float]
+    """By source: nonnegative, summing to 1."""
     best_C: np.ndarray
     """The most that any mixture within the same bounds gains for each capability alone."""
     rivals: dict[str, np.ndarray]
@@ -100,7 +101,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     rivals = {"uniform": np.full(len(tables), 1 / len(tables))}
     if mix.objective != "sum" and (rho_G > 0).any():
         rivals["Eq. 5"] = source_weights(rho_G, within)
-    weights = MixWeights({t.source: float(w) for t, w in zip(tables, weight_G, strict=True)})
+    weights = {t.source: float(w) for t, w in zip(tables, weight_G, strict=True)}
     mixture = Mixture(
         phase=mix.phase,
         sources=tuple(t.source for t in tables),
@@ -234,11 +235,11 @@ class _Draws:
             room.append(max(0.0, math.floor(left + 1e-6) if math.isfinite(left) else left) / self._samples)
         return np.array(room)
 
-    def epochs(self, weights: MixWeights) -> dict[str, float]:
+    def epochs(self, weights: dict[str, float]) -> dict[str, float]:
         """Passes over each source that the phase takes with these weights."""
         plan = self._plan()
         masks = {name: mask.windows for name, mask in self._masks.items() if mask.windows.any()}
-        plan.add_phase(self._start, weights.by_source, self.caps or None, masks or self._phase.keep)
+        plan.add_phase(self._start, weights, self.caps or None, masks or self._phase.keep)
         last = self._start + self._samples
         try:
             plan.locate(last - 1)

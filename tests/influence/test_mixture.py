@@ -53,12 +53,12 @@ def test_a_mixture_from_scores_on_disk(config: Config) -> None:
     mixture, used = make_mixture(config)
     # a: (3 x 10 - 1 x 30) / 40 = 0, b: 1.
     assert mixture.rho_G.tolist() == pytest.approx([0.0, 1.0])
-    assert mixture.weights.by_source == pytest.approx({"a": 0.0, "b": 1.0})
+    assert mixture.weights == pytest.approx({"a": 0.0, "b": 1.0})
     assert mixture.epochs["a"] == 0 and mixture.epochs["b"] > 0
     assert [(s.step, s.manifest["source"]) for s in used] == [(10, "a"), (30, "a"), (10, "b"), (30, "b")]
     assert mixture.rho_GC.ravel().tolist() == pytest.approx([0, 0, 2, 0])
     uniform = dataclasses.replace(config, mix=dataclasses.replace(MIX, checkpoint_weight="uniform"))
-    assert make_mixture(uniform)[0].weights.by_source == pytest.approx({"a": 0.5, "b": 0.5})
+    assert make_mixture(uniform)[0].weights == pytest.approx({"a": 0.5, "b": 0.5})
 
 
 def test_the_trainer_reads_what_is_written(config: Config, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_trainer_reads_what_is_written(config: Config, tmp_path: Path) -> No
     (tmp_path / "config.yaml").write_text(config_io.dump(config))
     write(mixture, used, config.mix, tmp_path / "mix.yaml", 16)
     merged = config_io.load([f"{tmp_path}/config.yaml", f"{tmp_path}/mix.yaml"])
-    assert merged.phase_weights("two") == pytest.approx(mixture.weights.by_source)
+    assert merged.phase_weights("two") == pytest.approx(mixture.weights)
     assert merged.phase_weights("one") == config.phase_weights("one")
     behind = json.loads((tmp_path / "mix.json").read_text())
     assert behind["sources"]["b"]["rho_by_capability"] == pytest.approx({"x": 2.0, "y": 0.0})

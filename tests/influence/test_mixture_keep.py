@@ -109,7 +109,7 @@ def test_shares_are_printed_and_epochs_count_what_is_kept(config: Config) -> Non
         "a": (20, 30, 20),
         "b": (15, 30, 15),
     }
-    draws = {name: round(found.weights.by_source[name] * 40) for name in "ab"}
+    draws = {name: round(found.weights[name] * 40) for name in "ab"}
     assert found.epochs["a"] == pytest.approx(draws["a"] / 20, abs=1 / 20)
     assert "keep a: 20 of 30 scored examples help at step 30" in table(found)
 
@@ -146,7 +146,7 @@ def test_what_the_phase_drops_already_stays_dropped(config: Config, tmp_path: Pa
 
 def test_a_source_of_which_nothing_helps_gets_no_weight(config: Config, tmp_path: Path) -> None:
     found, _ = make_mixture(mixed(config, keep_unscored=False, keep_above=17.0, floor=0.1))
-    assert found.weights.by_source == pytest.approx({"a": 1.0, "b": 0.0})
+    assert found.weights == pytest.approx({"a": 1.0, "b": 0.0})
     final = made(mixed(config, keep_unscored=False, keep_above=17.0), tmp_path / "m" / "mix.yaml")
     assert list(final.phases["two"].keep) == ["a"] and not drawn(final, "b")
     with pytest.raises(ValueError, match=r"influence above mix.keep_above=99.0 at step 30"):
@@ -198,7 +198,7 @@ def test_epoch_caps_bound_the_weights_and_are_written(config: Config, tmp_path: 
     }
     assert final.phases["two"].max_epochs == {"b": 0.1}
     # Phase one drew 10 of b's windows.
-    assert found.weights.by_source["b"] <= max(0.0, (0.1 * windows - 10) / 40) + 1e-9
+    assert found.weights["b"] <= max(0.0, (0.1 * windows - 10) / 40) + 1e-9
     _, plan = resolve_data(final)
     assert plan.epochs(60)["b"] <= 0.1
     with pytest.raises(ValueError, match=r"mix.max_epochs: \['c'\] not in data.sources"):

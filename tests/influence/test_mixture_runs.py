@@ -57,7 +57,7 @@ def test_each_capability_is_its_own_runs(config: Config, tmp_path: Path) -> None
     assert mixture.capabilities == ("y", "x") and mixture.steps == STEPS
     true_GC = [[OWN[c][source] for c in "yx"] for source in "ab"]
     np.testing.assert_allclose(mixture.rho_GC, true_GC)
-    assert mixture.weights.by_source == pytest.approx({"a": 0.5, "b": 0.5})
+    assert mixture.weights == pytest.approx({"a": 0.5, "b": 0.5})
     assert config.mix is not None
     write(mixture, used, config.mix, tmp_path / "mix.yaml", 16)
     behind = json.loads((tmp_path / "mix.json").read_text())["scores"]
