@@ -68,9 +68,7 @@ class Greedy {
         high = middle;
       }
     }
-    // A source without a lasting share is drawn early or never.
-    const double share = long_run_share(k);
-    const double give_up = 2.0 * (target + static_cast<double>(sources) + 2.0) / (share > 0.0 ? share : 1.0);
+    const double give_up = latest(k, target);
     seek(counter_, checkpoint_at_[low]);
     while (static_cast<double>(counter_.at) <= give_up) {
       // A source is drawn at most once a sample, so all of these but the last can be passed unseen.
@@ -194,9 +192,12 @@ class Greedy {
     return smallest;
   }
 
-  // The rule keeps the errors of the sources that it draws level, so their shares are w - level with the
-  // level that makes them sum to 1; weights that sum to 1 have level 0. Only says when to stop looking.
-  double long_run_share(i32 k) const {
+  // A sample before which source k's number `draw` comes, if it comes at all.
+  //
+  // The rule keeps the errors w * i - drawn of the sources that it draws level, so their shares are w - level
+  // with the level that makes them sum to 1; weights that sum to 1 have level 0. A source whose weight is
+  // below the level falls behind the others for good, one that is on it may be drawn at any time.
+  double latest(i32 k, double draw) const {
     std::vector<double> falling = weights_;
     std::sort(falling.rbegin(), falling.rend());
     double sum = 0.0, level = falling[0] - 1.0;
@@ -204,9 +205,13 @@ class Greedy {
       sum += falling[n];
       level = std::max(level, (sum - 1.0) / static_cast<double>(n + 1));
     }
-    return std::max(weights_[k] - level, 0.0);
+    const double share = weights_[k] - level, slack = static_cast<double>(weights_.size()) + 2.0;
+    if (share > ON_THE_LEVEL) return 2.0 * (draw + slack) / share;
+    if (share < -ON_THE_LEVEL) return 2.0 * slack / -share;
+    return static_cast<double>(u64{1} << 24);
   }
 
+  static constexpr double ON_THE_LEVEL = 1e-9;
   std::vector<double> weights_;
   std::vector<u64> budget_;
   bool bounded_;

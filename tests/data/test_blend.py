@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_r1 import _csrc
@@ -79,7 +79,12 @@ def build(
     return plan
 
 
+# Weights that sum to 1.5, where Megatron's rule keeps the first source from drawing but a few times.
+ON_THE_LEVEL = blend_oracle.Rules(0, [2, 4, 9, 9], [None] * 4, [frozenset({0})] * 4)
+
+
 @QUICK
+@example(({f"s{k}": 1 for k in range(4)}, [ON_THE_LEVEL]), "megatron", 0)
 @given(rules(), st.sampled_from(["balanced", "megatron"]), st.integers(0, 99))
 def test_any_plan_obeys_the_rules(
     made: tuple[dict[str, int], list[blend_oracle.Rules]], order: str, seed: int
