@@ -12,6 +12,11 @@ _EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
 
+def say(line: str) -> None:
+    """What a person should see beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts towards `total`. Only one rank should show it: pass `show=False` on the others."""
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -32,7 +31,7 @@ from megatron_r1.data.indexed import (
     with_suffix,
 )
 from megatron_r1.near import near, near_path
-from megatron_r1.progress import Progress
+from megatron_r1.progress import Progress, say
 from megatron_r1.run_dir import sha256, write_json, write_text
 
 FORMAT = 1
@@ -64,7 +63,7 @@ def curate_probes(
     fraction: float = 0.1,
     max_document_tokens: int = 2048,
     check: bool = False,
-    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Write the sets, `split.yaml` (for the trainer) and `manifest.json`; returns the manifest.
 

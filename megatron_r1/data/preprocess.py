@@ -42,10 +42,10 @@ from megatron_r1.data.documents import (
 )
 from megatron_r1.data.encoder import choose
 from megatron_r1.data.indexed import best_dtype, with_suffix
-from megatron_r1.data.store import Stored, alone, finish, finished, refuse_empty, say, shard_prefix
+from megatron_r1.data.store import Stored, alone, finish, finished, refuse_empty, shard_prefix
 from megatron_r1.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_r1.data.workers import Encoded, Job, encode_in_order
-from megatron_r1.progress import Progress
+from megatron_r1.progress import Progress, say
 from megatron_r1.run_dir import naming
 
 FORMAT = 1

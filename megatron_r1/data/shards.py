@@ -15,7 +15,8 @@ import numpy as np
 from megatron_r1.data.documents import Input, digest, identity, open_input
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
 from megatron_r1.data.provenance import SUFFIX
-from megatron_r1.data.store import Stored, alone, finish, finished, refuse_empty, say, shard_prefix
+from megatron_r1.data.store import Stored, alone, finish, finished, refuse_empty, shard_prefix
+from megatron_r1.progress import say
 
 _ENVIRONMENT = (
     ("RANK", "WORLD_SIZE", None),

@@ -6,12 +6,12 @@ import faulthandler
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
 
 from megatron_r1.config import HealthConfig
+from megatron_r1.progress import say
 
 _REMEMBERED = 128
 _ENOUGH = 16
@@ -149,7 +149,3 @@ def stragglers(seconds_R: list[float]) -> tuple[int, float]:
     slowest = max(range(len(seconds_R)), key=seconds_R.__getitem__)
     usual = statistics.median(seconds_R)
     return slowest, seconds_R[slowest] / usual if usual > 0 else 1.0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

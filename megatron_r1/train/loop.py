@@ -26,7 +26,7 @@ from megatron_r1.parallel import (
     on_device,
     process_groups,
 )
-from megatron_r1.progress import Progress
+from megatron_r1.progress import Progress, say
 from megatron_r1.records import Batch, Corpus, TrainState
 from megatron_r1.retention import Retention
 from megatron_r1.run_dir import RunDir, write_text
@@ -39,7 +39,6 @@ from megatron_r1.train.health import (
     TooManyBadStepsError,
     UnreadableDataError,
     Watchdog,
-    say,
     stragglers,
 )
 from megatron_r1.train.loggers import build_loggers
