@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ class Work:
     """Probing sets, one a capability, in order."""
     steps: list[int]
 
+    @cached_property
     def identities(self) -> dict[str, str]:
-        """Prefix -> hash of every dataset that is read."""
+        """Prefix -> hash of every dataset that is read; without a sidecar it takes a read of the index."""
         return {str(c.prefix): identity_of(c.prefix) for c in (*self.sources, *self.probes)}
 
     def examples(self) -> int:

@@ -237,7 +237,7 @@ class Scoring:
             devices=self.context.world_size,
             tokens=tokens,
             seconds=time.time() - began,
-            inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities(),
+            inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities,
             outputs=scores_of(self.parts[ref.step]),
         )
 
