@@ -195,7 +195,8 @@ def refuse(path: Path, faults: list[str]) -> None:
     """Raise ValueError where there are faults."""
     if faults:
         raise ValueError(
-            f"{path} is damaged: {'; '.join(faults)}; remove {path} and continue from an earlier one"
+            f"{path} is damaged: {'; '.join(faults)}; remove it: training continues from an earlier one, "
+            f"scoring leaves it out"
         )
 
 

@@ -31,7 +31,7 @@ def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
 def announce_torch(run: str) -> None:
     """Say, once a launch and before torch is imported, what the silence is that follows."""
     if os.environ.get("RANK", "0") == "0":
-        line = f"{run}: configuration and datasets agree; loading torch, which takes some seconds"
+        line = f"{run}: configuration checked; loading torch, which takes some seconds"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -40,7 +40,9 @@ def load(arguments: Iterable[str], also: Callable[[Config], list[str]] | None = 
     sections = _sections(tree, mistakes, whole=not mistakes)
     mistakes += _cross_check(sections)
     required = {f.name for f in dataclasses.fields(Config) if _required(f)}
-    config = Config(**sections) if required <= sections.keys() else None
+    # A section that did not parse is not one that is missing.
+    wanted = required | (tree.keys() & typing.get_type_hints(Config).keys())
+    config = Config(**sections) if wanted <= sections.keys() else None
     if also is not None and config is not None:
         mistakes += [m for m in also(config) if m not in mistakes]
     if mistakes or config is None:
@@ -169,6 +171,7 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("optimizer.adam_beta1 optimizer.adam_beta2", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
     ("health.loss_spike health.grad_norm_spike health.hang_seconds", lambda v: v >= 0, "must be at least 0"),
     ("health.max_skipped", lambda v: v >= 1, "must be at least 1"),
+    ("train.seed data.seed", lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63"),
 )
 """Fields, where they are set; what holds for each, and how a reader is told."""
 
@@ -257,6 +260,8 @@ def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
     for name, phase in phases.items():
         steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
         decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
+        if steps * tokens_per_step >= 1 << 62:
+            out.append(f"phases.{name}: {steps} steps are beyond counting; a phase has less than 2^62 tokens")
         if not 0 <= phase.warmup_steps <= steps - decay:
             also = f" with a decay over {decay}" if decay else ""
             out.append(
@@ -308,7 +313,7 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
 def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
     ranks = config.parallel.model_ranks()
-    if ranks < 1 or config.train.global_batch % max(1, config.train.micro_batch):
+    if ranks < 1 or config.train.micro_batch < 1 or config.train.global_batch % config.train.micro_batch:
         return []  # said already, without any launch
     if mistakes := check_copies(config.parallel, world_size):
         return mistakes
@@ -324,7 +329,7 @@ def check_world(config: Config, world_size: int) -> list[str]:
         return []
     share, rest = divmod(train.global_batch, data_parallel)
     if rest:
-        way = f"make train.global_batch a multiple of {data_parallel}"
+        way = f"make train.global_batch a multiple of {train.micro_batch * data_parallel}"
     else:
         way = f"use a train.micro_batch of {[m for m in range(1, share + 1) if share % m == 0]}"
     return [

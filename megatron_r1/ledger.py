@@ -54,11 +54,15 @@ def append(
     }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "ledger.jsonl"
-    with naming(path), open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "ab+", buffering=0) as file:
         # Shards on several nodes share a folder; where a file system has no locks, one write of one line.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        size = os.fstat(file.fileno()).st_size
+        whole = not size or os.pread(file.fileno(), 1, size - 1) == b"\n"
+        # What a full disk or a crash has cut short stays a line of its own.
+        file.write(b"" if whole else b"\n")
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
 def append_new(directory: Path, stage: str, *, outputs: Hashes, **facts: Any) -> None:
@@ -74,11 +78,11 @@ def process_start() -> float:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Every line, in order; a last line that a crash cut short is left out."""
+    """Every line, in order; what a crash cut short, and what is no stage, is left out."""
     path = run / "ledger.jsonl"
-    if not path.is_file():
-        return []
-    return list(read_jsonl(path))
+    lines = read_jsonl(path)[0] if path.is_file() else []
+    needed = {"stage", "finished", "seconds", "devices", "device_hours", "tokens"}
+    return [line for line in lines if needed <= line.keys()]
 
 
 def lineage(root: Path) -> list[dict[str, Any]]:
@@ -103,13 +107,17 @@ def _hashes(line: dict[str, Any], side: str) -> list[tuple[str, str]]:
     return list(told.items()) if isinstance(told, dict) else []
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSON-lines file up to the first incomplete one."""
-    out = []
-    with open(path, encoding="utf-8") as file:
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSON-lines file, and how many of its lines are none, but for a last one cut short."""
+    out, damaged = [], 0
+    with open(path, "rb") as file:
         for line in file:
             try:
-                out.append(json.loads(line))
+                found = json.loads(line)
             except ValueError:
-                break
-    return out
+                found = None
+            if isinstance(found, dict):
+                out.append(found)
+            elif line.endswith(b"\n"):
+                damaged += 1
+    return out, damaged

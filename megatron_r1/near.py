@@ -34,5 +34,6 @@ def near_path(path: Path) -> str:
     rest = path.relative_to(missing)
     # Of several that resemble it, one in which the rest is there.
     whole = [missing.parent / name / rest for name in found]
-    best = next((candidate for candidate in whole if candidate.exists()), whole[0] if whole else None)
-    return f"; did you mean {best}?" if best else ""
+    there = [candidate for candidate in whole if candidate.exists()]
+    there += [missing.parent / name for name in found]
+    return f"; did you mean {there[0]}?" if there else ""

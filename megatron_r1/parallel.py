@@ -20,7 +20,7 @@ from megatron_r1 import backend, cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.launch_store import launch_store
 from megatron_r1.records import Batch
-from megatron_r1.run_lock import RunLock
+from megatron_r1.run_lock import RunBusyError, RunLock
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -107,12 +107,16 @@ def current() -> ParallelContext:
 
 @contextmanager
 def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
-    """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in the first rank
-    where another launch has it."""
-    lock = RunLock(directory)
+    """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in every rank where
+    another launch has it."""
+    lock, busy = RunLock(directory), ""
     if context.leads:
-        lock.take(share=True)
-    dist.barrier()
+        try:
+            lock.take(share=True)
+        except RunBusyError as error:
+            busy = str(error)
+    if busy := broadcast_object(busy):
+        raise RunBusyError(busy)
     if not context.leads:
         lock.join()
     try:

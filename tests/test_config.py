@@ -103,7 +103,7 @@ def test_world_size_that_does_not_divide_is_refused(base: str) -> None:
     assert config_io.check_world(config, 2) == []
     assert config_io.check_world(config, 3) == [
         "train.global_batch=8 is no multiple of train.micro_batch=4 x 3 data-parallel ranks; "
-        "make train.global_batch a multiple of 3"
+        "make train.global_batch a multiple of 12"
     ]
     assert "use a train.micro_batch of [1, 2]" in config_io.check_world(config, 4)[0]
 

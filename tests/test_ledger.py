@@ -49,8 +49,19 @@ def test_lineage_follows_hashes_through_the_ledgers_beside_the_inputs(tmp_path: 
     assert sorted(found) == ["gather", "merge c", "shard c", "tokenize a"]
 
 
+def test_a_line_that_was_cut_short_costs_no_other(tmp_path: Path) -> None:
+    """As a full disk leaves it; what is no stage is none."""
+    ledger.append(tmp_path, "one", seconds=1.0)
+    with open(tmp_path / "ledger.jsonl", "a") as file:
+        file.write('null\n{"stage": "x"}\n{"stage": "tw')
+    for stage in ("three", "four"):
+        ledger.append(tmp_path, stage, seconds=1.0)
+    assert [line["stage"] for line in ledger.read(tmp_path)] == ["one", "three", "four"]
+
+
 @pytest.mark.parametrize("told", [["a.bin"], None])
 def test_lines_without_hashes_lead_nowhere(tmp_path: Path, told: object) -> None:
     line = {"stage": "train", "finished": "", "outputs": told, "seconds": 1.0}
+    line |= {"devices": 1, "device_hours": 0.0, "tokens": 0}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
-    assert ledger.lineage(tmp_path) == []
+    assert len(ledger.read(tmp_path)) == 1 and ledger.lineage(tmp_path) == []

@@ -17,6 +17,7 @@ from megatron_r1 import ledger
 from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import identity_of
+from megatron_r1.run_dir import sha256
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -40,6 +41,8 @@ def main() -> None:
     add("--tokens-per-source", type=int, default=32_768, help="of each set (default: %(default)s)")
     add("--fraction", type=float, default=0.1, help="of a source to set aside (default: %(default)s)")
     add("--max-document-tokens", type=int, default=2048, help="of one document (default: %(default)s)")
+    add("--end-documents", action="store_true", help="end what is cut out of a document by the "
+        "end-of-document token, for data.cross_documents=false")  # fmt: skip
     add("--check", action="store_true", help="print how each source would be split, and exit")
     args = parser.parse_args()
     with user_errors():
@@ -50,6 +53,7 @@ def main() -> None:
             tokens_per_source=args.tokens_per_source,
             fraction=args.fraction,
             max_document_tokens=args.max_document_tokens,
+            end_documents=args.end_documents,
             check=args.check,
         )
         split = manifest["sources"]
@@ -68,12 +72,13 @@ def main() -> None:
 def _tell(manifest: dict[str, Any], directory: Path) -> None:
     """The ledger: datasets by the hash of their tokens, as those who read them know them."""
     sources = [of["prefix"] for of in manifest["request"]["sources"].values()]
+    split = directory / "split.yaml"
     sets = [directory / name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin")]
     ledger.append_new(
         directory,
         "set probes aside",
         inputs={prefix: identity_of(prefix) for prefix in sources},
-        outputs={str(prefix): identity_of(prefix) for prefix in sets},
+        outputs={**{str(prefix): identity_of(prefix) for prefix in sets}, str(split): sha256(split)},
     )
 
 

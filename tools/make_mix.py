@@ -37,7 +37,7 @@ def main() -> None:
                 Path(config.train.run),
                 f"mix {config.mix.phase}",
                 inputs={str(s.directory): sha256(s.directory / "scores.npy") for s in used},
-                outputs={str(output): sha256(output)},
+                outputs={str(path): sha256(path) for path in (output, output.with_suffix(".json"))},
             )
             masks = f" and its masks in {output.parent / 'keep'}" if config.mix.keep else ""
             print(f"wrote {output}, {output.with_suffix('.json')}{masks}")

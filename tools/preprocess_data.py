@@ -91,10 +91,10 @@ def _tell(args: argparse.Namespace, sidecars: dict[str, dict[str, Any]]) -> None
     if args.merge:
         shards = [found for key in args.json_keys for found in shards_of(output, key)]
         inputs = {str(prefix): sidecar["bin_sha256"] for prefix, sidecar in shards}
-    else:
-        read = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
-        # Those of a shard are not hashed: other shards read them, too.
-        inputs = {source["path"]: source["sha256"] for source in read if source["sha256"]}
+    read = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
+    # Those of a shard are hashed when it is merged: other shards read them, too.
+    inputs |= {source["path"]: source["sha256"] for source in read if source["sha256"]}
+    if args.tokenizer_model:
         inputs[args.tokenizer_model] = next(iter(sidecars.values()))["tokenizer_fingerprint"]
     ledger.append_new(
         output.parent,

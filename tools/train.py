@@ -10,6 +10,7 @@ import os
 from megatron_r1 import config_io
 from megatron_r1.cli import announce_torch, keep_freed_memory, tool_parser, user_errors
 from megatron_r1.data.sources import data_mistakes
+from megatron_r1.run_dir import sha256
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
             announce_torch(config.train.run)
             from megatron_r1.train.loop import train
 
-            train(config)
+            train(config, {word: sha256(word) for word in options.config if os.path.isfile(word)})
 
 
 if __name__ == "__main__":

@@ -62,12 +62,15 @@ def curate_probes(
     tokens_per_source: int = 32_768,
     fraction: float = 0.1,
     max_document_tokens: int = 2048,
+    end_documents: bool = False,
     check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Write the sets, `split.yaml` (for the trainer) and `manifest.json`; returns the manifest.
 
-    check: write nothing; the manifest then says how each source would be split, and names no files.
+    end_documents: the last token of what is cut out of a document becomes the end-of-document token, as
+    `data.cross_documents=false` needs it. check: write nothing; the manifest then says how each source would
+    be split, and names no files.
 
     sources: name -> prefix, all that training will draw from, in order. capabilities: name -> its sources;
     a source may be in none, and is then only split. Each set holds exactly `tokens_per_source` tokens of
@@ -84,6 +87,7 @@ def curate_probes(
         "tokens_per_source": tokens_per_source,
         "fraction": fraction,
         "max_document_tokens": max_document_tokens,
+        **({"end_documents": True} if end_documents else {}),
     }
     manifest_path = output_dir / "manifest.json"
     manifest = _finished(manifest_path, request)
@@ -96,6 +100,8 @@ def curate_probes(
         for name, prefix in sources.items()
     ]
     _same_tokenizer(opened)
+    if end_documents:
+        _can_be_ended(opened)
     if check:
         return {"request": request, "sources": {s.name: _describe(s) for s in opened}, "files": {}}
     digests = {s.name: _digests_set_aside(s) for s in opened if s.capability}
@@ -121,7 +127,8 @@ def curate_probes(
     for capability, members in capabilities.items():
         for name in SETS:
             prefix = output_dir / f"{name}_{capability}"
-            _write_set(prefix, capability, [stretches[m][name] for m in members], members, opened[0])
+            parts = [stretches[m][name] for m in members]
+            _write_set(prefix, capability, parts, members, opened[0], end_documents)
             files[f"{prefix.name}.bin"] = sha256(with_suffix(prefix, ".bin"))
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
     files["split.yaml"] = sha256(output_dir / "split.yaml")
@@ -225,6 +232,15 @@ def _same_tokenizer(opened: Sequence[_Source]) -> None:
             )
 
 
+def _can_be_ended(opened: Sequence[_Source]) -> None:
+    for source in opened:
+        if source.capability and not source.sidecar.get("append_eod"):
+            raise ValueError(
+                f"--end-documents: source {source.name} was preprocessed without --append-eod, so its own "
+                f"documents have no end either; preprocess it again with --append-eod"
+            )
+
+
 def _digest(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
@@ -304,12 +320,16 @@ def _write_set(
     by_source: Sequence[list[np.ndarray]],
     members: Sequence[str],
     like: _Source,
+    end_documents: bool,
 ) -> None:
     # One of each source in turn, so that a leading part of the set serves as well as the whole.
     mixed: Iterator[np.ndarray] = (s for turn in zip_longest(*by_source) for s in turn if s is not None)
     with_suffix(prefix, ".json").unlink(missing_ok=True)
     with IndexedWriter(prefix, like.dataset.dtype) as writer:
         for stretch in mixed:
+            if end_documents:
+                stretch = stretch.copy()
+                stretch[-1] = like.sidecar["eod"]
             writer.add_document(stretch)
     kept = ("tokenizer_type", "tokenizer_fingerprint", "vocab_size", "eod")
     if not like.sidecar:
@@ -318,6 +338,7 @@ def _write_set(
         with_suffix(prefix, ".json"),
         {
             **{key: like.sidecar[key] for key in kept},
+            "append_eod": end_documents,
             "dtype": like.dataset.dtype.name,
             "capability": capability,
             "sources": list(members),

@@ -70,7 +70,7 @@ def _differing(names: Sequence[str], before: Sequence[Any], now: Sequence[Any]) 
 def _of_sources(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
     if tuple(before) == tuple(now):
         return [
-            f"source '{name}' windows {before[name]} -> {now[name]}"
+            f"source '{name}' windows {before[name]} -> {now[name]} (data.seq_length, documents, or its data)"
             for name in now
             if before[name] != now[name]
         ]

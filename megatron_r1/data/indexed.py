@@ -215,7 +215,7 @@ def _near(prefix: Path) -> str:
     """Pairs beside a prefix that is none, whose names begin with its name or resemble it."""
     stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
     longer = [stem for stem in stems if stem.startswith(prefix.name)]
-    near = longer or difflib.get_close_matches(prefix.name, stems)
+    near = longer or difflib.get_close_matches(prefix.name, stems, n=1)
     return f"; did you mean {' or '.join(str(prefix.parent / stem) for stem in near[:3])}?" if near else ""
 
 
@@ -386,7 +386,10 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from None
-    if not isinstance(sidecar, dict):
+    kinds = {"tokenizer_fingerprint": str, "bin_sha256": str, "vocab_size": int, "documents": int}
+    if not isinstance(sidecar, dict) or any(
+        not isinstance(sidecar.get(key), kind | None) for key, kind in kinds.items()
+    ):
         raise ValueError(f"{path} is not the sidecar of an indexed dataset; {_REDO}")
     return sidecar
 

@@ -57,6 +57,10 @@ _KINDS = ("tokens", "lengths", "origins", "rejects")
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 1 << 19
 
 
+class TooManyRejectsError(ValueError):
+    """More documents are bad than was said to be tolerated."""
+
+
 def preprocess(
     inputs: Sequence[str | Path],
     output_prefix: str | Path,
@@ -163,7 +167,10 @@ def preprocess(
         except ChildProcessError:
             # What is encoded is good: the next run goes on from there.
             raise
-        except (ValueError, OSError):
+        except (TooManyRejectsError, OSError):
+            # Hours of encoding may be in it: with room made or the limit raised, the next run goes on.
+            raise
+        except ValueError:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
@@ -361,7 +368,7 @@ def _encode_all(
                 rejected[key] += len(found.rejects)
                 if rejected[key] > job.reject_limit:
                     last = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in found.rejects[-3:])
-                    raise ValueError(
+                    raise TooManyRejectsError(
                         f"more than {job.reject_limit} documents rejected for key {key!r}, the last {last}; "
                         f"mend the input or raise --reject-limit"
                     )

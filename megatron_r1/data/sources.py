@@ -13,7 +13,9 @@ from megatron_r1.records import Corpus
 
 
 def launched() -> tuple[int, int]:
-    """This rank and how many there are, as torchrun says; (0, 1) where it does not."""
+    """This rank and how many there are, as a launcher says; (0, 1) where none says where they meet."""
+    if "MASTER_PORT" not in os.environ:
+        return 0, 1
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -116,7 +118,8 @@ def document_end_mistakes(path: str, prefix: str, config: Config) -> list[str]:
     if not sidecar.get("append_eod"):
         return [
             f"{path}: {prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
-            f"tell its documents apart; preprocess it again with --append-eod"
+            f"tell its documents apart; preprocess it again with --append-eod, or, of a probing set, curate it "
+            f"with --end-documents"
         ]
     if config.data.eod is not None and sidecar.get("eod") != config.data.eod:
         return [f"{path}: its documents end with token {sidecar.get('eod')}, not data.eod={config.data.eod}"]

@@ -64,9 +64,7 @@ def compute_influence(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
-    job = open_job(config)
-    for part in job.all_parts():
-        check_inputs(part.directory, part.inputs)
+    job = checked_job(config)
     influence = RunDir(Path(config.train.run)).influence
     if not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
@@ -89,6 +87,14 @@ class Job:
 
     def all_parts(self) -> list[Part]:
         return [part for found in self.parts.values() for part in found]
+
+
+def checked_job(config: Config) -> Job:
+    """`open_job`; ValueError, too, where scores of other inputs are there already."""
+    job = open_job(config)
+    for part in job.all_parts():
+        check_inputs(part.directory, part.inputs)
+    return job
 
 
 def open_job(config: Config) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,8 @@ def to_hf(
     not fit.
     """
     model = TypeAdapter(ModelConfig).validate_python(checkpoint.read_meta(source)["model"])
+    if context is not None and context < 1:
+        raise ValueError(f"--context {context}: the longest sequence has at least one token")
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {source} {model.vocab_size}; "
@@ -69,13 +72,8 @@ def to_hf(
         for name, content in (tokenizer.files if tokenizer else {}).items():
             (folder / name).write_bytes(content)
             sync(folder / name)
-    run = _run_of(source)
-    ledger.append_new(
-        target.parent if run is None else run,
-        "convert to Hugging Face",
-        inputs={str(source): checkpoint.identity(source)},
-        outputs={str(path): sha256(path) for path in sorted(target.glob("*.safetensors"))},
-    )
+    inputs = {str(source): checkpoint.identity(source)}
+    ledger.append_new(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_weights(target))
     return said
 
 
@@ -107,10 +105,16 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     ledger.append_new(
         target,
         "convert from Hugging Face",
-        inputs={str(file): sha256(file) for file in sorted(source.glob("*.safetensors"))},
+        inputs=_weights(source),
         outputs={str(path): checkpoint.identity(path)},
     )
     return said
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """The folder -> SHA-256 over the SHA-256 of its files of tensors, by name."""
+    files = [f"{path.name} {sha256(path)}\n" for path in sorted(folder.glob("*.safetensors"))]
+    return {str(folder): hashlib.sha256("".join(files).encode()).hexdigest()}
 
 
 def _said(model: ModelConfig, precision: str, more: str) -> str:

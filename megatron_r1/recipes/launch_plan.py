@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,8 @@ class Launch:
             out.append(f"--rank {self.rank}: {self.gpus} GPUs are ranks 0 to {self.gpus - 1}")
         if not 0 < self.mfu <= 1:
             out.append(f"--mfu {self.mfu}: a share of the peak, above 0 and at most 1")
-        if not self.peak_flops > 0 or not self.gpu_memory > 0:
-            out.append("--peak-tflops and --gpu-memory must be positive")
+        if not 0 < self.peak_flops < math.inf or not self.gpu_memory > 0:
+            out.append("--peak-tflops and --gpu-memory must be positive and finite")
         if self.gpus % max(1, config.parallel.model_ranks()) == 0:
             tokens = config.data.seq_length
             parts = 2 * config.parallel.context if config.parallel.context > 1 else 1

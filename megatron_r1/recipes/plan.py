@@ -6,12 +6,14 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.blend import Phase
 from megatron_r1.data.sources import resolve_data
+from megatron_r1.train.past import outlook
 
 
 def summary(config: Config) -> str:
     """The resolved configuration, tokens per step, and per phase the weight and epochs of each source.
 
-    Raises ConfigError with every mistake in the datasets.
+    Then where the run stands. Raises ConfigError with every mistake in the datasets, ValueError where the run
+    cannot go on with this.
     """
     corpora, plan = resolve_data(config)
     lines = [
@@ -36,7 +38,7 @@ def summary(config: Config) -> str:
                 f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens){_kept(corpus.name, laid)}"
             )
         samples = end
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *outlook(config, plan)])
 
 
 def _kept(source: str, phase: Phase) -> str:

@@ -71,7 +71,10 @@ def _held_up(run: Run) -> str:
     if not saving:
         return ""
     share = saving / (saving + sum(line["seconds"] for line in run.metrics))
-    return f" Saving held training up for {words.duration(saving)} in all, {words.share(share)} of its time."
+    return (
+        f" Between the steps, saving held the first rank up for {words.duration(saving)} in all, "
+        f"{words.share(share)} of their time; the wait for a launch's last checkpoint is not in it."
+    )
 
 
 def found(run: Run) -> tuple[list[Saved], list[Saved]]:

@@ -14,6 +14,7 @@ from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.near import near_path
 from megatron_r1.records import ScoreTable
 from megatron_r1.run_dir import RunDir
+from megatron_r1.train.metrics import read as read_metrics
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def read_run(root: Path) -> Run:
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
             f"{near_path(root)}"
         )
-    metrics = ledger.read_jsonl(files.metrics) if files.metrics.is_file() else []
+    metrics = read_metrics(files.metrics)
     if not metrics:
         raise ValueError(f"{files.metrics}: no step recorded yet; train first: tools/train.py {files.config}")
     return Run(root, config_io.load([str(files.config)]), metrics, ledger.read(root))
@@ -134,10 +135,18 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
         read_run(control) if control else None,
         read_scores(root, run.sources),
         scored(root, run.sources),
-        json.loads(mix.read_text(encoding="utf-8")) if mix.is_file() else None,
+        _mix(mix) if mix.is_file() else None,
         _measured_impact(impact) if impact.is_file() else {},
         tokenizer,
     )
+
+
+def _mix(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); make the mixture again, or move it away") from None
+    return found
 
 
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_r1.retention import Retention
 from megatron_r1.run_dir import RunDir, write_text
 from megatron_r1.run_lock import exit_when_orphaned
 from megatron_r1.stop_request import StopRequest
+from megatron_r1.train import past
 from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
@@ -43,7 +44,7 @@ from megatron_r1.train.health import (
 )
 from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog
-from megatron_r1.train.schedule import PhaseSpan, kept_steps, late_edits, phase_spans
+from megatron_r1.train.schedule import PhaseSpan, kept_steps, phase_spans
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
@@ -52,63 +53,23 @@ _LONG = 3600.0
 """Seconds more than a step that measuring, or the last write of a phase, may take."""
 
 
-def train(config: Config) -> None:
+def train(config: Config, files: Mapping[str, str] | None = None) -> None:
     """Train what is left of the run, or until SIGTERM, which any rank may get; every rank of the launch
     calls this.
 
-    Raises ConfigError or ValueError before anything is written when the configuration does not fit
-    the launch, the datasets, or the past of the run.
+    `files`: those that the configuration was read from -> their SHA-256, for the ledger. Raises ConfigError
+    or ValueError before anything is written when the configuration does not fit the launch, the datasets, or
+    the past of the run.
     """
     corpora, plan = resolve_data(config, launched())
-    if _finished(config, plan):
+    if past.is_finished(config, plan):
+        if launched()[0] == 0:
+            print("\n".join(past.outlook(config, plan)), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
-        Trainer(config, corpora, plan, context, run, stop).train()
-
-
-def _finished(config: Config, plan: BlendPlan) -> bool:
-    """Whether the run's last checkpoint is the recipe's end; answered without building anything."""
-    saved = checkpoint.found(RunDir(Path(config.train.run)).checkpoints)
-    if not saved or saved[-1].step < phase_spans(config)[-1].end:
-        return False
-    _check_past(saved[-1].path, config, plan, identities(config))
-    checkpoint.check_model(saved[-1].path, config.model)
-    if int(os.environ.get("RANK", 0)) == 0:
-        _say_late_edits(config, RunDir(Path(config.train.run)), saved[-1].step)
-        print(f"{config.train.run}: finished before, at {saved[-1].path}", flush=True)
-    return True
-
-
-def _say_late_edits(config: Config, run: RunDir, step: int) -> None:
-    """Say what was changed of phases that have begun, against the run's configuration of before."""
-    # Of the first launch there is none; a damaged one is no obstacle.
-    for line in late_edits(config_io.read_tree(run.config, []), config, step):
-        say(f"{run.root}: {line}")
-
-
-def _check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str]) -> None:
-    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn.
-
-    `now`: the datasets' identities.
-    """
-    meta = checkpoint.read_meta(path)
-    step, samples = meta["state"]["step"], meta["state"]["samples"]
-    if samples != step * config.train.global_batch:
-        raise ValueError(
-            f"train.global_batch={config.train.global_batch}, but {path} has drawn {samples} samples in "
-            f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
-            f"begin a new run"
-        )
-    plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
-    seen = json.loads(meta["plan"]).get("data", {})
-    other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
-    if other:
-        raise ValueError(
-            f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
-            f"again, or replaced; restore them, or begin a new run"
-        )
+        Trainer(config, corpora, plan, context, run, stop, files or {}).train()
 
 
 class Trainer:
@@ -122,8 +83,10 @@ class Trainer:
         context: ParallelContext,
         run: RunDir,
         stop: StopRequest,
+        files: Mapping[str, str],
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
+        self.files = files
         self.sources = [corpus.name for corpus in corpora]
         # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
         self.identities: dict[str, str] = broadcast_object(identities(config) if context.rank == 0 else None)
@@ -167,7 +130,9 @@ class Trainer:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         if self.context.leads:
-            _say_late_edits(self.config, self.run, self.state.step)
+            for line in past.edits(self.config, self.state.step):
+                say(f"{self.run.root}: {line}")
+            past.tell_cut_off(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
             write_text(self.run.plan, self._plan_text())
             self.context.announce(
@@ -242,7 +207,7 @@ class Trainer:
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
-                inputs={**sources, **probes, **self.origin},
+                inputs={**self.files, **sources, **probes, **self.origin},
                 outputs={str(saved): checkpoint.identity(saved) for saved in written},
             )
             self.origin = {str(path): checkpoint.identity(path)}
@@ -353,6 +318,7 @@ class Trainer:
             "slowest_rank": slowest,
             "slowest_ratio": ratio,
             "memory_bytes": backend.peak_memory(),
+            "ranks": self.context.world_size,
             "seconds": seconds,
             "saving_seconds": self.saving,
             "tokens_per_second": config.tokens_per_step() / seconds,
@@ -408,7 +374,7 @@ class Trainer:
                 checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
                 self.origin = {weights: checkpoint.identity(Path(weights))}
             return TrainState()
-        _check_past(path, self.config, self.plan, self.identities)
+        past.check_past(path, self.config, self.plan, self.identities)
         state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
         self.origin = {str(path): checkpoint.identity(path)}
         if state.guard:

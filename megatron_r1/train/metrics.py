@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.ledger import read_jsonl
+from megatron_r1.progress import say
 from megatron_r1.run_dir import RunDir, naming, write_text
 from megatron_r1.train.loggers import Logger
 
@@ -21,7 +22,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         if run.metrics.exists():
-            kept = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
+            kept = [line for line in read(run.metrics) if line["step"] <= step]
             write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         run.root.mkdir(parents=True, exist_ok=True)
         self._run = run
@@ -94,6 +95,7 @@ _GROUPS = {
     "mfu": "throughput/mfu",
     "seconds": "throughput/seconds_per_step",
     "saving_seconds": "throughput/saving_seconds",
+    "ranks": "progress/ranks",
     "samples": "progress/samples",
     "tokens": "progress/tokens",
     "mix_target": "mix/target",
@@ -102,4 +104,8 @@ _GROUPS = {
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.exists() else []
+    """The steps of a run, in order; says what cannot be read, and leaves it out."""
+    lines, damaged = read_jsonl(path) if path.exists() else ([], 0)
+    if damaged:
+        say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
+    return lines

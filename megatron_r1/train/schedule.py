@@ -39,7 +39,7 @@ class PhaseSpan:
 
 def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
     """What was changed for a run that stands at `step`, against the tree of an earlier configuration
-    (`RUN/config.yaml`): of the optimizer, of what a step sees, and of phases that `step` lies in or behind.
+    (`RUN/config.yaml`): of sections that hold for all phases, and of phases that `step` lies in or behind.
     A line each; the steps behind stay as they are."""
     out, spans = [], phase_spans(config)
 
@@ -52,9 +52,10 @@ def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
             )
             out.append(f"{what}: {changed}; {who} {effect}")
 
-    for section in ("optimizer", "data") if step else ():
+    for section in ("optimizer", "data", "train", "health") if step else ():
         now = dataclasses.asdict(getattr(config, section))
-        plain = {key: value for key, value in now.items() if not isinstance(value, dict)}
+        # What is drawn from is the data plan's to judge; where a run begins is over.
+        plain = {k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights")}
         tell(section, "the run", spans[-1].end, before.get(section), plain)
     for span in spans:
         if step > span.start:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,13 +213,15 @@ def test_every_bad_line_is_quoted_with_its_place(tmp_path, model):
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_rejects_beyond_the_limit_stop_the_run_and_leave_nothing(tmp_path, model):
+def test_rejects_beyond_the_limit_stop_the_run_which_goes_on_with_a_higher_one(tmp_path, model):
     source, out = jsonl(tmp_path / "in.jsonl", [*TEXTS, "", ""]), tmp_path / "out"
     with pytest.raises(ValueError, match=r"more than 1 documents rejected .*in\.jsonl:302: empty document"):
         run(source, out / "x", model, reject_limit=1)
-    assert list(out.iterdir()) == []
-    sidecar, _ = run(source, out / "x", model, reject_limit=2)
-    assert sidecar["rejected"] == {"empty document": 2}
+    assert list(out.iterdir()) == [out / "x.partial"]
+    sidecar, said = run(source, out / "x", model, reject_limit=2)
+    assert sidecar["rejected"] == {"empty document": 2} and "going on after" in said
+    run(source, tmp_path / "at once", model, reject_limit=2)
+    assert pair(out / "x") == pair(tmp_path / "at once") and not (out / "x.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -374,7 +377,7 @@ def until(condition, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
+def test_disk_full_is_said_and_leaves_no_pair(tmp_path, model):
     """A limit on the size of a file fails a write as a full disk does."""
     source, out = jsonl(tmp_path / "in.jsonl", TEXTS * 20), tmp_path / "out"
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
@@ -386,7 +389,7 @@ def test_disk_full_is_said_and_leaves_nothing(tmp_path, model):
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ")
     assert "too large" in error
-    assert list(out.iterdir()) == []
+    assert list(out.iterdir()) == [out / "x.partial"]
 
 
 class Full:
@@ -406,7 +409,7 @@ class Full:
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_disk_full_at_any_moment_names_a_file_and_leaves_nothing(tmp_path, model, monkeypatch):
+def test_disk_full_at_any_moment_names_a_file_and_loses_nothing(tmp_path, model, monkeypatch):
     source = jsonl(tmp_path / "in.jsonl", ["", *TEXTS])
     room = [1 << 40]
     for module, name in ((preprocess_module, "_open"), (indexed, "open_alone"), (run_dir, "open_alone")):
@@ -426,11 +429,17 @@ def test_disk_full_at_any_moment_names_a_file_and_leaves_nothing(tmp_path, model
                 run(source, tmp_path / "out", model, seed=seed)
             assert raised.value.errno == errno.ENOSPC
             room[0] = 1 << 40
-            assert sorted(tmp_path.iterdir()) == left
+            assert {*tmp_path.iterdir()} - {tmp_path / "out.partial"} == {*left}
+            shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
 
     fails(seed=1234)
     fails(seed=None)
-    run(source, tmp_path / "out", model)
+    # In the second pass: what the first has encoded need not be encoded again.
+    room[0] = int(0.9 * total_shuffled)
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "out", model)
+    room[0] = 1 << 40
+    assert "going on after" in run(source, tmp_path / "out", model)[1]
     assert pair(tmp_path / "out") == pair(tmp_path / "whole")
     # What was there before stays whole.
     left = sorted(tmp_path.iterdir())

@@ -74,7 +74,7 @@ def test_the_lead_says_where_the_newest_is_and_how_to_go_on(run: Path) -> None:
 
 def test_what_saving_cost_is_told_where_it_was_recorded(run: Path) -> None:
     save(run, [25])
-    assert "held training up" not in checkpoints.figure(load.read_all(run)).note
+    assert "saving held" not in checkpoints.figure(load.read_all(run)).note
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -83,7 +83,7 @@ def test_what_saving_cost_is_told_where_it_was_recorded(run: Path) -> None:
     assert len(lines) == 175
     said = checkpoints.figure(load.read_all(run)).note
     # 3 s beside 175 steps of 0.9 s.
-    assert f"Saving held training up for 3.0{SPACE}s in all, 1.9{SPACE}% of its time." in said
+    assert f"saving held the first rank up for 3.0{SPACE}s in all, 1.9{SPACE}% of their time;" in said
 
 
 def test_why_a_checkpoint_is_kept_is_what_retention_goes_by(run: Path) -> None:

@@ -158,9 +158,13 @@ def test_the_tool_writes_what_the_run_says(
     back = tmp_path / "back" / "step_00000000"
     assert wrote == [f"wrote {tmp_path / 'hf'}", f"would write {back}", f"wrote {back}"]
     # Where it came from: the run's ledger has the export, and the import names the very file.
-    (export,) = ledger.read(saved.parent.parent)
     (imported,) = ledger.read(tmp_path / "back")
-    assert imported["inputs"] == export["outputs"]
+    assert [line["inputs"] for line in ledger.lineage(tmp_path / "back")] == [
+        {str(saved): checkpoint.identity(saved)}
+    ]
+    assert imported["inputs"].keys() == {str(tmp_path / "hf")}
+    with pytest.raises(ValueError, match="--context -5"):
+        convert.to_hf(saved, tmp_path / "new", context=-5)
     with pytest.raises(SystemExit) as status:
         call("--to", "megatron", tmp_path / "hf", tmp_path / "back")
     assert status.value.code == 2 and "is not an empty folder" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import checkpoint, checkpoint_files
+from megatron_r1 import checkpoint, checkpoint_files, ledger
 from megatron_r1.config import Config, DataConfig, PhaseConfig, SourceConfig, TrainConfig
-from megatron_r1.ledger import read_jsonl
 from megatron_r1.train.loop import train
+from megatron_r1.train.metrics import read
 from tests import launch
 from tests.distributed import on_ranks, start_ranks
 from tests.influence import tiny
@@ -76,7 +76,12 @@ def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor]], t
     assert found.keys() == end.keys() and len(end) > 10
     assert [name for name in end if not torch.equal(found[name], end[name])] == []
     assert steps(config) == [STEPS - 1, STEPS]
-    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in read(tmp_path / "run/metrics.jsonl")] == [*range(1, STEPS + 1)]
+    # The killed launch told nothing; the next one told it.
+    lines = ledger.read(tmp_path / "run")
+    assert sum(line["tokens"] for line in lines) == STEPS * config.tokens_per_step()
+    told = {path for line in lines for path in line["outputs"]}
+    assert {str(directory / f"step_{step:08d}") for step in steps(config)} <= told
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -106,5 +111,5 @@ def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(whole: Any, tmp_path:
     config = run_of(whole[0], tmp_path / "run", checkpoint_every=3)
     many = replace(config, phases={"one": PhaseConfig(steps=10_000, learning_rate=1e-2)})
     on_ranks(RANKS, _told_to_stop, many)
-    done = [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")]
+    done = [line["step"] for line in read(tmp_path / "run/metrics.jsonl")]
     assert 3 <= done[-1] < 10_000 and steps(config)[-1] == done[-1]

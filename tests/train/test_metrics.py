@@ -14,7 +14,7 @@ import pytest
 from megatron_r1.config import TrainConfig
 from megatron_r1.run_dir import RunDir
 from megatron_r1.train.loggers import build_loggers
-from megatron_r1.train.metrics import MetricsLog, RankLog
+from megatron_r1.train.metrics import MetricsLog, RankLog, read
 
 
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
@@ -26,6 +26,18 @@ def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=f"{tmp_path}/{name}") as caught:
             each.write(said)  # type: ignore[attr-defined]
         assert caught.value.errno == errno.ENOSPC
+
+
+def test_lines_that_cannot_be_read_are_said_and_the_others_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f'{{"step": {n}}}' for n in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(["null", *lines[:2], lines[2][:4], *lines[3:]]) + '\n{"st'
+    )
+    MetricsLog(RunDir(tmp_path), step=4).close()
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+    assert "metrics.jsonl: 2 of its lines cannot be read" in capsys.readouterr().err
 
 
 def test_other_loggers_hear_every_step_and_its_end(tmp_path: Path) -> None:
