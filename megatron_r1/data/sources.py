@@ -118,8 +118,8 @@ def document_end_mistakes(path: str, prefix: str, config: Config) -> list[str]:
     if not sidecar.get("append_eod"):
         return [
             f"{path}: {prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
-            f"tell its documents apart; preprocess it again with --append-eod, or, of a probing set, curate it "
-            f"with --end-documents"
+            f"tell its documents apart; preprocess it again with --append-eod (a probing set: curate it with "
+            f"--end-documents)"
         ]
     if config.data.eod is not None and sidecar.get("eod") != config.data.eod:
         return [f"{path}: its documents end with token {sidecar.get('eod')}, not data.eod={config.data.eod}"]
