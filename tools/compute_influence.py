@@ -10,7 +10,7 @@ import os
 from megatron_r1 import config_io
 from megatron_r1.cli import announce_torch, tool_parser, user_errors
 from megatron_r1.influence.estimate import estimate
-from megatron_r1.influence.plan import influence_mistakes
+from megatron_r1.influence.plan import examples_left, influence_mistakes, lay_plan
 
 
 def main() -> None:
@@ -31,11 +31,8 @@ def main() -> None:
             return
         config = config_io.load(options.config, also=lambda config: influence_mistakes(config, ranks))
         if options.check:
-            from megatron_r1.influence.score import checked_job
-
-            job = checked_job(config)
-            left = sum(part.left() for part in job.all_parts())
-            said = f"steps {job.work.steps}: {job.work.summary()}; {left:,} examples left"
+            work = lay_plan(config)
+            said = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
             print(f"{config_io.dump(config)}\n{said}")
         else:
             announce_torch(config.train.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.checkpoint_files import step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
 from megatron_r1.data.indexed import document_starts, identity_of, open_corpus
@@ -159,6 +161,25 @@ def lay_plan(config: Config) -> Work:
     if work is None or mistakes:
         raise ConfigError(mistakes)
     return work
+
+
+def examples_left(work: Work) -> int:
+    """What is not scored yet. Raises ValueError where scores of other inputs are there.
+
+    Which curvature "auto" is only the checkpoints tell (curvature.py): here it is what the scores were made with.
+    """
+    run, left = RunDir(Path(work.config.train.run)), 0
+    for step in work.steps:
+        path = step_path(run.checkpoints, step)
+        weights = store.fingerprint_of([file for file in path.iterdir() if file.is_file()])
+        curvature = work.influence.curvature
+        manifests = run.influence.glob(f"{path.name}/*/manifest.json")
+        if curvature == "auto" and (manifest := next(manifests, None)):
+            curvature = json.loads(manifest.read_text())["influence"]["curvature"]
+        for part in work.parts(step, weights, curvature):
+            store.check_inputs(part.directory, part.inputs)
+            left += part.left()
+    return left
 
 
 def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:

@@ -64,7 +64,9 @@ def compute_influence(config: Config) -> None:
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
-    job = checked_job(config)
+    job = open_job(config)
+    for part in job.all_parts():
+        check_inputs(part.directory, part.inputs)
     influence = RunDir(Path(config.train.run)).influence
     if not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
@@ -87,14 +89,6 @@ class Job:
 
     def all_parts(self) -> list[Part]:
         return [part for found in self.parts.values() for part in found]
-
-
-def checked_job(config: Config) -> Job:
-    """`open_job`; ValueError, too, where scores of other inputs are there already."""
-    job = open_job(config)
-    for part in job.all_parts():
-        check_inputs(part.directory, part.inputs)
-    return job
 
 
 def open_job(config: Config) -> Job:

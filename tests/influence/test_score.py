@@ -345,6 +345,11 @@ def test_the_tool_checks_without_torch(whole: Config, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = sum(len(t.example_N) for t in tables(whole))
     assert f"2 sources x up to 50 examples x 1 checkpoints = {rows} examples" in done.stdout
+    assert "; 0 examples left" in done.stdout
+    refused = subprocess.run(
+        [*command, "influence.examples=20"], capture_output=True, text=True, cwd=launch.ROOT, timeout=60
+    )
+    assert refused.returncode == 2 and "holds scores of other inputs" in refused.stderr
     command = [sys.executable, "tools/compute_influence.py", f"{tmp_path}/config.yaml", "influence.steps=[3]"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=launch.ROOT, timeout=60, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: 1 mistake in the configuration:")
