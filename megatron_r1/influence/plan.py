@@ -166,7 +166,7 @@ def lay_plan(config: Config) -> Work:
 def examples_left(work: Work) -> int:
     """What is not scored yet. Raises ValueError where scores of other inputs are there.
 
-    Which curvature "auto" is only the checkpoints tell (curvature.py): here it is what the scores were made with.
+    Which curvature "auto" is only the checkpoints tell: here it is what the scores were made with.
     """
     run, left = RunDir(Path(work.config.train.run)), 0
     for step in work.steps:
