@@ -103,19 +103,19 @@ def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:
     assert launch.seconds_in(text) < 5
 
 
-def test_killed_with_all_its_processes_it_goes_on(whole: Path, tmp_path: Path) -> None:
-    kill_in_stage(13 - 1, whole, tmp_path, "group", delay=6.0)
+def test_killed_twice_it_goes_on(whole: Path, tmp_path: Path) -> None:
+    """make alone while the model trains, whose ranks must not write on; then all processes at once."""
+    run = tmp_path / "run"
+    kill_in_stage(11, run, "make", delay=7.0)
+    kill_in_stage(12, run, "group", delay=6.0)
+    launch.finish(command(run), tmp_path / "log")
+    assert_same_run(run, whole)
 
 
-def test_with_make_alone_killed_nothing_writes_on(whole: Path, tmp_path: Path) -> None:
-    kill_in_stage(11, whole, tmp_path, "make", delay=7.0)
-
-
-def kill_in_stage(number: int, whole: Path, tmp_path: Path, kind: str, delay: float) -> None:
-    """Kill in a stage, start the same command again, and compare with the uninterrupted run."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    words = make(run) if kind == "make" else command(run)
-    process = launch.start(words, log)
+def kill_in_stage(number: int, run: Path, kind: str, delay: float) -> None:
+    """Start, and kill so many seconds into a stage."""
+    log = run.parent / f"killed in {number}"
+    process = launch.start(make(run) if kind == "make" else command(run), log)
     title = f"[{number}/{STAGES}] "
     launch.wait_for(lambda: title in log.read_text(errors="replace"), title)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -125,8 +125,6 @@ def kill_in_stage(number: int, whole: Path, tmp_path: Path, kind: str, delay: fl
     else:
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    launch.finish(words, log)
-    assert_same_run(run, whole)
 
 
 def _kill_session(leader: int) -> None:
@@ -147,4 +145,7 @@ def test_killed_in_any_stage_it_goes_on(number: int, kind: str, whole: Path, tmp
     longest = 14.0 if number in (11, 12, 14, 15) else 0.6
     # Nothing follows the last stage: it is killed as it begins, or there is nothing left to kill.
     delay = random.Random(number).uniform(0.0, longest) if number < STAGES else 0.0
-    kill_in_stage(number, whole, tmp_path, kind, delay)
+    run = tmp_path / "run"
+    kill_in_stage(number, run, kind, delay)
+    launch.finish(make(run) if kind == "make" else command(run), tmp_path / "log")
+    assert_same_run(run, whole)

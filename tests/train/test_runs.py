@@ -134,18 +134,6 @@ def test_an_edited_past_is_refused(data: Path, whole: Path, tmp_path: Path) -> N
     assert ((whole / "metrics.jsonl").read_bytes(), (whole / "config.yaml").read_bytes()) == before
 
 
-def test_another_global_batch_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
-    edited = words(data, whole, SECOND, "train.global_batch=16")
-    text = launch.finish(launch.command(*edited), tmp_path / "log", expect=None)
-    assert "has drawn 96 samples in 12 steps" in text and "keep train.global_batch=8" in text
-
-
-def test_another_model_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
-    edited = words(data, whole, SECOND, "model.ffn_hidden_size=128")
-    text = launch.finish(launch.command(*edited), tmp_path / "log", expect=None)
-    assert "holds another model: ffn_hidden_size 96 there, 128 here" in text
-
-
 def test_two_nodes_train_the_same_run(data: Path, whole: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
