@@ -20,7 +20,7 @@ import xxhash
 from megatron_r1.config import ModelConfig
 from megatron_r1.near import near_path
 from megatron_r1.records import CheckpointRef, TrainState
-from megatron_r1.run_dir import json_bytes, naming, sync
+from megatron_r1.run_dir import json_bytes, naming, sha256, sync
 
 META = "megatron_r1.json"
 _FORMAT = 2
@@ -149,8 +149,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def identity(path: Path) -> str:
-    """What tells a checkpoint from any other: the checksum over what it says of its files."""
-    return str(json.loads((path / META).read_bytes())["checksum"])
+    """What tells a checkpoint from any other: the SHA-256 of its description, which has all checksums."""
+    return sha256(path / META)
 
 
 NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")

@@ -54,7 +54,7 @@ def append(
     }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "ledger.jsonl"
-    with naming(path), open(path, "ab+", buffering=0) as file:
+    with naming(path), open(path, "ab+") as file:
         # Shards on several nodes share a folder; where a file system has no locks, one write of one line.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -63,6 +63,7 @@ def append(
         # What a full disk or a crash has cut short stays a line of its own.
         file.write(b"" if whole else b"\n")
         file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        file.flush()
 
 
 def append_new(directory: Path, stage: str, *, outputs: Hashes, **facts: Any) -> None:

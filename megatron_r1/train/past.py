@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_r1 import checkpoint_files, config_io, ledger
@@ -80,8 +81,9 @@ def outlook(config: Config, plan: BlendPlan) -> list[str]:
 def tell_cut_off(config: Config, step: int) -> None:
     """Tell the ledger of launches that ended before they could: killed, or by an error.
 
-    Their checkpoints, and the time of their steps, those included that come again because they lie behind
-    the checkpoint at `step` that the run goes on from. Called before metrics.jsonl is cut back to it.
+    Their checkpoints, and the time of their steps as far as metrics.jsonl has them, also of those that come
+    again because they lie behind the checkpoint at `step`, which the run goes on from and to which that file
+    is cut back afterwards.
     """
     run = RunDir(Path(config.train.run))
     told = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
@@ -94,8 +96,10 @@ def tell_cut_off(config: Config, step: int) -> None:
         if not mine:
             continue
         outputs = [ref.path for ref in saved if span.start < ref.step <= span.end]
-        seen = json.loads(checkpoint_files.read_meta(outputs[-1])["plan"]).get("data", {}) if outputs else {}
-        sources = config.data.sources
+        sources, seen = config.data.sources, {}
+        # One that was damaged since stands in nobody's way.
+        with suppress(ValueError, IndexError):
+            seen = json.loads(checkpoint_files.read_meta(outputs[-1])["plan"]).get("data", {})
         ledger.append(
             run.root,
             f"train {span.name}",

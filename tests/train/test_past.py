@@ -74,3 +74,13 @@ def test_the_ledger_is_told_of_launches_that_were_cut_off(config: Config) -> Non
     assert line["outputs"] == {str(path): checkpoint_files.identity(path) for path in paths}
     sources = config.data.sources
     assert line["inputs"] == {sources[n].prefix: found for n, found in identities(config).items()}
+
+
+def test_a_damaged_older_checkpoint_keeps_no_run_from_going_on(config: Config) -> None:
+    run = Path(config.train.run)
+    saved(config, 2, 4)
+    (run / "checkpoints/step_00000002" / checkpoint_files.META).write_text("{")
+    (run / "metrics.jsonl").write_text('{"step": 1, "phase": "one", "seconds": 2.0}\n')
+    tell_cut_off(config, 4)
+    (line,) = ledger.read(run)
+    assert len(line["outputs"]) == 2 and line["seconds"] == 2.0
