@@ -40,29 +40,30 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_r1 import checkpoint, config_io
-from megatron_r1.checkpoint_files import step_path
-from megatron_r1.cli import user_errors
+from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.files import evenly_spaced, step_path
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, InfluenceConfig, MixConfig
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import open_corpus
 from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.preprocess import preprocess
-from megatron_r1.data.sources import resolve_data
-from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
+from megatron_r1.data.open import resolve_data
 from megatron_r1.influence.curvature import resolve
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import read_scores
-from megatron_r1.influence.weights import checkpoint_weights, densities
-from megatron_r1.optimizer import set_schedule
+from megatron_r1.mixture.weights import checkpoint_weights, densities
 from megatron_r1.parallel import ParallelContext, process_groups
-from megatron_r1.progress import Progress
+from megatron_r1.preprocess.preprocess import preprocess
+from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 from megatron_r1.records import Batch
 from megatron_r1.report.agreement import spearman
-from megatron_r1.retention import evenly_spaced
-from megatron_r1.run_dir import RunDir, replacing, write_json, write_text
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import replacing, write_json, write_text
+from megatron_r1.system.terminal import Progress, user_errors
 from megatron_r1.train.batches import HeldOut, micro_batches
 from megatron_r1.train.loop import train
+from megatron_r1.train.optimizer import set_schedule
 from megatron_r1.train.schedule import phase_spans
 from megatron_r1.train.step import Shape, build_training, label_losses, train_step
 
@@ -191,7 +192,7 @@ class Retrainings:
     def losses(self, seed: int, kept_G: np.ndarray) -> Losses:
         """After training on the groups `kept_G` in the order of `seed`; 0 is the run's own."""
         config, optimizer, keep_G = self.config, self.training.optimizer, torch.from_numpy(kept_G)
-        checkpoint.load(self.start, self.training.gpt, optimizer, config.model)
+        load_checkpoint(self.start, self.training.gpt, optimizer, config.model)
         data = dataclasses.replace(config.data, seed=config.data.seed + seed)
         corpora, plan = resolve_data(dataclasses.replace(config, data=data))
         loader = BatchLoader(plan, corpora, config.data.seq_length)
@@ -245,7 +246,7 @@ def score(config: Config, curvature: str, output: Path) -> dict[str, np.ndarray]
     assert config.influence is not None
     own = RunDir(output)
     run = output / "curvature" / curvature
-    if curvature == resolve("auto", [ref.path for ref in checkpoint.found(own.checkpoints)]):
+    if curvature == resolve("auto", [ref.path for ref in checkpoint_files.found(own.checkpoints)]):
         run = output
     elif not run.exists():
         run.mkdir(parents=True)

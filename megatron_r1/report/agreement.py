@@ -40,7 +40,7 @@ def figure(reading: Reading) -> Figure | None:
     )
     return Figure(
         "agreement",
-        "Agreement between checkpoints",
+        "DelayedAllReduce between checkpoints",
         _lead(successive, steps, of_examples),
         note=note,
         tables=[Table(head, rows, "numbers heat")],

@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1 import checkpoint_files
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.report import summary, words
 from megatron_r1.report.figure import INK, WIDTH, Figure, phase_marks, token_axes
 from megatron_r1.report.load import Reading, Run
 from megatron_r1.report.svg import Panel, Scale, line, picture, rect, text
 from megatron_r1.report.table import Cell, Table
-from megatron_r1.run_dir import RunDir
-from megatron_r1.train.schedule import kept_steps, phase_spans
+from megatron_r1.run.layout import RunDir
+from megatron_r1.train.schedule import phase_spans, retained_steps
 
 _LISTED = 12
 """Rows of the table."""
@@ -107,7 +107,7 @@ def pinned_as(config: Config, step: int) -> str:
         return f"end of {ended[0]}"
     if config.influence and step in config.influence.steps:
         return "influence.steps"
-    if step in kept_steps(config):
+    if step in retained_steps(config):
         return "train.keep_spaced"
     every = config.train.keep_every
     return "train.keep_every" if every and step % every == 0 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_r1.checkpoint_files import step_path
+from megatron_r1.checkpoint.files import step_path
 from megatron_r1.report import palette, summary, words
 from megatron_r1.report.figure import (
     CONTROL,
@@ -34,7 +34,7 @@ from megatron_r1.report.svg import (
     width_of,
 )
 from megatron_r1.report.table import Cell, Table
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run.layout import RunDir
 
 HELD_OUT = "Held-out loss per capability"
 ROW_HEIGHT = 250.0

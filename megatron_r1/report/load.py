@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import config_io, ledger
+from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.influence.store import Scored, read_scores, scored
-from megatron_r1.near import near_path
 from megatron_r1.records import ScoreTable
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run import ledger
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.errors import suggest_path
 from megatron_r1.train.metrics import read as read_metrics
 
 
@@ -113,7 +114,7 @@ def read_run(root: Path) -> Run:
     if not files.config.is_file():
         raise ValueError(
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
-            f"{near_path(root)}"
+            f"{suggest_path(root)}"
         )
     metrics = read_metrics(files.metrics)
     if not metrics:

@@ -21,7 +21,8 @@ from megatron_r1.report import (
 )
 from megatron_r1.report.figure import Figure
 from megatron_r1.report.load import Reading
-from megatron_r1.run_dir import RunDir, write_text
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import write_text
 
 STYLE = """
 *{box-sizing:border-box}

@@ -12,7 +12,8 @@ from megatron_r1.report.figure import Figure
 from megatron_r1.report.load import Reading
 from megatron_r1.report.page import STYLE, all_figures
 from megatron_r1.report.svg import element, rect, text
-from megatron_r1.run_dir import RunDir, replacing
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import replacing
 
 _SCALE = 2
 """Pixels of a PNG for each of the page."""

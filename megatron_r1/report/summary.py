@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_r1.config import MixConfig
-from megatron_r1.influence.keep_masks import joint_scores
-from megatron_r1.influence.units import in_units
-from megatron_r1.influence.weights import checkpoint_weights, scale_of
+from megatron_r1.mixture.masks import joint_scores
+from megatron_r1.mixture.scores import in_units
+from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Reading, Run
 

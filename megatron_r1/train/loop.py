@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1 import backend, checkpoint, config_io, ledger
-from megatron_r1.agreement import Agreement
+from megatron_r1 import backend, config_io
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.files import Retention
+from megatron_r1.checkpoint.load import load_checkpoint, load_weights
+from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.sources import document_end, identities, launched, resolve_data
-from megatron_r1.optimizer import forget_moments, set_schedule
+from megatron_r1.data.open import document_end, identities, launched, resolve_data
 from megatron_r1.parallel import (
+    DelayedAllReduce,
     ParallelContext,
     broadcast_object,
     gather_objects,
@@ -26,14 +29,14 @@ from megatron_r1.parallel import (
     on_device,
     process_groups,
 )
-from megatron_r1.progress import Progress, say
 from megatron_r1.records import Batch, Corpus, TrainState
-from megatron_r1.retention import Retention
-from megatron_r1.run_dir import RunDir, write_text
-from megatron_r1.run_lock import exit_when_orphaned
-from megatron_r1.stop_request import StopRequest
-from megatron_r1.train import past
-from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
+from megatron_r1.run import ledger
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import write_text
+from megatron_r1.system.process import StopRequest, exit_when_orphaned
+from megatron_r1.system.terminal import Progress, say
+from megatron_r1.train import resume
+from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
     StepGuard,
@@ -44,7 +47,8 @@ from megatron_r1.train.health import (
 )
 from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog
-from megatron_r1.train.schedule import PhaseSpan, kept_steps, phase_spans
+from megatron_r1.train.optimizer import forget_moments, set_schedule
+from megatron_r1.train.schedule import PhaseSpan, phase_spans, retained_steps
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
@@ -62,9 +66,9 @@ def train(config: Config, files: Mapping[str, str] | None = None) -> None:
     the past of the run.
     """
     corpora, plan = resolve_data(config, launched())
-    if past.is_finished(config, plan):
+    if resume.is_finished(config, plan):
         if launched()[0] == 0:
-            print("\n".join(past.outlook(config, plan)), flush=True)
+            print("\n".join(resume.describe_start(config, plan)), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
@@ -104,12 +108,10 @@ class Trainer:
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
         self.spans = phase_spans(config)
-        self.kept = kept_steps(config)
+        self.kept = retained_steps(config)
         keep = config.train
-        self.saver = checkpoint.Saver(
-            run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept))
-        )
-        self.agreement = Agreement(flags=2 + context.world_size)
+        self.saver = Saver(run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept)))
+        self.agreement = DelayedAllReduce(flags=2 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
         self.saving = 0.0
@@ -130,9 +132,9 @@ class Trainer:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         if self.context.leads:
-            for line in past.edits(self.config, self.state.step):
+            for line in resume.edits(self.config, self.state.step):
                 say(f"{self.run.root}: {line}")
-            past.tell_cut_off(self.config, self.state.step)
+            resume.record_killed_launches(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
             write_text(self.run.plan, self._plan_text())
             self.context.announce(
@@ -198,7 +200,7 @@ class Trainer:
         if self.context.leads:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
-            written = [ref.path for ref in checkpoint.found(self.run.checkpoints) if ref.step > first]
+            written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
             probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
             sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
@@ -208,9 +210,9 @@ class Trainer:
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
                 inputs={**self.files, **sources, **probes, **self.origin},
-                outputs={str(saved): checkpoint.identity(saved) for saved in written},
+                outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
             )
-            self.origin = {str(path): checkpoint.identity(path)}
+            self.origin = {str(path): checkpoint_files.identity(path)}
             stops = self.stopping and self.state.step < self.last_step
             end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
             self.context.announce(
@@ -245,14 +247,14 @@ class Trainer:
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        tolerant = Tolerant(batches, self.passes, self._without_labels)
+        tolerant = FaultTolerantBatches(batches, self.passes, self._without_labels)
         result = train_step(
             self.training,
             iter(tolerant),
             self.passes,
             self.shape,
             self.guard.refuses,
-            spoiled=lambda: tolerant.error is not None,
+            discard=lambda: tolerant.error is not None,
         )
         if result.refused is not None:
             self._look_into(tolerant.error, result.refused, span)
@@ -328,7 +330,7 @@ class Trainer:
     def _between_steps(self, phase: str) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
-        stop, writing, *busy_us = self.agreement.heard()
+        stop, writing, *busy_us = self.agreement.result()
         self.busy_R = [us / 1e6 for us in busy_us]
         start = time.perf_counter()
         self.saver.poll(writing)
@@ -342,7 +344,7 @@ class Trainer:
         self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
-        self.agreement.tell(self.stop.requested, self.saver.writing, *mine)
+        self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
     def _plan_text(self) -> str:
         """The data plan, and which datasets it draws from."""
@@ -363,7 +365,7 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
-        saved = checkpoint.found(self.run.checkpoints)
+        saved = checkpoint_files.found(self.run.checkpoints)
         if saved:
             path = saved[-1].path
         elif self.config.train.init_from:
@@ -371,18 +373,18 @@ class Trainer:
         else:
             if weights := self.config.train.init_weights:
                 training = self.training
-                checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
-                self.origin = {weights: checkpoint.identity(Path(weights))}
+                load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
+                self.origin = {weights: checkpoint_files.identity(Path(weights))}
             return TrainState()
-        past.check_past(path, self.config, self.plan, self.identities)
-        state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
-        self.origin = {str(path): checkpoint.identity(path)}
+        resume.check_past(path, self.config, self.plan, self.identities)
+        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, self.config.model)
+        self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
         if self.context.leads:
             self.context.announce(f"{self.run.root}: continues from {path}")
-            if spoiled := checkpoint.damaged(self.run.checkpoints):
-                names = ", ".join(path.name for path in spoiled)
+            if damaged := checkpoint_files.damaged(self.run.checkpoints):
+                names = ", ".join(path.name for path in damaged)
                 say(
                     f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the "
                     f"run goes on without"

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.ledger import read_jsonl
-from megatron_r1.progress import say
-from megatron_r1.run_dir import RunDir, naming, write_text
+from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import read_jsonl
+from megatron_r1.system.files import naming, write_text
+from megatron_r1.system.terminal import say
 from megatron_r1.train.loggers import Logger
 
 

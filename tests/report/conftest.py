@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_r1 import config_io, ledger
+from megatron_r1 import config_io
 from megatron_r1.config import (
     Config,
     DataConfig,
@@ -20,7 +20,8 @@ from megatron_r1.config import (
     TrainConfig,
 )
 from megatron_r1.records import CAPABILITIES, ScoreTable
-from tests.influence import mixture_scores
+from megatron_r1.run import ledger
+from tests.mixture import mixture_scores
 
 SOURCES = {
     "python-stdlib": ("code", 5.2),

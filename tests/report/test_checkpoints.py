@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_r1 import checkpoint_files, config_io
+from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.records import TrainState
 from megatron_r1.report import checkpoints, load

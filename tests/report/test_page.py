@@ -12,10 +12,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from megatron_r1 import config_io, ledger
-from megatron_r1.influence.mixture import make_mixture
+from megatron_r1 import config_io
+from megatron_r1.mixture.mixture import make_mixture
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import load, overhead, page, summary
+from megatron_r1.run import ledger
 
 from .conftest import SOURCES, make_arm, make_scores, write_scores
 
@@ -170,11 +171,11 @@ def test_influence_weighs_as_the_mixture_does(
     )
     config = config_io.load([str(whole / "config.yaml")])
     # The data plan needs the datasets; what the mixture makes of the scores does not.
-    monkeypatch.setattr("megatron_r1.influence.mixture.open_sources", lambda config: ([], []))
+    monkeypatch.setattr("megatron_r1.mixture.mixture.open_sources", lambda config: ([], []))
     monkeypatch.setattr(
-        "megatron_r1.influence.mixture._Draws.room", lambda draws: np.full(len(SOURCES), np.inf)
+        "megatron_r1.mixture.mixture._Draws.room", lambda draws: np.full(len(SOURCES), np.inf)
     )
-    monkeypatch.setattr("megatron_r1.influence.mixture._Draws.epochs", lambda draws, weights: {})
+    monkeypatch.setattr("megatron_r1.mixture.mixture._Draws.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config)
     found = {s.source: s for s in summary.influence(load.read_all(whole))}
     assert np.allclose([found[name].total for name in mixture.sources], mixture.rho_G)

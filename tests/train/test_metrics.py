@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_r1.config import TrainConfig
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run.layout import RunDir
 from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog, read
 
