@@ -268,8 +268,8 @@ def tensors_of(folder: Path) -> dict[str, Any]:
 # Configurations
 
 MODEL = (
-    "model={num_layers: 1, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 2, num_query_groups: 1, "
-    "head_dim: 16, vocab_size: 400}"
+    "model={num_layers: 1, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 2, "
+    "num_query_groups: 1, head_dim: 16, vocab_size: 400}"
 )
 
 

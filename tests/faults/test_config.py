@@ -44,7 +44,7 @@ def test_documents_must_end_in_the_token_that_is_said_to_end_them(
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the command of a run of two steps lacks but the phase; 144 tokens are 2 windows of 64 and of 70."""
+    """The words of a run that has taken its two steps. Its 144 tokens are 2 windows of 64, and 2 of 70."""
     folder = tmp_path_factory.mktemp("begun")
     words = run_words(folder / "run", pair(folder / "pair", documents=6, tokens=24), steps=2)
     answer = inputs.train(folder, *words)
