@@ -9,7 +9,7 @@ from megatron_r1.config import HealthConfig
 from megatron_r1.train.health import StepGuard, TooManyBadStepsError
 from tests.faults.inputs import fault
 
-# Loss and gradient norm of a real run: the tiny preset, 12 windows of 64 tokens a step, a learning rate of 2e-3
+# Loss and gradient norm of a real run: the tiny preset, 12 windows of 64 tokens a step, learning rate 2e-3
 # after 4 steps of warm-up, default health.
 BEFORE = [
     (8.343, 3.078), (8.238, 3.122), (7.982, 2.134), (7.794, 2.092), (7.644, 1.711), (7.311, 2.584),
