@@ -97,7 +97,7 @@ OURS = (
 )
 TENSOR = "parallel.tensor=2 parallel.sequence=true"
 MIX = f"python tools/make_mix.py {SMALL}"
-BF16 = "train.precision=bf16 data.cross_documents=false"
+BF16 = "train.precision=bf16 train.recompute=selective data.order=megatron"
 STEPS = "phases.uniform.steps=20"
 RESUME = f"torchrun tools/train.py {OURS} {BF16} train.run=runs/resumed"
 SCORE = f"tools/compute_influence.py {OURS} {STEPS} {INFLUENCE} influence.steps=[20]"
@@ -152,14 +152,16 @@ def execute(code: Path, folder: Path, command: str) -> subprocess.CompletedProce
 
 
 def must(code: Path, folder: Path, command: str) -> str:
-    """`execute`; returns stdout. Raises CannotRunError with the end of the output."""
+    """`execute`; returns stdout. Raises CannotRunError with what it printed of errors."""
     began = time.time()
     done = execute(code, folder, command)
     if done.returncode:
-        end = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise CannotRunError(f"{folder}: {command}\n{end}\nexit status {done.returncode}")
-    if shown := re.search(r"runs/\w+$|runs/quickstart\S*", command):
-        print(f"  {time.time() - began:4.0f} s  {command.split()[1]} {shown[0]}", flush=True)
+        printed = (done.stdout + done.stderr).splitlines()
+        end = "\n".join([line for line in printed if "rror: " in line][:5] or printed[-15:])
+        raise CannotRunError(f"exit status {done.returncode} in {folder}: {command}\n{end}")
+    if command.startswith(("torchrun", "python tools", "python examples")):
+        run = re.search(r"(run=|--run |--to hf |--to megatron )(\S+)", command)
+        print(f"  {time.time() - began:4.0f} s  {command.split()[1]} {run[2] if run else ''}", flush=True)
     return done.stdout
 
 
@@ -204,7 +206,7 @@ def read(path: Path) -> Any:
         array = np.load(path)
         return array if path.suffix == ".npy" else dict(array)
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return arrays(load_file(path))
     if path.suffix == ".yaml":
         return yaml.safe_load(path.read_text())
     if path.name in ("metrics.jsonl", "ledger.jsonl"):
@@ -215,6 +217,14 @@ def read(path: Path) -> Any:
             value["plan"] = json.loads(value["plan"])
         return value
     return np.fromfile(path, np.uint8)
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """For NumPy, which has no bf16; fp32 holds it exactly."""
+    return {
+        f"{name} ({tensor.dtype})": (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in tensors.items()
+    }
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
@@ -229,7 +239,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
     common = torch.load(path / "common.pt", weights_only=False)
-    return {"tensors": tensors, "others": sorted(parts.keys() - tensors), "common": common}
+    return {"tensors": arrays(tensors), "others": sorted(parts.keys() - tensors), "common": common}
 
 
 def differences(a: Any, b: Any, field: str = "") -> Iterator[tuple[str, str, float]]:
@@ -245,22 +255,16 @@ def differences(a: Any, b: Any, field: str = "") -> Iterator[tuple[str, str, flo
             yield field, f"{len(a)} and {len(b)} items", math.inf
         for i, pair in enumerate(zip(a, b, strict=False)):
             yield from differences(*pair, f"{field}/{i}")
-    elif isinstance(a, torch.Tensor | np.ndarray) and type(a) is type(b):
+    elif isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             yield field, f"{a.dtype} {[*a.shape]} and {b.dtype} {[*b.shape]}", math.inf
-        elif bits(a) != bits(b):
-            x, y = (v.double().numpy() if isinstance(v, torch.Tensor) else v.astype(float) for v in (a, b))
+        elif a.tobytes() != b.tobytes():
+            x, y = a.astype(float), b.astype(float)
             size = np.abs(x - y).max()
             yield field, f"{(x != y).sum()} of {x.size} numbers, by up to {size:.3g}", size
     elif type(a) is not type(b) or repr(a) != repr(b):
         numbers = isinstance(a, int | float) and isinstance(b, int | float)
         yield field, f"{a!r:.60} and {b!r:.60}", abs(a - b) / max(1.0, abs(a)) if numbers else math.inf
-
-
-def bits(array: Any) -> bytes:
-    if isinstance(array, torch.Tensor):
-        array = array.contiguous().flatten().view(torch.uint8).numpy()
-    return bytes(array.tobytes())
 
 
 def tokenizers_differ(a: Path, b: Path) -> Iterator[tuple[str, str, float]]:
