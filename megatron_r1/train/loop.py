@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_r1.checkpoint.files import Retention
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
+from megatron_r1.data import plan_file
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
@@ -94,6 +94,7 @@ class Trainer:
         self.sources = [corpus.name for corpus in corpora]
         # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
         self.identities: dict[str, str] = broadcast_object(identities(config) if context.rank == 0 else None)
+        self.plan_text = plan_file.to_json(plan, self.identities)
         self.loader = BatchLoader(
             plan,
             corpora,
@@ -136,7 +137,7 @@ class Trainer:
                 say(f"{self.run.root}: {line}")
             resume.record_killed_launches(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
-            write_text(self.run.plan, self._plan_text())
+            write_text(self.run.plan, self.plan_text)
             self.context.announce(
                 f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
@@ -346,10 +347,6 @@ class Trainer:
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
-    def _plan_text(self) -> str:
-        """The data plan, and which datasets it draws from."""
-        return json.dumps({**json.loads(self.plan.to_json()), "data": self.identities}, indent=1)
-
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
         if self.log is not None:
@@ -360,7 +357,7 @@ class Trainer:
             self.state,
             self.config.model,
             phase,
-            self._plan_text(),
+            self.plan_text,
         )
 
     def _resume(self) -> TrainState:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
+from megatron_r1.data import plan_file
 from megatron_r1.data.blend import BlendPlan, Phase
 from megatron_r1.data.open import identities, resolve_data
 from megatron_r1.records import CheckpointRef
@@ -47,8 +47,8 @@ def check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str])
             f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
             f"begin a new run"
         )
-    plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
-    seen = json.loads(meta["plan"]).get("data", {})
+    plan_file.check_extends(plan, plan_file.from_json(meta["plan"], samples), samples)
+    seen = plan_file.datasets_of(meta["plan"])
     other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
     if other:
         raise ValueError(
@@ -101,7 +101,7 @@ def record_killed_launches(config: Config, step: int) -> None:
         sources, seen = config.data.sources, {}
         # One that was damaged since stands in nobody's way.
         with suppress(ValueError, IndexError):
-            seen = json.loads(checkpoint_files.read_meta(outputs[-1])["plan"]).get("data", {})
+            seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
         ledger.append(
             run.root,
             f"train {span.name}",

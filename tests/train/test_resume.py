@@ -10,6 +10,7 @@ import pytest
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.data.open import identities, resolve_data
+from megatron_r1.data.plan_file import to_json
 from megatron_r1.records import TrainState
 from megatron_r1.run import ledger
 from megatron_r1.train.resume import record_killed_launches, summary
@@ -19,7 +20,7 @@ from tests.train import small
 def saved(config: Config, *steps: int) -> None:
     """Complete checkpoints of this recipe, but for the weights."""
     directory = Path(config.train.run) / "checkpoints"
-    plan = json.dumps({**json.loads(resolve_data(config)[1].to_json()), "data": identities(config)})
+    plan = to_json(resolve_data(config)[1], identities(config))
     for step in steps:
         temporary = checkpoint_files.begin(directory, step)
         state, final = TrainState(step, step * 8, step * 256), checkpoint_files.step_path(directory, step)
