@@ -1,56 +1,68 @@
-"""Held-out losses of a real run, and how often its datasets are opened."""
+"""Held-out losses in metrics.jsonl are those that transformers computes of the exported checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_r1.config import Config
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
-from megatron_r1.train.loop import train
+from megatron_r1.train import loop
 from tests.distributed import on_ranks
+from tests.faults.inputs import call
+from tests.launch import write_corpus
 from tests.train import small
 
-SEQ = 32
+LENGTH, WINDOWS = 32, 5
+TRAINED = {"a": 40, "b": 59}
+"""Documents that each source trains on, of 60: behind those of `b` less than WINDOWS windows remain."""
 
 
-def _counted(config: Config) -> dict[str, int]:
-    """Train; pair -> how often it was opened."""
-    opened: Counter[str] = Counter()
-    open_pair = IndexedDataset.__init__
-
-    def counting(self: Any, prefix: Any, *share: Any, **keywords: Any) -> None:
-        opened[Path(prefix).name] += 1
-        open_pair(self, prefix, *share, **keywords)
-
-    IndexedDataset.__init__ = counting  # type: ignore[method-assign]  # this fork's own
-    train(config)
-    return dict(opened)
+def _tokens(prefix: Path, documents: int) -> tuple[np.ndarray, int]:
+    """All tokens of a dataset as `write_corpus` writes it, and how many its leading documents have."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    # After 34 bytes of header: int32 tokens of each document.
+    lengths = np.frombuffer(raw, np.int32, count=documents, offset=34)
+    return np.fromfile(f"{prefix}.bin", np.uint16).astype(np.int64), int(lengths.sum())
 
 
-def test_documents_set_aside_are_measured_and_each_pair_is_opened_once(tmp_path: Path) -> None:
-    """A probing set of the very windows behind the documents that are trained on must have the same loss."""
-    small.written(tmp_path)
-    dataset = IndexedDataset(tmp_path / "a")
-    first = -(-dataset.tokens_before(50) // SEQ)
-    with IndexedWriter(tmp_path / "same", np.uint16) as writer:
-        writer.add_document(dataset.tokens[first * SEQ : (first + 3) * SEQ + 1])
-    with IndexedWriter(tmp_path / "same_b", np.uint16) as writer:
-        writer.add_document(dataset.tokens[: 5 * SEQ])
-    config = small.config(
-        tmp_path,
-        "run",
-        2,
-        "train.validation_windows=3",
-        "data.sources.a.documents=50",
-        f"data.probes={{a: '{tmp_path}/same', b: '{tmp_path}/same_b'}}",
-    )
-    (opened,) = on_ranks(1, _counted, config)
-    line = json.loads((Path(config.train.run) / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["validation_nll"] == {"a": pytest.approx(line["probe_nll"]["a"], rel=1e-6)}
-    assert opened == {"a": 1, "b": 1, "same": 1, "same_b": 1}
+def _windows(prefix: Path, trained: int) -> np.ndarray:
+    """The first windows of S + 1 tokens, on the grid of S, without a token that is trained on, [N, S + 1]."""
+    tokens, before = _tokens(prefix, trained)
+    starts = [at for at in range(0, len(tokens) - LENGTH, LENGTH) if at >= before]
+    return np.stack([tokens[at : at + LENGTH + 1] for at in starts[:WINDOWS]])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of two ranks; the third source has no documents set aside."""
+    root = small.written(tmp_path_factory.mktemp("evaluate"))
+    write_corpus(root / "c", 60, seed=2)
+    words = [f"data.sources.{name}.documents={count}" for name, count in TRAINED.items()]
+    words += [f"data.sources.c.prefix={root}/c", "train.probe_every=2"]
+    on_ranks(2, loop.train, small.config(root, "run", 4, f"train.validation_windows={WINDOWS}", *words))
+    return root / "run"
+
+
+def test_the_loss_of_windows_behind_the_documents_that_are_trained_on(run: Path, tmp_path: Path) -> None:
+    # Here, so that ranks do not import it.
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = run / "checkpoints" / "step_00000004"
+    status, text = call("convert_checkpoint", "--to", "hf", checkpoint, tmp_path / "hf")
+    assert status == 0, text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    expected = {}
+    for name, trained in TRAINED.items():
+        rows = torch.from_numpy(_windows(run.parent / name, trained))
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).logits
+        expected[name] = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_nll" in line] == [2, 4]
+    assert lines[-1]["validation_nll"] == pytest.approx(expected, rel=1e-5)
+    # Each value is of its own windows; of `b` there are fewer.
+    assert abs(expected["a"] - expected["b"]) > 1e-3
+    assert len(_windows(run.parent / "b", TRAINED["b"])) < WINDOWS
