@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
-from megatron_r1.data.windows import Examples, add_stream, out_of_vocab, outside
+from megatron_r1.data.windows import Examples, add_stream, unknown_id
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus
 
@@ -81,12 +81,12 @@ class BatchLoader:
 
     def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
         """Refuse ids, those from place `first` of each window on, that the model has no row for."""
-        if self.vocab_size is None or (found := outside(id_BS, self.vocab_size)) is None:
+
+        if self.vocab_size is None:
             return
-        row, column = found
-        position = int(window_N[row]) * self.seq_length + first + column
-        corpus = self._corpora[int(source_N[row])]
-        raise ValueError(out_of_vocab(corpus, position, int(id_BS[found]), self.vocab_size))
+        place = self._corpora, source_N, window_N * self.seq_length + first
+        if mistake := unknown_id(id_BS, self.vocab_size, *place):
+            raise ValueError(mistake)
 
     def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
@@ -28,14 +29,8 @@ def to_json(plan: BlendPlan, data: Mapping[str, str] | None = None) -> str:
                     f"give add_phase the path, so that the plan can refer to it"
                 )
         keep = {name: {"path": mask.path, "sha256": mask.sha256} for name, mask in phase.keep.items()}
-        phases.append(
-            {
-                "start": phase.start,
-                "weights": list(phase.weights),
-                "max_epochs": phase.max_epochs,
-                "keep": keep,
-            }
-        )
+        given = {"start": phase.start, "weights": list(phase.weights), "max_epochs": phase.max_epochs}
+        phases.append({**given, "keep": keep})
     text = {
         "format": FORMAT,
         **_head(plan),
@@ -136,10 +131,13 @@ def _changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
 
 def _of_phases(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
     names = tuple(now.sources)
-    past = [phase for phase in before.phases if phase.start < samples]
-    here = [phase for phase in now.phases if phase.start < samples]
+    past, here = ([p for p in plan.phases if p.start < samples] for plan in (before, now))
     changed: list[str] = []
-    for number, (old, new) in enumerate(zip(past, here, strict=False)):
+    for number, (old, new) in enumerate(zip_longest(past, here)):
+        if old is None or new is None:
+            gone = f"(start {old.start}) is gone" if old else f"is new but starts at sample {new.start}"
+            changed.append(f"phase {number} {gone}")
+            continue
         if old.start != new.start:
             changed.append(f"phase {number} start {old.start} -> {new.start}")
         was, is_ = _identity(before, old), _identity(now, new)
@@ -148,19 +146,8 @@ def _of_phases(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
         if was["max_epochs"] != is_["max_epochs"]:
             caps = _differing(names, was["max_epochs"], is_["max_epochs"])
             changed.append(f"phase {number} max_epochs {caps}")
-        masks = [name for name in names if was["keep"].get(name) != is_["keep"].get(name)]
-        if masks:
+        if masks := [name for name in names if was["keep"].get(name) != is_["keep"].get(name)]:
             changed.append(f"phase {number} keep masks of {listed(masks)}")
-    changed += [
-        f"phase {number} (start {old.start}) is gone"
-        for number, old in enumerate(past)
-        if number >= len(here)
-    ]
-    changed += [
-        f"phase {number} is new but starts at sample {new.start}"
-        for number, new in enumerate(here)
-        if number >= len(past)
-    ]
     return changed
 
 

@@ -34,21 +34,25 @@ _CHECKED_AT_ONCE = 1 << 22
 """Tokens."""
 
 
-def outside(id_NS: np.ndarray, vocab_size: int) -> tuple[int, int] | None:
-    """Row and column of the first of these int64 ids that is not in [0, vocab_size); None if all are."""
+def unknown_id(
+    id_NS: np.ndarray,
+    vocab_size: int,
+    corpora: Sequence[Corpus],
+    source_N: Sequence[int] | np.ndarray,
+    start_N: Sequence[int] | np.ndarray,
+) -> str | None:
+    """What to say of the first of these int64 ids that the model has no row for; None if it has all rows.
+
+    Row n are the tokens from `start_N[n]` on of the stream of `corpora[source_N[n]]`.
+    """
     # Read as unsigned, negative ids are large ones: one pass finds both.
     if not id_NS.size or int(id_NS.view(np.uint64).max()) < vocab_size:
         return None
     row, column = np.argwhere((id_NS < 0) | (id_NS >= vocab_size))[0]
-    return int(row), int(column)
-
-
-def out_of_vocab(corpus: Corpus, position: int, token: int, vocab_size: int) -> str:
-    """What to say of the token at `position` of a corpus's stream that the model has no row for."""
     return (
-        f"{with_suffix(corpus.prefix, '.bin')}: token {position} has id {token}, but "
-        f"model.vocab_size={vocab_size} holds ids 0 to {vocab_size - 1}; set model.vocab_size to the "
-        f"tokenizer's, or preprocess with the model's tokenizer"
+        f"{with_suffix(corpora[source_N[row]].prefix, '.bin')}: token {start_N[row] + column} has id "
+        f"{id_NS[row, column]}, but model.vocab_size={vocab_size} holds ids 0 to {vocab_size - 1}; set "
+        f"model.vocab_size to the tokenizer's, or preprocess with the model's tokenizer"
     )
 
 
@@ -61,9 +65,9 @@ def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:
     tokens = _tokens(corpus)
     last = max(0, len(tokens) - _STRETCH)
     for first in sorted({last * k // (_STRETCHES - 1) for k in range(_STRETCHES)}):
-        ids = tokens[None, first : first + _STRETCH].astype(np.int64)
-        if found := outside(ids, vocab_size):
-            return [out_of_vocab(corpus, first + found[1], int(ids[found]), vocab_size)]
+        id_1S = tokens[None, first : first + _STRETCH].astype(np.int64)
+        if mistake := unknown_id(id_1S, vocab_size, [corpus], [0], [first]):
+            return [mistake]
     return []
 
 
@@ -134,11 +138,9 @@ class Examples:
         at_once = max(1, _CHECKED_AT_ONCE // self.seq_length)
         for first in range(0, len(self._start_P), at_once):
             piece_B = np.arange(first, min(first + at_once, len(self._start_P)))
-            row_BS = self.rows(piece_B)
-            if found := outside(row_BS, vocab_size):
-                piece = first + found[0]
-                corpus, position = self._corpora[self._set_P[piece]], int(self._start_P[piece]) + found[1]
-                return out_of_vocab(corpus, position, int(row_BS[found]), vocab_size)
+            place = self._corpora, self._set_P[piece_B], self._start_P[piece_B]
+            if mistake := unknown_id(self.rows(piece_B), vocab_size, *place):
+                return mistake
         return None
 
     def __len__(self) -> int:
