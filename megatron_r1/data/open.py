@@ -77,12 +77,11 @@ def open_data(
     also: further mistakes, which come in the same message. It sees the datasets that could be opened.
     """
     opener = _Opener(config, share, use)
-    probes = config.data.probes if use == "train" else {}
     directions = config.influence.directions if use == "score" and config.influence else {}
     opened = OpenData(
         opener.corpora("data.sources", config.data.sources),
-        opener.corpora("data.probes", {name: SourceConfig(prefix) for name, prefix in probes.items()}),
-        opener.corpora("influence.directions", {n: SourceConfig(prefix) for n, prefix in directions.items()}),
+        opener.corpora("data.probes", config.data.probes if use == "train" else {}),
+        opener.corpora("influence.directions", directions),
         None if config.data.cross_documents else opener.eod,
         frozenset(opener.absent),
         config,
@@ -103,19 +102,23 @@ class _Opener:
         self.mistakes: list[str] = []
         self.absent: set[str] = set()
 
-    def corpora(self, section: str, named: Mapping[str, SourceConfig]) -> list[Corpus]:
-        """Those that open, in order."""
-        opened = []
+    def corpora(self, section: str, named: Mapping[str, SourceConfig | str]) -> list[Corpus]:
+        """Those that open, in order. `named`: a probing set by its prefix alone."""
+        opened, seq_length = [], self._config.data.seq_length
         for name, source in named.items():
+            path = f"{section}.{name}"
             try:
-                corpus = self._open(f"{section}.{name}", name, source)
-                aside = "" if section == "data.sources" else "; set more documents aside"
-                found = [*self._too_short(corpus, aside), *self._unfit(f"{section}.{name}", corpus)]
+                corpus = self._open(path, name, SourceConfig(source) if isinstance(source, str) else source)
+                found = [] if name in self.absent else self._unfit(path, corpus)
             except (OSError, ValueError) as error:
-                self.mistakes.append(f"{section}.{name}: {error}")
+                self.mistakes.append(f"{path}: {error}")
                 continue
             opened.append(corpus)
-            self.mistakes += [f"{section}.{name}: {mistake}" for mistake in found]
+            if corpus.tokens <= seq_length:
+                aside = "; set more documents aside" if isinstance(source, str) else ""
+                short = f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}"
+                found.insert(0, short + aside)
+            self.mistakes += [f"{path}: {mistake}" for mistake in found]
         return opened
 
     def _open(self, path: str, name: str, source: SourceConfig) -> Corpus:
@@ -129,16 +132,8 @@ class _Opener:
             self.absent.add(name)
             return Corpus(name, Path(source.prefix), 0, source.tokens, "int32", None)
 
-    def _too_short(self, corpus: Corpus, aside: str) -> list[str]:
-        seq_length = self._config.data.seq_length
-        if corpus.tokens > seq_length:
-            return []
-        return [f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}{aside}"]
-
     def _unfit(self, path: str, corpus: Corpus) -> list[str]:
         """Tokens of two tokenizers, ids that the model has no row for, documents that no token ends."""
-        if corpus.name in self.absent:
-            return []
         sidecar, vocab_size = read_sidecar(corpus.prefix), self._config.model.vocab_size
         out = [] if self._config.data.cross_documents else self._ends(corpus, sidecar)
         if sidecar is None or corpus.tokenizer_hash is None:

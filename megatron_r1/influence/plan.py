@@ -68,6 +68,11 @@ class Work:
         """Probing sets, one a capability, in order."""
         return self.data.directions
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """Prefix -> identity of every dataset that is read."""
+        return self.data.identities
+
     def examples(self) -> int:
         """Examples to score at each checkpoint."""
         return sum(len(self.chosen(corpus)) for corpus in self.sources)

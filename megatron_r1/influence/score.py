@@ -232,7 +232,7 @@ class Scoring:
             devices=self.context.world_size,
             tokens=tokens,
             seconds=time.time() - began,
-            inputs={str(ref.path): checkpoint_files.identity(ref.path)} | self.work.data.identities,
+            inputs={str(ref.path): checkpoint_files.identity(ref.path)} | self.work.identities,
             outputs=scores_of(self.parts[ref.step]),
         )
 
