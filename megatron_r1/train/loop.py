@@ -30,8 +30,9 @@ from megatron_r1.parallel import (
     process_groups,
 )
 from megatron_r1.records import Batch, Corpus, TrainState
-from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import process_start
+from megatron_r1.run.stage import finish
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
 from megatron_r1.system.terminal import Progress, say
@@ -126,7 +127,7 @@ class Trainer:
         """Steps whose windows the disk has been asked for."""
         self.log: MetricsLog | None = None
         self.rank_log = RankLog(run.rank_log(context.rank))
-        self.began = ledger.process_start()
+        self.began = process_start()
 
     def train(self) -> None:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
@@ -203,7 +204,7 @@ class Trainer:
             written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
             probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
             sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
-            ledger.append(
+            finish(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
@@ -211,6 +212,7 @@ class Trainer:
                 seconds=time.time() - self.began,
                 inputs={**self.files, **sources, **probes, **self.origin},
                 outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
+                again=True,
             )
             self.origin = {str(path): checkpoint_files.identity(path)}
             stops = self.stopping and self.state.step < self.last_step

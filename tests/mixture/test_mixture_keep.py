@@ -78,7 +78,7 @@ def made(config: Config, output: Path) -> Config:
     """The configuration that trains what make_mix writes."""
     mixture, used = make_mixture(config)
     assert config.mix is not None
-    write(mixture, used, config.mix, output, SEQ)
+    write(mixture, used, config, output)
     (output.parent / "base.yaml").write_text(config_io.dump(config))
     return config_io.load([f"{output.parent}/base.yaml", str(output)])
 
