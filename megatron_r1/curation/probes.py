@@ -32,10 +32,10 @@ from megatron_r1.data.indexed import (
 )
 from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest, suggest_path
-from megatron_r1.system.files import sha256, write_json, write_text
+from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.terminal import Progress, say
 
-FORMAT = 1
+FORMAT = 2
 SETS = ("probe", "heldout")
 _AT_ONCE = 1000
 """Documents that are hashed between two looks at the clock."""
@@ -83,7 +83,7 @@ def curate_probes(
     of_capability = _checked(sources, capabilities, tokens_per_source, fraction, max_document_tokens)
     request = {
         "format": FORMAT,
-        "sources": {name: _identity(prefix) for name, prefix in sources.items()},
+        "sources": {name: _describe_source(prefix) for name, prefix in sources.items()},
         "capabilities": {name: list(members) for name, members in capabilities.items()},
         "tokens_per_source": tokens_per_source,
         "fraction": fraction,
@@ -139,16 +139,17 @@ def curate_probes(
 
 
 def _tell(manifest: dict[str, Any], directory: Path) -> None:
-    """The ledger line: datasets by the hash of their tokens, as those who read them know them."""
-    sources = [of["prefix"] for of in manifest["request"]["sources"].values()]
-    paths = {str(directory / name): digest for name, digest in manifest["files"].items()}
-    sets = [path.removesuffix(".bin") for path in paths if path.endswith(".bin")]
-    split = {path: digest for path, digest in paths.items() if not path.endswith(".bin")}
+    """The ledger line: datasets by their identity, as those who read them know them."""
+    made = {directory / name: digest for name, digest in manifest["files"].items()}
+    sets = [str(path.with_suffix("")) for path in made if path.suffix == ".bin"]
     finish(
         directory,
         "set probes aside",
-        inputs={prefix: identity_of(prefix) for prefix in sources},
-        outputs={**{prefix: identity_of(prefix) for prefix in sets}, **split},
+        inputs={of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()},
+        outputs={
+            **{prefix: identity_of(prefix) for prefix in sets},
+            **{str(path): digest for path, digest in made.items() if path.suffix != ".bin"},
+        },
     )
 
 
@@ -179,22 +180,14 @@ def _checked(
     return of_capability
 
 
-def _identity(prefix: str | Path) -> dict[str, Any]:
-    """What tells one pair from another, without reading the .bin again."""
-    sidecar = read_sidecar(prefix) or {}
-    for suffix in (".idx", ".bin"):
-        if not with_suffix(prefix, suffix).is_file():
+def _describe_source(prefix: str | Path) -> dict[str, str]:
+    """Of the request. Raises FileNotFoundError where a file of the pair is missing."""
+    for path in (with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first"
-                f"{suggest_path(with_suffix(prefix, suffix))}"
+                f"{path} does not exist; run tools/preprocess_data.py first{suggest_path(path)}"
             )
-    return {
-        "prefix": str(prefix),
-        "idx_sha256": sha256(with_suffix(prefix, ".idx")),
-        "bin_bytes": with_suffix(prefix, ".bin").stat().st_size,
-        "bin_sha256": sidecar.get("bin_sha256"),
-        "tokenizer_fingerprint": sidecar.get("tokenizer_fingerprint"),
-    }
+    return {"prefix": str(prefix), "identity": identity_of(prefix)}
 
 
 def _open(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.checkpoint.files import step_path
+from megatron_r1.checkpoint.files import identity, step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
-from megatron_r1.data.indexed import document_starts, identity_of, open_corpus
+from megatron_r1.data.indexed import document_starts, identity_of, open_corpus, with_suffix
 from megatron_r1.data.open import document_end, document_end_mistakes, launched, open_sources
 from megatron_r1.data.windows import choose
 from megatron_r1.influence import store
@@ -91,7 +90,11 @@ class Work:
         """bool [N, C]: which examples lie in which probing set: the same window of the same pair of files."""
         shared_NC = np.zeros((len(part.example_N), len(self.probes)), bool)
         for c, probe in enumerate(self.probes):
-            if part.inputs["directions"][probe.name] == part.inputs["data"]["hash"]:
+            if part.inputs["directions"][probe.name] != part.inputs["data"]["hash"]:
+                continue
+            # Without a sidecar the identity is of the index alone, which other tokens may have, too.
+            one, other = (store.fingerprint(with_suffix(c.prefix, ".bin")) for c in (probe, part.corpus))
+            if one == other:
                 shared_NC[:, c] = np.isin(part.example_N, self.probing(probe))
         return shared_NC
 
@@ -113,17 +116,18 @@ class Work:
         )
 
     def parts(self, step: int, weights: str, curvature: str) -> list[Part]:
-        """Every source at one checkpoint. `weights`: the checkpoint's hash."""
+        """Every source at one checkpoint. `weights`: the checkpoint's identity."""
         influence = self.influence
         layers = influence.layers
         deciding = (*_DECIDING, *_OF_METHOD[influence.method])
         deciding += ("curvature_examples",) if curvature in _MEASURED else ()
         deciding += ("exclude_self",) if influence.exclude_self else ()
-        directions = {c.name: _data_hash(c.prefix) for c in self.probes}
+        identities = self.identities
+        directions = {c.name: identities[str(c.prefix)] for c in self.probes}
         # H is measured on all sources, in their order: another set of them is another H.
         measured = {}
         if curvature in _MEASURED:
-            every = [f"{c.name} {_data_hash(c.prefix)[:16]} {c.documents}" for c in self.sources]
+            every = [f"{c.name} {identities[str(c.prefix)][:16]} {c.documents}" for c in self.sources]
             measured["curvature_sources"] = ", ".join(every)
         out = []
         for position, corpus in enumerate(self.sources):
@@ -134,7 +138,7 @@ class Work:
                 "position": position,
                 "capabilities": [c.name for c in self.probes],
                 "weights": weights,
-                "data": {"hash": _data_hash(corpus.prefix), "documents": corpus.documents},
+                "data": {"hash": identities[str(corpus.prefix)], "documents": corpus.documents},
                 "directions": directions,
                 "influence": {
                     **{name: getattr(influence, name) for name in deciding},
@@ -150,10 +154,6 @@ class Work:
             directory = store.directory_of(Path(self.config.train.run), step, corpus.name)
             out.append(Part(step, corpus, example_N, directory, inputs))
         return out
-
-
-_data_hash = functools.cache(store.data_hash)
-"""Each pair is read once a launch."""
 
 
 def lay_plan(config: Config) -> Work:
@@ -172,7 +172,7 @@ def examples_left(work: Work) -> int:
     run, left = RunDir(Path(work.config.train.run)), 0
     for step in work.steps:
         path = step_path(run.checkpoints, step)
-        weights = store.fingerprint_of([file for file in path.iterdir() if file.is_file()])
+        weights = identity(path)
         curvature = work.influence.curvature
         manifests = run.influence.glob(f"{path.name}/*/manifest.json")
         if curvature == "auto" and (manifest := next(manifests, None)):

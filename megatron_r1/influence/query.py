@@ -8,7 +8,6 @@ own, OUTPUT/influence/step_N/SOURCE/, in the store's format: what reads a run's 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from megatron_r1.config import Config
 from megatron_r1.influence.methods import Method
 from megatron_r1.influence.plan import Part
 from megatron_r1.influence.score import Job, Scoring, open_job
-from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
+from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint, read_manifest
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run.layout import RunDir
@@ -81,9 +80,8 @@ def _answers(part: Part, output: Path) -> Part:
     answers.
     """
     projected = part.directory
-    if (projected / "manifest.json").is_file():
+    if (theirs := read_manifest(projected)) is not None:
         # Which directions were scored at first changes no projection.
-        theirs = json.loads((projected / "manifest.json").read_text())
         same = part.inputs | {key: theirs[key] for key in ("capabilities", "directions")}
         check_inputs(projected, same, "score in another train.run with influence.method=projected")
     if part.left() or not (projected / "projections.npy").is_file():

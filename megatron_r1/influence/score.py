@@ -35,12 +35,13 @@ from megatron_r1.influence.parameters import select
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan, scores_of
 from megatron_r1.influence.projection import Projected, build_projection, projected_directions
-from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
+from megatron_r1.influence.store import ScoreStore, check_inputs
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups, sum_over
 from megatron_r1.records import Batch, CheckpointRef, Corpus
-from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import process_start
+from megatron_r1.run.stage import Standing, finish
 from megatron_r1.system.process import exit_when_orphaned
 from megatron_r1.system.terminal import Progress
 
@@ -61,10 +62,9 @@ def compute_influence(config: Config) -> None:
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
     job = open_job(config)
-    for part in job.all_parts():
-        check_inputs(part.directory, part.inputs)
+    standings = [check_inputs(part.directory, part.inputs) for part in job.all_parts()]
     influence = RunDir(Path(config.train.run)).influence
-    if not any(part.left() for part in job.all_parts()):
+    if all(standing is Standing.DONE for standing in standings):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
         return
@@ -101,8 +101,7 @@ def open_job(config: Config) -> Job:
     curvature = resolve(work.influence.curvature, [ref.path for ref in refs])
     for ref in refs:
         checkpoint_files.check_model(ref.path, config.model)
-        weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
-        parts[ref.step] = work.parts(ref.step, weights, curvature)
+        parts[ref.step] = work.parts(ref.step, checkpoint_files.identity(ref.path), curvature)
     return Job(work, refs, curvature, parts)
 
 
@@ -118,7 +117,7 @@ class Scoring:
         self.left: dict[int, int] = {}
         """Examples to score at each checkpoint when this launch began."""
         self.names = frozenset(select(work.influence.layers, config.model.num_layers))
-        self.began = ledger.process_start()
+        self.began = process_start()
         self.eod = document_end(config)
         backend.seed_model_parallel(config.train.seed)
         precision = config.train.precision
@@ -227,7 +226,7 @@ class Scoring:
     def finish(self, ref: CheckpointRef, stage: str, tokens: int, began: float) -> None:
         """The first rank's: a line of what a checkpoint's scores have cost, and its directions may go."""
         self.cache(ref).clear()
-        ledger.append(
+        finish(
             Path(self.config.train.run),
             f"{stage} step {ref.step}",
             devices=self.context.world_size,
@@ -235,6 +234,7 @@ class Scoring:
             seconds=time.time() - began,
             inputs={str(ref.path): checkpoint_files.identity(ref.path)} | self.work.identities,
             outputs=scores_of(self.parts[ref.step]),
+            again=True,
         )
 
     def cache(self, ref: CheckpointRef) -> DirectionCache:

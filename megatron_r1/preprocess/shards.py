@@ -140,17 +140,8 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """What the sidecar of the merged pair says; ValueError where two shards differ in it."""
-    own = (
-        "tool",
-        "shard",
-        "lines",
-        "merged_seed",
-        "encoder",
-        "documents",
-        "tokens",
-        "rejected",
-        "bin_sha256",
-    )
+    own = {"tool", "shard", "lines", "merged_seed", "encoder"}
+    own |= {"documents", "tokens", "rejected", "bin_sha256"}
     described = []
     for _, sidecar in shards:
         about = {k: v for k, v in sidecar.items() if k not in own} | {"seed": sidecar["merged_seed"]}

@@ -121,15 +121,6 @@ class Stored:
     whole: tuple[Path, str] | None = None
     """The file of the tokens, where it may become the .bin as it is, and its SHA-256."""
 
-    def quoted(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        if self.rejects.is_file():
-            with open(self.rejects, "rb") as stream:
-                for line in stream:
-                    found = json.loads(line)
-                    if self.lines_before is not None:
-                        found["line"] += self.lines_before[names.index(found["file"])]
-                    yield found
-
 
 def rejects_of(prefix: Path) -> Path:
     """Where the rejects of a pair are written, if it has any."""
@@ -140,12 +131,12 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
     """ValueError where no document is left, with the rejects written to say why."""
     if any(len(part.lengths) for part in parts):
         return
-    names = [source["path"] for source in inputs]
-    rejects, path = [found for part in parts for found in part.quoted(names)], rejects_of(prefix)
+    rejects, path = list(_rejects(parts, inputs)), rejects_of(prefix)
     if not rejects:
-        raise ValueError(f"no document in {', '.join(names)}: nothing is written")
+        names = ", ".join(source["path"] for source in inputs)
+        raise ValueError(f"no document in {names}: nothing is written")
     with replacing(path) as stream:
-        stream.write(b"".join(map(_rejected, rejects)))
+        stream.write(b"".join(map(_line, rejects)))
     first = rejects[0]
     raise ValueError(
         f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}, the first "
@@ -153,7 +144,18 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
     )
 
 
-def _rejected(found: dict[str, Any]) -> bytes:
+def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those of all parts, in input order, with their lines in the whole input."""
+    names = [source["path"] for source in inputs]
+    for part in parts:
+        for line in part.rejects.open("rb") if part.rejects.is_file() else ():
+            found = json.loads(line)
+            if part.lines_before is not None:
+                found["line"] += part.lines_before[names.index(found["file"])]
+            yield found
+
+
+def _line(found: dict[str, Any]) -> bytes:
     return json.dumps(found, ensure_ascii=False).encode() + b"\n"
 
 
@@ -171,8 +173,7 @@ def write_pair(
     """
     dtype = np.dtype(about["dtype"])
     lengths = np.concatenate([part.lengths for part in parts])
-    names = [source["path"] for source in about["inputs"]]
-    reasons = Counter(r["reason"].split(":")[0] for part in parts for r in part.quoted(names))
+    reasons = Counter(found["reason"].split(":")[0] for found in _rejects(parts, about["inputs"]))
     sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
     rejects_path = rejects_of(prefix)
     with contextlib.ExitStack() as files:
@@ -181,11 +182,8 @@ def write_pair(
         origins = files.enter_context(replacing(origins_path))
         quoted = files.enter_context(replacing(rejects_path)) if reasons else None
         writer = files.enter_context(IndexedWriter(prefix, dtype))
-        shape = {
-            "descr": np.lib.format.dtype_to_descr(ORIGIN),
-            "fortran_order": False,
-            "shape": (len(lengths),),
-        }
+        kind = np.lib.format.dtype_to_descr(ORIGIN)
+        shape = {"descr": kind, "fortran_order": False, "shape": (len(lengths),)}
         np.lib.format.write_array_header_1_0(origins, shape)
         whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
         if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
@@ -214,8 +212,8 @@ def write_pair(
             on_disk(origins)
         if quoted is not None:
             with naming(rejects_path):
-                for found in (found for part in parts for found in part.quoted(names)):
-                    quoted.write(_rejected(found))
+                for found in _rejects(parts, about["inputs"]):
+                    quoted.write(_line(found))
                 on_disk(quoted)
 
         def forget_earlier() -> None:
