@@ -320,14 +320,14 @@ def test_weights_that_are_not_finite_write_nothing(trained: Config, tmp_path: Pa
 
 
 def _with_nan_weights(config: Config) -> None:
-    load = score_module.checkpoint.load
+    load = score_module.load_checkpoint
 
     def damaged(path: Path, gpt: Any, optimizer: Any, model: Any) -> Any:
         state = load(path, gpt, optimizer, model)
         next(gpt.parameters()).data.fill_(float("nan"))
         return state
 
-    score_module.checkpoint.load = damaged  # this fork's own
+    score_module.load_checkpoint = damaged  # this fork's own
     compute_influence(config)
 
 
