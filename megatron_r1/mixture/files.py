@@ -17,6 +17,9 @@ from megatron_r1.mixture.mixture import Mixture
 from megatron_r1.run.stage import finish
 from megatron_r1.system.files import sha256, write_json, write_text
 
+_BEHIND = ("format", "weights", "data")
+"""Of a score manifest: what tells the checkpoint and the dataset, as manifests of that format know them."""
+
 
 def table(mixture: Mixture) -> str:
     """Sources by rho: weight, the epochs they will take, what masks keep, rho per capability and their mean.
@@ -95,10 +98,7 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
             for g, name in enumerate(mixture.sources)
         },
         "scores": {
-            _name(s, mix): {
-                "scores_sha256": hashes[str(s.directory)],
-                **{key: s.manifest[key] for key in ("format", "weights", "data")},
-            }
+            _name(s, mix): {"scores_sha256": hashes[str(s.directory)], **{k: s.manifest[k] for k in _BEHIND}}
             for s in used
         },
     }
