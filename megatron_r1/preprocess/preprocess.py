@@ -150,7 +150,7 @@ def preprocess(
                 if not isinstance(error, TooManyRejectsError):
                     shutil.rmtree(work, ignore_errors=True)
                 raise
-    tell(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
+        tell(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
     return done
 
 

@@ -106,8 +106,8 @@ def merge(
                 before += sidecar["lines"]
             refuse_empty(parts, key, prefix, about["inputs"])
             sidecars[str(prefix)] = write_pair(parts, prefix, about, began, log)
-    if not check:
-        tell(output, "merge", sidecars, read)
+        if not check:
+            tell(output, "merge", sidecars, read)
     return sidecars
 
 
