@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,10 +43,8 @@ from megatron_r1.train.health import (
     TooManyBadStepsError,
     UnreadableDataError,
     Watchdog,
-    stragglers,
 )
-from megatron_r1.train.loggers import build_loggers
-from megatron_r1.train.metrics import MetricsLog, RankLog
+from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, rank_line, shares, step_line
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retained_steps
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
@@ -144,8 +141,7 @@ class Trainer:
                 f"{self.config.tokens_per_step():,} tokens a step | "
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
-            others = build_loggers(self.run, self.config.train)
-            self.log = MetricsLog(self.run, self.state.step, others)
+            self.log = open_log(self.run, self.state.step, self.config)
         with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
@@ -154,21 +150,9 @@ class Trainer:
             self.log.close()
         self.rank_log.close()
 
-    def _told(self, line: dict[str, Any], bar: Progress) -> str:
-        """A line of this rank's log."""
-        busy = f"busy {self.training.busy.seconds:.3f} s of {line['seconds']:.3f}"
-        if not self.context.leads:
-            return f"step {line['step']} | {busy}"
-        slowest = f"slowest rank {line['slowest_rank']} ({line['slowest_ratio']:.2f}x)"
-        return (
-            f"step {line['step']} | loss {line['loss']:.4f} | lr {line['learning_rate']:.3e} | grad norm "
-            f"{line['grad_norm']:.3f} | {line['tokens_per_second']:,.0f} tokens/s | {busy} | {slowest} | "
-            f"{bar.line()}"
-        )
-
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
-        target = _shares(config.phase_weights(span.name), self.sources)
+        target = shares(config.phase_weights(span.name), self.sources)
         if self.state.step == span.start:
             self._say_unseen(span)
             self.guard.forget()
@@ -187,7 +171,20 @@ class Trainer:
                 result = self._step(span, lr)
                 seconds = time.perf_counter() - start
                 self.watchdog.heard()
-                line = self._line(span, result, lr, seconds, target)
+                line = step_line(
+                    config,
+                    self.state,
+                    span,
+                    result,
+                    self.plan,
+                    lr,
+                    target,
+                    seconds,
+                    self.saving,
+                    self.busy_R,
+                    backend.peak_memory(),
+                    backend.peak_flops(config.train.precision),
+                )
                 done = self.state.step
                 if done % config.train.probe_every == 0 or done == span.end:
                     self.watchdog.heard(more=_LONG)
@@ -195,7 +192,8 @@ class Trainer:
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
-                self.rank_log.write(self._told(line, bar))
+                busy = self.training.busy.seconds
+                self.rank_log.write(rank_line(line, busy, self.context.leads, bar.line()))
                 self._between_steps(span.name)
                 self.watchdog.heard()
         if self.context.leads:
@@ -293,42 +291,6 @@ class Trainer:
             self.saver.wait()
             raise
 
-    def _line(
-        self, span: PhaseSpan, result: StepResult, lr: float, seconds: float, target: dict[str, float]
-    ) -> dict[str, Any]:
-        config, state = self.config, self.state
-        drawn = {name: self.plan.count(name, state.samples) for name in self.sources}
-        since = span.start * config.train.global_batch
-        in_phase = {name: drawn[name] - self.plan.count(name, since) for name in self.sources}
-        seen = result.tokens_N > 0
-        mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
-        flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
-        peak = backend.peak_flops(config.train.precision)
-        slowest, ratio = stragglers(self.busy_R)
-        return {
-            "step": state.step,
-            "phase": span.name,
-            "samples": state.samples,
-            "tokens": state.tokens,
-            "loss": result.loss(),
-            "loss_by_source": {n: mean_N[i] for i, n in enumerate(self.sources) if seen[i]},
-            "tokens_by_source": {n: drawn[n] * config.data.seq_length for n in self.sources},
-            "epochs_by_source": self.plan.epochs(state.samples),
-            "mix_target": target,
-            "mix_actual": _shares(in_phase, self.sources),
-            "learning_rate": lr,
-            "grad_norm": result.grad_norm,
-            "skipped": int(result.refused is not None),
-            "slowest_rank": slowest,
-            "slowest_ratio": ratio,
-            "memory_bytes": backend.peak_memory(),
-            "ranks": self.context.world_size,
-            "seconds": seconds,
-            "saving_seconds": self.saving,
-            "tokens_per_second": config.tokens_per_step() / seconds,
-            **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
-        }
-
     def _between_steps(self, phase: str) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
@@ -392,8 +354,3 @@ class Trainer:
                     f"run goes on without"
                 )
         return state
-
-
-def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weights.get(name, 0) / total for name in names}
