@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.engine import Engine, run_passes
 from megatron_r1.influence.methods import Method
-from megatron_r1.influence.parameters import EMBEDDING
-from megatron_r1.influence.passes import named_parameters, run_passes
+from megatron_r1.influence.parameters import EMBEDDING, named_parameters, sum_over_model
 from megatron_r1.parallel import sum_over
 from megatron_r1.records import Batch
 
@@ -70,7 +72,7 @@ class Scorer:
         self._required = [p for p in gpt.parameters() if p.requires_grad]
 
     def __enter__(self) -> Scorer:
-        names = {id(p): name for name, (_, p) in named_parameters(self.gpt).items()}
+        names = {id(p): name for name, p in named_parameters(self.gpt).items()}
         covered: set[str] = set()
         for module in self.gpt.modules():
             rule = self._rule(module)
@@ -208,8 +210,7 @@ def score(
     replicated_NX = torch.cat([sums.replicated_BX for sums in scorer.sums])
     loss_N = torch.cat([sums.loss_B for sums in scorer.sums])
     scorer.sums.clear()
-    row_NX = sum_over("tensor", sharded_NX) + replicated_NX
-    return sum_over("pipeline", row_NX), sum_over("pipeline", loss_N)
+    return sum_over_model(sharded_NX, replicated_NX), sum_over("pipeline", loss_N)
 
 
 def _add_cross_terms(scorer: Scorer) -> None:
@@ -228,3 +229,25 @@ def _add_cross_terms(scorer: Scorer) -> None:
         if first:
             assert head_BSD is not None and sums.look_up_BSD is not None
             sums.sharded_BX[:, -1] += 2 * (head_BSD.double() * sums.look_up_BSD).sum((1, 2))
+
+
+def score_examples(
+    engine: Engine, method: Method, examples: Examples, first: int = 0, last: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The method's rows [N, X] and mean label losses [N] of the examples [first, last), on every rank:
+    float64."""
+    context, size = engine.context, engine.influence.micro_batch
+    last = len(examples) if last is None else last
+    passes = examples.passes(first, last, engine.rows_per_pass)
+    batches = engine.batches(examples, first, last)
+    with Scorer(engine.gpt, method) as scorer:
+        row_NX, loss_N = score(engine.model, scorer, batches, passes, size, engine.seq_length)
+    # [passes, ranks, B, X + 1]: each rank fills in its own rows, the others' zeros change nothing.
+    mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
+    all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])
+    all_rows[:, context.data_rank] = mine
+    rows_PX = sum_over("tokens", all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
+    out = examples.join(first, last, rows_PX)
+    if engine.influence.loss == "sum":
+        out[:, -1] /= examples.length_N[first:last]
+    return out[:, :-1], out[:, -1]

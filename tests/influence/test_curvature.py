@@ -12,7 +12,7 @@ import torch
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import OptimizerConfig, ParallelConfig
-from megatron_r1.influence.curvature import adam_scale, precondition
+from megatron_r1.influence.curvature import CURVATURES, adam_scale
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.train.optimizer import build_optimizer, set_schedule
@@ -75,7 +75,7 @@ def _score(path: Path, parallel: ParallelConfig) -> np.ndarray:
         gpt = tiny.build(parallel)
         load_checkpoint(path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
-        precondition("adam", v, path, gpt)
+        CURVATURES["adam"]().apply(v, tiny.engine(gpt, context), path, [])
         return tiny.scores(gpt, context, v, tiny.windows())[0]
 
 
