@@ -136,19 +136,17 @@ class DataInf:
             return products(gradient, {name: g[None] for name, g in gradient.items()}, 1)[:, 0]
 
         total_L = torch.zeros(len(names), dtype=torch.float64, device=backend.device())
-        for windows in sources:
-            for gradient in engine.example_gradients(windows):
-                total_L += squares(gradient)
+        for gradient in engine.example_gradients(*sources):
+            total_L += squares(gradient)
         damping_L = _DAMPING * sum_over("data", total_L) / (examples * size_L)
         check_gradients("datainf", dict(zip(names, damping_L.tolist(), strict=True)), examples)
         capabilities = len(next(iter(directions.values()), ()))
         sums = {name: torch.zeros_like(direction) for name, direction in directions.items()}
-        for windows in sources:
-            for gradient in engine.example_gradients(windows):
-                dot_LC = products(gradient, directions, capabilities)
-                share_LC = (dot_LC / (damping_L + squares(gradient))[:, None]).float()
-                for share_C, (name, total) in zip(share_LC, sums.items(), strict=True):
-                    total += torch.tensordot(share_C[:, None], gradient[name][None], dims=1)
+        for gradient in engine.example_gradients(*sources):
+            dot_LC = products(gradient, directions, capabilities)
+            share_LC = (dot_LC / (damping_L + squares(gradient))[:, None]).float()
+            for share_C, (name, total) in zip(share_LC, sums.items(), strict=True):
+                total += torch.tensordot(share_C[:, None], gradient[name][None], dims=1)
         for damping, (name, total) in zip(damping_L, sums.items(), strict=True):
             directions[name] -= sum_over("data", total) / examples
             directions[name] /= damping.float()

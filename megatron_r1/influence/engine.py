@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,9 @@ class Engine:
         """See `run_passes`."""
         run_passes(self.model, batches, passes, self.influence.micro_batch, self.seq_length, begin)
 
-    def mean_gradient(self, windows: Examples, advance: Callable[[int], None] | None = None) -> Gradient:
+    def mean_gradient(
+        self, windows: Examples, advance: Callable[[int], object] = lambda count: None
+    ) -> Gradient:
         """Gradient of the mean of the windows' losses; the same on all data-parallel ranks.
 
         `advance` is called with the number of windows of each pass.
@@ -162,8 +165,7 @@ class Engine:
 
         def counted() -> Iterator[Batch]:
             for number, batch in enumerate(self.batches(windows)):
-                if advance is not None:
-                    advance(min(self.rows_per_pass, len(windows) - number * self.rows_per_pass))
+                advance(min(self.rows_per_pass, len(windows) - number * self.rows_per_pass))
                 yield batch
 
         try:
@@ -176,15 +178,15 @@ class Engine:
             sum_over("tokens", gradient).div_(len(windows))
         return sums
 
-    def example_gradients(self, windows: Examples) -> Iterator[Gradient]:
-        """Whole gradients of single windows' losses, this data-parallel rank's share of them: as many on
-        every rank, with zeros at the end."""
-        mine = named_parameters(self.gpt)
-        for batch in self.batches(windows, micro_batch=1):
+    def example_gradients(self, *sources: Examples) -> Iterator[Gradient]:
+        """Whole gradients of single windows' losses, this data-parallel rank's share of each source: as many
+        on every rank, with zeros at the end."""
+        mine, counted = named_parameters(self.gpt), set(self.names)
+        for batch in chain.from_iterable(self.batches(windows, micro_batch=1) for windows in sources):
             run_passes(self.model, iter([batch]), 1, 1, self.seq_length)
             gradient = {}
             for name, p in mine.items():
-                if name in self.names:
+                if name in counted:
                     gradient[name] = (torch.zeros_like(p) if p.grad is None else p.grad).float()
                     complete_gradient(p, gradient[name])
                     sum_over("context", gradient[name])
@@ -198,13 +200,38 @@ class Engine:
         Labels follow from `influence.seed`, the source's number and the window's place: the same at every
         call and in every layout.
         """
-        labels = _DrawnLabels(self, windows, source)
-        head = self.gpt.output_layer if self.gpt.post_process else None
-        hook = head.register_forward_hook(labels.write) if head is not None else None
+        batch: Batch
+        uniform_BS: Tensor
+
+        def batches() -> Iterator[Batch]:
+            nonlocal batch, uniform_BS
+            # Each batch's forward pass comes before the next batch is asked for.
+            for number, given in enumerate(self.batches(windows)):
+                size = len(given.tokens_BS)
+                # By the row's place among all ranks' rows: the same in every layout.
+                row_B = (number * self.context.data_size + self.context.data_rank) * size + np.arange(size)
+                random = (np.random.default_rng([self.influence.seed, source, row]) for row in row_B.tolist())
+                whole_BS = torch.from_numpy(np.stack([r.random(self.seq_length) for r in random]))
+                uniform_BS = cut_to_rank({"uniform": whole_BS.to(backend.device())})["uniform"]
+                # A copy: tokens may lie in the same memory.
+                batch = dataclasses.replace(given, labels_BS=given.labels_BS.clone())
+                yield batch
+
+        def write(module: Any, inputs: Any, output: Any) -> None:
+            """Overwrite the batch's labels where the head's output passes, before the loss reads them."""
+            group = parallel_state.get_tensor_model_parallel_group()
+            for first in range(0, len(output[0]), _PLACES):
+                logits_SBV = output[0].detach()[first : first + _PLACES]
+                part = slice(first, first + len(logits_SBV))
+                uniform_SB = uniform_BS[:, part].T
+                label_N = draw(logits_SBV.flatten(0, 1), uniform_SB.flatten(), group)
+                batch.labels_BS[:, part] = label_N.view_as(uniform_SB).T
+
+        hooks = [self.gpt.output_layer.register_forward_hook(write)] if self.gpt.post_process else []
         try:
-            yield iter(labels)
+            yield batches()
         finally:
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
 
 
@@ -213,41 +240,6 @@ def _add_and_free(total: Tensor | None, p: Parameter) -> None:
     if total is not None:
         total += p.grad
     p.grad = None
-
-
-class _DrawnLabels:
-    """Batches whose labels are overwritten where the head's output passes, before the loss reads them."""
-
-    def __init__(self, engine: Engine, windows: Examples, source: int):
-        self._engine, self._windows, self._source = engine, windows, source
-        self._batch: Batch
-        self._uniform_BS: Tensor
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Each batch's forward pass comes before the next batch is asked for."""
-        ranks, rank = self._engine.context.data_size, self._engine.context.data_rank
-        seed, seq_length = self._engine.influence.seed, self._engine.seq_length
-        for number, batch in enumerate(self._engine.batches(self._windows)):
-            size = len(batch.tokens_BS)
-            # By the row's place among all ranks' rows: the same in every layout.
-            row_B = (number * ranks + rank) * size + np.arange(size)
-            random = (np.random.default_rng([seed, self._source, row]) for row in row_B.tolist())
-            whole_BS = torch.from_numpy(np.stack([r.random(seq_length) for r in random]))
-            whole_BS = whole_BS.to(backend.device())
-            self._uniform_BS = cut_to_rank({"uniform": whole_BS})["uniform"]
-            # A copy: tokens may lie in the same memory.
-            self._batch = dataclasses.replace(batch, labels_BS=batch.labels_BS.clone())
-            yield self._batch
-
-    def write(self, module: Any, inputs: Any, output: Any) -> None:
-        """A forward hook of the head."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        for first in range(0, len(output[0]), _PLACES):
-            logits_SBV = output[0].detach()[first : first + _PLACES]
-            part = slice(first, first + len(logits_SBV))
-            uniform_SB = self._uniform_BS[:, part].T
-            label_N = draw(logits_SBV.flatten(0, 1), uniform_SB.flatten(), group)
-            self._batch.labels_BS[:, part] = label_N.view_as(uniform_SB).T
 
 
 def draw(logits_NV: Tensor, uniform_N: Tensor, group: Any) -> Tensor:

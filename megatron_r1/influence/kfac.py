@@ -107,14 +107,11 @@ class EKfac(Kfac):
     def _eigenvalues(
         self, bases: Bases, products: Gradient, engine: Engine, sources: Sequence[Examples]
     ) -> Gradient:
-        moments = _Moments(
-            {name: sides for name, sides in bases.items() if name != EMBEDDING}, engine.context
-        )
+        moments = _Moments({n: sides for n, sides in bases.items() if n != EMBEDDING}, engine.context)
         _collect(moments, engine, sources)
-        examples = sum(map(len, sources))
-        return products | {
-            name: sum_over("data", sum_XY) / examples for name, sum_XY in moments.squares_XY.items()
-        }
+        for name, sum_XY in moments.squares_XY.items():
+            products[name] = sum_over("data", sum_XY).div_(sum(map(len, sources)))
+        return products
 
 
 def check_gradients(kind: str, damping: dict[str, float], examples: int) -> None:

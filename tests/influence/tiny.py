@@ -16,7 +16,7 @@ from megatron_r1.data.windows import Examples
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.gradients import score_examples
 from megatron_r1.influence.methods import Method, WgradDot
-from megatron_r1.influence.parameters import Directions, named_parameters, squared_norm
+from megatron_r1.influence.parameters import Directions, named_parameters, split_axis, squared_norm
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.records import TrainState
@@ -101,6 +101,8 @@ def layout(
     """
     with process_groups(parallel) as context:
         gpt = build(parallel, precision)
+        for name, p in named_parameters(gpt).items():
+            assert getattr(p, "tensor_model_parallel", False) == (split_axis(name) is not None), name
         if checkpoints is not None:
             ref = save_checkpoint(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
             load_checkpoint(ref.path, gpt, None, MODEL)
