@@ -13,7 +13,6 @@ If fields of the configuration decide its bits, they stand in `influence.plan.FI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +44,7 @@ _DAMPING = 0.1
 
 class Curvature(Protocol):
     def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: Sequence[Examples]
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
     ) -> None:
         """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
 
@@ -61,7 +60,7 @@ class Identity:
         return {}
 
     def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: Sequence[Examples]
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
     ) -> None:
         for name, scale in self.diagonal(checkpoint, engine.gpt).items():
             if name in directions:
@@ -119,7 +118,7 @@ class DataInf:
     """
 
     def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: Sequence[Examples]
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
     ) -> None:
         names, examples = list(directions), sum(map(len, sources))
         shapes = (whole_shape(n, v.shape[1:], engine.context.tensor_size) for n, v in directions.items())

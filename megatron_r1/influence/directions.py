@@ -1,13 +1,15 @@
-"""Mean gradients of probing sets on disk while a checkpoint is scored, so that a kill does not cost them.
+"""Directions of a checkpoint: v_c = H^-1 (1/M) sum_z g_z over the M windows z of a probing set P_c.
+
+Mean gradients are on disk while the checkpoint is scored, so that a killed launch does not cost them:
 
     RUN/influence/step_N/.directions/HASH/tensor_0.pipeline_0.pt    this rank's shard, float32
 
-The hash is of all that decides a direction's bits, the layout included. Curvature is applied after reading.
-The files go when the checkpoint's scores are complete: three directions of a model are as large as an
-optimizer's state.
+The hash is of everything that decides a gradient's bits, the layout included; H is applied after reading. The
+files are removed when the checkpoint's scores are complete. Three directions are as large as an optimizer's
+state.
 
-An example that lies in a probing set is scored against the direction without it (`influence.exclude_self`).
-A direction is v_c = H^-1 (1/M) sum_z g_z over the M windows of P_c. Without one of them, x, it gives
+An example that lies in a probing set may be scored against the direction without it
+(`influence.exclude_self`). Without the window x, the direction gives
 
     <v_c^{-x}, g_x> = (M <v_c, g_x> - <H^-1 g_x, g_x>) / (M - 1)
 
@@ -53,9 +55,9 @@ class CheckpointDirections:
     """
 
     windows_passed: int = 0
-    """Of probing sets, without those whose gradient was in the cache."""
+    """Windows of the probing sets whose gradients were not in the cache."""
     pass_seconds: float = 0.0
-    """What they took."""
+    """Time of their passes."""
 
     def __init__(self, engine: Engine, work: Work, curvature: str, ref: CheckpointRef, parts: Sequence[Part]):
         self.ref, self._engine, self._work, self._parts = ref, engine, work, parts
@@ -66,24 +68,9 @@ class CheckpointDirections:
     def build(self) -> tuple[Directions, list[float]]:
         """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
         engine, work = self._engine, self._work
-        gradients = []
-        total = work.probe_windows()
-        with Progress(
-            f"directions of step {self.ref.step}", total, "windows", show=engine.context.leads
-        ) as bar:
-            for probe in work.probes:
-                cached = self.cache.load(probe.name)
-                gradient = self._mean_gradient(probe, bar) if cached is None else cached
-                square = squared_norm(gradient, engine.gpt)
-                if not 0 < square < float("inf"):
-                    what = "zero" if square == 0 else "not finite"
-                    raise ValueError(
-                        f"the direction of {probe.name} at step {self.ref.step} is {what}; look at that "
-                        f"checkpoint and at {probe.prefix}"
-                    )
-                if cached is None:
-                    self.cache.save(probe.name, gradient)
-                gradients.append(gradient)
+        label, total = f"directions of step {self.ref.step}", work.probe_windows()
+        with Progress(label, total, "windows", show=engine.context.leads) as bar:
+            gradients = [self._mean_gradient(probe, bar) for probe in work.probes]
         directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
         self._curvature.apply(directions, engine, self.ref.path, self._sources())
         norm_C = [
@@ -93,11 +80,20 @@ class CheckpointDirections:
         return directions, norm_C
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> Gradient:
-        windows = self._engine.examples(probe, self._work.probing(probe))
-        start = time.monotonic()
-        gradient = self._engine.mean_gradient(windows, bar.advance)
-        self.windows_passed += len(windows)
-        self.pass_seconds += time.monotonic() - start
+        cached = gradient = self.cache.load(probe.name)
+        if gradient is None:
+            windows, start = self._engine.examples(probe, self._work.probing(probe)), time.monotonic()
+            gradient = self._engine.mean_gradient(windows, bar.advance)
+            self.windows_passed += len(windows)
+            self.pass_seconds += time.monotonic() - start
+        square = squared_norm(gradient, self._engine.gpt)
+        if not 0 < square < float("inf"):
+            raise ValueError(
+                f"the direction of {probe.name} at step {self.ref.step} is "
+                f"{'not finite' if square else 'zero'}; look at that checkpoint and at {probe.prefix}"
+            )
+        if cached is None:
+            self.cache.save(probe.name, gradient)
         return gradient
 
     def _sources(self) -> list[Examples]:
@@ -119,10 +115,9 @@ class CheckpointDirections:
             own_N = results["norms"].square()
         else:
             number_N = part.example_N[first : first + len(shared_N)][shared_N]
+            windows = self._engine.examples(part.corpus, number_N)
             own_N = torch.zeros(len(shared_N), dtype=torch.float64)
-            own_N[torch.from_numpy(shared_N)] = self._own_products(
-                self._engine.examples(part.corpus, number_N), self._curvature
-            )
+            own_N[torch.from_numpy(shared_N)] = self._own_products(windows, self._curvature)
         size_C = torch.tensor([len(self._work.probing(probe)) for probe in self._work.probes])
         results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
 
@@ -157,7 +152,7 @@ class DirectionCache:
         }
 
     def load(self, capability: str) -> Gradient | None:
-        """A direction's shard; None, on all ranks, where any has to compute it."""
+        """This rank's shard; None on all ranks if one of them has no file."""
         path = self._path(capability)
         there = torch.tensor(int(path.is_file()), device=backend.device())
         dist.all_reduce(there, dist.ReduceOp.MIN)
@@ -167,7 +162,7 @@ class DirectionCache:
         return cached
 
     def save(self, capability: str, gradient: Gradient) -> None:
-        """Of several ranks that hold the same shard, the first writes it."""
+        """Write the shard, on the first of the ranks that hold the same one."""
         if self._context.data_rank == 0 and parallel_state.get_context_parallel_rank() == 0:
             path = self._path(capability)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +170,7 @@ class DirectionCache:
                 torch.save({name: t.cpu() for name, t in gradient.items()}, stream)
 
     def clear(self) -> None:
-        """Called by one rank, once nobody will ask again."""
+        """Remove the files; one rank calls this when the scores are complete."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _path(self, capability: str) -> Path:

@@ -47,21 +47,37 @@ def weigh(batch: Batch, label_weight_B: np.ndarray) -> Batch:
     return on_device(dataclasses.replace(batch, loss_mask_BS=batch.loss_mask_BS * weight_B1))
 
 
+Begin = Callable[[Batch], Tensor]
+"""Called with each micro-batch before its forward pass; returns a buffer, [B], to which each row's weighted
+loss is added on the last pipeline stage."""
+
+
 def run_passes(
     model: Any,
     batches: Iterator[Batch],
     passes: int,
     micro_batch: int,
     seq_length: int,
-    begin: Callable[[Batch], Tensor] | None = None,
+    begin: Begin | None = None,
 ) -> None:
-    """Forward and backward of `passes` micro-batches by megatron-core's schedule for this layout.
+    """Forward and backward of `passes` micro-batches by megatron-core's schedule for this layout."""
 
-    `begin` is called with each micro-batch before its forward pass, and answers with a buffer, [B], to which
-    each row's weighted loss is added on the last pipeline stage.
-    """
+    def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        losses_B = begin(batch) if begin is not None else None
+
+        def weighted_loss(loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            """Rows without labels, which fill up a micro-batch, have loss 0."""
+            loss_B = (loss_BS.float() * batch.loss_mask_BS).sum(1)
+            if losses_B is not None:
+                losses_B.add_(loss_B.detach())
+            return loss_B.sum(), batch.loss_mask_BS.count_nonzero().to(torch.int), {}
+
+        out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
+        return out, weighted_loss
+
     get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, begin=begin),
+        forward_step_func=forward_step,
         data_iterator=batches,
         model=model,
         num_microbatches=passes,
@@ -69,25 +85,6 @@ def run_passes(
         micro_batch_size=micro_batch,
         forward_only=False,
     )
-
-
-def _forward_step(
-    batches: Iterator[Batch], model: Any, begin: Callable[[Batch], Tensor] | None
-) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    batch = next(batches)
-    losses_B = begin(batch) if begin is not None else None
-    out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
-    return out, partial(_weighted, batch, losses_B)
-
-
-def _weighted(
-    batch: Batch, losses_B: Tensor | None, loss_BS: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Rows without labels, which fill up a micro-batch, have loss 0."""
-    loss_B = (loss_BS.float() * batch.loss_mask_BS).sum(1)
-    if losses_B is not None:
-        losses_B += loss_B.detach()
-    return loss_B.sum(), batch.loss_mask_BS.count_nonzero().to(torch.int), {}
 
 
 @dataclass(frozen=True)
@@ -141,9 +138,7 @@ class Engine:
                 batch.loss_mask_BS[row, labels:] = 0
             yield weigh(batch, 1 / length_B if self.influence.loss == "mean" else np.ones(size))
 
-    def run(
-        self, batches: Iterator[Batch], passes: int, begin: Callable[[Batch], Tensor] | None = None
-    ) -> None:
+    def run(self, batches: Iterator[Batch], passes: int, begin: Begin | None = None) -> None:
         """See `run_passes`."""
         run_passes(self.model, batches, passes, self.influence.micro_batch, self.seq_length, begin)
 

@@ -103,7 +103,7 @@ class Scorer:
             p.requires_grad_(True)
 
     def begin(self, batch: Batch) -> Tensor:
-        """Start a micro-batch: the coming forward pass and its backward pass add to new sums. Its losses."""
+        """Start a micro-batch: its forward and backward pass add to new sums. Returns its losses, [B]."""
         zeros = torch.zeros(
             len(batch.tokens_BS), self.method.width, dtype=torch.float64, device=backend.device()
         )
@@ -175,7 +175,7 @@ class Scorer:
 
 
 def _mine(tokens_BS: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Rows of this rank's shard of the embedding, and which tokens have theirs there."""
+    """Each token's row in this rank's shard of the embedding, 0 where it has none, and whether it has one."""
     index_BS = tokens_BS - group.rank() * rows
     mine_BS = (index_BS >= 0) & (index_BS < rows)
     return torch.where(mine_BS, index_BS, 0), mine_BS
@@ -196,10 +196,10 @@ def _whole_sequence(x: Tensor, module: Any) -> Tensor:
 def score(
     model: Any, scorer: Scorer, batches: Iterator[Batch], passes: int, micro_batch: int, seq_length: int
 ) -> tuple[Tensor, Tensor]:
-    """The method's rows and the losses of this data-parallel rank's examples: float64 [passes * B, X], [...].
+    """The method's rows [N, X] and the losses [N] of this data-parallel rank's N = passes * B rows: float64.
 
-    Of scores: <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. Every
-    rank that shares a sequence gets the same result but for context parallelism: there it is a part, and
+    A score is <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. All ranks
+    of a model copy get the same result. Under context parallelism it is a part, and
     `sum_over("tokens", ...)` adds the parts up.
     """
     scorer.sums.clear()
@@ -214,7 +214,7 @@ def score(
 
 
 def _add_cross_terms(scorer: Scorer) -> None:
-    """The squared norm of a sum of both uses of the tied embedding has twice their product, too."""
+    """Add twice the product of the tied embedding's two gradients, which the norm of their sum holds."""
     first = parallel_state.is_pipeline_first_stage()
     for sums in scorer.sums:
         head_BSD = sums.head_BSD

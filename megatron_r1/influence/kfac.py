@@ -25,7 +25,7 @@ weight, a direction or L, a rank never holds more than its shard's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ class Kfac:
     name = "kfac"
 
     def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: Sequence[Examples]
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
     ) -> None:
         """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
 
@@ -95,7 +95,7 @@ class Kfac:
                     directions[name] = directions[name] / divisor
 
     def _eigenvalues(
-        self, bases: Bases, products: Gradient, engine: Engine, sources: Sequence[Examples]
+        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
     ) -> Gradient:
         """L in the bases, this rank's rows. `products`: lambda_G lambda_A^T."""
         return products
@@ -105,7 +105,7 @@ class EKfac(Kfac):
     name = "ekfac"
 
     def _eigenvalues(
-        self, bases: Bases, products: Gradient, engine: Engine, sources: Sequence[Examples]
+        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
     ) -> Gradient:
         moments = _Moments({n: sides for n, sides in bases.items() if n != EMBEDDING}, engine.context)
         _collect(moments, engine, sources)
@@ -123,7 +123,7 @@ def check_gradients(kind: str, damping: dict[str, float], examples: int) -> None
         )
 
 
-def _collect(collector: _Collector, engine: Engine, sources: Sequence[Examples]) -> None:
+def _collect(collector: _Collector, engine: Engine, sources: list[Examples]) -> None:
     """Hand `collector` inputs and output gradients of layers, from passes with drawn labels."""
     for number, windows in enumerate(sources):
         with engine.drawn_labels(windows, number) as batches, Scorer(engine.gpt, collector) as scorer:
@@ -131,7 +131,8 @@ def _collect(collector: _Collector, engine: Engine, sources: Sequence[Examples])
 
 
 def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[str]]:
-    """Names whose factors exist together; as many groups on every rank, for stages pass together."""
+    """Groups of names whose factors are in memory at a time; the same number on every rank, because the
+    stages of a pipeline run their passes together."""
     groups: list[list[str]] = [[]]
     held = 0
     # The embedding's factors are summed over two stages: in the same group on both.
@@ -149,7 +150,7 @@ def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[s
 
 
 class _Collector(Method):
-    """Keeps sums of what passes, and adds nothing to the examples' rows."""
+    """Sums over all examples, where a method has a row for each."""
 
     squares = False
     width = 1

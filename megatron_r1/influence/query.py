@@ -57,7 +57,7 @@ def open_query(config: Config, output: Path, capabilities: Sequence[str] | None 
             config, influence=dataclasses.replace(config.influence, directions=asked)
         )
     job = open_job(config)
-    parts = {step: [_answers(part, output) for part in found] for step, found in job.parts.items()}
+    parts = {step: [_answers(part, output) for part in scored] for step, scored in job.parts.items()}
     return dataclasses.replace(job, parts=parts)
 
 

@@ -1,8 +1,8 @@
 """Score the representative sets against every capability, at every checkpoint asked for (Eqs. 2, 3).
 
-Work is done in chunks of rows that depend on the layout alone; each is on disk before the next begins.
-The same command again continues at the first chunk that is missing, and gives the same bits as one that
-was never cut off.
+A source is scored in chunks of rows that depend on the layout alone. Each chunk is on disk before the next
+one begins. The same command again continues at the first chunk that is missing, with the same bits as a
+launch that was not killed.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ def open_job(config: Config) -> Job:
 
 def rows_left(parts: list[Part]) -> int:
     """Examples to compute, as the first rank sees the disk."""
-    left: int = broadcast_object(sum(part.left() for part in parts))
-    return left
+    return int(broadcast_object(sum(part.left() for part in parts)))
 
 
 def record_scored(
