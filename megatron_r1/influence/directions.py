@@ -131,7 +131,7 @@ class CheckpointDirections:
         ]
         all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
         # Ranks that share a sequence have the same products.
-        all_PR[:, context.data_rank] = torch.tensor(mine_P, dtype=torch.float64) / context.context_size
+        all_PR[:, context.data_rank] = all_PR.new_tensor(mine_P) / context.context_size
         return sum_over("tokens", all_PR).flatten()[: len(windows)].cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
-from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
+from megatron_r1.config import InfluenceConfig, ParallelConfig
+from megatron_r1.influence.curvature import CURVATURES
+from megatron_r1.influence.methods import METHODS, Ghost, LowRank, Method, correlation, truncated
 from megatron_r1.influence.parameters import parameter_names
+from megatron_r1.influence.plan import FIELDS
 from megatron_r1.influence.projection import Projected, Projection, projected_directions
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
@@ -57,6 +60,13 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
 @pytest.fixture(scope="module")
 def alone(weights: Path) -> Found:
     return on_ranks(1, _measured, ParallelConfig(), weights)[0]
+
+
+def test_the_configuration_names_every_method_and_curvature() -> None:
+    hints = get_type_hints(InfluenceConfig)
+    assert set(get_args(hints["method"])) == METHODS.keys()
+    assert set(get_args(hints["curvature"])) - {"auto"} == CURVATURES.keys()
+    assert FIELDS.keys() <= METHODS.keys() | CURVATURES.keys()
 
 
 def test_exact_methods_agree(alone: Found) -> None:
