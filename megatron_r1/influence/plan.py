@@ -26,10 +26,18 @@ from megatron_r1.system.files import sha256
 
 _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
 """Fields of InfluenceConfig that decide what is stored."""
-_OF_METHOD = {"wgrad-dot": (), "ghost": ("per_token",), "lowrank": ("rank",), "projected": ("projection",)}
-"""Further ones, by method."""
-_MEASURED = ("datainf", "kfac", "ekfac")
-"""Curvatures that are measured on examples of the sources."""
+FIELDS = {
+    "ghost": ("per_token",),
+    "lowrank": ("rank",),
+    "projected": ("projection",),
+    **dict.fromkeys(("datainf", "kfac", "ekfac"), ("curvature_examples",)),
+}
+"""Further ones, by method or curvature. Here and not at the classes, which need torch."""
+
+
+def measured_on_examples(curvature: str) -> bool:
+    """Whether H is measured on examples of the sources."""
+    return "curvature_examples" in FIELDS.get(curvature, ())
 
 
 @dataclass(frozen=True)
@@ -119,14 +127,13 @@ class Work:
         """Every source at one checkpoint. `weights`: the checkpoint's identity."""
         influence = self.influence
         layers = influence.layers
-        deciding = (*_DECIDING, *_OF_METHOD[influence.method])
-        deciding += ("curvature_examples",) if curvature in _MEASURED else ()
+        deciding = (*_DECIDING, *FIELDS.get(influence.method, ()), *FIELDS.get(curvature, ()))
         deciding += ("exclude_self",) if influence.exclude_self else ()
         identities = self.identities
         directions = {c.name: identities[str(c.prefix)] for c in self.probes}
         # H is measured on all sources, in their order: another set of them is another H.
         measured = {}
-        if curvature in _MEASURED:
+        if measured_on_examples(curvature):
             every = [f"{c.name} {identities[str(c.prefix)][:16]} {c.documents}" for c in self.sources]
             measured["curvature_sources"] = ", ".join(every)
         out = []
@@ -246,7 +253,7 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         out.append(f"influence.norms: method={influence.method} forms no gradients; use method=wgrad-dot")
     if influence.per_token and influence.method != "ghost":
         out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
-    if influence.curvature in _MEASURED and influence.unit == "document":
+    if measured_on_examples(influence.curvature) and influence.unit == "document":
         kind = influence.curvature
         out.append(f"influence.curvature={kind}: not of documents, which pass in pieces; use unit=window")
     if influence.exclude_self and not (
@@ -324,7 +331,7 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
     tokens = [n * checkpoints * seq_length for n in (rows, probes)]
     hours = per_token * (PASS * tokens[0] + tokens[1]) / (1e12 * peak_tflops * utilisation) / 3600
     without = "" if influence.method == "wgrad-dot" else f"; {PASS} is of wgrad-dot"
-    if influence.curvature in ("datainf", "kfac", "ekfac"):
+    if measured_on_examples(influence.curvature):
         without += "; without the passes of curvature"
     return (
         f"{rows:,} examples x {checkpoints} checkpoints, {most}{hours / devices:.3g} h on {devices} devices: "

@@ -23,7 +23,9 @@ from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, identity_of, open_corpus
 from megatron_r1.data.windows import choose
+from megatron_r1.influence import engine as engine_module
 from megatron_r1.influence import score as score_module
+from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.plan import estimate, examples_left, influence_mistakes, lay_plan
 from megatron_r1.influence.score import compute_influence
@@ -95,7 +97,7 @@ def test_done_work_answers_at_once(whole: Config, capfd: pytest.CaptureFixture[s
 
 
 def _scored_without_a_model(config: Config) -> None:
-    score_module.build_model = None  # type: ignore[assignment]  # this fork's own
+    engine_module.build_model = None  # type: ignore[assignment]  # this fork's own
     compute_influence(config)
 
 
@@ -146,14 +148,14 @@ def test_killed_and_started_again_gives_the_same_bits(whole: Config, trained: Co
 
 def _probing_sets_passed(config: Config) -> int:
     """How many mean gradients a start computes."""
-    count, original = 0, score_module.mean_gradient
+    count, original = 0, Engine.mean_gradient
 
     def counted(*args: Any) -> Any:
         nonlocal count
         count += 1
         return original(*args)
 
-    score_module.mean_gradient = counted  # this fork's own
+    Engine.mean_gradient = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
     return count
 
