@@ -156,7 +156,7 @@ def _of_run(run: Path, config: Config) -> Selected:
     return selected, used
 
 
-_SAME = ("source", "step", "data", "seq_length", "eod", "precision", "influence")
+_SAME = ("format", "source", "step", "data", "seq_length", "eod", "precision", "influence")
 """Of manifests. Weights and directions are each run's own."""
 
 

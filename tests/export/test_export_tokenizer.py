@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_r1.export.tokenizer import tokenizer_files
-from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.preprocess.test_tokenizer import CODE, HARD
 
 TEXTS = [Path(__file__).read_text(), *HARD]
