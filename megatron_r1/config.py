@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _limit(holds: Callable[[float], bool], message: str) -> AfterValidator:
-    """A limit of one field. pydantic reports it as an error of type "limit", unless the context is "unlimited"."""
+    """A field's limit. A value beyond it is an error of type "limit", except in the context "unlimited"."""
 
     def check(value: float, info: ValidationInfo) -> float:
         if info.context != "unlimited" and not holds(value):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import require, suggest_path
 from megatron_r1.system.files import sha256
 
 try:
@@ -150,17 +149,9 @@ def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
         # Not the zstandard package: its reader takes a truncated file for a complete one.
-        arrow = _library("pyarrow", f"reading {path}")
+        arrow = require("pyarrow", f"reading {path}")
         return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd"), 1 << 20)
     return raw
-
-
-def _library(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ValueError(f"{what} needs {package} ({error}): pip install {package}") from None
 
 
 class _Table(Input):
@@ -215,7 +206,7 @@ class Parquet(_Table):
                     yield batch.slice(lo, hi - lo)
 
     def _file(self) -> Any:
-        library = _library("pyarrow.parquet", f"reading {self.name}")
+        library = require("pyarrow.parquet", f"reading {self.name}")
         try:
             return library.ParquetFile(self.name)
         except ValueError as error:
@@ -268,7 +259,7 @@ def _load_dataset(name: str) -> Any:
 
 
 def _loaded(function: str, name: str, *args: Any, **options: Any) -> Any:
-    library = _library("datasets", f"reading {name}")
+    library = require("datasets", f"reading {name}")
     try:
         return getattr(library, function)(*args, **options)
     except (OSError, ValueError) as error:
@@ -280,7 +271,7 @@ def _rows(table: Any) -> list[dict[str, Any]]:
     try:
         return table.to_pylist()
     except UnicodeDecodeError:
-        arrow = importlib.import_module("pyarrow")
+        arrow = require("pyarrow", "reading a table")
         # One broken text must not cost its neighbours: bytes, which are judged one by one.
         broken = [arrow.binary() if arrow.types.is_string(f.type) else f.type for f in table.schema]
         broken = [arrow.large_binary() if arrow.types.is_large_string(t) else t for t in broken]

@@ -97,10 +97,10 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
     reference = Encoder(tokenizer)
     if mode == "reference":
         return reference, f"{reference.name}, as asked for"
-    model = tokenizer.fast_model()
-    if model is None:
-        return reference, f"{reference.name}, gigatoken is not used for {tokenizer.kind}"
     try:
+        model = tokenizer.fast_model()
+        if model is None:
+            return reference, f"{reference.name}, gigatoken is not used for {tokenizer.kind}"
         fast = Gigatoken(tokenizer, model)
         texts = [*HARD, *_with_specials(tokenizer), *sample]
         flat, lengths = fast.encode_batch(texts, [text.encode() for text in texts])
@@ -113,8 +113,8 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
         raise
     # A panic in Rust is no Exception.
     except BaseException as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {said[:200]}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {reason[:200]}"
     size = sum(len(text) for text in texts)
     return (
         fast,
