@@ -34,7 +34,7 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
-from megatron_r1.system.terminal import Progress, say
+from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
 from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
@@ -67,7 +67,7 @@ def train(config: Config, files: Mapping[str, str] | None = None) -> None:
     """
     corpora, plan = resolve_data(config, launched())
     if resume.is_finished(config, plan):
-        if launched()[0] == 0:
+        if is_first_rank():
             print("\n".join(resume.describe_start(config, plan)), flush=True)
         return
     exit_when_orphaned()
