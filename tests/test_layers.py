@@ -1,4 +1,4 @@
-"""The house's rules: which room may import which, and how large rooms and files may be (docs/architecture.md)."""
+"""The house's rules: which room may import which, how large rooms and files may be (docs/architecture.md)."""
 
 from __future__ import annotations
 
