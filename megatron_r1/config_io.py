@@ -257,19 +257,17 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
         elif phase.decay_steps is not None and not 1 <= phase.decay_steps <= (phase.steps or math.inf):
             out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
-        if sources is not None:
-            caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
-            for what, names in (("max_epochs", caps), ("keep", phase.keep)):
-                out += [
-                    f"{path}.{what}.{key}: no such source in data.sources{suggest(key, sources)}"
-                    for key in names
-                    if key not in sources
-                ]
-        if phase.weights == "uniform" or sources is None:
+        if sources is None:
             continue
-        for key in phase.weights:
-            if key not in sources:
-                out.append(f"{path}.weights.{key}: no such source in data.sources{suggest(key, sources)}")
+        for field in ("max_epochs", "keep", "weights"):
+            given = getattr(phase, field)
+            out += [
+                f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
+                for key in (given if isinstance(given, dict) else ())
+                if key not in sources
+            ]
+        if phase.weights == "uniform":
+            continue
         if any(not 0 <= w < float("inf") for w in phase.weights.values()):
             out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
         elif not sum(phase.weights.values()) > 0:
@@ -281,7 +279,7 @@ def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
     ranks = config.parallel.model_ranks()
     if ranks < 1 or config.train.micro_batch < 1 or config.train.global_batch % config.train.micro_batch:
-        return []  # said already, without any launch
+        return []  # config_io.load reports these
     if mistakes := check_copies(config.parallel, world_size):
         return mistakes
     data_parallel, train = world_size // ranks, config.train

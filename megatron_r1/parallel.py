@@ -135,9 +135,9 @@ def broadcast_object(value: object) -> Any:
 
 def gather_objects(value: object) -> list[Any]:
     """Every rank's `value`, on every rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 Sharers = Literal["tensor", "pipeline", "context", "data", "tokens", "embedding"]
@@ -233,8 +233,8 @@ def launch_store(timeout: timedelta) -> dist.Store:
 class DelayedAllReduce:
     """Sums of every rank's numbers, flags and microseconds, one step late.
 
-    A step is itself a meeting of all ranks: what all said at its beginning has arrived by its end, and so
-    every rank reads the same sums at the same step. The sum travels over gloo in the background, whatever
+    All ranks meet in every step: numbers submitted at its beginning have arrived by its end, so every rank
+    reads the same sums at the same step. The sum travels over gloo in the background, whatever
     the device. All ranks construct it together.
     """
 
@@ -244,12 +244,12 @@ class DelayedAllReduce:
         self._work: Any = None
 
     def submit(self, *flags: int) -> None:
-        """Say this rank's numbers; all ranks do, once a step, after `result`."""
+        """Give this rank's numbers. Every rank calls this once a step, after `result`."""
         self._sums = torch.tensor(flags, dtype=torch.int64)
         self._work = dist.all_reduce(self._sums, group=self._group, async_op=True)
 
     def result(self) -> list[int]:
-        """Each number's sum over the ranks when they last told it; zeros before the first time."""
+        """Each number's sum over the ranks at the last `submit`; zeros before the first."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -46,9 +46,9 @@ def table(mixture: Mixture) -> str:
     for name, weight_G in mixes.items():
         gain_C = mixture.gains(weight_G)
         least = mixture.least_share(weight_G)
-        said = "" if math.isnan(least) else f"{least:6.1%}"
+        share = "" if math.isnan(least) else f"{least:6.1%}"
         space = " " * (8 if mixture.masks else 0)
-        lines.append(f"{name:{width}s}  least   {said:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
+        lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
     for mask in mixture.masks.values():
         lines.append(
             f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
@@ -99,11 +99,11 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
     write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
-def _name(found: Scored, mix: MixConfig) -> str:
+def _name(part: Scored, mix: MixConfig) -> str:
     """STEP/SOURCE within the run, or the whole path where there are several runs."""
-    return str(found.directory) if mix.runs else f"{found.directory.parent.name}/{found.directory.name}"
+    return str(part.directory) if mix.runs else f"{part.directory.parent.name}/{part.directory.name}"
 
 
-def _hash(found: Scored) -> dict[str, Any]:
-    scores = hashlib.sha256((found.directory / "scores.npy").read_bytes()).hexdigest()
-    return {"scores_sha256": scores, "weights": found.manifest["weights"], "data": found.manifest["data"]}
+def _hash(part: Scored) -> dict[str, Any]:
+    scores = hashlib.sha256((part.directory / "scores.npy").read_bytes()).hexdigest()
+    return {"scores_sha256": scores, "weights": part.manifest["weights"], "data": part.manifest["data"]}

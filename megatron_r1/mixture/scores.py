@@ -41,13 +41,13 @@ def _of_run(run: Path, config: Config) -> Selected:
         raise ValueError(f"{run}: no complete influence scores at steps {absent_steps}; {again}")
     assert config.mix is not None
     keep = [have.index(step) for step in steps]
-    found = scored(run, config.data.sources)
+    checkpoints = scored(run, config.data.sources)
     selected, used = [], []
     for name in config.data.sources:
         score_NCK = tables[name].score_NCK[:, :, keep]
         if not np.isfinite(score_NCK).all():
             raise ValueError(f"{run}: scores of {name} are not finite; remove them and {again}")
-        of_steps = [s for s in found[name] if s.step in steps]
+        of_steps = [s for s in checkpoints[name] if s.step in steps]
         table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
         selected.append(in_units(table, of_steps, config.mix))
         used += of_steps
@@ -99,14 +99,14 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
     return stacked, [one for _, theirs in runs.values() for one in theirs]
 
 
-def in_units(table: ScoreTable, found: Sequence[Scored], mix: MixConfig) -> ScoreTable:
-    """A source's table with its scores as `mix.scale` takes them. `found`: its checkpoints, in order.
+def in_units(table: ScoreTable, checkpoints: Sequence[Scored], mix: MixConfig) -> ScoreTable:
+    """A source's table with its scores as `mix.scale` takes them. `checkpoints`: of it, in order.
 
     Scores of summed losses are divided by the example's tokens, so that both losses give gains per token.
     cosine: <v_c, g(x)> / (|v_c| |g(x)|), 0 where a gradient is 0. ValueError where no norms were stored.
     """
     parts = []
-    for k, one in enumerate(found):
+    for k, one in enumerate(checkpoints):
         score_NC = table.score_NCK[:, :, k].astype(np.float64)
         if mix.scale == "cosine":
             score_NC = _cosine(score_NC, one)
@@ -116,13 +116,13 @@ def in_units(table: ScoreTable, found: Sequence[Scored], mix: MixConfig) -> Scor
     return dataclasses.replace(table, score_NCK=np.stack(parts, axis=2))
 
 
-def _cosine(score_NC: np.ndarray, found: Scored) -> np.ndarray:
-    named = found.manifest.get("direction_norms")
-    if named is None or not (found.directory / "norms.npy").is_file():
+def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
+    named = checkpoint.manifest.get("direction_norms")
+    if named is None or not (checkpoint.directory / "norms.npy").is_file():
         raise ValueError(
-            f"mix.scale=cosine needs gradient norms, which {found.directory} lacks; score again with "
+            f"mix.scale=cosine needs gradient norms, which {checkpoint.directory} lacks; score again with "
             f"influence.norms=true"
         )
-    norm_C = np.array([named[c] for c in found.manifest["capabilities"]], dtype=np.float64)
-    product_NC = found.array("norms").astype(np.float64)[:, None] * norm_C
+    norm_C = np.array([named[c] for c in checkpoint.manifest["capabilities"]], dtype=np.float64)
+    product_NC = checkpoint.array("norms").astype(np.float64)[:, None] * norm_C
     return np.divide(score_NC, product_NC, out=np.zeros_like(score_NC), where=product_NC > 0)

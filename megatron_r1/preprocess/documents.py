@@ -95,8 +95,8 @@ def digest(source: Input) -> str:
     """SHA-256 of its file; of several, SHA-256 of their SHA-256 in order."""
     if isinstance(source, Lines) and source.read_digest:
         return source.read_digest
-    found = [sha256(path) for path in source.files]
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+    hashes = [sha256(path) for path in source.files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Lines(Input):
@@ -284,12 +284,12 @@ def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[in
     index, count = shard or (0, 1)
     total = sum(source.size for source in inputs)
     start, end = total * index // count, total * (index + 1) // count
-    found, before = [], 0
+    ranges, before = [], 0
     for source in inputs:
         size = source.size
-        found.append((min(max(start - before, 0), size), min(max(end - before, 0), size)))
+        ranges.append((min(max(start - before, 0), size), min(max(end - before, 0), size)))
         before += size
-    return found
+    return ranges
 
 
 def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:

@@ -150,17 +150,17 @@ class HuggingFace(Tokenizer):
         # A bare tokenizer.json does not say which token ends a text; these names leave no doubt.
         names += ["<|end_of_text|>", "<|endoftext|>", "</s>"]
         for token in names:
-            found = self._model.token_to_id(token)
-            if token and found is not None:
-                return int(found)
+            number = self._model.token_to_id(token)
+            if token and number is not None:
+                return int(number)
         raise ValueError(f"{model} names no eos_token; add tokenizer_config.json with one beside it")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_utf8(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
-        return [e.ids for e in found]
+        encodings = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens), skip_special_tokens=False)
