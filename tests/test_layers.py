@@ -28,7 +28,7 @@ FLOOR = {
 # The plan: 5, 12, 450, 5, 20, no circle, 9,500.
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 19, 477, 4, 26
 CIRCLES = ["megatron_r1.data.blend", "megatron_r1.data.plan_file"]
-CODE = 10_925
+CODE = 10_910
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 

@@ -214,13 +214,8 @@ def _rope_from_hf(has: dict[str, Any], refused: list[str]) -> tuple[float, RopeS
     refused += [f"{field}.{key}: missing, and rope_type={kind!r} needs it" for key in missing]
     if kind == "default" or missing:
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope["factor"])
-    original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
-    return theta, RopeScaling(
-        "llama3",
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        has.get("original_max_position_embeddings", original),
-    )
+    scaling = {key: rope[key] for key in _ROPE_NEEDS[kind]}
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
+        scaling["original_max_position_embeddings"] = has.get("original_max_position_embeddings", original)
+    return theta, RopeScaling(kind, **scaling)

@@ -158,7 +158,11 @@ class _Table(Input):
     """Rows, told apart by number; a range of bytes is the rows at that share of them."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        rows, total = self._open(keys), max(1, self.size)
+        (columns, rows), total = self._open(), max(1, self.size)
+        for key in keys:
+            if key not in columns:
+                has = ", ".join(columns)
+                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first = 1
         for table in self._tables(keys, start, end) if start < end else ():
@@ -169,29 +173,22 @@ class _Table(Input):
                 yield Piece(self.name, number, first, part, position)
                 first += len(part)
 
-    def _open(self, keys: Sequence[str]) -> int:
-        """Number of rows; ValueError where a key is no column."""
+    def _open(self) -> tuple[list[str], int]:
+        """Columns and number of rows."""
         raise NotImplementedError
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         """Rows [start, end) as Arrow tables or batches."""
         raise NotImplementedError
 
-    def _check(self, keys: Sequence[str], columns: Sequence[str]) -> None:
-        for key in keys:
-            if key not in columns:
-                has = ", ".join(columns)
-                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
-
 
 class Parquet(_Table):
     def __init__(self, path: Path):
         super().__init__(str(path), [path])
 
-    def _open(self, keys: Sequence[str]) -> int:
+    def _open(self) -> tuple[list[str], int]:
         with self._file() as file:
-            self._check(keys, file.schema_arrow.names)
-            return int(file.metadata.num_rows)
+            return file.schema_arrow.names, file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         with self._file() as file:
@@ -220,9 +217,8 @@ class Dataset(_Table):
         super().__init__(name, [Path(part["filename"]) for part in dataset.cache_files])
         self._dataset = dataset
 
-    def _open(self, keys: Sequence[str]) -> int:
-        self._check(keys, self._dataset.column_names)
-        return len(self._dataset)
+    def _open(self) -> tuple[list[str], int]:
+        return self._dataset.column_names, len(self._dataset)
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         dataset = self._dataset.select_columns(list(keys)).with_format("arrow")
