@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megatron_r1 import backend, config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -16,20 +12,18 @@ from megatron_r1.checkpoint.files import Retention
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
-from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import identity_of
-from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.open import document_end, identities, launched, resolve_data
+from megatron_r1.data import plan_file
+from megatron_r1.data.loader import BatchLoader
+from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.parallel import (
     DelayedAllReduce,
     ParallelContext,
     broadcast_object,
     gather_objects,
     holding,
-    on_device,
     process_groups,
 )
-from megatron_r1.records import Batch, Corpus, TrainState
+from megatron_r1.records import TrainState
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import write_text
@@ -43,10 +37,8 @@ from megatron_r1.train.health import (
     TooManyBadStepsError,
     UnreadableDataError,
     Watchdog,
-    stragglers,
 )
-from megatron_r1.train.loggers import build_loggers
-from megatron_r1.train.metrics import MetricsLog, RankLog
+from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, rank_line, shares, step_line
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retained_steps
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
@@ -57,23 +49,24 @@ _LONG = 3600.0
 """Seconds more than a step that measuring, or the last write of a phase, may take."""
 
 
-def train(config: Config, files: Mapping[str, str] | None = None) -> None:
+def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
     """Train what is left of the run, or until SIGTERM, which any rank may get; every rank of the launch
     calls this.
 
-    `files`: those that the configuration was read from -> their SHA-256, for the ledger. Raises ConfigError
-    or ValueError before anything is written when the configuration does not fit the launch, the datasets, or
-    the past of the run.
+    `files`: those that the configuration was read from -> their SHA-256, for the ledger. `data`: its
+    datasets, where they are open already. Raises ConfigError or ValueError before anything is written when
+    the configuration does not fit the launch, the datasets, or the past of the run.
     """
-    corpora, plan = resolve_data(config, launched())
-    if resume.is_finished(config, plan):
+    data = data or open_data(config, launched())
+    data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
+    if resume.is_finished(config, data):
         if is_first_rank():
-            print("\n".join(resume.describe_start(config, plan)), flush=True)
+            print("\n".join(resume.describe_start(config, data)), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
-        Trainer(config, corpora, plan, context, run, stop, files or {}).train()
+        Trainer(config, data, context, run, stop, files or {}).train()
 
 
 class Trainer:
@@ -82,23 +75,25 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        corpora: list[Corpus],
-        plan: BlendPlan,
+        data: OpenData,
         context: ParallelContext,
         run: RunDir,
         stop: StopRequest,
         files: Mapping[str, str],
     ):
-        self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
+        self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
         self.files = files
-        self.sources = [corpus.name for corpus in corpora]
+        self.sources = [corpus.name for corpus in data.corpora]
         # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        self.identities: dict[str, str] = broadcast_object(identities(config) if context.rank == 0 else None)
+        self.identities: dict[str, str] = broadcast_object(data.identities if context.rank == 0 else None)
+        """Prefix -> identity of each dataset."""
+        of_sources = {corpus.name: self.identities[str(corpus.prefix)] for corpus in data.corpora}
+        self.plan_text = plan_file.to_json(self.plan, of_sources)
         self.loader = BatchLoader(
-            plan,
-            corpora,
+            self.plan,
+            data.corpora,
             config.data.seq_length,
-            document_end(config),
+            data.eod,
             pin_memory=backend.HAS_CUDA,
             vocab_size=config.model.vocab_size,
         )
@@ -106,7 +101,7 @@ class Trainer:
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
-        self.state = self._resume()
+        self.state = self._resume(data)
         self.spans = phase_spans(config)
         self.kept = retained_steps(config)
         keep = config.train
@@ -118,9 +113,9 @@ class Trainer:
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
         """All ranks have agreed to stop, because one was asked to."""
-        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
+        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(self.sources))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
-        self.evaluation = Evaluation(config, corpora, self.training, context)
+        self.evaluation = Evaluation(config, data, self.training, context)
         self.last_step = self.spans[-1].end
         self.asked = self.state.step
         """Steps whose windows the disk has been asked for."""
@@ -136,15 +131,14 @@ class Trainer:
                 say(f"{self.run.root}: {line}")
             resume.record_killed_launches(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
-            write_text(self.run.plan, self._plan_text())
+            write_text(self.run.plan, self.plan_text)
             self.context.announce(
                 f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
                 f"{self.config.tokens_per_step():,} tokens a step | "
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
-            others = build_loggers(self.run, self.config.train)
-            self.log = MetricsLog(self.run, self.state.step, others)
+            self.log = open_log(self.run, self.state.step, self.config)
         with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
@@ -153,21 +147,9 @@ class Trainer:
             self.log.close()
         self.rank_log.close()
 
-    def _told(self, line: dict[str, Any], bar: Progress) -> str:
-        """A line of this rank's log."""
-        busy = f"busy {self.training.busy.seconds:.3f} s of {line['seconds']:.3f}"
-        if not self.context.leads:
-            return f"step {line['step']} | {busy}"
-        slowest = f"slowest rank {line['slowest_rank']} ({line['slowest_ratio']:.2f}x)"
-        return (
-            f"step {line['step']} | loss {line['loss']:.4f} | lr {line['learning_rate']:.3e} | grad norm "
-            f"{line['grad_norm']:.3f} | {line['tokens_per_second']:,.0f} tokens/s | {busy} | {slowest} | "
-            f"{bar.line()}"
-        )
-
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
-        target = _shares(config.phase_weights(span.name), self.sources)
+        target = shares(config.phase_weights(span.name), self.sources)
         if self.state.step == span.start:
             self._say_unseen(span)
             self.guard.forget()
@@ -186,7 +168,20 @@ class Trainer:
                 result = self._step(span, lr)
                 seconds = time.perf_counter() - start
                 self.watchdog.heard()
-                line = self._line(span, result, lr, seconds, target)
+                line = step_line(
+                    config,
+                    self.state,
+                    span,
+                    result,
+                    self.plan,
+                    lr,
+                    target,
+                    seconds,
+                    self.saving,
+                    self.busy_R,
+                    backend.peak_memory(),
+                    backend.peak_flops(config.train.precision),
+                )
                 done = self.state.step
                 if done % config.train.probe_every == 0 or done == span.end:
                     self.watchdog.heard(more=_LONG)
@@ -194,22 +189,21 @@ class Trainer:
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
-                self.rank_log.write(self._told(line, bar))
+                busy = self.training.busy.seconds
+                self.rank_log.write(rank_line(line, busy, self.context.leads, bar.line()))
                 self._between_steps(span.name)
                 self.watchdog.heard()
         if self.context.leads:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
             written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
-            probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
-            sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
-                inputs={**self.files, **sources, **probes, **self.origin},
+                inputs={**self.files, **self.identities, **self.origin},
                 outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
             )
             self.origin = {str(path): checkpoint_files.identity(path)}
@@ -247,7 +241,7 @@ class Trainer:
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        tolerant = FaultTolerantBatches(batches, self.passes, self._without_labels)
+        tolerant = FaultTolerantBatches(batches, self.passes, self.loader, self.shape.micro_batch)
         result = train_step(
             self.training,
             iter(tolerant),
@@ -263,12 +257,6 @@ class Trainer:
         self.state.tokens += config.tokens_per_step()
         self.state.guard = self.guard.history()
         return result
-
-    def _without_labels(self) -> Batch:
-        rows, length = self.shape.micro_batch, self.shape.seq_length
-        none = np.zeros(rows, dtype=bool)
-        empty = whole_batch(np.zeros((rows, length + 1), dtype=np.int64), none, none, self.loader.eod)
-        return on_device(empty)
 
     def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
@@ -291,42 +279,6 @@ class Trainer:
             self.saver.wait()
             raise
 
-    def _line(
-        self, span: PhaseSpan, result: StepResult, lr: float, seconds: float, target: dict[str, float]
-    ) -> dict[str, Any]:
-        config, state = self.config, self.state
-        drawn = {name: self.plan.count(name, state.samples) for name in self.sources}
-        since = span.start * config.train.global_batch
-        in_phase = {name: drawn[name] - self.plan.count(name, since) for name in self.sources}
-        seen = result.tokens_N > 0
-        mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
-        flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
-        peak = backend.peak_flops(config.train.precision)
-        slowest, ratio = stragglers(self.busy_R)
-        return {
-            "step": state.step,
-            "phase": span.name,
-            "samples": state.samples,
-            "tokens": state.tokens,
-            "loss": result.loss(),
-            "loss_by_source": {n: mean_N[i] for i, n in enumerate(self.sources) if seen[i]},
-            "tokens_by_source": {n: drawn[n] * config.data.seq_length for n in self.sources},
-            "epochs_by_source": self.plan.epochs(state.samples),
-            "mix_target": target,
-            "mix_actual": _shares(in_phase, self.sources),
-            "learning_rate": lr,
-            "grad_norm": result.grad_norm,
-            "skipped": int(result.refused is not None),
-            "slowest_rank": slowest,
-            "slowest_ratio": ratio,
-            "memory_bytes": backend.peak_memory(),
-            "ranks": self.context.world_size,
-            "seconds": seconds,
-            "saving_seconds": self.saving,
-            "tokens_per_second": config.tokens_per_step() / seconds,
-            **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
-        }
-
     def _between_steps(self, phase: str) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
@@ -346,10 +298,6 @@ class Trainer:
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
-    def _plan_text(self) -> str:
-        """The data plan, and which datasets it draws from."""
-        return json.dumps({**json.loads(self.plan.to_json()), "data": self.identities}, indent=1)
-
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
         if self.log is not None:
@@ -360,10 +308,10 @@ class Trainer:
             self.state,
             self.config.model,
             phase,
-            self._plan_text(),
+            self.plan_text,
         )
 
-    def _resume(self) -> TrainState:
+    def _resume(self, data: OpenData) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
         saved = checkpoint_files.found(self.run.checkpoints)
         if saved:
@@ -376,7 +324,7 @@ class Trainer:
                 load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
                 self.origin = {weights: checkpoint_files.identity(Path(weights))}
             return TrainState()
-        resume.check_past(path, self.config, self.plan, self.identities)
+        resume.check_past(path, self.config, data, self.identities)
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, self.config.model)
         self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:
@@ -390,8 +338,3 @@ class Trainer:
                     f"run goes on without"
                 )
         return state
-
-
-def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weights.get(name, 0) / total for name in names}

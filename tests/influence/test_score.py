@@ -24,7 +24,7 @@ from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.data.windows import choose
 from megatron_r1.influence import score as score_module
 from megatron_r1.influence.parameters import select
-from megatron_r1.influence.plan import estimate, influence_mistakes, lay_plan
+from megatron_r1.influence.plan import estimate, lay_plan
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
 from megatron_r1.model.gpt import build_model
@@ -236,6 +236,14 @@ def test_a_source_that_appears_later_is_scored_and_the_rest_is_kept(
     assert on_ranks(1, _counted, config) == [rows]
 
 
+def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
+    try:
+        lay_plan(config, ranks)
+    except ConfigError as error:
+        return error.mistakes
+    return []
+
+
 def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Path) -> None:
     assert influence_mistakes(whole) == []
     wrong = changed(
@@ -291,14 +299,14 @@ def test_weights_that_are_not_finite_write_nothing(trained: Config, tmp_path: Pa
 
 
 def _with_nan_weights(config: Config) -> None:
-    load = score_module.checkpoint.load
+    load = score_module.load_checkpoint
 
     def damaged(path: Path, gpt: Any, optimizer: Any, model: Any) -> Any:
         state = load(path, gpt, optimizer, model)
         next(gpt.parameters()).data.fill_(float("nan"))
         return state
 
-    score_module.checkpoint.load = damaged  # this fork's own
+    score_module.load_checkpoint = damaged  # this fork's own
     compute_influence(config)
 
 

@@ -295,7 +295,7 @@ def test_pair_of_another_tool_is_not_overwritten(tmp_path, model):
 
 KILLED = """
 import os, signal, sys
-from megatron_r1.data import documents, preprocess as module, store
+from megatron_r1.preprocess import documents, preprocess as module, store
 documents.PIECE_DOCUMENTS = 16
 where, pieces, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
 # Two pieces a commit.

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -171,7 +172,9 @@ def test_influence_weighs_as_the_mixture_does(
     )
     config = config_io.load([str(whole / "config.yaml")])
     # The data plan needs the datasets; what the mixture makes of the scores does not.
-    monkeypatch.setattr("megatron_r1.mixture.mixture.open_sources", lambda config: ([], []))
+    monkeypatch.setattr(
+        "megatron_r1.mixture.mixture.open_data", lambda config, use: SimpleNamespace(corpora=[])
+    )
     monkeypatch.setattr(
         "megatron_r1.mixture.mixture._Draws.room", lambda draws: np.full(len(SOURCES), np.inf)
     )
