@@ -1,12 +1,39 @@
-"""Every configuration dataclass, each field with its unit. Imports no torch, reads no file.
+"""Every configuration dataclass, each field with its unit and its limit. Imports no torch, reads no file.
 
-`config_io` reads these from YAML; `Config` is the root that every tool shares.
+`config_io` reads these from YAML and checks the limits; `Config` is the root that every tool shares.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+
+def _limit(holds: Callable[[float], bool], message: str) -> AfterValidator:
+    """A field's limit. A value beyond it is an error of type "limit", except in the context "unlimited"."""
+
+    def check(value: float, info: ValidationInfo) -> float:
+        if info.context != "unlimited" and not holds(value):
+            raise PydanticCustomError("limit", "={value} {message}", {"value": value, "message": message})
+        return value
+
+    return AfterValidator(check)
+
+
+_POSITIVE = _limit(lambda v: v > 0, "must be positive")
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NaturalInt = Annotated[int, _limit(lambda v: v >= 0, "must not be negative")]
+Seed = Annotated[int, _limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
+AdamBeta = Annotated[float, _limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
+Coefficient = Annotated[float, _limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
+_AT_LEAST_0 = _limit(lambda v: v >= 0, "must be at least 0")
+_AT_LEAST_1 = _limit(lambda v: v >= 1, "must be at least 1")
 
 
 class _Strict:
@@ -20,13 +47,13 @@ class RopeScaling(_Strict):
 
     rope_type: Literal["linear", "llama3"]
     """All frequencies alike, or the low ones only, as Llama 3.1 does."""
-    factor: float
+    factor: Annotated[float, _AT_LEAST_1]
     """What the slowed frequencies are divided by."""
     low_freq_factor: float = 1.0
     """llama3: slow in full what turns less often than this over the original context."""
     high_freq_factor: float = 4.0
     """llama3: leave alone what turns more often than this over the original context."""
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: PositiveInt = 8192
     """llama3: the original context, tokens."""
 
 
@@ -34,22 +61,22 @@ class RopeScaling(_Strict):
 class ModelConfig(_Strict):
     """A MobileLLM-R1 shape (paper, Table 3)."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
     """Width of the SwiGLU feed-forward."""
-    num_attention_heads: int
-    num_query_groups: int
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
     """Key/value heads."""
-    vocab_size: int
+    vocab_size: PositiveInt
     """Rows of the tied embedding; a multiple of parallel.tensor."""
-    head_dim: int = 64
-    rotary_base: float = 1e6
+    head_dim: PositiveInt = 64
+    rotary_base: PositiveFloat = 1e6
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     qk_norm: bool = True
     """RMS norm of each query and key head, without a weight."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get it / sqrt(2 num_layers)."""
 
     def parameters(self) -> int:
@@ -71,7 +98,7 @@ class ParallelConfig(_Strict):
 
     tensor: int = 1
     pipeline: int = 1
-    context: int = 1
+    context: PositiveInt = 1
     virtual_pipeline: int = 1
     """Model chunks of each pipeline rank, for the interleaved schedule: smaller bubbles, more messages."""
     sequence: bool = False
@@ -99,9 +126,9 @@ class SourceConfig(_Strict):
 class DataConfig(_Strict):
     sources: dict[str, SourceConfig]
     """Name -> dataset. The order is part of the data plan."""
-    seq_length: int = 2048
+    seq_length: PositiveInt = 2048
     """Tokens per sequence."""
-    seed: int = 1234
+    seed: Seed = 1234
     order: Literal["balanced", "megatron"] = "balanced"
     """How sources interleave: even spacing, or megatron-core's own greedy order bit for bit."""
     shuffle: bool = True
@@ -124,9 +151,9 @@ class PhaseConfig(_Strict):
     """Optimizer steps; give this or `tokens`."""
     tokens: int | None = None
     """Token budget; rounded up to whole steps."""
-    learning_rate: float = 4e-3
+    learning_rate: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")] = 4e-3
     """Peak."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Annotated[float, _limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")] = 0.1
     """What the learning rate falls towards, as a share of the peak; one step more would reach it."""
     warmup_steps: int = 0
     """Of this phase; 0: it starts at the peak."""
@@ -150,13 +177,14 @@ class PhaseConfig(_Strict):
 class OptimizerConfig(_Strict):
     """AdamW. Norm weights are exempt from decay."""
 
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
+    adam_beta1: AdamBeta = 0.9
+    adam_beta2: AdamBeta = 0.95
+    # Of 0, a parameter whose gradient is 0 would become 0 / 0.
+    adam_eps: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be a finite number above 0")] = 1e-8
+    weight_decay: Coefficient = 0.1
+    clip_grad: Coefficient = 1.0
     """Global gradient norm; 0: no clipping."""
-    z_loss: float = 0.0
+    z_loss: Coefficient = 0.0
     """Weight of log^2 of the softmax's normaliser in the gradient; reported losses are without it."""
 
 
@@ -170,24 +198,24 @@ class TrainConfig(_Strict):
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main parameters and gradients."""
-    head_chunk: int | None = None
+    head_chunk: PositiveInt | None = None
     """Tokens whose logits exist at a time: less memory, more time. None: all of a micro-batch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, of the feed-forward, or all but each layer's input."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Of the initial weights."""
-    checkpoint_every: int = 1000
+    checkpoint_every: PositiveInt = 1000
     """Steps; the end of every phase is saved too."""
-    keep_last: int | None = None
+    keep_last: PositiveInt | None = None
     """Newest checkpoints to keep; None: all. The ends of phases, influence.steps, and what keep_every and
     keep_spaced name are never deleted."""
-    keep_every: int | None = None
+    keep_every: PositiveInt | None = None
     """With keep_last: keep those of every multiple of so many steps, too."""
-    keep_spaced: int = 0
+    keep_spaced: NaturalInt = 0
     """Save and keep so many evenly spaced checkpoints of every phase, for influence (the paper: 10)."""
-    probe_every: int = 1000
+    probe_every: PositiveInt = 1000
     """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
-    validation_windows: int = 0
+    validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
     exp_manager: dict[str, Any] | None = None
     """Log by the loggers of NeMo's experiment manager, too: its settings, as {create_mlflow_logger: true}; {}
@@ -204,13 +232,13 @@ class TrainConfig(_Strict):
 class HealthConfig(_Strict):
     """When a step is skipped, and when a run gives up."""
 
-    loss_spike: float = 2.0
+    loss_spike: Annotated[float, _AT_LEAST_0] = 2.0
     """Skip a step whose loss is so many times the median of the last 128 steps; 0: only if not finite."""
-    grad_norm_spike: float = 20.0
+    grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0
     """The same of the gradient norm, before clipping."""
-    max_skipped: int = 10
+    max_skipped: Annotated[int, _AT_LEAST_1] = 10
     """Stop, with a checkpoint, after so many skipped steps in a row."""
-    hang_seconds: int = 540
+    hang_seconds: Annotated[int, _AT_LEAST_0] = 540
     """End a rank, with its stacks in RUN/logs, when a step takes so long; 0: wait for ever."""
 
 
@@ -220,13 +248,13 @@ class InfluenceConfig(_Strict):
 
     directions: dict[str, str]
     """Capability -> prefix of its probing set P_c."""
-    examples: int = 10_000
+    examples: PositiveInt = 10_000
     """Windows drawn per source, the representative set R_g."""
-    probe_examples: int | None = None
+    probe_examples: PositiveInt | None = None
     """Windows of each probing set; None: all of it."""
     steps: list[int] = field(default_factory=list)
     """Checkpoints to score, by step; empty: every checkpoint of the run."""
-    micro_batch: int = 8
+    micro_batch: PositiveInt = 8
     """Sequences per forward pass."""
     unit: Literal["window", "document"] = "window"
     """What an example is: `data.seq_length` tokens of the stream, or a document by itself."""
@@ -243,19 +271,19 @@ class InfluenceConfig(_Strict):
     projections of gradients for later questions, and scores by them (influence/methods.py)."""
     per_token: bool = False
     """ghost: store each token's part of the scores, too."""
-    rank: int = 32
+    rank: PositiveInt = 32
     """lowrank: singular values of each direction of a matrix that are kept."""
     min_correlation: float = 0.999
     """lowrank: refuse to score below this correlation with exact scores, measured on 64 examples."""
-    projection: int = 16
+    projection: PositiveInt = 16
     """projected: k; a matrix is kept as k x k numbers an example."""
     curvature: Literal["auto", "identity", "adam", "datainf", "kfac", "ekfac"] = "auto"
     """H of Eq. 2, whose inverse is applied once to each direction: none, Adam's second moment, DataInf's
     (influence/datainf.py), or a Kronecker product for each layer (influence/kfac.py). auto: adam where every
     checkpoint holds it, else identity."""
-    curvature_examples: int = 256
+    curvature_examples: PositiveInt = 256
     """datainf, kfac, ekfac: examples, of all sources together, that H is measured on."""
-    seed: int = 1234
+    seed: NaturalInt = 1234
     """Of the choice of examples."""
 
 

@@ -26,9 +26,9 @@ FLOOR = {
 }
 # What the plan of the house allows. A number above it is written behind, and only ever lowered.
 # The plan: 5, 12, 450, 5, 20, no circle, 9,500.
-TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 19, 450, 6, 25
+TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 19, 450, 4, 25
 CIRCLES: list[str] = []
-CODE = 11_130
+CODE = 10_890
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 

@@ -123,21 +123,25 @@ def sum_over_model(sharded: Tensor, replicated: Tensor) -> Tensor:
 def sum_over_shards(part_LX: Tensor, names: Sequence[str]) -> Tensor:
     """Sums over tensor-parallel ranks of numbers from each of the parameters `names`, replicated ones counted
     once."""
-    from megatron_r1.parallel import current, sum_over
+    from megatron.core import parallel_state as ps
 
-    if current().tensor_rank:
+    from megatron_r1.parallel import sum_over
+
+    if ps.get_tensor_model_parallel_rank():
         part_LX[[number for number, name in enumerate(names) if split_axis(name) is None]] = 0
     return sum_over("tensor", part_LX) if len(names) else part_LX
 
 
 def whole_mean(name: str, shard: Tensor) -> float:
     """Mean of the elements of a whole parameter, from this rank's shard."""
-    from megatron_r1.parallel import current, sum_over
+    from megatron.core import parallel_state as ps
+
+    from megatron_r1.parallel import sum_over
 
     mean = shard.double().mean()
     if split_axis(name) is not None:
         sum_over("tensor", mean)
-        mean /= current().tensor_size
+        mean /= ps.get_tensor_model_parallel_world_size()
     return float(mean)
 
 

@@ -230,12 +230,6 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
-    for name in ("examples", "probe_examples", "micro_batch", "rank", "projection", "curvature_examples"):
-        value = getattr(influence, name)
-        if value is not None and value < 1:
-            out.append(f"influence.{name}={value} must be positive")
-    if influence.seed < 0:
-        out.append(f"influence.seed={influence.seed} must not be negative")
     if taken := [name for name in influence.directions if name in COLUMNS]:
         out.append(f"influence.directions.{taken[0]}: the name of a column of exported scores; use another")
     try:

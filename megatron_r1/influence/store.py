@@ -30,7 +30,7 @@ from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import Standing, standing
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import require, suggest_path
 from megatron_r1.system.files import replacing, sync, write_text
 from megatron_r1.system.terminal import Progress
 
@@ -262,11 +262,7 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     no more is in memory. check: only count. `output` is whole or not there. Raises ValueError where nothing
     is complete, where checkpoints were scored for different capabilities, or where pyarrow is missing.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("Parquet needs pyarrow, which comes with datasets: pip install datasets") from None
+    pyarrow, parquet = (require(module, "Parquet", "datasets") for module in ("pyarrow", "pyarrow.parquet"))
     parts = [part for found in scored(run).values() for part in found]
     if not parts:
         raise ValueError(
@@ -289,7 +285,7 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     rows = 0
     with (
         replacing(output) as stream,
-        pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+        parquet.ParquetWriter(stream, schema) as writer,
         Progress("export", len(parts), "row groups") as bar,
     ):
         for part in parts:

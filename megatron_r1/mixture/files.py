@@ -49,9 +49,9 @@ def table(mixture: Mixture) -> str:
     for name, weight_G in mixes.items():
         gain_C = mixture.gains(weight_G)
         least = mixture.least_share(weight_G)
-        said = "" if math.isnan(least) else f"{least:6.1%}"
+        share = "" if math.isnan(least) else f"{least:6.1%}"
         space = " " * (8 if mixture.masks else 0)
-        lines.append(f"{name:{width}s}  least   {said:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
+        lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
     for mask in mixture.masks.values():
         lines.append(
             f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
@@ -112,6 +112,6 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
     finish(Path(config.train.run), f"mix {mixture.phase}", inputs=hashes, outputs=outputs)
 
 
-def _name(found: Scored, mix: MixConfig) -> str:
+def _name(part: Scored, mix: MixConfig) -> str:
     """STEP/SOURCE within the run, or the whole path where there are several runs."""
-    return str(found.directory) if mix.runs else f"{found.directory.parent.name}/{found.directory.name}"
+    return str(part.directory) if mix.runs else f"{part.directory.parent.name}/{part.directory.name}"

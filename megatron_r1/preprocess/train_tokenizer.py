@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_r1.preprocess.documents import digest, open_input
-from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, _library, build_tokenizer
+from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
+from megatron_r1.system.errors import require
 from megatron_r1.system.files import replacing
 
 
@@ -44,7 +45,7 @@ def train_sentencepiece(
     by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits stand alone.
     Errors: FileNotFoundError, ValueError for a bad line or for a vocabulary the text cannot fill.
     """
-    trainer = _library("sentencepiece", SentencePiece.kind).SentencePieceTrainer
+    trainer = require("sentencepiece", SentencePiece.kind).SentencePieceTrainer
     model, seen = io.BytesIO(), 0
     mistakes: list[Exception] = []
 

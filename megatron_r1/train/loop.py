@@ -29,7 +29,7 @@ from megatron_r1.run.ledger import process_start
 from megatron_r1.run.stage import finish
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
-from megatron_r1.system.terminal import Progress, say
+from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
 from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
@@ -61,7 +61,7 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     data = data or open_data(config, launched())
     data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
     if resume.is_finished(config, data):
-        if launched()[0] == 0:
+        if is_first_rank():
             print("\n".join(resume.describe_start(config, data)), flush=True)
         return
     exit_when_orphaned()

@@ -276,9 +276,6 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         influence={
             "steps": [2, 3],
             "directions": {"x": f"{tmp_path}/x", "loss": f"{tmp_path}/x"},
-            "examples": 0,
-            "seed": -1,
-            "micro_batch": 0,
             "norms": True,
             "layers": ["linears"],
         },
@@ -290,9 +287,6 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "has [2, 4]",
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
         "influence.directions.loss: the name of a column of exported scores",
-        "influence.seed=-1 must not be negative",
-        "influence.examples=0 must be positive",
-        "influence.micro_batch=0 must be positive",
         "set parallel.context=1",
         "influence.layers='linears' selects no parameter; near: linear",
     ):

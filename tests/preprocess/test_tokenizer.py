@@ -160,7 +160,7 @@ def test_fingerprint_tells_kinds_and_models_apart(sentencepiece, huggingface, ti
     [
         ("TiktokenTokenizer", "did you mean TikTokenizer?"),
         ("Llama2Tokenizer", "did you mean"),
-        ("zzz", "use one of SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer"),
+        ("zzz", "known: SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer"),
     ],
 )
 def test_unknown_kind_suggests_a_near_one(kind, hint):
