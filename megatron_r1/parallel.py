@@ -64,11 +64,8 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    rank, world_size = 0, 1
-    store: dist.Store = dist.HashStore()
-    if "MASTER_PORT" in os.environ:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = launch_store(_TIMEOUT)
+    launch = launch_store(_TIMEOUT) if "MASTER_PORT" in os.environ else (dist.HashStore(), 0, 1)
+    store, rank, world_size = launch
     dist.init_process_group(
         backend.DISTRIBUTED_BACKEND, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
@@ -199,24 +196,24 @@ _KEY = "megatron_r1/store"
 _TRY = timedelta(seconds=2)
 
 
-def launch_store(timeout: timedelta) -> dist.Store:
-    """The store of this launch, as the environment of torchrun or another launcher names it.
+def launch_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """(store, rank, world size) of this launch, as the environment of torchrun or another launcher says.
 
     Under `torchrun --max-restarts` the launcher keeps one store for all attempts, and ranks would read
-    the addresses of dead ones in it. There the first rank opens a store of its own and says so in the
-    launcher's; the others try what they read there until it answers, for the store of an attempt dies
-    with it. Raises TimeoutError.
+    the addresses of dead ones in it. There the first rank opens a store of its own and writes its port to
+    the launcher's. The others try the port that they read there until it answers, because the store of an
+    attempt dies with it. Raises TimeoutError.
     """
     launcher, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        return launcher
+        return launcher, rank, world_size
     host = os.environ["MASTER_ADDR"]
     if rank == 0:
         token = uuid.uuid4().hex
         own = dist.TCPStore(host, 0, world_size, True, timeout, wait_for_workers=False)
         own.set(_KEY, token)
         launcher.set(_KEY, f"{own.port} {token}")
-        return own
+        return own, rank, world_size
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         port, token = launcher.get(_KEY).decode().split()
@@ -225,7 +222,7 @@ def launch_store(timeout: timedelta) -> dist.Store:
             # The port may be another store's by now.
             if theirs.get(_KEY).decode() == token:
                 theirs.set_timeout(timeout)
-                return theirs
+                return theirs, rank, world_size
         time.sleep(0.2)
     raise TimeoutError(f"rank {rank} found no store of rank 0 at {host} within {timeout}")
 

@@ -16,7 +16,7 @@ import yaml
 from megatron_r1 import config_io
 from megatron_r1.checkpoint.files import evenly_spaced
 from megatron_r1.data.indexed import IndexedDataset
-from megatron_r1.launch.data import plan_data
+from megatron_r1.data.open import open_data
 from megatron_r1.launch.paper import SOURCES
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
@@ -53,17 +53,19 @@ def test_no_recipe_is_forgotten() -> None:
 @pytest.mark.parametrize("files, rest", RECIPES)
 def test_recipe_resolves_without_its_datasets(files: list[str], rest: list[str]) -> None:
     config = config_io.load([*(str(EXAMPLES / name) for name in files), *rest])
-    assert plan_data(config).phases
+    assert open_data(config, use="plan").plan.phases
     text = (EXAMPLES / files[0]).read_text()
     assert text.startswith(f"# {config.model.parameters():,} parameters")
 
 
 def test_the_recipe_gives_the_tables_sources_and_columns() -> None:
     config = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *PHASES)])
-    assert {n: s.tokens for n, s in config.data.sources.items()} == {n: s.tokens for n, s in SOURCES.items()}
+    assert {n: s.tokens for n, s in config.data.sources.items()} == {
+        n: s["tokens"] for n, s in SOURCES.items()
+    }
     for number in (1, 2):
         given = config.phase_weights(f"phase{number}")
-        assert given == {name: getattr(row, f"phase{number}") for name, row in SOURCES.items()}
+        assert given == {name: row[f"phase{number}"] for name, row in SOURCES.items()}
 
 
 def test_influence_scores_checkpoints_that_phase_1_keeps() -> None:
@@ -89,7 +91,7 @@ def test_a_domains_model_sees_its_sources_and_is_scored_for_it(domain: str) -> N
 def test_corpora_are_the_tables() -> None:
     table = yaml.safe_load((EXAMPLES / "corpora/corpora.yaml").read_text())
     assert {n: (row["rows"], float(row["tokens"])) for n, row in table.items()} == {
-        n: (row.rows, row.tokens) for n, row in SOURCES.items()
+        n: (row["rows"], row["tokens"]) for n, row in SOURCES.items()
     }
 
 

@@ -9,6 +9,7 @@ Datasets need not be there where the recipe says their tokens.
 from __future__ import annotations
 
 from megatron_r1 import config_io
+from megatron_r1.launch.paper import differences
 from megatron_r1.launch.plan import GIB, Launch, plan_launch
 from megatron_r1.launch.text import text
 from megatron_r1.system.terminal import tool_parser, user_errors
@@ -37,7 +38,7 @@ def main() -> None:
         )
         plan = plan_launch(config, launch, build=not (options.check or options.diff))
         if options.diff:
-            print("\n".join(plan.differences()) or "no difference from the paper")
+            print("\n".join(differences(config, options.gpus)) or "no difference from the paper")
         else:
             print(text(plan))
 

@@ -21,41 +21,15 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import re
 import sys
 import types
-from typing import Any
+from collections import defaultdict
+from typing import Any, ClassVar
 
 import torch
 
 _CORE = "megatron.core"
-
-
-class _InOrder:
-    """A stream or an event: on the CPU work is already in order."""
-
-    def __init__(self, *_: Any, **__: Any): ...
-    def __enter__(self) -> _InOrder:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-    def wait_stream(self, *_: Any) -> None: ...
-    def wait_event(self, *_: Any) -> None: ...
-    def record(self, *_: Any) -> None: ...
-    def record_event(self, *_: Any) -> _InOrder:
-        return self
-
-    def synchronize(self) -> None: ...
-    def wait(self, *_: Any) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: Any) -> float:
-        return 0.0
-
-
-class _DefaultGenerators:
-    def __getitem__(self, _: int) -> torch.Generator:
-        return torch.default_generator
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
@@ -63,12 +37,27 @@ def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
+class _InOrder:
+    """A stream or an event: on the CPU work is already in order."""
+
+    __init__ = __exit__ = wait_stream = wait_event = record = synchronize = wait = _nothing
+    elapsed_time = _zero
+
+    def __enter__(self, *_: Any) -> _InOrder:
+        return self
+
+    record_event = __enter__
+
+    def query(self) -> bool:
+        return True
+
+
 class _CpuAsCuda(types.ModuleType):
     """What megatron-core sees as `torch.cuda`. Names not given here come from the real one."""
 
     current_device = staticmethod(lambda: torch.device("cpu"))
     device_count = staticmethod(lambda: 1)
-    default_generators = _DefaultGenerators()
+    default_generators: ClassVar[Any] = defaultdict(lambda: torch.default_generator)
     get_rng_state = staticmethod(lambda *_a, **_k: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, *_a, **_k: torch.set_rng_state(state))
     manual_seed = manual_seed_all = staticmethod(lambda seed: torch.default_generator.manual_seed(int(seed)))
@@ -102,13 +91,9 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if node.value == "cuda":
-            return ast.copy_location(ast.Constant("cpu"), node)
-        if (
-            isinstance(node.value, str)
-            and node.value.startswith("torch.cuda.")
-            and node.value.endswith("Tensor")
-        ):
-            return ast.copy_location(ast.Constant(node.value.replace("torch.cuda.", "torch.")), node)
+            node.value = "cpu"
+        elif isinstance(node.value, str):
+            node.value = re.sub(r"^torch\.cuda\.(?=.*Tensor$)", "torch.", node.value)
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
@@ -129,17 +114,8 @@ class _Rewrite(ast.NodeTransformer):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
         if node.level or node.module not in ("torch.cuda", "torch.cuda.random"):
             return node
-        namespace = ast.Name("__cpu_as_cuda__", ast.Load())
-        return [
-            ast.copy_location(
-                ast.Assign(
-                    [ast.Name(alias.asname or alias.name, ast.Store())],
-                    ast.Attribute(namespace, alias.name, ast.Load()),
-                ),
-                node,
-            )
-            for alias in node.names
-        ]
+        assigned = [f"{alias.asname or alias.name} = __cpu_as_cuda__.{alias.name}" for alias in node.names]
+        return [ast.increment_lineno(ast.parse(line), node.lineno - 1).body[0] for line in assigned]
 
 
 class _Loader(importlib.machinery.SourceFileLoader):

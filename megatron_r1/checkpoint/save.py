@@ -1,7 +1,7 @@
-"""Sharded checkpoints through megatron-core's dist_checkpointing: save, load, reshard.
+"""Saving of sharded checkpoints through megatron-core's dist_checkpointing.
 
-Any layout loads what any other saved. Saving copies this rank's part and leaves the writing to a thread;
-what is on the disk in the end is the state of the step at which it began.
+A save copies this rank's part and leaves the writing to a thread. The files hold the state of the step at
+which the save began. Every layout loads them (load.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,7 @@ import torch.distributed as dist
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.checkpoint.files import (
-    FileFacts,
-    Retention,
-)
+from megatron_r1.checkpoint.files import FileFacts, Retention
 from megatron_r1.checkpoint.shards import METADATA, rectangles_of
 from megatron_r1.config import ModelConfig
 from megatron_r1.parallel import broadcast_object, gather_objects
@@ -64,9 +62,12 @@ class _Flight:
     request: Any
     """megatron-core's: what this rank writes, and what completes the checkpoint on all."""
     publish: Callable[[FileFacts], None]
-    thread: threading.Thread
-    facts: FileFacts
+    facts: FileFacts = field(default_factory=dict)
     error: str = ""
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=_write, args=(self,), name="checkpoint", daemon=True)
+        self.thread.start()
 
 
 class Saver:
@@ -110,17 +111,16 @@ class Saver:
         request = dist_checkpointing.save(
             self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
         )
-        saved = replace(state)
-        flight = _Flight(
-            ref,
+        publish = partial(
+            checkpoint_files.publish,
             temporary,
-            request,
-            lambda facts: checkpoint_files.publish(temporary, final, facts, saved, model, phase, plan),
-            threading.Thread(target=lambda: _write(flight), name="checkpoint", daemon=True),
-            {},
+            final,
+            state=replace(state),
+            model=model,
+            phase=phase,
+            plan=plan,
         )
-        flight.thread.start()
-        self._flight = flight
+        self._flight = _Flight(ref, temporary, request, publish)
         return ref
 
     @property
@@ -129,8 +129,8 @@ class Saver:
         return self._flight is not None and self._flight.thread.is_alive()
 
     def poll(self, writing: int) -> None:
-        """Complete the save under way, on all ranks, once `writing` of them, a number that all have
-        agreed on, is none. Raises OSError on all ranks if any could not write; earlier checkpoints stay."""
+        """Complete the save under way once no rank is `writing`, a number that all ranks have agreed on.
+        Raises OSError on all ranks if any could not write; earlier checkpoints stay."""
         if not writing:
             self.wait()
 

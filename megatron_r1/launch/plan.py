@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_r1 import config_io
-from megatron_r1.checkpoint.files import Retention
 from megatron_r1.config import Config
-from megatron_r1.launch import paper
-from megatron_r1.launch.data import DataPlan, plan_data, warnings
-from megatron_r1.train.schedule import retained_steps
+from megatron_r1.data.open import OpenData, open_data
+from megatron_r1.train.schedule import phase_spans, retention
 
 if TYPE_CHECKING:
     from megatron_r1.launch.memory import RankMemory
@@ -46,10 +44,9 @@ class Launch:
         if not 0 < self.peak_flops < math.inf or not self.gpu_memory > 0:
             out.append("--peak-tflops and --gpu-memory must be positive and finite")
         if self.gpus % max(1, config.parallel.model_ranks()) == 0:
-            tokens = config.data.seq_length
-            parts = 2 * config.parallel.context if config.parallel.context > 1 else 1
-            if config.parallel.sequence:
-                parts *= config.parallel.tensor
+            tokens, layout = config.data.seq_length, config.parallel
+            parts = 2 * layout.context if layout.context > 1 else 1
+            parts *= layout.tensor if layout.sequence else 1
             if parts and tokens % parts:
                 out.append(
                     f"data.seq_length={tokens} does not divide into {parts} parts for parallel.context and "
@@ -69,29 +66,33 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class FirstSamples:
-    """What a rank reads first, one row a sample."""
-
-    sample_N: np.ndarray
-    source_N: np.ndarray
-    epoch_N: np.ndarray
-    window_N: np.ndarray
-
-
-@dataclass(frozen=True)
 class LaunchPlan:
     config: Config
     launch: Launch
-    data: DataPlan
+    data: OpenData
+    """Datasets that are there are themselves, others as large as the recipe says."""
     checkpoints: Checkpoints
     memory: list[RankMemory] = field(default_factory=list)
     """Of the asked rank first, then of one rank of every other pipeline stage."""
-    first: FirstSamples | None = None
+    first_N: np.ndarray | None = None
+    """Samples of the asked rank in the first step."""
+
+    @property
+    def steps(self) -> int:
+        return phase_spans(self.config)[-1].end
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.config.tokens_per_step()
+
+    def epochs(self) -> dict[str, float]:
+        """Source -> passes over it in all phases."""
+        return self.data.plan.epochs(self.steps * self.config.train.global_batch)
 
     @property
     def flops(self) -> float:
         """Of all phases; activation recompute not counted, as in MFU."""
-        return self.config.model.flops_per_token(self.config.data.seq_length) * self.data.tokens
+        return self.config.model.flops_per_token(self.config.data.seq_length) * self.tokens
 
     @property
     def gpu_hours(self) -> float:
@@ -99,34 +100,22 @@ class LaunchPlan:
 
     @property
     def step_seconds(self) -> float:
-        return self.gpu_hours * 3600 / self.launch.gpus / self.data.steps
+        return self.gpu_hours * 3600 / self.launch.gpus / self.steps
 
     def mfu_of(self, gpu_hours: float) -> float:
         """The MFU at which the plan would take so many GPU hours."""
         return self.flops / (gpu_hours * 3600 * self.launch.peak_flops)
 
-    def differences(self) -> list[str]:
-        return paper.differences(self.config, self.launch.gpus)
-
-    def warnings(self) -> list[str]:
-        out = warnings(self.config, self.data, self.launch.gpus)
-        for held in self.memory:
-            if held.total > self.launch.gpu_memory:
-                out.append(
-                    f"rank {held.context.rank} holds at least {held.total / GIB:.1f} GiB, a GPU has "
-                    f"{self.launch.gpu_memory / GIB:.0f}: lower train.micro_batch, or set train.head_chunk "
-                    f"or train.recompute"
-                )
-        return out
-
 
 def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPlan:
-    """Work out the launch. `build` False leaves out what needs torch: memory and first samples.
+    """Work out the launch. `build` False leaves out memory and first samples, which need torch.
 
     Raises ConfigError with every mistake: sizes that do not divide, datasets that are damaged, or absent
     and of unknown size.
     """
-    data = plan_data(config, launch.mistakes(config))
+    data = open_data(config, use="plan", also=lambda _: launch.mistakes(config))
+    # Laid here, so that its mistakes come before the model is built.
+    data.plan  # noqa: B018
     checkpoints = plan_checkpoints(config)
     if not build:
         return LaunchPlan(config, launch, data, checkpoints)
@@ -140,17 +129,13 @@ def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPla
         for stage in range(config.parallel.pipeline)
         if stage != memory[0].context.pipeline_rank
     ]
-    train = config.train
-    sample_N = rank_samples(0, train.global_batch, train.micro_batch, memory[0].context)
-    first = FirstSamples(sample_N, *data.blend.locate_many(sample_N))
-    return LaunchPlan(config, launch, data, checkpoints, memory, first)
+    first_N = rank_samples(0, config.train.global_batch, config.train.micro_batch, memory[0].context)
+    return LaunchPlan(config, launch, data, checkpoints, memory, first_N)
 
 
 def plan_checkpoints(config: Config) -> Checkpoints:
-    numel = config.model.parameters()
-    size = numel * ((2 if config.train.precision == "bf16" else 4) + 12)
-    last = sum(config.phase_steps(name) for name in config.phases)
-    pinned = {step for step in retained_steps(config) if step <= last}
-    saved = sorted(pinned | set(range(config.train.checkpoint_every, last, config.train.checkpoint_every)))
-    retention = Retention(config.train.keep_last, config.train.keep_every, frozenset(pinned))
-    return Checkpoints(size, len(saved), len(saved) - len(retention.surplus(saved)))
+    train, stays, last = config.train, retention(config), phase_spans(config)[-1].end
+    size = config.model.parameters() * ((2 if train.precision == "bf16" else 4) + 12)
+    saved = {step for step in stays.steps if step <= last}
+    saved |= set(range(train.checkpoint_every, last, train.checkpoint_every))
+    return Checkpoints(size, len(saved), len(saved) - len(stays.surplus(list(saved))))

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_r1 import backend
+from megatron_r1.config import Config
 from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.open import OpenData
 from megatron_r1.parallel import ParallelContext, on_device
 from megatron_r1.records import Batch
+
+_READ_AHEAD = 256
+"""Windows that a rank asks for before they are needed."""
 
 
 def micro_batches(
@@ -23,33 +29,59 @@ def micro_batches(
         yield on_device(loader.batch(sample_B))
 
 
-class FaultTolerantBatches:
-    """Batches that go on, with no labels, after one could not be read: `error` says why.
+class StepBatches:
+    """The micro-batches of this rank, step by step.
 
-    The other ranks wait within the step's collectives for this one. It takes part to the end of the step,
-    whose gradients `discard` then keeps out of every rank's weights, and only then do they speak.
+    A batch that cannot be read does not end a step: `error` says why, and the step goes on with batches that
+    hold no labels, because the other ranks wait for this one in the step's collectives. The caller keeps the
+    gradients of such a step out of every rank's weights, and stops after it.
     """
 
-    def __init__(self, batches: Iterator[Batch], passes: int, loader: BatchLoader, micro_batch: int):
-        self._batches, self._left, self._loader, self._micro_batch = batches, passes, loader, micro_batch
+    def __init__(self, config: Config, data: OpenData, context: ParallelContext):
+        self._global_batch, self._micro_batch = config.train.global_batch, config.train.micro_batch
+        self._context = context
+        self._loader = BatchLoader(
+            data.plan,
+            data.corpora,
+            config.data.seq_length,
+            data.eod,
+            pin_memory=backend.HAS_CUDA,
+            vocab_size=config.model.vocab_size,
+        )
+        self.passes = self._global_batch // (self._micro_batch * context.data_size)
+        """Micro-batches of a step."""
         self.error: Exception | None = None
+        self._end = sum(config.phase_steps(name) for name in config.phases) * self._global_batch
+        self._asked = 0
+        """Samples before this one have been asked for."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def of_step(self, first_sample: int) -> Iterator[Batch]:
+        """The batches of the step that begins at a global sample."""
+        self._read_ahead(first_sample)
+        self.error = None
+        return self._fault_tolerant(first_sample)
+
+    def _read_ahead(self, first_sample: int) -> None:
+        """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""
+        size = self._global_batch
+        ahead = -(-_READ_AHEAD * self._context.data_size // size) * size
+        self._asked = max(self._asked, first_sample)
+        while self._asked < min(first_sample + ahead, self._end):
+            self._loader.read_ahead(rank_samples(self._asked, size, self._micro_batch, self._context))
+            self._asked += size
+
+    def _fault_tolerant(self, first_sample: int) -> Iterator[Batch]:
+        left, sizes = self.passes, (self._global_batch, self._micro_batch)
         try:
-            for batch in self._batches:
+            for batch in micro_batches(self._loader, first_sample, *sizes, self._context):
                 yield batch
-                self._left -= 1
+                left -= 1
         except (OSError, ValueError) as error:
             self.error = error
-            for _ in range(self._left):
-                yield on_device(without_labels(self._loader, self._micro_batch))
-
-
-def without_labels(loader: BatchLoader, micro_batch: int) -> Batch:
-    """Rows of the loader's shape, on the CPU, that count for nothing."""
-    row_BS = np.zeros((micro_batch, loader.seq_length + 1), dtype=np.int64)
-    none_B = np.zeros(micro_batch, dtype=np.int64)
-    return whole_batch(row_BS, none_B, none_B, loader.eod)
+            row_BS = np.zeros((self._micro_batch, self._loader.seq_length + 1), dtype=np.int64)
+            none_B = np.zeros(self._micro_batch, dtype=np.int64)
+            for _ in range(left):
+                yield on_device(whole_batch(row_BS, none_B, none_B, self._loader.eod))
 
 
 def rank_samples(

@@ -6,14 +6,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_r1 import backend, config_io
+from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.checkpoint.files import Retention
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
-from megatron_r1.data import plan_file
-from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.parallel import (
     DelayedAllReduce,
@@ -26,26 +23,17 @@ from megatron_r1.parallel import (
 from megatron_r1.records import TrainState
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import process_start
-from megatron_r1.run.stage import finish
-from megatron_r1.system.files import write_text
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
 from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
-from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
+from megatron_r1.train.batches import StepBatches
 from megatron_r1.train.evaluate import Evaluation
-from megatron_r1.train.health import (
-    StepGuard,
-    TooManyBadStepsError,
-    UnreadableDataError,
-    Watchdog,
-)
-from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, rank_line, shares, step_line
+from megatron_r1.train.health import StepGuard, UnreadableDataError, Watchdog
+from megatron_r1.train.metrics import MetricsLog, RankLog, cost_line, open_log, rank_line, step_line
 from megatron_r1.train.optimizer import forget_moments, set_schedule
-from megatron_r1.train.schedule import PhaseSpan, phase_spans, retained_steps
-from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
+from megatron_r1.train.schedule import PhaseSpan, phase_spans, retention
+from megatron_r1.train.step import Shape, StepResult, build_training, train_step
 
-_READ_AHEAD = 256
-"""Windows that a rank asks for before they are needed."""
 _LONG = 3600.0
 """Seconds more than a step that measuring, or the last write of a phase, may take."""
 
@@ -83,30 +71,22 @@ class Trainer:
         files: Mapping[str, str],
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
-        self.files = files
-        self.sources = [corpus.name for corpus in data.corpora]
-        # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        self.identities: dict[str, str] = broadcast_object(data.identities if context.rank == 0 else None)
-        """Prefix -> identity of each dataset."""
-        of_sources = {corpus.name: self.identities[str(corpus.prefix)] for corpus in data.corpora}
-        self.plan_text = plan_file.to_json(self.plan, of_sources)
-        self.loader = BatchLoader(
-            self.plan,
-            data.corpora,
-            config.data.seq_length,
-            data.eod,
-            pin_memory=backend.HAS_CUDA,
-            vocab_size=config.model.vocab_size,
-        )
-        self.training: Training = build_training(config)
+        # Asked by one rank for all: of a pair without a sidecar it takes a read of the whole index.
+        identities: dict[str, str] = broadcast_object(data.identities if context.leads else None)
+        self.plan_text = resume.plan_text(data, identities)
+        self.batches = StepBatches(config, data, context)
+        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(data.corpora))
+        self.training = build_training(config)
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
-        self.state = self._resume(data)
+        self.state = self._resume(data, identities)
+        self.inputs = {**files, **identities}
+        """For the ledger: files and datasets -> their identities."""
         self.spans = phase_spans(config)
-        self.kept = retained_steps(config)
-        keep = config.train
-        self.saver = Saver(run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept)))
+        self.last_step = self.spans[-1].end
+        self.retention = retention(config)
+        self.saver = Saver(run.checkpoints, self.retention)
         self.agreement = DelayedAllReduce(flags=2 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
@@ -114,25 +94,44 @@ class Trainer:
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
         """All ranks have agreed to stop, because one was asked to."""
-        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(self.sources))
-        self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
         self.evaluation = Evaluation(config, data, self.training, context)
-        self.last_step = self.spans[-1].end
-        self.asked = self.state.step
-        """Steps whose windows the disk has been asked for."""
+        self.watchdog = Watchdog(config.health.hang_seconds, run.rank_log(context.rank))
         self.log: MetricsLog | None = None
         self.rank_log = RankLog(run.rank_log(context.rank))
         self.began = process_start()
+
+    def _resume(self, data: OpenData, identities: Mapping[str, str]) -> TrainState:
+        """Fill the model from the run's last checkpoint, else from where the configuration says."""
+        train, model = self.config.train, self.config.model
+        last = resume.last_checkpoint(self.config)
+        if last is None and train.init_weights:
+            path = Path(train.init_weights)
+            load_weights(path, self.training.gpt, self.training.optimizer, model)
+            self.origin = {train.init_weights: checkpoint_files.identity(path)}
+            return TrainState()
+        if last is None and not train.init_from:
+            return TrainState()
+        path = last.path if last else Path(str(train.init_from))
+        resume.check_past(path, self.config, data, identities)
+        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model)
+        self.origin = {str(path): checkpoint_files.identity(path)}
+        if state.guard:
+            self.guard.load(state.guard)
+        self.context.announce(f"{self.run.root}: continues from {path}")
+        damaged = checkpoint_files.damaged(self.run.checkpoints) if self.context.leads else []
+        if damaged:
+            names = ", ".join(path.name for path in damaged)
+            say(
+                f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the run "
+                f"goes on without"
+            )
+        return state
 
     def train(self) -> None:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         if self.context.leads:
-            for line in resume.edits(self.config, self.state.step):
-                say(f"{self.run.root}: {line}")
-            resume.record_killed_launches(self.config, self.state.step)
-            write_text(self.run.config, config_io.dump(self.config))
-            write_text(self.run.plan, self.plan_text)
+            resume.record_start(self.config, self.state.step, self.plan_text)
             self.context.announce(
                 f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
@@ -140,7 +139,7 @@ class Trainer:
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
             self.log = open_log(self.run, self.state.step, self.config)
-        with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
+        with self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
                     self._train_phase(span)
@@ -149,76 +148,31 @@ class Trainer:
         self.rank_log.close()
 
     def _train_phase(self, span: PhaseSpan) -> None:
-        config, first = self.config, self.state.step
-        target = shares(config.phase_weights(span.name), self.sources)
-        if self.state.step == span.start:
-            self._say_unseen(span)
-            self.guard.forget()
-            if span.config.reset_optimizer:
-                forget_moments(self.training.optimizer)
-        with Progress(
-            f"train {span.name}",
-            span.end - span.start,
-            "steps",
-            self.state.step - span.start,
-            self.context.leads,
-        ) as bar:
+        first, leads = self.state.step, self.context.leads
+        if first == span.start:
+            self._begin_phase(span)
+        with Progress(f"train {span.name}", span.steps, "steps", first - span.start, leads) as bar:
             while self.state.step < span.end and not self.stopping:
                 start = time.perf_counter()
-                lr = span.learning_rate(self.state.step)
-                result = self._step(span, lr)
+                result = self._step(span)
                 seconds = time.perf_counter() - start
                 self.watchdog.heard()
-                line = step_line(
-                    config,
-                    self.state,
-                    span,
-                    result,
-                    self.plan,
-                    lr,
-                    target,
-                    seconds,
-                    self.saving,
-                    self.busy_R,
-                    backend.peak_memory(),
-                    backend.peak_flops(config.train.precision),
-                )
-                done = self.state.step
-                if done % config.train.probe_every == 0 or done == span.end:
+                line = step_line(self.config, self.plan, span, self.state, result)
+                line |= cost_line(self.config, seconds, self.saving, self.busy_R)
+                if self.state.step % self.config.train.probe_every == 0 or self.state.step == span.end:
                     self.watchdog.heard(more=_LONG)
                     line |= self.evaluation.measure()
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
-                busy = self.training.busy.seconds
-                self.rank_log.write(rank_line(line, busy, self.context.leads, bar.line()))
-                self._between_steps(span.name)
+                self.rank_log.write(rank_line(line, self.training.busy.seconds, leads, bar.line()))
+                self._between_steps(span)
                 self.watchdog.heard()
-        if self.context.leads:
-            steps = self.state.step - first
-            path = self.run.checkpoints / f"step_{self.state.step:08d}"
-            written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
-            finish(
-                self.run.root,
-                f"train {span.name}",
-                devices=self.context.world_size,
-                tokens=steps * config.tokens_per_step(),
-                seconds=time.time() - self.began,
-                inputs={**self.files, **self.identities, **self.origin},
-                outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
-                again=True,
-            )
-            self.origin = {str(path): checkpoint_files.identity(path)}
-            stops = self.stopping and self.state.step < self.last_step
-            end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
-            self.context.announce(
-                f"{self.run.root}: phase {span.name} {end} at step {self.state.step}, "
-                f"loss {line['loss']:.4f}; wrote {path}"
-            )
+        if leads:
+            self._end_phase(span, first, line["loss"])
         self.began = time.time()
 
-    def _say_unseen(self, span: PhaseSpan) -> None:
-        """Say which windows the coming of a phase's keep masks leaves undrawn in the epochs they close."""
+    def _begin_phase(self, span: PhaseSpan) -> None:
         start = span.start * self.config.train.global_batch
         unseen = next(phase.unseen for phase in self.plan.phases if phase.start == start)
         for name, windows in unseen.items():
@@ -226,62 +180,70 @@ class Trainer:
                 f"{self.run.root}: phase {span.name} brings another keep mask of {name}; "
                 f"{windows:,} windows of its epoch stay unseen"
             )
+        self.guard.forget()
+        if span.config.reset_optimizer:
+            forget_moments(self.training.optimizer)
 
-    def _read_ahead(self) -> None:
-        """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""
-        size = self.config.train.global_batch
-        steps = -(-_READ_AHEAD * self.context.data_size // size)
-        while self.asked < min(self.state.step + steps, self.last_step):
-            first = self.state.samples + (self.asked - self.state.step) * size
-            self.loader.read_ahead(rank_samples(first, size, self.config.train.micro_batch, self.context))
-            self.asked += 1
-
-    def _step(self, span: PhaseSpan, lr: float) -> StepResult:
-        config = self.config
-        self._read_ahead()
-        set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
-        batches = micro_batches(
-            self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
+    def _end_phase(self, span: PhaseSpan, first: int, loss: float) -> None:
+        """Record what this launch did of a phase, from step `first` on. For the first rank."""
+        step, saved = self.state.step, checkpoint_files.found(self.run.checkpoints)
+        resume.record_phase(
+            self.run,
+            span.name,
+            devices=self.context.world_size,
+            tokens=(step - first) * self.config.tokens_per_step(),
+            seconds=time.time() - self.began,
+            inputs={**self.inputs, **self.origin},
+            checkpoints=[ref.path for ref in saved if ref.step > first],
         )
-        tolerant = FaultTolerantBatches(batches, self.passes, self.loader, self.shape.micro_batch)
+        path = checkpoint_files.step_path(self.run.checkpoints, step)
+        self.origin = {str(path): checkpoint_files.identity(path)}
+        stops = self.stopping and step < self.last_step
+        end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
+        self.context.announce(
+            f"{self.run.root}: phase {span.name} {end} at step {step}, loss {loss:.4f}; wrote {path}"
+        )
+
+    def _step(self, span: PhaseSpan) -> StepResult:
+        config, state = self.config, self.state
+        batches = self.batches.of_step(state.samples)
+        lr = span.learning_rate(state.step)
+        set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
         result = train_step(
             self.training,
-            iter(tolerant),
-            self.passes,
+            batches,
+            self.batches.passes,
             self.shape,
             self.guard.refuses,
-            discard=lambda: tolerant.error is not None,
+            discard=lambda: self.batches.error is not None,
         )
         if result.refused is not None:
-            self._look_into(tolerant.error, result.refused, span)
-        self.state.step += 1
-        self.state.samples += config.train.global_batch
-        self.state.tokens += config.tokens_per_step()
-        self.state.guard = self.guard.history()
+            self._look_into(result.refused, span)
+        state.step += 1
+        state.samples += config.train.global_batch
+        state.tokens += config.tokens_per_step()
+        state.guard = self.guard.history()
         return result
 
-    def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
+    def _look_into(self, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
-        first = self.state.samples
+        first, error = self.state.samples, self.batches.error
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        told = gather_objects(None if error is None else str(error))
-        if any(told):
-            self._save(span.name)
-            self.saver.wait()
-            if error is not None:
-                raise error
-            rank = next(rank for rank, message in enumerate(told) if message)
-            raise UnreadableDataError(f"rank {rank} could not read its part of {where}: {told[rank]}")
-        if self.context.leads:
+        errors = gather_objects(None if error is None else str(error))
+        failed = next((rank for rank, message in enumerate(errors) if message), None)
+        if failed is None and self.context.leads:
             say(f"{self.run.root}: {where}: skipped, {reason}")
         try:
+            if failed is not None:
+                message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
+                raise error or UnreadableDataError(message)
             self.guard.check()
-        except TooManyBadStepsError:
-            self._save(span.name)
+        except (OSError, ValueError):
+            self._save(span)
             self.saver.wait()
             raise
 
-    def _between_steps(self, phase: str) -> None:
+    def _between_steps(self, span: PhaseSpan) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
         stop, writing, *busy_us = self.agreement.result()
@@ -289,9 +251,9 @@ class Trainer:
         start = time.perf_counter()
         self.saver.poll(writing)
         self.stopping = bool(stop)
-        last = self.stopping or any(step == span.end for span in self.spans)
-        if last or step in self.kept or step % self.config.train.checkpoint_every == 0:
-            self._save(phase)
+        last = self.stopping or step == span.end
+        if last or step in self.retention.steps or step % self.config.train.checkpoint_every == 0:
+            self._save(span)
         if last:
             self.watchdog.heard(more=_LONG)
             self.saver.wait()
@@ -300,43 +262,9 @@ class Trainer:
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
-    def _save(self, phase: str) -> None:
+    def _save(self, span: PhaseSpan) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
         if self.log is not None:
             self.log.flush()
-        self.saver.save(
-            self.training.gpt,
-            self.training.optimizer,
-            self.state,
-            self.config.model,
-            phase,
-            self.plan_text,
-        )
-
-    def _resume(self, data: OpenData) -> TrainState:
-        """Fill the model from the run's last checkpoint, else from where the configuration says."""
-        saved = checkpoint_files.found(self.run.checkpoints)
-        if saved:
-            path = saved[-1].path
-        elif self.config.train.init_from:
-            path = Path(self.config.train.init_from)
-        else:
-            if weights := self.config.train.init_weights:
-                training = self.training
-                load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
-                self.origin = {weights: checkpoint_files.identity(Path(weights))}
-            return TrainState()
-        resume.check_past(path, self.config, data, self.identities)
-        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, self.config.model)
-        self.origin = {str(path): checkpoint_files.identity(path)}
-        if state.guard:
-            self.guard.load(state.guard)
-        if self.context.leads:
-            self.context.announce(f"{self.run.root}: continues from {path}")
-            if damaged := checkpoint_files.damaged(self.run.checkpoints):
-                names = ", ".join(path.name for path in damaged)
-                say(
-                    f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the "
-                    f"run goes on without"
-                )
-        return state
+        training, model = self.training, self.config.model
+        self.saver.save(training.gpt, training.optimizer, self.state, model, span.name, self.plan_text)

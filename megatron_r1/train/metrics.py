@@ -96,61 +96,54 @@ class RankLog:
 
 
 def step_line(
-    config: Config,
-    state: TrainState,
-    span: PhaseSpan,
-    result: StepResult,
-    plan: BlendPlan,
-    learning_rate: float,
-    target: dict[str, float],
-    seconds: float,
-    saving: float,
-    busy_R: list[float],
-    memory: int,
-    peak_flops: float | None,
+    config: Config, plan: BlendPlan, span: PhaseSpan, state: TrainState, result: StepResult
 ) -> dict[str, Any]:
-    """The line of the step that led to `state`: losses in nats a label, times in seconds.
-
-    `target`: the phase's shares by source. `seconds`: the step took. `saving`: checkpoints held it up.
-    `busy_R`: each rank was busy in the step before. `memory`: bytes, at most. `peak_flops`: of one device.
-    """
-    sources, ranks, seq_length = list(config.data.sources), len(busy_R), config.data.seq_length
-    drawn = {name: plan.count(name, state.samples) for name in sources}
-    since = span.start * config.train.global_batch
-    in_phase = {name: drawn[name] - plan.count(name, since) for name in sources}
-    mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
-    seen_N = (result.tokens_N > 0).tolist()
-    flops = config.model.flops_per_token(seq_length) * config.tokens_per_step() / seconds
-    slowest, ratio = stragglers(busy_R)
+    """Progress of the step that led to `state`; losses in nats a label."""
+    drawn = {name: plan.count(name, state.samples) for name in span.share}
+    before = span.start * config.train.global_batch
+    in_phase = {name: n - plan.count(name, before) for name, n in drawn.items()}
+    total = sum(in_phase.values())
+    loss_N, tokens_N = result.loss_N.tolist(), result.tokens_N.tolist()
+    labels = zip(span.share, loss_N, tokens_N, strict=True)
     return {
         "step": state.step,
         "phase": span.name,
         "samples": state.samples,
         "tokens": state.tokens,
         "loss": result.loss(),
-        "loss_by_source": {n: mean for n, mean, seen in zip(sources, mean_N, seen_N, strict=True) if seen},
-        "tokens_by_source": {n: drawn[n] * seq_length for n in sources},
+        "loss_by_source": {name: loss / tokens for name, loss, tokens in labels if tokens},
+        "tokens_by_source": {name: n * config.data.seq_length for name, n in drawn.items()},
         "epochs_by_source": plan.epochs(state.samples),
-        "mix_target": target,
-        "mix_actual": shares(in_phase, sources),
-        "learning_rate": learning_rate,
+        "mix_target": span.share,
+        "mix_actual": {name: n / total for name, n in in_phase.items()},
+        "learning_rate": span.learning_rate(state.step - 1),
         "grad_norm": result.grad_norm,
         "skipped": int(result.refused is not None),
-        "slowest_rank": slowest,
-        "slowest_ratio": ratio,
-        "memory_bytes": memory,
-        "ranks": ranks,
-        "seconds": seconds,
-        "saving_seconds": saving,
-        "tokens_per_second": config.tokens_per_step() / seconds,
-        **({"mfu": flops / (peak_flops * ranks)} if peak_flops else {}),
     }
 
 
-def shares(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Each name's share of the sum of all weights."""
-    total = sum(weights.values())
-    return {name: weights.get(name, 0) / total for name in names}
+def cost_line(config: Config, seconds: float, saving: float, busy_R: list[float]) -> dict[str, Any]:
+    """Cost of a step: it took `seconds`, and checkpoints held it up for `saving` seconds.
+
+    `busy_R`: seconds that each rank was busy in the step before.
+    """
+    # Imported here: it needs torch, and whoever reads a run's lines does not.
+    from megatron_r1 import backend
+
+    slowest, ratio = stragglers(busy_R)
+    line = {
+        "slowest_rank": slowest,
+        "slowest_ratio": ratio,
+        "memory_bytes": backend.peak_memory(),
+        "ranks": len(busy_R),
+        "seconds": seconds,
+        "saving_seconds": saving,
+        "tokens_per_second": config.tokens_per_step() / seconds,
+    }
+    if peak := backend.peak_flops(config.train.precision):
+        flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
+        line["mfu"] = flops / (peak * len(busy_R))
+    return line
 
 
 def rank_line(line: Mapping[str, Any], busy: float, leads: bool, progress: str) -> str:

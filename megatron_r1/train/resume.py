@@ -1,8 +1,11 @@
-"""Whether a recipe can go on from what a run has done, and what `--check` prints of it. No torch."""
+"""The past of a run: whether a recipe can go on from it, what `--check` prints, and the run's own records.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +18,12 @@ from megatron_r1.data.open import OpenData
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import Hashes
 from megatron_r1.run.stage import finish
+from megatron_r1.system.files import write_text
+from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import read
-from megatron_r1.train.schedule import late_edits, phase_spans
+from megatron_r1.train.schedule import epochs_by_phase, late_edits, phase_spans
 
 
 def last_checkpoint(config: Config) -> CheckpointRef | None:
@@ -50,8 +56,7 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
             f"begin a new run"
         )
     plan_file.check_extends(data.plan, plan_file.from_json(meta["plan"], samples), samples)
-    seen = plan_file.datasets_of(meta["plan"])
-    now = {corpus.name: identities[str(corpus.prefix)] for corpus in data.corpora}
+    seen, now = plan_file.datasets_of(meta["plan"]), _by_source(data, identities)
     other = [name for name in seen if data.plan.count(name, samples) and seen[name] != now[name]]
     if other:
         raise ValueError(
@@ -60,60 +65,98 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
         )
 
 
+def plan_text(data: OpenData, identities: Mapping[str, str]) -> str:
+    """The data plan as JSON, for checkpoints and `RUN/plan.json`; `identities` as of `check_past`."""
+    return plan_file.to_json(data.plan, _by_source(data, identities))
+
+
+def _by_source(data: OpenData, identities: Mapping[str, str]) -> dict[str, str]:
+    return {corpus.name: identities[str(corpus.prefix)] for corpus in data.corpora}
+
+
 def edits(config: Config, step: int) -> list[str]:
-    """What was changed since the run's configuration was last written, where `step` lies in it or behind."""
-    # Of the first launch there is none; a damaged one is no obstacle.
+    """Changes since the run's configuration was last written, where they touch phases that have begun."""
+    # The first launch has none, and a damaged one is no obstacle.
     return late_edits(config_io.read_tree(RunDir(Path(config.train.run)).config, []), config, step)
 
 
 def describe_start(config: Config, data: OpenData) -> list[str]:
     """What the trainer would begin with, in lines. Raises ValueError where it would refuse to go on."""
     run, last, end = config.train.run, last_checkpoint(config), phase_spans(config)[-1].end
-    if is_finished(config, data):
-        assert last is not None
+    if last is None:
+        begins = config.train.init_from or config.train.init_weights
+        return [f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
+    check_past(last.path, config, data, data.identities)
+    checkpoint_files.check_model(last.path, config.model)
+    if last.step >= end:
         return [f"{run}: finished before, at {last.path}", *edits(config, end)]
-    if last is not None:
-        check_past(last.path, config, data, data.identities)
-        checkpoint_files.check_model(last.path, config.model)
-        return [
-            f"{run}: goes on from {last.path}, {end - last.step:,} steps to go",
-            *edits(config, last.step),
-        ]
-    begins = config.train.init_from or config.train.init_weights
-    return [f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
+    return [f"{run}: goes on from {last.path}, {end - last.step:,} steps to go", *edits(config, last.step)]
+
+
+def record_start(config: Config, step: int, plan: str) -> None:
+    """Bring the run directory up to date with a launch that begins at `step`.
+
+    Says edits, adds the ledger lines of killed launches, writes config.yaml and plan.json.
+    """
+    run = RunDir(Path(config.train.run))
+    for line in edits(config, step):
+        say(f"{run.root}: {line}")
+    record_killed_launches(config, step)
+    write_text(run.config, config_io.dump(config))
+    write_text(run.plan, plan)
+
+
+def record_phase(
+    run: RunDir,
+    name: str,
+    devices: int,
+    tokens: int,
+    seconds: float,
+    inputs: Hashes,
+    checkpoints: Iterable[Path],
+) -> None:
+    """Add the ledger line of one launch's part of a phase, and the checkpoints that it wrote."""
+    finish(
+        run.root,
+        f"train {name}",
+        devices=devices,
+        tokens=tokens,
+        seconds=seconds,
+        inputs=inputs,
+        outputs={str(path): checkpoint_files.identity(path) for path in checkpoints},
+        again=True,
+    )
 
 
 def record_killed_launches(config: Config, step: int) -> None:
-    """Tell the ledger of launches that ended before they could: killed, or by an error.
+    """Add ledger lines for launches that were killed.
 
-    Their checkpoints, and the time of their steps as far as metrics.jsonl has them, also of those that come
-    again because they lie behind the checkpoint at `step`, which the run goes on from and to which that file
-    is cut back afterwards.
+    Counts their checkpoints and step times from metrics.jsonl, including steps after `step`, which will be
+    trained again. Call this before metrics.jsonl is truncated to `step`.
     """
     run = RunDir(Path(config.train.run))
-    told = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
-    names = [path.name.removeprefix("step_") for path in told if path.parent.name == "checkpoints"]
-    last_told = max((int(name) for name in names if name.isdecimal()), default=0)
-    lines = [line for line in read(run.metrics) if line["step"] > last_told]
-    saved = [ref for ref in checkpoint_files.found(run.checkpoints) if last_told < ref.step <= step]
+    recorded = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
+    names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
+    last = max((int(name) for name in names if name.isdecimal()), default=0)
+    lines = [line for line in read(run.metrics) if line["step"] > last]
+    saved = [ref for ref in checkpoint_files.found(run.checkpoints) if last < ref.step <= step]
     for span in phase_spans(config):
         mine = [line for line in lines if line["phase"] == span.name]
         if not mine:
             continue
         outputs = [ref.path for ref in saved if span.start < ref.step <= span.end]
         sources, seen = config.data.sources, {}
-        # One that was damaged since stands in nobody's way.
+        # One that was damaged since is no obstacle.
         with suppress(ValueError, IndexError):
             seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
-        finish(
-            run.root,
-            f"train {span.name}",
+        record_phase(
+            run,
+            span.name,
             devices=mine[-1].get("ranks", 1),
             tokens=sum(line["step"] <= step for line in mine) * config.tokens_per_step(),
             seconds=sum(line["seconds"] + line.get("saving_seconds", 0.0) for line in mine),
-            inputs={sources[name].prefix: found for name, found in seen.items() if name in sources},
-            outputs={str(path): checkpoint_files.identity(path) for path in outputs},
-            again=True,
+            inputs={sources[name].prefix: identity for name, identity in seen.items() if name in sources},
+            checkpoints=outputs,
         )
 
 
@@ -123,34 +166,26 @@ def summary(config: Config, data: OpenData) -> str:
     Then where the run stands. Raises ConfigError where the data plan cannot be laid, ValueError where the run
     cannot go on with this.
     """
-    plan = data.plan
+    tokens = config.tokens_per_step()
     lines = [
         config_io.dump(config).rstrip(),
         "",
         f"model: {config.model.parameters():,} parameters",
-        f"step: {config.train.global_batch} sequences x {config.data.seq_length} = "
-        f"{config.tokens_per_step():,} tokens",
+        f"step: {config.train.global_batch} sequences x {config.data.seq_length} = {tokens:,} tokens",
     ]
-    samples = 0
-    for name, laid in zip(config.phases, plan.phases, strict=True):
-        steps = config.phase_steps(name)
-        end = samples + steps * config.train.global_batch
-        before, after = plan.epochs(samples), plan.epochs(end)
-        weights = config.phase_weights(name)
-        total = sum(weights.values())
-        lines.append(f"phase {name}: {steps:,} steps, {steps * config.tokens_per_step():,} tokens")
-        for corpus in data.corpora:
-            share = weights.get(corpus.name, 0) / total
-            lines.append(
-                f"  {corpus.name:24s} {share:7.2%}  {after[corpus.name] - before[corpus.name]:8.3f} epochs"
-                f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens){_kept(corpus.name, laid)}"
-            )
-        samples = end
+    phases = zip(epochs_by_phase(config, data.plan), data.plan.phases, strict=True)
+    for (span, epochs, in_all), laid in phases:
+        lines.append(f"phase {span.name}: {span.steps:,} steps, {span.steps * tokens:,} tokens")
+        lines += [
+            f"  {corpus.name:24s} {span.share[corpus.name]:7.2%}  {epochs[corpus.name]:8.3f} epochs"
+            f"  ({in_all[corpus.name]:.3f} in all, {corpus.tokens:,} tokens){_kept(corpus.name, laid)}"
+            for corpus in data.corpora
+        ]
     return "\n".join([*lines, "", *describe_start(config, data)])
 
 
 def _kept(source: str, phase: Phase) -> str:
-    """What a keep mask leaves of a source, and what its coming leaves unseen of the epoch in progress."""
+    """Windows of a source that a keep mask leaves, and windows that the mask's coming leaves unseen."""
     mask, unseen = phase.keep.get(source), phase.unseen.get(source)
     kept = f"; {mask.bitmap.kept:,} of {mask.bitmap.windows:,} windows kept" if mask else ""
     return kept + (f"; a new mask: {unseen:,} windows of the epoch before stay unseen" if unseen else "")

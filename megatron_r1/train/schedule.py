@@ -1,14 +1,16 @@
-"""Where a step lies in the recipe's phases, and its learning rate."""
+"""The phases of a recipe: their steps, learning rates, epochs, checkpoints that stay, and later edits."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.checkpoint.files import evenly_spaced
+from megatron_r1.checkpoint.files import Retention, evenly_spaced
 from megatron_r1.config import Config, PhaseConfig
+from megatron_r1.data.blend import BlendPlan
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,19 @@ class PhaseSpan:
     start: int
     end: int
     config: PhaseConfig
+    share: dict[str, float] = field(default_factory=dict)
+    """Source -> share of the phase's sequences."""
+
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up to the peak, then decay towards `min_lr_ratio` of it at the phase's end.
 
         A function of the step alone, so that resuming needs no scheduler state.
         """
-        phase, step, steps = self.config, step - self.start, self.end - self.start
+        phase, step, steps = self.config, step - self.start, self.steps
         peak, low = phase.learning_rate, phase.learning_rate * phase.min_lr_ratio
         if step < phase.warmup_steps:
             return peak * (step + 1) / phase.warmup_steps
@@ -37,47 +45,61 @@ class PhaseSpan:
         return low + (peak - low) * share
 
 
-def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
-    """What was changed for a run that stands at `step`, against the tree of an earlier configuration
-    (`RUN/config.yaml`): of sections that hold for all phases, and of phases that `step` lies in or behind.
-    A line each; the steps behind stay as they are."""
-    out, spans = [], phase_spans(config)
-
-    def tell(what: str, who: str, end: int, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
-        both = {key: old[key] for key in new if key in old} if old else {}
-        changed = ", ".join(f"{key} {then} -> {new[key]}" for key, then in both.items() if then != new[key])
-        if changed:
-            effect = (
-                "is over, so this has no effect" if step >= end else f"takes this from step {step + 1} on"
-            )
-            out.append(f"{what}: {changed}; {who} {effect}")
-
-    for section in ("optimizer", "data", "train", "health") if step else ():
-        now = dataclasses.asdict(getattr(config, section))
-        # What is drawn from is the data plan's to judge; where a run begins is over.
-        plain = {k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights")}
-        tell(section, "the run", spans[-1].end, before.get(section), plain)
-    for span in spans:
-        if step > span.start:
-            old = (before.get("phases") or {}).get(span.name)
-            tell(f"phases.{span.name}", "the phase", span.end, old, dataclasses.asdict(span.config))
-    return out
-
-
 def phase_spans(config: Config) -> list[PhaseSpan]:
     """The phases in training order, back to back."""
     spans, start = [], 0
     for name, phase in config.phases.items():
-        end = start + config.phase_steps(name)
-        spans.append(PhaseSpan(name, start, end, phase))
+        end, weights = start + config.phase_steps(name), config.phase_weights(name)
+        total = sum(weights.values())
+        share = {source: weight / total for source, weight in weights.items()}
+        spans.append(PhaseSpan(name, start, end, phase, share))
         start = end
     return spans
 
 
-def retained_steps(config: Config) -> set[int]:
-    """Steps that are saved, and kept, besides the regular ones: ends of phases, and what influence is to
-    score."""
-    kept = set(config.influence.steps if config.influence else ())
+def epochs_by_phase(
+    config: Config, plan: BlendPlan
+) -> Iterator[tuple[PhaseSpan, dict[str, float], dict[str, float]]]:
+    """Each phase, with the passes over each source within it and from the first step to its end."""
+    before = plan.epochs(0)
     for span in phase_spans(config):
-        kept |= {span.end, *evenly_spaced(span.start, span.end, config.train.keep_spaced)}
-    return kept
+        after = plan.epochs(span.end * config.train.global_batch)
+        yield span, {name: after[name] - before[name] for name in after}, after
+        before = after
+
+
+def retention(config: Config) -> Retention:
+    """Checkpoints that are never deleted. Its `steps` are saved besides the regular ones: ends of phases,
+    evenly spaced ones, and those that influence is to score."""
+    steps = set(config.influence.steps if config.influence else ())
+    for span in phase_spans(config):
+        steps |= {span.end, *evenly_spaced(span.start, span.end, config.train.keep_spaced)}
+    return Retention(config.train.keep_last, config.train.keep_every, frozenset(steps))
+
+
+def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
+    """Changes to a run that stands at `step`, a line each, against an earlier configuration.
+
+    `before`: the YAML tree of `RUN/config.yaml`. Counted are the sections that hold for all phases, and the
+    phases that have begun. Steps that were trained stay as they are.
+    """
+    spans = phase_spans(config)
+    edited = []
+    for section in ("optimizer", "data", "train", "health") if step else ():
+        now = dataclasses.asdict(getattr(config, section))
+        # The data plan checks what is drawn from. Where a run begins is over.
+        now = {k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights")}
+        edited.append((section, "the run", spans[-1].end, before.get(section) or {}, now))
+    for span in spans:
+        if step > span.start:
+            old = (before.get("phases") or {}).get(span.name) or {}
+            now = dataclasses.asdict(span.config)
+            edited.append((f"phases.{span.name}", "the phase", span.end, old, now))
+    out = []
+    for path, subject, end, old, now in edited:
+        changes = [f"{k} {old[k]} -> {v}" for k, v in now.items() if k in old and old[k] != v]
+        if changes:
+            over = "is over, so this has no effect"
+            effect = over if step >= end else f"takes this from step {step + 1} on"
+            out.append(f"{path}: {', '.join(changes)}; {subject} {effect}")
+    return out

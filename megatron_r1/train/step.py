@@ -151,10 +151,11 @@ def train_step(
     refuses: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
     discard: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Forward and backward of `micro_batches` batches, then one Adam step, unless `refuses(loss, grad_norm)`
-    says why not, alike on all ranks, or after the backward pass any rank's gradients are `discard`.
+    """Forward and backward of `micro_batches` batches, then one Adam step.
 
-    The gradient is that of the mean over the global batch's labels, whatever the layout.
+    The gradient is that of the mean over the global batch's labels, whatever the layout. The weights stay as
+    they are if `refuses(loss, grad_norm)` gives a reason, alike on all ranks, or if `discard()` is true on
+    any rank after the backward pass.
     """
     training.busy.start()
     for chunk in training.chunks:
@@ -169,18 +170,15 @@ def train_step(
 
 
 @torch.no_grad()
-def label_losses(
-    training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """Summed label losses and label counts by `Batch.source_B`, float64 [sources], over all ranks."""
+def label_losses(training: Training, batches: Iterator[Batch], micro_batches: int, shape: Shape) -> Tensor:
+    """Summed label losses and label counts by `Batch.source_B`, float64 [2, sources], over all ranks."""
     for chunk in training.chunks:
         chunk.eval()
     try:
-        sums = run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
+        return run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
     finally:
         for chunk in training.chunks:
             chunk.train()
-    return sums[0], sums[1]
 
 
 def run_schedule(
@@ -214,8 +212,7 @@ def _forward_step(
     batches: Iterator[Batch], model: Any, objective: Objective, sources: int
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
-    out = objective(model, batch)
-    return out, partial(_sum_losses, batch, sources)
+    return objective(model, batch), partial(_sum_losses, batch, sources)
 
 
 def _sum_losses(batch: Batch, sources: int, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

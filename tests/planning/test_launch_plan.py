@@ -12,9 +12,10 @@ import pytest
 from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.config_io import ConfigError
-from megatron_r1.launch.paper import SOURCES
+from megatron_r1.launch.paper import SOURCES, differences
 from megatron_r1.launch.plan import Launch, plan_launch
 from megatron_r1.launch.text import text
+from megatron_r1.launch.warnings import warnings
 from tests.launch import TINY_MODEL, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,20 +30,20 @@ def pretrain(*more: str) -> Config:
 
 
 def test_epochs_of_the_recipe_are_the_papers_tokens_over_its_datasets() -> None:
-    data = plan_launch(pretrain(), Launch(168), build=False).data
-    for name, epochs in data.epochs().items():
+    plan = plan_launch(pretrain(), Launch(168), build=False)
+    for name, epochs in plan.epochs().items():
         paper = SOURCES[name]
-        drawn = 2e12 * (paper.phase1 / 100.01 + paper.phase2 / 99.99)
-        assert epochs == pytest.approx(drawn / paper.tokens, rel=1e-4), name
-    assert data.absent == set(SOURCES)
+        drawn = 2e12 * (paper["phase1"] / 100.01 + paper["phase2"] / 99.99)
+        assert epochs == pytest.approx(drawn / paper["tokens"], rel=1e-4), name
+    assert plan.data.absent == set(SOURCES)
 
 
 def test_time_is_flops_over_what_the_gpus_do() -> None:
     plan = plan_launch(pretrain(), Launch(168, mfu=0.5, peak_flops=1e15), build=False)
     attention = 6 * 22 * 2048 * 1536
-    seconds = (6 * 949_685_760 + attention) * plan.data.tokens / 0.5e15
+    seconds = (6 * 949_685_760 + attention) * plan.tokens / 0.5e15
     assert plan.gpu_hours == pytest.approx(seconds / 3600)
-    assert plan.step_seconds == pytest.approx(seconds / 168 / plan.data.steps)
+    assert plan.step_seconds == pytest.approx(seconds / 168 / plan.steps)
     assert plan.mfu_of(plan.gpu_hours) == pytest.approx(0.5)
 
 
@@ -57,7 +58,7 @@ def test_every_size_that_does_not_divide_is_named_at_once() -> None:
 def test_warnings_name_what_is_odd() -> None:
     odd = "phases.odd={steps: 100000, weights: {starcoder: 0.5, wiki: 0.4}}"
     config = config_io.load([*PRETRAIN[:2], odd, "model.head_dim=62"])
-    told = "\n".join(plan_launch(config, Launch(168), build=False).warnings())
+    told = "\n".join(warnings(plan_launch(config, Launch(168), build=False)))
     for part in (
         "phase1 sum to 100.01, not 100",
         "odd sum to 0.9, not 1",
@@ -74,7 +75,7 @@ def test_a_launch_without_oddities_has_no_warnings() -> None:
     config = config_io.load([*PRETRAIN[:2], weights])
     only = {name: config.data.sources[name] for name in ("fineweb-edu", "starcoder")}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=only))
-    assert plan_launch(config, Launch(56), build=False).warnings() == []
+    assert warnings(plan_launch(config, Launch(56), build=False)) == []
 
 
 def test_datasets_that_are_there_are_counted_themselves(tmp_path: Path) -> None:
@@ -89,15 +90,16 @@ def test_datasets_that_are_there_are_counted_themselves(tmp_path: Path) -> None:
     )
     plan = plan_launch(config, Launch(4, rank=3))
     assert not plan.data.absent and plan.data.corpora[0].tokens > 1000
-    assert plan.first is not None
+    assert plan.first_N is not None
     # Four ranks with two sequences each.
-    assert plan.first.sample_N.tolist() == [6, 7]
-    assert plan.first.window_N[0] == plan.data.blend.locate(6)[2]
-    assert "first samples of rank 3" in text(plan) and "memory of rank 3" in text(plan)
+    assert plan.first_N.tolist() == [6, 7]
+    printed = text(plan)
+    assert f"6  a                  epoch 0 window {plan.data.plan.locate(6)[2]}" in printed
+    assert "first samples of rank 3" in printed and "memory of rank 3" in printed
 
 
 def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
-    told = "\n".join(plan_launch(pretrain(), Launch(168), build=False).differences())
+    told = "\n".join(differences(pretrain(), 168))
     expected = [
         "parameters: here 949,685,760, paper 949.2M",
         "sequences per GPU and step: here 12, paper 16",
@@ -125,7 +127,7 @@ def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
     ],
 )
 def test_a_change_of_the_recipe_is_a_difference_from_the_paper(change: str, told: str) -> None:
-    assert told in "\n".join(plan_launch(pretrain(change), Launch(168), build=False).differences())
+    assert told in "\n".join(differences(pretrain(change), 168))
 
 
 def test_the_tool_answers_without_torch() -> None:
