@@ -29,7 +29,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this rank stands. Ranks order as megatron-core's default: tensor, context, data, pipeline."""
+    """Place of this rank. Ranks are ordered as megatron-core's default: tensor, context, data, pipeline."""
 
     rank: int
     world_size: int
@@ -104,7 +104,7 @@ def model_groups(config: ParallelConfig, gloo: bool = True) -> Iterator[Parallel
 
 @contextmanager
 def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
-    """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in every rank where
+    """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in every rank if
     another launch has it."""
     lock, busy = RunLock(directory), ""
     if context.leads:

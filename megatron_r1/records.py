@@ -1,4 +1,4 @@
-"""What flows between rooms. Plain records: no behaviour beyond what their fields mean.
+"""Records that flow between rooms. They have no behaviour beyond their fields.
 
 Axis letters, used as suffixes where a shape is not plain: B batch, S sequence, D hidden, V vocabulary,
 N examples, C capabilities, K checkpoints, P projection.
@@ -54,13 +54,13 @@ class Batch:
 
 @dataclass
 class TrainState:
-    """Where a run stands. `samples` is the data position, and nothing else is."""
+    """Progress of a run. `samples` alone is the data position."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
-    """What the step guard has seen, so that a resumed run judges steps as the interrupted one would."""
+    """History of the step guard, so that a resumed run judges steps as the interrupted one would."""
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,9 @@ def peak_flops(precision: str) -> float | None:
     """Dense matrix FLOP/s of this device for `precision`, for MFU; None where it is not known."""
     if not HAS_CUDA or precision != "bf16":
         return None
+    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}
     name = torch.cuda.get_device_name()
-    for key, flops in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12), ("L40", 181e12)):
-        if key in name:
-            return flops
-    return None
+    return next((flops for key, flops in known.items() if key in name), None)
 
 
 def peak_memory() -> int:

@@ -53,7 +53,7 @@ class _InOrder:
 
 
 class _CpuAsCuda(types.ModuleType):
-    """What megatron-core sees as `torch.cuda`. Names not given here come from the real one."""
+    """The `torch.cuda` of megatron-core. Names not given here come from the real one."""
 
     current_device = staticmethod(lambda: torch.device("cpu"))
     device_count = staticmethod(lambda: 1)

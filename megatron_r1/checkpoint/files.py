@@ -1,4 +1,4 @@
-"""Checkpoints as files: which are complete, what they say of themselves, whether they are as written.
+"""Checkpoint files: complete ones, their descriptions, their checksums, and which of them stay.
 
 CHECKPOINTS/step_00000120/ appears by a rename once all of it is on the disk and goes by one before any of
 it is deleted, so that what has the name is whole. In it, beside megatron-core's files, `megatron_r1.json`
@@ -39,7 +39,7 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def temporary_path(directory: Path, step: int) -> Path:
-    """Where `step_path` is written, on the same file system."""
+    """The directory that becomes `step_path` by a rename."""
     return directory / f".step_{step:08d}.tmp"
 
 
@@ -98,7 +98,8 @@ def publish(
 
 
 def discard(path: Path) -> Path:
-    """Take a checkpoint's name away. Where it is now, for `shutil.rmtree`; a later `begin` deletes it too."""
+    """Rename a checkpoint out of sight, and return its path, for `shutil.rmtree`. A later `begin` deletes it
+    too."""
     hidden = path.with_name(f".{path.name}.old")
     os.rename(path, hidden)
     sync(path.parent)
@@ -113,7 +114,7 @@ def saved_steps(directory: Path) -> list[int]:
 def found(directory: Path) -> list[CheckpointRef]:
     """Complete checkpoints under `directory`, in training order.
 
-    None is read: one that has been damaged since is refused by whoever reads it, and in nobody else's way.
+    None is read. A checkpoint that was damaged since is refused when it is loaded.
     """
     return [CheckpointRef(step_path(directory, step), step) for step in saved_steps(directory)]
 
@@ -130,7 +131,7 @@ def damaged(directory: Path) -> list[Path]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises ValueError where there is none, or it is damaged."""
+    """The description of a checkpoint. Raises ValueError if it is missing or damaged."""
     try:
         meta = json.loads((path / META).read_bytes())
     except FileNotFoundError:
@@ -148,7 +149,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def identity(path: Path) -> str:
-    """What tells a checkpoint from any other: the SHA-256 of its description, which has all checksums."""
+    """Identity of a checkpoint: the SHA-256 of its description, which holds the checksums of all files."""
     return sha256(path / META)
 
 
@@ -177,7 +178,7 @@ def facts_of(paths: Iterable[Path]) -> FileFacts:
 
 
 def corruptions(path: Path, files: FileFacts, rank: int = 0, ranks: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, of which this rank reads its share."""
+    """Damage to the files of a checkpoint, a line each. This rank reads its share of them."""
     out = []
     for name, (size, checksum) in sorted(files.items(), key=lambda item: -item[1][0])[rank::ranks]:
         file = path / name
@@ -204,8 +205,8 @@ def _own_checksum(meta: dict[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
-    """XXH3 of 128 bits: finds every fault of a disk or a copy, faster than memory is read; no seal
-    against whoever means to deceive, who could as well write a checkpoint of his own."""
+    """XXH3 of 128 bits. It finds every fault of a disk or a copy, at the speed of memory. It does not
+    protect against forgery."""
     state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -190,7 +190,7 @@ class Saver:
 
 
 def _sharded(gpt: Any, optimizer: Any | None) -> dict[str, Any]:
-    """What is saved, in place."""
+    """The state to save, in place."""
     model = gpt.sharded_state_dict()
     if optimizer is None:
         return {"model": model}
@@ -207,8 +207,8 @@ def _sharded(gpt: Any, optimizer: Any | None) -> dict[str, Any]:
 def _write(flight: _Flight) -> None:
     """Write this rank's files, flushed, and take their checksums. Runs in a thread; never raises.
 
-    In a thread: megatron-core forks writers, whose copies of the memory and of the process groups'
-    threads are no gain where a write leaves the interpreter lock alone.
+    megatron-core forks writers instead. Forks copy the memory and the process groups' threads, and gain
+    nothing, because a write releases the interpreter lock.
     """
     if flight.request.async_fn is None:
         return
@@ -240,7 +240,7 @@ def _write(flight: _Flight) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What the system said, where torch says only that a write came out short."""
+    """The system's message, where torch says only that a write came out short."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, OSError):
         inner = inner.__cause__ or inner.__context__

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""What megatron-core calls optimizer state that is stored as whole parameters."""
+"""megatron-core's name for optimizer state that is stored as whole parameters."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _state(part: Any, model: Any) -> dict[str, ShardedTensor]:
 
 
 def _rectangles(param: Any, state: str, flat: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
-    """What elements [start, start + len(flat)) of a parameter's shard are in the global tensor(s).
+    """Elements [start, start + len(flat)) of a parameter's shard as rectangles of the global tensor(s).
 
     `param` describes the shard; a factory stores it as several tensors (gate and up of SwiGLU).
     """

@@ -1,4 +1,4 @@
-"""What one rank of a launch of any size holds, from the real model, buffers and optimizer.
+"""Memory of one rank of a launch of any size, from the real model, buffers and optimizer.
 
 torch's fake process group plays the other ranks and FakeTensorMode the memory: megatron-core builds what it
 would build on that rank, and megatron-core's schedule runs a step, but no element exists and nothing is sent.
@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_r1 import backend, parallel
 from megatron_r1.backend import cpu_attention
-from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.config import Config
 from megatron_r1.model import loss
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch
@@ -49,8 +49,8 @@ class RankMemory:
     optimizer_numel: int
     """Parameters in that share."""
     activations: int
-    """What autograd keeps for backward passes at the moment of a step when it is most, each storage once,
-    weights not counted. Kept logits are in it."""
+    """Most that autograd keeps for backward passes at any moment of a step. Each storage counts once, weights
+    do not count, kept logits do."""
     logits: int
     """One micro-batch's logits, or one `head_chunk` of them, on a rank that has the head; else 0."""
 
@@ -64,7 +64,12 @@ def rank_memory(config: Config, world_size: int, rank: int = 0) -> RankMemory:
 
     The configuration must fit the launch (config_io.check_world). No process group may exist.
     """
-    with fake_launch(config.parallel, world_size, rank) as context, _fake_memory(config.data.seq_length):
+    # The other ranks do not exist. What is received is whatever lay in the buffer.
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    with (
+        parallel.model_groups(config.parallel, gloo=False) as context,
+        _fake_memory(config.data.seq_length),
+    ):
         training = build_training(config)
         return RankMemory(
             context,
@@ -97,14 +102,6 @@ def static_bytes(training: Training) -> tuple[int, int, int, int]:
         sum(t.nbytes for t in owned if _storage(t) not in known),
         numel,
     )
-
-
-@contextlib.contextmanager
-def fake_launch(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[ParallelContext]:
-    """Be one rank of a launch whose other ranks do not exist. What is received is whatever lay there."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    with parallel.model_groups(layout, gloo=False) as context:
-        yield context
 
 
 @contextlib.contextmanager
@@ -209,7 +206,7 @@ class _Kept:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which storage a tensor, real or fake, lies in."""
+    """Identity of the storage that a tensor, real or fake, lies in."""
     return tensor.untyped_storage()._cdata
 
 

@@ -21,7 +21,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Launch:
-    """What the plan assumes of the machines."""
+    """Assumptions about the machines."""
 
     gpus: int
     rank: int = 0
@@ -60,9 +60,9 @@ class Checkpoints:
     size: int
     """Bytes of one: weights in the training type, fp32 main parameters and two moments."""
     saved: int
-    """How many the run writes."""
+    """Number that the run writes."""
     kept: int
-    """How many are there in the end."""
+    """Number that is there in the end."""
 
 
 @dataclass(frozen=True)

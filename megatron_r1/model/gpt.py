@@ -32,6 +32,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of this shape; `fused` where Transformer Engine's layers are used."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -50,12 +51,10 @@ def transformer_config(
         init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        ),
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         # Interleaved, megatron-core sends one by one; in batches it would be silently wrong on gloo.
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,

@@ -37,10 +37,10 @@ class VocabularyGpt(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.pre_process:
-            words = self.embedding.word_embeddings
-            words.__class__ = _Embedding
+            embedding = self.embedding.word_embeddings
+            embedding.__class__ = _Embedding
             # megatron-core asks for zeros where a gradient was added to the buffer already, to add them.
-            words.weight.zero_out_wgrad = False
+            embedding.weight.zero_out_wgrad = False
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.post_process else None

@@ -1,4 +1,4 @@
-"""Wordings that several rooms share: what a user may have meant, and a package that is missing."""
+"""Wordings that several rooms share: suggestions for a mistyped name, and a package that is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def suggest_path(path: Path) -> str:
-    """The same of a path that is not there: its first name that does not exist, replaced by one beside it."""
+    """`; did you mean PATH?` for a missing path. The first name in it that does not exist is replaced by one
+    beside it."""
     for missing in (*reversed(path.parents), path):
         if not os.path.lexists(missing):
             break

@@ -90,7 +90,7 @@ class RunLock:
 
 
 def owner_environment() -> dict[str, str]:
-    """What a command passes to the launches that must end with it."""
+    """Environment of launches that must end with this command."""
     return {_OWNER: f"{os.getpid()}:{_start_time(os.getpid())}"}
 
 
@@ -119,9 +119,7 @@ def _start_time(pid: int) -> str | None:
 
 def _alive(owner: str) -> bool:
     pid, _, start = owner.partition(":")
-    if not Path("/proc").is_dir():
-        return True
-    return _start_time(int(pid)) == start
+    return not Path("/proc").is_dir() or _start_time(int(pid)) == start
 
 
 _SAME_REQUEST = 5.0
@@ -156,8 +154,7 @@ _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 
 
 def allocator_environment() -> dict[str, str]:
-    """What glibc must find at a process's start to keep freed memory, in huge pages; empty where it does
-    not matter: with a GPU, or without glibc."""
+    """Environment in which glibc keeps freed memory, in huge pages. Empty with a GPU, or without glibc."""
     try:
         glibc = os.confstr("CS_GNU_LIBC_VERSION")
     except (ValueError, OSError):

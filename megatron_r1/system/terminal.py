@@ -1,4 +1,4 @@
-"""What a tool shows and reads at the terminal: progress with ETA, its parser, one message a mistake.
+"""A tool at the terminal: progress with ETA, its parser, one message a mistake.
 
 A user's mistake is one message and exit status 2; Ctrl-C is one line and 130.
 """
@@ -20,7 +20,7 @@ _EVERY = 10.0
 
 
 def say(line: str) -> None:
-    """What a person should see beside the results."""
+    """Print a line for people, beside the results."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -32,9 +32,9 @@ def micro_batches(
 class StepBatches:
     """The micro-batches of this rank, step by step.
 
-    A batch that cannot be read does not end a step: `error` says why, and the step goes on with batches that
-    hold no labels, because the other ranks wait for this one in the step's collectives. The caller keeps the
-    gradients of such a step out of every rank's weights, and stops after it.
+    A batch that cannot be read does not end a step, because the other ranks wait for this one in the step's
+    collectives. `error` then holds the reason, and the rest of the step has batches without labels. The
+    caller keeps the gradients of such a step out of every rank's weights, and stops after it.
     """
 
     def __init__(self, config: Config, data: OpenData, context: ParallelContext):

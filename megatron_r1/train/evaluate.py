@@ -1,4 +1,4 @@
-"""What is measured between steps: held-out losses of capabilities and sources, and RankMe."""
+"""Measurements between steps: held-out losses of capabilities and sources, and RankMe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_r1.train.step import Shape, Training, label_losses
 class Evaluation:
     """Losses on `data.probes` by capability, and on each source's documents that are set aside.
 
-    Raises ValueError where one of their windows holds a token that the model has no row for.
+    Raises ValueError if one of their windows holds a token that the model has no row for.
     """
 
     def __init__(self, config: Config, data: OpenData, training: Training, context: ParallelContext):
@@ -67,14 +67,14 @@ class Evaluation:
 
 def _validation(corpora: list[Corpus], seq_length: int, most: int) -> list[tuple[Corpus, np.ndarray]]:
     """The first `most` windows behind the documents that each source trains on."""
-    found = []
+    sets = []
     for corpus in corpora:
         whole = replace(corpus, tokens=corpus.tokens + corpus.set_aside)
         first = -(-corpus.tokens // seq_length)
         last = min(whole.windows(seq_length), first + most)
         if first < last:
-            found.append((whole, np.arange(first, last)))
-    return found
+            sets.append((whole, np.arange(first, last)))
+    return sets
 
 
 class OutputEmbeddings:

@@ -1,4 +1,4 @@
-"""What keeps a bad step out of the weights, and a stuck run from standing still unseen."""
+"""The guard that keeps bad steps out of the weights, and the watchdog that ends a stuck run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_r1.system.terminal import say
 
 _REMEMBERED = 128
 _ENOUGH = 16
-"""Accepted steps before a spike can be told from a start."""
+"""Accepted steps from which on a spike is distinguished from the beginning of training."""
 HUNG = 75
 """Exit status of a rank that its watchdog ended: EX_TEMPFAIL, the launch may be tried again."""
 
@@ -42,7 +42,7 @@ class StepGuard:
         self.skipped_in_a_row = 0
 
     def refuses(self, loss: float, grad_norm: float) -> str | None:
-        """Why this step must be skipped; None where it may be taken."""
+        """The reason to skip this step, or None."""
         reason = self._reason(loss, grad_norm)
         if reason is None:
             self.skipped_in_a_row = 0
@@ -72,7 +72,7 @@ class StepGuard:
             )
 
     def forget(self) -> None:
-        """A new mixture or schedule has other losses: judge it by itself."""
+        """Clear the history. A new mixture or schedule has other losses."""
         self._accepted = []
 
     def history(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Where a step's figures go, too: Weights & Biases, the loggers of NeMo's experiment manager."""
+"""Other loggers of a step's figures: Weights & Biases, and those of NeMo's experiment manager."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Logger(Protocol):
 
 
 def build_loggers(run: RunDir, train: TrainConfig) -> list[Logger]:
-    """What `train` names. Raises ValueError where its package is not installed."""
+    """The loggers that `train` names. Raises ValueError if a package is not installed."""
     out: list[Logger] = []
     if train.wandb_project:
         out.append(_WeightsAndBiases(run, train.wandb_project))

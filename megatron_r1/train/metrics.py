@@ -1,4 +1,4 @@
-"""What a run reports: one JSON line a step, the same figures in TensorBoard, and a log of each rank."""
+"""Reports of a run: one JSON line a step, the same figures in TensorBoard, and a log of each rank."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ _GROUPS = {
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps of a run, in order; says what cannot be read, and leaves it out."""
+    """The steps of a run, in order. Says how many lines cannot be read, and leaves them out."""
     lines, damaged = read_jsonl(path) if path.exists() else ([], 0)
     if damaged:
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")

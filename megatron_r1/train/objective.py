@@ -1,4 +1,4 @@
-"""What a training step minimises: a loss for every label of a batch. Cross-entropy, or KL from a teacher."""
+"""Objectives of a training step, a loss for every label of a batch: cross-entropy, or KL from a teacher."""
 
 from __future__ import annotations
 

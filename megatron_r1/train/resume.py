@@ -33,7 +33,7 @@ def last_checkpoint(config: Config) -> CheckpointRef | None:
 
 
 def is_finished(config: Config, data: OpenData) -> bool:
-    """Whether the last checkpoint is the recipe's end. Raises ValueError where it is another recipe's."""
+    """Whether the last checkpoint is the recipe's end. Raises ValueError if it is another recipe's."""
     last = last_checkpoint(config)
     if last is None or last.step < phase_spans(config)[-1].end:
         return False
@@ -43,7 +43,7 @@ def is_finished(config: Config, data: OpenData) -> bool:
 
 
 def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[str, str]) -> None:
-    """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn.
+    """Raise ValueError if a checkpoint has seen other data than this recipe would have drawn.
 
     `identities`: prefix -> identity of each dataset as it is now.
     """
@@ -81,7 +81,7 @@ def edits(config: Config, step: int) -> list[str]:
 
 
 def describe_start(config: Config, data: OpenData) -> list[str]:
-    """What the trainer would begin with, in lines. Raises ValueError where it would refuse to go on."""
+    """Lines that say where training would begin. Raises ValueError if the recipe does not fit the run."""
     run, last, end = config.train.run, last_checkpoint(config), phase_spans(config)[-1].end
     if last is None:
         begins = config.train.init_from or config.train.init_weights

@@ -52,7 +52,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the pipeline schedules must know beforehand of every micro-batch."""
+    """Sizes of every micro-batch, which the pipeline schedules need beforehand."""
 
     micro_batch: int
     seq_length: int
@@ -68,7 +68,7 @@ class StepResult:
     """float64 [sources] label counts."""
     grad_norm: float
     refused: str | None
-    """Why the weights were left as they were; None where they were updated."""
+    """The reason why the weights were left as they were, or None."""
 
     def loss(self) -> float:
         """Mean loss over the global batch's labels: divided once."""
@@ -134,7 +134,7 @@ def _wrap(config: Config, gpt: Any) -> Any:
 
 
 def skip_exchange_with_nobody(model: Any) -> None:
-    """Where one rank holds all the data, its gradients are the sum: gloo would copy them to itself."""
+    """Skip gradient exchange where one rank holds all the data. gloo would copy the gradients to itself."""
     for group in model.bucket_groups:
         if group.intra_distributed_optimizer_instance_size == 1:
             group.start_grad_sync = group.finish_grad_sync = group.start_param_sync = _nothing
