@@ -97,12 +97,10 @@ def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mistakes.append(f"{path}: not YAML: {' '.join(str(error).split())}")
         return {}
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if tree is not None and not isinstance(tree, dict):
         mistakes.append(f"{path}: expected `section: ...`, found {type(tree).__name__}")
         return {}
-    return tree
+    return tree or {}
 
 
 def _merge(base: Any, over: Any) -> Any:

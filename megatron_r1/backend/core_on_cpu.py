@@ -143,10 +143,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _quiet(record: logging.LogRecord) -> bool:
-    return "CPU RNG state changed" not in record.getMessage()
-
-
 def activate() -> None:
     if _CORE in sys.modules:
         raise RuntimeError(
@@ -154,4 +150,6 @@ def activate() -> None:
         )
     sys.meta_path.insert(0, _Finder())
     # Its fork of the generator is meant to move the CPU's state here.
-    logging.getLogger(_CORE + ".tensor_parallel.random").addFilter(_quiet)
+    noise = "CPU RNG state changed"
+    random = logging.getLogger(_CORE + ".tensor_parallel.random")
+    random.addFilter(lambda record: noise not in record.getMessage())

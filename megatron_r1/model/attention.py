@@ -79,14 +79,12 @@ class SdpaAttention(MegatronModule):
             if segment is not None:
                 key_segment = gather_from_sequence_parallel_region(segment.t().contiguous(), group=group).t()
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if segment is not None and key_segment is not None:
-            if mask is None and q.device.type == "cpu":
-                out = self._by_document(q, k, v, segment)
-            else:
-                causal = torch.ones(s, s, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-                apart = segment[:, :, None] != key_segment[:, None, :]
-                out = self._attend(q, k, v, (causal & ~apart)[:, None])
+        if segment is not None and mask is None and q.device.type == "cpu":
+            out = self._by_document(q, k, v, segment)
         else:
+            if segment is not None and key_segment is not None:
+                causal = torch.ones(s, s, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+                mask = (causal & (segment[:, :, None] == key_segment[:, None, :]))[:, None]
             out = self._attend(q, k, v, mask)
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 

@@ -1,4 +1,4 @@
-"""A training run: the recipe's phases, one after the other, from wherever the last start came to."""
+"""A training run: the recipe's phases, one after the other, from the run's last checkpoint on."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ _LONG = 3600.0
 
 
 def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
-    """Train what is left of the run, or until SIGTERM, which any rank may get; every rank of the launch
-    calls this.
+    """Train the rest of the run, or until a rank gets SIGTERM. Every rank of the launch calls this.
 
-    `files`: those that the configuration was read from -> their SHA-256, for the ledger. `data`: its
-    datasets, where they are open already. Raises ConfigError or ValueError before anything is written when
-    the configuration does not fit the launch, the datasets, or the past of the run.
+    `files`: configuration file -> SHA-256, for the ledger. `data`: the datasets, if they are open already.
+    Raises ConfigError or ValueError before anything is written if the configuration does not fit the launch,
+    the datasets, or the past of the run.
     """
     data = data or open_data(config, launched())
     data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
@@ -109,9 +108,10 @@ class Trainer:
             load_weights(path, self.training.gpt, self.training.optimizer, model)
             self.origin = {train.init_weights: checkpoint_files.identity(path)}
             return TrainState()
-        if last is None and not train.init_from:
+        begin = last.path if last else train.init_from
+        if not begin:
             return TrainState()
-        path = last.path if last else Path(str(train.init_from))
+        path = Path(begin)
         resume.check_past(path, self.config, data, identities)
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model)
         self.origin = {str(path): checkpoint_files.identity(path)}
@@ -128,8 +128,10 @@ class Trainer:
         return state
 
     def train(self) -> None:
-        """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
-        of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
+        """Train to the end of the recipe, or until a rank is asked to stop.
+
+        TooManyBadStepsError and unreadable data end all ranks. The run is saved before that.
+        """
         if self.context.leads:
             resume.record_start(self.config, self.state.step, self.plan_text)
             self.context.announce(
@@ -185,7 +187,7 @@ class Trainer:
             forget_moments(self.training.optimizer)
 
     def _end_phase(self, span: PhaseSpan, first: int, loss: float) -> None:
-        """Record what this launch did of a phase, from step `first` on. For the first rank."""
+        """Record this launch's part of a phase, from step `first` on. The first rank calls this."""
         step, saved = self.state.step, checkpoint_files.found(self.run.checkpoints)
         resume.record_phase(
             self.run,
@@ -226,7 +228,7 @@ class Trainer:
         return result
 
     def _look_into(self, reason: str, span: PhaseSpan) -> None:
-        """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
+        """Find out why no rank took a step. Unreadable data and too many bad steps end the run."""
         first, error = self.state.samples, self.batches.error
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
         errors = gather_objects(None if error is None else str(error))
