@@ -271,24 +271,19 @@ def differences(a: Any, b: Any, field: str = "") -> Iterator[tuple[str, str, flo
         yield field, f"{a!r:.60} and {b!r:.60}", abs(a - b) / max(1.0, abs(a)) if numbers else math.inf
 
 
-def tokenizers_differ(a: Path, b: Path) -> Iterator[tuple[str, str, float]]:
-    """Where bytes differ: whether the quickstart's texts get the same ids."""
-    if a.read_bytes() != b.read_bytes():
+def file_differences(a: Path, b: Path) -> Iterator[tuple[str, str, float]]:
+    """`differences` of two files; of tokenizer.json its bytes and its ids of the quickstart's texts."""
+    if not (a.exists() and b.exists()):
+        yield "", f"only {'before' if a.exists() else 'after'}", math.inf
+    elif a.name != "tokenizer.json":
+        yield from differences(read(a), read(b))
+    elif a.read_bytes() != b.read_bytes():
         yield "bytes", "bytes", math.inf
         files = sorted((a.parent.parent / "quickstart/text").glob("*.jsonl"))
         texts = [json.loads(line)["text"] for file in files for line in file.open()]
         ids = [[e.ids for e in Tokenizer.from_file(str(p)).encode_batch(texts)] for p in (a, b)]
         if unequal := sum(x != y for x, y in zip(*ids, strict=True)):
             yield "ids", f"ids of {unequal} of {len(texts)} texts", math.inf
-
-
-def file_differences(a: Path, b: Path) -> Iterator[tuple[str, str, float]]:
-    if not (a.exists() and b.exists()):
-        yield "", f"only {'before' if a.exists() else 'after'}", math.inf
-    elif a.name == "tokenizer.json":
-        yield from tokenizers_differ(a, b)
-    else:
-        yield from differences(read(a), read(b))
 
 
 def compare(title: str, before: Path, after: Path, groups: Iterable[str] = GROUPS) -> Iterator[Line]:
