@@ -36,14 +36,14 @@ def main() -> None:
             from megatron_r1.report import load, page
         except ModuleNotFoundError as error:
             raise ValueError(f"a report needs {error.name}: pip install -e '.[report]'") from None
-        report = page.build(load.read_all(options.run, options.control, options.tokenizer))
+        report = page.Report(load.read_all(options.run, options.control, options.tokenizer))
         if options.check:
             for figure in report.figures:
                 print(f"{figure.title}: {figure.caption}")
             return
-        print(page.write(report))
+        print(report.write())
         for kind in ("png", "svg"):
-            for path in page.write_pictures(report, kind) if getattr(options, kind) else []:
+            for path in report.write_pictures(kind) if getattr(options, kind) else []:
                 print(path)
 
 

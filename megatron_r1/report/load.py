@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -63,12 +64,21 @@ class Run:
     def end(self) -> dict[str, Any]:
         return self.last[self.phases[-1]]
 
+    @property
+    def skipped(self) -> np.ndarray:
+        """Rows of the steps whose update was left out."""
+        return np.flatnonzero(np.nan_to_num(self.columns.get("skipped", np.zeros(0))) > 0)
+
     def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, values) of the steps at which a metric was measured and is a number."""
         tokens = self.columns["tokens"]
         values = self.columns.get(name, np.full(len(tokens), np.nan))
         finite = np.isfinite(values)
         return tokens[finite], values[finite]
+
+    def median(self, name: str) -> float | None:
+        _, values = self.points(name)
+        return float(np.median(values)) if len(values) else None
 
     def measured(self, group: str) -> list[str]:
         """Sources or capabilities for which a metric was ever a number."""
@@ -125,22 +135,23 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
     steps = damaged = 0
-    for text in open(path, "rb") if path.exists() else ():
-        try:
-            line = json.loads(text)
-            phase = line["phase"]
-        except (ValueError, TypeError, KeyError):
-            # A last line without its end is one that the run has not finished to write.
-            damaged += text.endswith(b"\n")
-            continue
-        values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-        for group in _GROUPS:
-            values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
-        for name, value in values.items():
-            column = columns.setdefault(name, array("d"))
-            column.extend(repeat(math.nan, steps - len(column)))
-            column.append(value)
-        first, last[phase], steps = first or line, line, steps + 1
+    with open(path, "rb") if path.exists() else nullcontext([]) as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+                phase = line["phase"]
+            except (ValueError, TypeError, KeyError):
+                # A last line without its end is one that the run has not finished to write.
+                damaged += text.endswith(b"\n")
+                continue
+            values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+            for group in _GROUPS:
+                values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
+            for name, value in values.items():
+                column = columns.setdefault(name, array("d"))
+                column.extend(repeat(math.nan, steps - len(column)))
+                column.append(value)
+            first, last[phase], steps = first or line, line, steps + 1
     if damaged:
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
     for column in columns.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,31 +32,52 @@ PAPER = {
 """Appendix D.3, GPU hours of the 950M model."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out NLL per token of each arm at the last step that every arm has measured."""
-
-    tokens: float
-    by_arm: dict[str, dict[str, float]]
-    """Arm -> capability -> nats per token."""
-
-    def difference(self, capability: str) -> float:
-        """The run less its control; negative: the run is better."""
-        run, control = self.by_arm.values()
-        return run[capability] - control[capability]
+Points = tuple[np.ndarray, np.ndarray]
+"""Tokens, values."""
 
 
-def held_out(reading: Reading) -> HeldOut | None:
-    """None where no arm was measured, or the arms never at the same step."""
+def held_out(reading: Reading) -> tuple[float, dict[str, dict[str, float]]] | None:
+    """(tokens, {arm: {capability: held-out NLL per token}}) of the last step that every arm has measured;
+    None where no arm was measured, or the arms never at the same step."""
     curves = {
-        name: {c: dict(zip(*arm.points(f"probe_nll/{c}"), strict=True)) for c in arm.measured("probe_nll")}
-        for name, arm in reading.arms.items()
+        arm: {c: dict(zip(*run.points(f"probe_nll/{c}"), strict=True)) for c in run.measured("probe_nll")}
+        for arm, run in reading.arms.items()
     }
-    common = set.intersection(*(set(curve) for of in curves.values() for curve in of.values() or [{}]))
-    if not common or not all(curves.values()):
+    if not all(curves.values()):
         return None
-    tokens = max(common)
-    return HeldOut(tokens, {name: {c: of[c][tokens] for c in of} for name, of in curves.items()})
+    common = set.intersection(*(set(curve) for of in curves.values() for curve in of.values()))
+    last = max(common, default=None)
+    return None if last is None else (last, {arm: {c: of[c][last] for c in of} for arm, of in curves.items()})
+
+
+def calm(run: Run, points: Points) -> Points:
+    """Smoothed within each phase, over a tenth of a short run, 2 % of a long one: a new mixture moves the loss
+    at once, which must stay visible."""
+    tokens, values = points
+    steps = len(run.columns["tokens"])
+    reach = max(2, min(steps // 20, max(8, steps // 100)))
+    cuts = np.searchsorted(tokens, [begin for _, begin, _ in run.spans[1:]], side="right")
+    return tokens, np.concatenate([smooth(part, reach) for part in np.split(values, cuts)])
+
+
+def smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and its `reach` neighbours on either side."""
+    total, at = np.cumsum(np.insert(values, 0, 0.0)), np.arange(len(values))
+    low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    mean: np.ndarray = (total[high] - total[low]) / (high - low)
+    return mean
+
+
+def thin(points: Points, most: int) -> Points:
+    """At most about `most` points that keep the outline: both ends, lowest and highest of each stretch."""
+    tokens, values = points
+    if len(values) <= most:
+        return points
+    cuts = np.linspace(0, len(values), most // 2 + 1, dtype=int)
+    keep = {0, len(values) - 1}
+    for a, b in itertools.pairwise(cuts):
+        keep |= {a + int(values[a:b].argmin()), a + int(values[a:b].argmax())}
+    return tokens[sorted(keep)], values[sorted(keep)]
 
 
 def fork(reading: Reading) -> float | None:
@@ -110,7 +133,9 @@ def scores(reading: Reading) -> Scores | None:
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
         helping = float((joint_N > mix.keep_above).mean())
         joint = float(mean_C @ weight_C)
-        found.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, joint, helping))
+        found.append(
+            SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, joint, helping)
+        )
     found.sort(key=lambda s: -s.joint)
     return Scores(tables[0].capabilities, found, tables, _unit(reading, mix, tables[0]))
 
@@ -151,58 +176,66 @@ def _unit(reading: Reading, mix: MixConfig, table: ScoreTable) -> str:
     )
 
 
-def agreement(scores: Scores) -> list[tuple[int, int, list[float]]]:
-    """Spearman's rank correlation of scores between checkpoints: of each with the next, of the first with
-    the last. (step, step, correlation of the examples by capability, then of the sources).
-    """
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Rank correlation; NaN where either side is all one value."""
+    # Two seconds that a page without scores need not spend.
     from scipy.stats import spearmanr
 
+    return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else float("nan")
+
+
+def agreement(scores: Scores) -> list[tuple[int, int, list[float]]]:
+    """Rank correlation of scores between checkpoints: of each with the next, of the first with the last.
+
+    (step, step, of the examples by capability and then of the sources by capability).
+    """
     steps, tables = scores.tables[0].steps, scores.tables
     score_NCK = np.concatenate([t.score_NCK for t in tables])
     mean_GCK = np.stack([np.einsum("n,nck->ck", t.length_N / t.length_N.sum(), t.score_NCK) for t in tables])
-    pairs = [(k, k + 1) for k in range(len(steps) - 1)] + ([(0, len(steps) - 1)] if len(steps) > 2 else [])
-    rows = []
-    for a, b in pairs:
-        columns = [(of[:, c, a], of[:, c, b]) for of in (score_NCK, mean_GCK) for c in range(of.shape[1])]
-        # Of equal values there are no ranks.
-        ranks = [float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else np.nan for x, y in columns]
-        rows.append((steps[a], steps[b], ranks))
-    return rows
+    pairs = list(itertools.pairwise(range(len(steps)))) + ([(0, len(steps) - 1)] if len(steps) > 2 else [])
+    kinds = [(of, c) for of in (score_NCK, mean_GCK) for c in range(len(scores.capabilities))]
+    return [(steps[a], steps[b], [spearman(of[:, c, a], of[:, c, b]) for of, c in kinds]) for a, b in pairs]
 
 
-def drawn(run: Run, bins: int = 160) -> list[dict[str, Any]]:
-    """Share of each source in the tokens of consecutive stretches of steps, none over a phase's begin.
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one phase, and the share of each source in their tokens."""
 
-    {phase, begin, end: tokens, share: {source: share}}. Counts start with the run's first sample, so that a
-    stretch's own are a difference. A run that forks off another has no count before its first step: there
-    the phase's share so far stands in.
+    phase: str
+    begin: float
+    """Tokens."""
+    end: float
+    share: dict[str, float]
+
+
+def drawn(run: Run, most: int = 160) -> list[Stretch]:
+    """What the steps drew, in about `most` stretches, none over a phase's begin.
+
+    Counts start with the run's first sample, so that a stretch's own are a difference. A run that forks off
+    another has no count before its first step: there the phase's share so far stands in.
     """
     tokens = run.columns["tokens"]
-    count_ST = np.stack([run.columns[f"tokens_by_source/{s}"] for s in run.domains])
+    count_ST = np.stack([np.insert(run.columns[f"tokens_by_source/{s}"], 0, 0.0) for s in run.domains])
     out = []
     for phase, begin, end in run.spans:
         first, last = np.searchsorted(tokens, (begin, end), side="right")
-        ends = np.unique(np.linspace(first, last, max(1, round(bins * (last - first) / len(tokens))) + 1, dtype=int))
-        for a, b in zip(ends[:-1], ends[1:], strict=True):
-            before_S = count_ST[:, a - 1] if a else np.zeros(len(count_ST))
-            share_S = count_ST[:, b - 1] - before_S
+        cuts = np.linspace(first, last, 1 + max(1, round(most * (last - first) / len(tokens))), dtype=int)
+        for a, b in itertools.pairwise(np.unique(cuts)):
+            share_S = count_ST[:, b] - count_ST[:, a]
             if not a and run.first["step"] > 1:
                 share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
-            share_S = share_S / max(share_S.sum(), 1e-12)
-            left = float(tokens[a - 1]) if a else begin
-            shares = dict(zip(run.domains, share_S.tolist(), strict=True))
-            out.append({"phase": phase, "begin": left, "end": float(tokens[b - 1]), "share": shares})
+            share = dict(zip(run.domains, (share_S / max(share_S.sum(), 1e-12)).tolist(), strict=True))
+            out.append(Stretch(phase, float(tokens[a - 1]) if a else begin, float(tokens[b - 1]), share))
     return out
 
 
 def capped(run: Run, phase: str) -> list[str]:
     """Sources that a phase drew until they had been read as often as `max_epochs` allows."""
-    cap = run.config.phases[phase].max_epochs if phase in run.config.phases else None
+    cap = run.config.phases[phase].max_epochs
     caps = cap if isinstance(cap, dict) else dict.fromkeys(run.domains, cap)
-    end = run.last[phase]
+    passes, share = (run.last[phase][name] for name in ("epochs_by_source", "mix_actual"))
     # Epochs end on a whole window, which may lie a little below the cap.
-    found = [s for s, c in caps.items() if c and end["epochs_by_source"].get(s, 0.0) >= 0.999 * c]
-    return [s for s in found if end["mix_actual"].get(s)]
+    return [s for s, c in caps.items() if c and passes.get(s, 0.0) >= 0.999 * c and share.get(s)]
 
 
 @dataclass(frozen=True)
@@ -215,70 +248,44 @@ class StageCost:
     devices: int
     device_hours: float
 
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second."""
-        return self.tokens / self.seconds if self.tokens and self.seconds else None
-
 
 def stage_costs(reading: Reading) -> list[StageCost]:
     """Every stage of the run and then of the control, in the order in which they first finished.
 
     Datasets preprocessed and checkpoints scored are many stages of one kind: three or more become one.
     """
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    trained: dict[str, list[str]] = {}
-    for arm, run in (("", reading.run), ("control", reading.control)):
-        if run is None:
-            continue
-        trained[arm] = [f"train {phase}" for phase in run.config.phases]
+    out = []
+    for arm, run in [("", reading.run)] + ([("control", reading.control)] if reading.control else []):
+        rows: dict[str, list[dict[str, Any]]] = {}
         kinds = [line["stage"].split()[0] for line in run.stages]
         for line, kind in zip(run.stages, kinds, strict=True):
             many = kind in ("preprocess", "influence") and kinds.count(kind) > 2
-            rows.setdefault((arm, kind if many else line["stage"]), []).append(line)
-    return [
-        StageCost(
-            _label(arm, stage, lines),
-            _kind(arm, stage, trained[arm]),
-            sum(line["seconds"] for line in lines),
-            sum(line["tokens"] for line in lines),
-            max(line["devices"] for line in lines),
-            sum(line["device_hours"] for line in lines),
-        )
-        for (arm, stage), lines in rows.items()
-    ]
-
-
-def _kind(arm: str, stage: str, trained: list[str]) -> str:
-    if stage in trained:
-        return "train control" if arm else "train"
-    return "influence" if stage.split()[0] == "influence" else "other"
-
-
-def _label(arm: str, stage: str, lines: list[dict[str, Any]]) -> str:
-    """A stage's name, how many stages it stands for, how often it ran, and whose it is."""
-    names = {line["stage"] for line in lines}
-    label = f"{stage} ({len(names)} stages)" if len(names) > 1 else stage
-    label += f", {len(lines)} times" if len(lines) > len(names) else ""
-    return f"{label} (control)" if arm and arm not in stage else label
+            rows.setdefault(kind if many else line["stage"], []).append(line)
+        for stage, lines in rows.items():
+            total = {key: sum(line[key] for line in lines) for key in ("seconds", "tokens", "device_hours")}
+            kind = "influence" if stage.split()[0] == "influence" else "other"
+            if stage in (f"train {phase}" for phase in run.config.phases):
+                kind = f"train {arm}".strip()
+            names = {line["stage"] for line in lines}
+            label = f"{stage} ({len(names)} stages)" if len(names) > 1 else stage
+            label += f", {len(lines)} times" if len(lines) > len(names) else ""
+            label += f" ({arm})" if arm not in stage else ""
+            out.append(StageCost(label, kind, devices=max(line["devices"] for line in lines), **total))
+    return out
 
 
 def overhead(costs: list[StageCost]) -> dict[str, float] | None:
-    """Device-hours by row of the paper's table of appendix D.3; None before anything was trained and scored."""
+    """Device-hours by row of `PAPER`; None before anything was trained and scored."""
+    probes, scoring, controls, training = PAPER
     hours = dict.fromkeys(PAPER, 0.0)
     for cost in costs:
-        if cost.kind == "train control":
-            row = "leave-one-out and control runs"
-        elif cost.kind == "influence" or cost.label.split()[0] in ("influence", "mix", "query"):
-            row = "influence scores and mixture"
+        if cost.kind == "influence" or cost.label.split()[0] in ("mix", "query"):
+            hours[scoring] += cost.device_hours
+        elif cost.kind != "other":
+            hours[training if cost.kind == "train" else controls] += cost.device_hours
         elif cost.label.startswith("set probes aside"):
-            row = "representative and probing sets"
-        elif cost.kind == "train":
-            row = "training"
-        else:
-            continue
-        hours[row] += cost.device_hours
-    return hours if hours["training"] and hours["influence scores and mixture"] else None
+            hours[probes] += cost.device_hours
+    return hours if hours[training] and hours[scoring] else None
 
 
 def ranks(run: Run) -> int | None:
@@ -320,21 +327,31 @@ class Saved:
     scored: bool
 
 
-def checkpoints(reading: Reading) -> tuple[list[Saved], list[Saved]]:
-    """The complete checkpoints in training order, and those under way, left behind, or without a readable
-    description."""
+@dataclass(frozen=True)
+class Checkpoints:
+    complete: list[Saved]
+    """In training order."""
+    partial: list[Saved]
+    """Under way, left behind, or without a readable description."""
+
+    def listed(self, most: int = 12) -> list[Saved]:
+        """What a table has room for: the newest three, what is kept for good, what was scored."""
+        newest = self.complete[-3:]
+        return [one for one in self.complete if one.pinned or one.scored or one in newest][-most:]
+
+
+def checkpoints(reading: Reading) -> Checkpoints:
     config, directory = reading.run.config, RunDir(reading.run.root).checkpoints
     whole = {ref.path for ref in checkpoint_files.found(directory)} - set(checkpoint_files.damaged(directory))
     scored = {one.step for of in reading.scored.values() for one in of}
-    complete: list[Saved] = []
-    partial: list[Saved] = []
+    found: dict[bool, list[Saved]] = {True: [], False: []}
     for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):
         number = path.name.removeprefix(".").removeprefix("step_").split(".")[0]
         if number.isdigit():
             step = int(number)
             saved = Saved(path, step, _size(path), pinned_as(config, step), step in scored)
-            (complete if path in whole else partial).append(saved)
-    return sorted(complete, key=lambda saved: saved.step), partial
+            found[path in whole].append(saved)
+    return Checkpoints(*found.values())
 
 
 def _size(directory: Path) -> int:
@@ -348,21 +365,11 @@ def _size(directory: Path) -> int:
 
 def pinned_as(config: Config, step: int) -> str:
     """Why the checkpoint of a step is never deleted; empty where it is not kept for good."""
-    ended = [span.name for span in phase_spans(config) if span.end == step]
+    ended, every = [span.name for span in phase_spans(config) if span.end == step], config.train.keep_every
     if ended:
         return f"end of {ended[0]}"
     if config.influence and step in config.influence.steps:
         return "influence.steps"
     if step in kept_steps(config):
         return "train.keep_spaced"
-    every = config.train.keep_every
     return "train.keep_every" if every and step % every == 0 else ""
-
-
-def telling(config: Config, complete: list[Saved], most: int = 12) -> list[Saved]:
-    """As many checkpoints as a table lists: the newest three, ends of phases, the scored, some between."""
-    ends = {span.end for span in phase_spans(config)}
-    order = [*complete[:-4:-1], *(s for s in complete if s.step in ends)]
-    order += [s for s in reversed(complete) if s.scored]
-    order += complete[:: -(-len(complete) // most) or 1]
-    return sorted(list(dict.fromkeys(order))[:most], key=lambda saved: saved.step)
