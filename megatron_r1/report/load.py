@@ -23,6 +23,8 @@ from megatron_r1.run_dir import RunDir
 
 _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
+Points = tuple[np.ndarray, np.ndarray]
+"""Tokens, values."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ class Run:
 
     @property
     def domains(self) -> dict[str, str]:
-        """Source -> domain, sources of a domain side by side."""
-        named = {name: s.domain or "other" for name, s in self.config.data.sources.items()}
-        order = list(dict.fromkeys(named.values()))
-        return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
+        """Source -> domain."""
+        return {name: source.domain or "other" for name, source in self.config.data.sources.items()}
 
     @property
     def phases(self) -> list[str]:
@@ -69,22 +69,16 @@ class Run:
         """Rows of the steps whose update was left out."""
         return np.flatnonzero(np.nan_to_num(self.columns.get("skipped", np.zeros(0))) > 0)
 
-    def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, values) of the steps at which a metric was measured and is a number."""
+    def points(self, name: str) -> Points:
+        """The steps at which a metric was measured and is a number."""
         tokens = self.columns["tokens"]
         values = self.columns.get(name, np.full(len(tokens), np.nan))
-        finite = np.isfinite(values)
-        return tokens[finite], values[finite]
-
-    def median(self, name: str) -> float | None:
-        _, values = self.points(name)
-        return float(np.median(values)) if len(values) else None
+        return tokens[np.isfinite(values)], values[np.isfinite(values)]
 
     def measured(self, group: str) -> list[str]:
         """Sources or capabilities for which a metric was ever a number."""
-        prefix = f"{group}/"
-        names = [name for name, values in self.columns.items() if np.isfinite(values).any()]
-        return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        names = [name.partition("/")[2] for name in self.columns if name.startswith(f"{group}/")]
+        return [name for name in names if len(self.points(f"{group}/{name}")[0])]
 
 
 @dataclass(frozen=True)
@@ -107,12 +101,9 @@ class Reading:
     @property
     def arms(self) -> dict[str, Run]:
         """Name -> run: the last phases' names where those tell the arms apart."""
-        if self.control is None:
-            return {self.run.phases[-1]: self.run}
-        names = self.run.phases[-1], self.control.phases[-1]
-        if names[0] == names[1]:
-            names = self.run.name, self.control.name
-        return {names[0]: self.run, names[1]: self.control}
+        both = [self.run, *([self.control] if self.control else [])]
+        by_phase = {run.phases[-1]: run for run in both}
+        return by_phase if len(by_phase) == len(both) else {run.name: run for run in both}
 
 
 def read_run(root: Path) -> Run:
@@ -165,11 +156,12 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
     stages = sorted([*ledger.lineage(root), *run.stages], key=lambda line: str(line["finished"]))
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
+    sources = run.config.data.sources
     return Reading(
         replace(run, stages=stages),
         read_run(control) if control else None,
-        read_scores(root, run.config.data.sources),
-        scored(root, run.config.data.sources),
+        read_scores(root, sources),
+        scored(root, sources),
         _read_json(root / "mix.json", "make the mixture again, or move it away"),
         _measured_impact(root / "measured_impact.json"),
         tokenizer,

@@ -64,23 +64,23 @@ class Report:
         self.reading = reading
         self.saved = summary.checkpoints(reading)
         self.scores = summary.scores(reading)
-        self.ends = summary.held_out(reading)
         self.costs = summary.stage_costs(reading)
-        made = [*self._training(), *self._influence(), *self._mixture(), *self._rest()]
+        self.ends = summary.held_out(reading)
+        made = [*self._training(), *self._influence(), *self._rest()]
         self.figures = [f for f in made if f.panels or f.tables or f.extremes or f.command]
 
     def _training(self) -> Iterator[Figure]:
         reading, run = self.reading, self.reading.run
         yield Figure("loss", plots.loss(reading))
         yield Figure("sources", plots.loss_by_source(reading))
-        if self.ends is None and run.config.data.probes:
+        if self.ends is not None:
+            missing = () if reading.control else ("no control", summary.control_command(run))
+            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], *missing)
+        elif run.config.data.probes:
             yield Figure("heldout", missing="not measured", command=summary.launch(run, "train"))
-        elif self.ends is None:
+        else:
             command = summary.launch(run, "train", "data.probes.code=PREFIX")
             yield Figure("heldout", missing="not named", command=command)
-        else:
-            missing = () if reading.control else ("no control", summary.control_command(run))
-            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends)], *missing)
         yield Figure("measures", plots.measures(reading))
 
     def _influence(self) -> Iterator[Figure]:
@@ -97,57 +97,58 @@ class Report:
         )
         yield Figure("predicted", plots.predicted(reading, scores))
         tokenizer = examples.find_tokenizer(reading)
-        command = f"python tools/report.py {run.root} --tokenizer MODEL"
-        missing = () if tokenizer else ("no tokenizer", command)
+        missing = (
+            () if tokenizer else ("no tokenizer", f"python tools/report.py {run.root} --tokenizer MODEL")
+        )
         yield Figure("examples", (), (), *missing, extremes=examples.extremes(reading, scores, tokenizer))
 
-    def _mixture(self) -> Iterator[Figure]:
+    def _rest(self) -> Iterator[Figure]:
         reading, run = self.reading, self.reading.run
-        command = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
-        missing = ("one phase", command) if len(run.phases) == 1 else ()
+        mix = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
+        missing = ("one phase", mix) if len(run.phases) == 1 else ()
         yield Figure("mixture", plots.mixture(reading), (), *missing)
         yield Figure("mixture-over-time", plots.mixture_over_time(reading))
         yield Figure("epochs", plots.epochs(reading))
-
-    def _rest(self) -> Iterator[Figure]:
-        run, train = self.reading.run, summary.launch(self.reading.run, "train")
-        yield Figure("schedule", plots.schedule(self.reading))
-        yield Figure("phases", tables=[tables.phases(self.reading)])
+        yield Figure("schedule", plots.schedule(reading))
+        yield Figure("phases", tables=[tables.phases(reading)])
+        train = summary.launch(run, "train")
         if self.saved.complete:
-            table = tables.checkpoints(run, self.saved)
-            yield Figure("checkpoints", plots.checkpoints(run, self.saved), [table], command=train)
+            panels, table = plots.checkpoints(run, self.saved), tables.checkpoints(run, self.saved)
+            yield Figure("checkpoints", panels, [table], command=train)
         else:
             yield Figure("checkpoints", missing="missing", command=train)
         hours = summary.overhead(self.costs)
         if self.costs:
-            costs = [tables.stages(self.costs), *([tables.overhead(hours)] if hours else [])]
-            yield Figure("cost", tables=costs)
+            compared = [tables.overhead(hours)] if hours else []
+            yield Figure("cost", tables=[tables.stages(self.costs), *compared])
         else:
             yield Figure("cost", missing="missing", command=train)
 
     @cached_property
     def page(self) -> Any:
-        """The template's module: as text the page, with a macro for a table's picture. The same reading gives
+        """The template's module: as text the page; its macro `picture` draws a table. The same reading gives
         the same bytes."""
-        numbers = (tables.count, tables.size, tables.percent, tables.duration, tables.signed, tables.compact)
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {of.__name__: of for of in (*numbers, tables.many)}
+        for written in (
+            tables.count,
+            tables.size,
+            tables.percent,
+            tables.duration,
+            tables.signed,
+            tables.many,
+        ):
+            environment.filters[written.__name__] = written
         template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
+        script = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
         return template.make_module(
             {
                 "report": self,
-                "reading": self.reading,
-                "run": self.reading.run,
+                "plots": plots,
+                "tables": tables,
                 "ranks": summary.ranks(self.reading.run),
-                "compared": tables.held_out(self.ends) if self.ends else None,
-                "colors": plots.COLORS,
-                "shades": plots.colors(self.reading.run.domains),
                 "configuration": config_io.dump(self.reading.run.config),
                 "specs": {f.anchor: [_in_page(panel) for panel in f.panels] for f in self.figures},
-                "config": plots.PAGE["config"],
-                "script": vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace(
-                    "</script", "<\\/script"
-                ),  # type: ignore[call-arg]
+                "script": script.replace("</script", "<\\/script"),
             }
         )
 

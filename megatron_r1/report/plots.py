@@ -1,11 +1,10 @@
 """Charts of a report: Vega-Lite specifications with their data. A figure is a list of panels.
 
-Colours are CSS variables, so that one drawing serves light and dark; page.yaml has both values of each.
+Colours are CSS variables, so that one drawing serves light and dark. page.yaml has both values of each.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,24 +17,90 @@ import yaml
 
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import summary
-from megatron_r1.report.load import Reading, Run
-from megatron_r1.report.summary import Points
+from megatron_r1.report.load import Points, Reading, Run
 
 PAGE: dict[str, Any] = yaml.safe_load((files(__package__) / "page.yaml").read_text(encoding="utf-8"))
 _SHADES = 4
-COLORS: dict[str, tuple[str, str]] = {name: tuple(both.split()) for name, both in PAGE["colors"].items()} | {
-    f"{hue}-{i}": (shades.split()[i], shades.split()[i + _SHADES])
-    for hue, shades in PAGE["hues"].items()
-    for i in range(_SHADES)
+COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["colors"].items()} | {
+    f"{hue}-{i}": of.split()[i::_SHADES] for hue, of in PAGE["hues"].items() for i in range(_SHADES)
 }
 """Name -> colour in light and in dark mode."""
-INK, MUTED, CONTROL, NEGATIVE = "var(--ink)", "var(--muted)", "var(--control)", "var(--negative)"
-_TICKS = "replace(format(datum.value, '~s'), 'G', 'B')"
-"""Tokens on an axis: 700k, 2.6M, 1B."""
-_POINTS = 300
-"""Of a drawn curve, at most about so many."""
-_DOTTED = 24
-"""Measurements that stand apart far enough to be drawn as dots."""
+INK, CONTROL = "var(--ink)", "var(--control)"
+Panels = list[alt.LayerChart]
+
+
+def colors(domains: Mapping[str, str]) -> dict[str, str]:
+    """Colour of each source, domain by domain: a hue for a domain, a shade for a source. A capability always
+    has its own hue; other domains take the next in turn."""
+    hues, of = list(PAGE["hues"]), {}
+    for i, domain in enumerate(dict.fromkeys((*CAPABILITIES, *domains.values()))):
+        hue = hues[i if i < len(CAPABILITIES) else len(CAPABILITIES) + i % (len(hues) - len(CAPABILITIES))]
+        members = [s for s in domains if domains[s] == domain]
+        of |= {s: f"var(--{hue}-{shade % _SHADES})" for shade, s in enumerate(members)}
+    return of
+
+
+def draw(rows: Iterable[Mapping[str, Any]], mark: str, tips: str = "", **channels: Any) -> alt.Chart:
+    """A layer of these rows, numbers at six digits. `mark`: its type, then options as YAML. `tips`: the fields
+    to show under the pointer, each number with its format."""
+    short = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    return redraw(alt.Chart(alt.Data(values=short), mark="point"), mark, tips, **channels)
+
+
+def redraw(chart: alt.Chart, mark: str, tips: str = "", **channels: Any) -> alt.Chart:
+    """The same rows and channels by another mark."""
+    kind, _, options = mark.partition(" ")
+    shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
+    kinds = {True: "quantitative", False: "nominal"}
+    fields = [{"field": name, "type": kinds[bool(form)], "format": form} for name, form in shown]
+    chart = chart.encode(**channels, **({"tooltip": fields} if fields else {}))
+    chart.mark = {"type": kind, **yaml.safe_load(f"{{{options}}}")}
+    return chart
+
+
+def number(field: str, domain: Sequence[float] = (), scale: Any = None, **axis: Any) -> dict[str, Any]:
+    """A position by a number, on exactly this domain where one is given. No title unless there is one."""
+    limits = {"domain": [float(v) for v in domain], "nice": False} if domain else {}
+    shown = {"title": None, "tickCount": 5, **axis}
+    return {"field": field, "type": "quantitative", "scale": limits | (scale or {}), "axis": shown}
+
+
+def named(field: str, values: Mapping[str, Any], legend: Any = None) -> dict[str, Any]:
+    """A look by a name: value of each name."""
+    scale = {"domain": list(values), "range": list(values.values())}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": legend}
+
+
+def labels(shades: Mapping[str, str], name: str = "datum.label") -> dict[str, Any]:
+    """An axis whose labels are sources in their colours."""
+    color = {"expr": f"{json.dumps(shades)}[{name}]"}
+    look = {"labelFontWeight": 600, "labelLimit": 200, "labelOverlap": False, "grid": False}
+    return {"title": None, "labelColor": color, **look}
+
+
+def source_rows(shades: Mapping[str, str]) -> dict[str, Any]:
+    y = {"field": "source", "type": "nominal", "sort": list(shades), "axis": labels(shades)}
+    return {"y": y, "color": named("source", shades)}
+
+
+def tokens(low: float, high: float) -> dict[str, Any]:
+    ticks = {"labelExpr": "replace(format(datum.value, '~s'), 'G', 'B')", "title": "tokens"}
+    return number("tokens", (low, high), tickCount={"expr": "max(2, floor(width / 100))"}, **ticks)
+
+
+def panel(
+    layers: Sequence[alt.Chart], title: str = "", unit: str = "", height: float = 220
+) -> alt.LayerChart:
+    return alt.layer(*layers).properties(title=alt.Title(title, subtitle=unit), height=height)
+
+
+def phase_marks(run: Run, color: str = "") -> list[alt.Chart]:
+    """A broken line where a phase begins. `color`: of its name, where there is room for one."""
+    rows = [{"tokens": begin, "phase": phase, "wide": end - begin} for phase, begin, end in run.spans]
+    wide = [row for row in rows if row["wide"] > 0.08 * sum(row["wide"] for row in rows)]
+    rules = draw([row for row in rows if row["tokens"]], "rule strokeDash: [2, 4], clip: true", x="tokens:Q")
+    mark = f"text align: left, dx: 5, clip: true, color: {color}"
+    return [rules, *([draw(wide, mark, x="tokens:Q", y=alt.value(6), text="phase:N")] if color else [])]
 
 
 @dataclass(frozen=True)
@@ -46,113 +111,27 @@ class Curve:
     dashed: bool = False
 
 
-def colors(domains: Mapping[str, str]) -> dict[str, str]:
-    """Colour of each source. A capability always has its own hue; other domains take the next, in order.
-    Domain by domain, capabilities first."""
-    hues, named = list(PAGE["hues"]), dict.fromkeys(domains.values())
-    others = [d for d in named if d not in CAPABILITIES]
-    spare = hues[len(CAPABILITIES) :]
-    hue = dict(zip(CAPABILITIES, hues, strict=False)) | {
-        d: spare[i % len(spare)] for i, d in enumerate(others)
-    }
-    members = {d: [s for s in domains if domains[s] == d] for d in (*CAPABILITIES, *others)}
-    return {s: f"var(--{hue[d]}-{i % _SHADES})" for d, of in members.items() for i, s in enumerate(of)}
-
-
-def draw(rows: Iterable[Mapping[str, Any]], mark: str, tips: str = "", **channels: Any) -> alt.Chart:
-    """A layer of these rows, numbers at six digits. `mark`: its type and options, as YAML behind the type;
-    `tips`: fields to show under the pointer, each with a format of its number if it is one."""
-    short = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    return redraw(alt.Chart(alt.Data(values=short), mark="point"), mark, tips, **channels)
-
-
-def redraw(chart: alt.Chart, mark: str, tips: str = "", **channels: Any) -> alt.Chart:
-    """The same rows and channels by another mark."""
-    kind, _, options = mark.partition(" ")
-    shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
-    if shown:
-        channels["tooltip"] = [
-            {"field": name, "format": form, "type": "quantitative"}
-            if form
-            else {"field": name, "type": "nominal"}
-            for name, form in shown
-        ]
-    chart = chart.encode(**channels)
-    chart.mark = {"type": kind, **yaml.safe_load(f"{{{options}}}")}
-    return chart
-
-
-def number(
-    field: str, domain: Sequence[float] | None = None, scale: Any = None, **axis: Any
-) -> dict[str, Any]:
-    """A quantitative channel: no title unless it is given, `domain` exactly."""
-    domain_of = {} if domain is None else {"domain": list(domain), "nice": False}
-    shown = {"title": None, "tickCount": 5, **axis}
-    return {"field": field, "type": "quantitative", "scale": domain_of | (scale or {}), "axis": shown}
-
-
-def tokens(low: float, high: float) -> dict[str, Any]:
-    count = {"expr": "max(2, floor(width / 100))"}
-    return number("tokens", (low, high), labelExpr=_TICKS, tickCount=count, title="tokens")
-
-
-def by_source(shades: Mapping[str, str], legend: Any = None) -> dict[str, Any]:
-    scale = {"domain": list(shades), "range": list(shades.values())}
-    return {"field": "source", "type": "nominal", "scale": scale, "legend": legend}
-
-
-def names(shades: Mapping[str, str], label: str = "datum.label") -> dict[str, Any]:
-    """An axis whose labels are sources in their colours."""
-    color = {"expr": f"{json.dumps(shades)}[{label}]"}
-    look = {"labelFontWeight": 600, "labelLimit": 200, "labelOverlap": False}
-    return {"title": None, "labelColor": color, "grid": False, **look}
-
-
-def panel(
-    layers: Sequence[alt.Chart], title: str = "", unit: str = "", height: float = 220
-) -> alt.LayerChart:
-    return alt.layer(*layers).properties(title=alt.Title(title, subtitle=unit), height=height)
-
-
-def phase_marks(run: Run, named: bool = False, clip: str = "clip: true") -> list[alt.Chart]:
-    """A broken line where a phase begins; its name, where there is room for it."""
-    rows = [{"tokens": begin, "phase": phase, "wide": end - begin} for phase, begin, end in run.spans]
-    wide = [row for row in rows if row["wide"] > 0.08 * (run.spans[-1][2] - run.spans[0][1])]
-    rules = draw([row for row in rows if row["tokens"]], f"rule strokeDash: [2, 4], {clip}", x="tokens:Q")
-    text = draw(
-        wide, f"text align: left, dx: 5, color: {MUTED}, {clip}", x="tokens:Q", y=alt.value(5), text="phase:N"
-    )
-    return [rules, text] if named else [rules]
-
-
 def curves(
-    run: Run,
-    drawn: Sequence[Curve],
-    title: str = "",
-    unit: str = "nats per token",
-    *,
-    smoothed: bool = False,
-    span: tuple[float, float] | None = None,
-    since: float = 0.0,
-    named: bool = False,
-    form: str = ".3f",
-    height: float = 220,
-) -> alt.LayerChart:
+    run: Run, drawn: Sequence[Curve], title: str = "", unit: str = "nats per token", *, smoothed: bool = False,
+    span: Sequence[float] = (), since: float = 0.0, color: str = "", form: str = ".3f", height: float = 220,
+) -> alt.LayerChart:  # fmt: skip
     """Curves over tokens, each with its last value in the legend; `smoothed`: the measured ones faint behind.
 
     Rows: name, kind ("value", or "raw" of those behind), tokens, value. `span`: of the y axis. `since`: tokens
-    at which the x axis begins.
+    at which the x axis begins. `color`: of phases' names.
     """
-    lines = [(c, "raw", c.points) for c in drawn if smoothed]
-    lines += [(c, "value", summary.calm(run, c.points) if smoothed else c.points) for c in drawn]
-    ends = {c.name: values[-1] for c, kind, (_, values) in lines if kind == "value"}
+    lines = [(c, "raw", summary.thin(c.points)) for c in drawn if smoothed]
+    lines += [
+        (c, "value", summary.calm(run, c.points) if smoothed else summary.thin(c.points)) for c in drawn
+    ]
     rows = [
         {"name": c.name, "kind": kind, "tokens": float(t), "value": float(v)}
-        for c, kind, points in lines
-        for t, v in zip(*summary.thin(points, _POINTS), strict=True)
+        for c, kind, (at, values) in lines
+        for t, v in zip(at, values, strict=True)
     ]
-    every, last = [row["value"] for row in rows], max(run.end["tokens"], *(row["tokens"] for row in rows))
-    labels = json.dumps({name: f"{name}  {value:{form}}" for name, value in ends.items()})
+    ends = {row["name"]: row["value"] for row in rows}
+    order = sorted(drawn, key=lambda c: -ends[c.name])
+    texts = json.dumps({name: f"{name}  {value:{form}}" for name, value in ends.items()})
     look = {
         "columns": 2,
         "symbolType": "stroke",
@@ -160,27 +139,25 @@ def curves(
         "symbolSize": 400,
         "symbolOpacity": 1,
     }
-    legend = look | {"labelExpr": f"{labels}[datum.label]"}
-    order = sorted(drawn, key=lambda c: -ends[c.name])
-    domain = [c.name for c in order]
-    color = {"domain": domain, "range": [c.color for c in order]}
-    dash = {"domain": domain, "range": [[5, 4] if c.dashed else [1, 0] for c in order]}
+    legend = look | {"labelExpr": f"{texts}[datum.label]"}
+    every, last = [row["value"] for row in rows], max(run.end["tokens"], *(row["tokens"] for row in rows))
     base = draw(
         rows,
         "line",
         x=tokens(since, 1.01 * last),
         y=number("value", span or padded(min(every), max(every))),
-        color={"field": "name", "type": "nominal", "scale": color, "legend": legend},
-        strokeDash={"field": "name", "type": "nominal", "scale": dash, "legend": legend},
+        color=named("name", {c.name: c.color for c in order}, legend),
+        strokeDash=named("name", {c.name: [5, 4] if c.dashed else [1, 0] for c in order}, legend),
     )
     raw, value = (base.transform_filter(f"datum.kind == '{kind}'") for kind in ("raw", "value"))
     layers = [redraw(raw, "line strokeWidth: 1, opacity: 0.28, clip: true")] if smoothed else []
     layers.append(redraw(value, "line strokeWidth: 2, clip: true"))
-    if max(len(c.points[0]) for c in drawn) <= _DOTTED:
-        layers.append(redraw(value, "circle size: 22, opacity: 1, clip: true"))
-    # Invisible dots carry the tips; the page shows the one under the pointer.
+    # Dots where they stand apart. Invisible ones carry the tips; the page shows the one under the pointer.
+    layers += (
+        [redraw(value, "circle size: 22, opacity: 1, clip: true")] if len(rows) <= 24 * len(lines) else []
+    )
     layers.append(redraw(value, "circle size: 90, opacity: 0, clip: true", "name tokens:.3s value:,.5~g"))
-    return panel([*layers, *phase_marks(run, named)], title, unit, height)
+    return panel([*layers, *phase_marks(run, color)], title, unit, height)
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
@@ -189,11 +166,11 @@ def padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def late_span(run: Run, drawn: Iterable[Points]) -> tuple[float, float] | None:
+def late_span(run: Run, drawn: Iterable[Points]) -> tuple[float, float]:
     """All values but the first steep fall, which would flatten the rest."""
     first = run.columns["tokens"][len(run.columns["tokens"]) // 25]
-    late = np.concatenate([values[at >= first] for at, values in drawn] or [np.empty(0)])
-    return padded(float(late.min()), float(late.max())) if len(late) else None
+    late = np.concatenate([values[at >= first] for at, values in drawn])
+    return padded(float(late.min()), float(late.max())) if len(late) else (0.0, 1.0)
 
 
 def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> list[Curve]:
@@ -202,10 +179,8 @@ def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> l
     for arm, run in reading.arms.items():
         at, values = run.points(name)
         if out and len(values):
-            before = np.flatnonzero(out[0].points[0] < run.first["tokens"])[-1:]
-            at, values = (
-                np.append(ours[before], own) for ours, own in zip(out[0].points, (at, values), strict=True)
-            )
+            own, before = out[0].points, np.flatnonzero(out[0].points[0] < run.first["tokens"])[-1:]
+            at, values = np.append(own[0][before], at), np.append(own[1][before], values)
         if (at >= since).any():
             out.append(
                 Curve(arm, (at[at >= since], values[at >= since]), CONTROL if out else color, bool(out))
@@ -213,35 +188,42 @@ def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> l
     return out
 
 
-def loss(reading: Reading) -> list[alt.LayerChart]:
-    """Training loss of both arms; marks on the axis where a step was skipped."""
-    run, drawn = reading.run, arms(reading, "loss")
-    if not drawn:
+def over_steps(
+    reading: Reading, name: str, title: str = "", unit: str = "nats per token", **look: Any
+) -> Panels:
+    """A metric of every step, of both arms; nothing where there is none."""
+    if not (drawn := arms(reading, name)):
         return []
-    span = late_span(run, (c.points for c in drawn))
-    chart = curves(run, drawn, smoothed=True, span=span, named=True, height=300)
+    span = late_span(reading.run, [c.points for c in drawn])
+    return [curves(reading.run, drawn, title, unit, span=span, **({"smoothed": True} | look))]
+
+
+def loss(reading: Reading) -> Panels:
+    """Training loss of both arms; marks on the axis where a step was skipped."""
     skipped = [
-        {"arm": arm, "tokens": float(at), "step": float(step)}
-        for arm, of in reading.arms.items()
-        for at, step in zip(of.columns["tokens"][of.skipped], of.columns["step"][of.skipped], strict=True)
+        {"arm": arm, "tokens": float(run.columns["tokens"][row]), "step": float(run.columns["step"][row])}
+        for arm, run in reading.arms.items()
+        for row in run.skipped
     ]
-    mark = f"tick color: {NEGATIVE}, size: 12, clip: true"
-    marks = [draw(skipped, mark, "arm step:,", x="tokens:Q", y=alt.value(294))] if skipped else []
-    return [alt.layer(*chart.layer, *marks, title=chart.title, height=300)]
+    mark = "tick color: var(--negative), size: 12, clip: true"
+    marks = draw(skipped, mark, "arm step:,", x="tokens:Q", y=alt.value(294))
+    drawn = over_steps(reading, "loss", color="var(--muted)", height=300)
+    return [panel([*chart.layer, marks], height=300) for chart in drawn]
 
 
-def loss_by_source(reading: Reading) -> list[alt.LayerChart]:
+def loss_by_source(reading: Reading) -> Panels:
     """A panel per domain, a curve per source, all on the same axes."""
     run, shades = reading.run, colors(reading.run.domains)
-    points = {s: run.points(f"loss_by_source/{s}") for s in run.measured("loss_by_source")}
-    span, out = late_span(run, points.values()), []
-    for domain in dict.fromkeys(run.domains[s] for s in shades):
-        members = [Curve(s, points[s], shades[s]) for s in points if run.domains[s] == domain]
-        out += [curves(run, members, domain, smoothed=True, span=span)] if members else []
-    return out
+    measured = set(run.measured("loss_by_source"))
+    drawn = [Curve(s, run.points(f"loss_by_source/{s}"), shades[s]) for s in shades if s in measured]
+    by_domain = {
+        run.domains[c.name]: [d for d in drawn if run.domains[d.name] == run.domains[c.name]] for c in drawn
+    }
+    span = late_span(run, [c.points for c in drawn]) if drawn else ()
+    return [curves(run, members, domain, smoothed=True, span=span) for domain, members in by_domain.items()]
 
 
-def held_out(reading: Reading) -> list[alt.LayerChart]:
+def held_out(reading: Reading) -> Panels:
     """A panel per capability: the whole run, then what follows the fork."""
     run, fork, out = reading.run, summary.fork(reading), []
     for since, place in [(0.0, "")] + ([(fork, ", from the fork on")] if fork else []):
@@ -251,69 +233,65 @@ def held_out(reading: Reading) -> list[alt.LayerChart]:
     return out
 
 
-def measures(reading: Reading) -> list[alt.LayerChart]:
+def measures(reading: Reading) -> Panels:
     """RankMe of both arms, and the loss on each source's held-back text, whichever there are."""
     run, shades = reading.run, colors(reading.run.domains)
-    ranks = arms(reading, "rank_me")
     losses = [Curve(s, run.points(f"validation_nll/{s}"), shades[s]) for s in run.measured("validation_nll")]
-    out = [curves(run, ranks, "RankMe", "directions in use", form=".1f")] if ranks else []
-    return out + ([curves(run, losses, "validation loss per source")] if losses else [])
+    ranks = over_steps(reading, "rank_me", "RankMe", "directions in use", smoothed=False, form=".1f")
+    return ranks + ([curves(run, losses, "validation loss per source")] if losses else [])
 
 
-def schedule(reading: Reading) -> list[alt.LayerChart]:
+def schedule(reading: Reading) -> Panels:
     """Learning rate, gradient norm and throughput of both arms."""
-    out = []
-    for name, title, unit, form in (
-        ("learning_rate", "learning rate", "as scheduled", ".3g"),
-        ("grad_norm", "gradient norm", "before clipping", ".3f"),
-        ("tokens_per_second", "throughput", "tokens per second, all ranks", ",.0f"),
-    ):
-        if drawn := arms(reading, name):
-            exact = name == "learning_rate"
-            span = None if exact else late_span(reading.run, (c.points for c in drawn))
-            look: dict[str, Any] = {"smoothed": not exact, "span": span, "form": form, "height": 170}
-            out.append(curves(reading.run, drawn, title, unit, **look))
-    return out
+    rate = {"smoothed": False, "form": ".3g", "height": 170}
+    return [
+        *over_steps(reading, "learning_rate", "learning rate", "as scheduled", **rate),
+        *over_steps(reading, "grad_norm", "gradient norm", "before clipping", height=170),
+        *over_steps(reading, "tokens_per_second", "throughput", "tokens per second", form=",.0f", height=170),
+    ]
 
 
-def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> list[alt.LayerChart]:
+def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Panels:
     """A panel per capability: for each source how its examples' scores are distributed."""
     shades, found, out = colors(reading.run.domains), scores.sources, []
     name = f"{json.dumps([s.source for s in found])}[floor(datum.value)]"
-    rows_axis = {"values": [row + 0.5 for row in range(len(found))], "labelExpr": name, **names(shades, name)}
+    axis = {"values": [row + 0.5 for row in range(len(found))], "labelExpr": name, **labels(shades, name)}
     for c, capability in enumerate(scores.capabilities):
         every = np.concatenate([s.score_NC[:, c] for s in found])
         low, high = np.percentile(every[np.isfinite(every)], (1, 99)) if np.isfinite(every).any() else (0, 0)
-        edges = np.linspace(*padded(min(float(low), 0.0), max(float(high), 0.0)), bins + 1)
-        bars, means = [], []
-        for row, s in enumerate(found):
+        edges = np.linspace(*padded(min(float(low), 0.0), max(float(high), 0.0)), bins + 1).tolist()
+        bars: list[dict[str, Any]] = []
+        means: list[dict[str, Any]] = []
+        for foot, s in enumerate(found, 1):
             share = np.histogram(s.score_NC[:, c], edges)[0] / len(s.score_NC)
-            base = {"source": s.source, "foot": row + 0.95}
-            for k in np.flatnonzero(share):
-                at = {"low": float(edges[k]), "high": float(edges[k + 1]), "share": float(share[k])}
-                bars.append(base | at | {"top": row + 0.95 - 0.85 * float(share[k] / share.max())})
+            row = {"source": s.source, "foot": foot - 0.05}
+            top = row["foot"] - 0.85 * share / (share.max() or 1.0)
+            bars += [
+                row | {"low": edges[k], "high": edges[k + 1], "share": float(share[k]), "top": float(top[k])}
+                for k in np.flatnonzero(share)
+            ]
             positive = float((s.score_NC[:, c] > 0).mean())
-            means.append(base | {"low": float(s.mean_C[c]), "positive": positive, "top": float(row)})
+            means.append(row | {"low": float(s.mean_C[c]), "positive": positive, "top": foot - 1.0})
         chart = draw(
             bars,
             "rect clip: true",
             "source low:.3g high:.3g share:.1%",
             x=number("low", (edges[0], edges[-1]), title="lowers the loss →", format=".3~g", tickCount=4),
+            y=number("top", (0, len(found)), {"reverse": True}, **axis),
             x2="high:Q",
-            y=number("top", (0, len(found)), {"reverse": True}, **rows_axis),
             y2="foot:Q",
-            color=by_source(shades),
+            color=named("source", shades),
         )
-        stroke = f"rule color: {INK}, strokeWidth: 2, clip: true"
-        strokes = draw(means, stroke, "source low:.3g positive:.1%", x="low:Q", y="top:Q", y2="foot:Q")
+        mark = "rule color: var(--ink), strokeWidth: 2, clip: true"
+        strokes = draw(means, mark, "source low:.3g positive:.1%", x="low:Q", y="top:Q", y2="foot:Q")
         zero = draw([{"zero": 0}], "rule", x="zero:Q")
         out.append(panel([zero, chart, strokes], capability, "score", 34 * len(found)))
     return out
 
 
-def predicted(reading: Reading, scores: summary.Scores) -> list[alt.LayerChart]:
+def predicted(reading: Reading, scores: summary.Scores) -> Panels:
     """A panel per capability, a dot per source: measured impact of leaving it out over its mean score."""
-    shades, out = colors(reading.run.domains), []
+    out, free, shades = [], {"zero": False, "padding": 16}, colors(reading.run.domains)
     for c, capability in enumerate(scores.capabilities):
         impact = reading.measured_impact.get(capability, {})
         pairs = {s.source: (float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources}
@@ -321,111 +299,102 @@ def predicted(reading: Reading, scores: summary.Scores) -> list[alt.LayerChart]:
         # Of fewer than three sources there is no rank correlation to speak of.
         if len(rows) < 3:
             continue
-        free = {"zero": False, "padding": 16}
-        x = number("score", scale=free, title="mean score", format=".3~g", tickCount=4)
-        y, color = number("impact", scale=free), by_source(shades)
         dots = draw(
-            rows, "circle size: 60, opacity: 1", "source score:.4g impact:+.3f", x=x, y=y, color=color
+            rows,
+            "circle size: 60, opacity: 1",
+            "source score:.4g impact:+.3f",
+            x=number("score", scale=free, title="mean score", format=".3~g", tickCount=4),
+            y=number("impact", scale=free),
+            color=named("source", shades),
         )
-        labels = [redraw(dots, "text dy: -11", text="source:N")] if len(rows) <= 16 else []
+        names = [redraw(dots, "text dy: -11", text="source:N")] if len(rows) <= 16 else []
         rank = summary.spearman([row["score"] for row in rows], [row["impact"] for row in rows])
-        unit = f"nats per token without the source; rank correlation {rank:.2f}".replace("-", "−")
-        out.append(panel([dots, *labels], capability, unit, 240))
+        unit = f"nats per token without the source; rank correlation {rank:.2f}"
+        out.append(panel([dots, *names], capability, unit, 240))
     return out
 
 
-def mixture(reading: Reading) -> list[alt.LayerChart]:
+def mixture(reading: Reading) -> Panels:
     """Paired bars: target share of each source in the first and the last phase; a stroke where the last
     phase drew another share."""
     run, shades = reading.run, colors(reading.run.domains)
-    phases, drawn = list(dict.fromkeys([run.phases[0], run.phases[-1]])), run.end["mix_actual"]
-    rows = [
-        {"source": s, "domain": run.domains[s], "phase": p, "share": run.last[p]["mix_target"].get(s, 0.0)}
-        for p in phases
-        for s in shades
-    ]
-    last = [row | {"drawn": drawn.get(row["source"], 0.0)} for row in rows if row["phase"] == phases[-1]]
-    pale = {"domain": phases, "range": [0.4, 1.0][-len(phases) :]}
+    phases, rows = list(dict.fromkeys([run.phases[0], run.phases[-1]])), []
+    for phase in phases:
+        for s in shades:
+            share, drew = (run.last[phase][of].get(s, 0.0) for of in ("mix_target", "mix_actual"))
+            off = phase == phases[-1] and abs(drew - share) >= 0.001
+            row = {"source": s, "domain": run.domains[s], "phase": phase, "share": share}
+            rows.append(row | {"drew": drew if off else None, "edge": max(share, drew) if off else share})
+    pale = named(
+        "phase", dict(zip(phases, [0.4, 1.0][-len(phases) :], strict=True)), {"symbolFillColor": INK}
+    )
     bars = draw(
         rows,
         "bar",
         "source domain phase share:.2%",
         x=number("share", format="~%", title="share of sequences"),
-        y={"field": "source", "type": "nominal", "sort": list(shades), "axis": names(shades)},
         yOffset={"field": "phase", "type": "nominal", "sort": phases, "scale": {"paddingOuter": 0.12}},
-        color=by_source(shades),
-        opacity={"field": "phase", "type": "nominal", "scale": pale, "legend": {"symbolFillColor": INK}},
+        opacity=pale,
+        **source_rows(shades),
     )
-    text = redraw(
-        bars,
-        "text align: left, dx: 8, color: var(--ink)",
-        text={"field": "share", "format": ".1%"},
-        color=alt.value(INK),
-    )
-    off = [row for row in last if abs(row["drawn"] - row["share"]) >= 0.001]
-    tick = draw(off, "tick", "source drawn:.2%", x="drawn:Q", y="source:N", yOffset="phase:N")
-    return [panel([bars, text, *([tick] if off else [])], height=(18 * len(phases) + 8) * len(shades))]
+    share = {"text": {"field": "share", "type": "quantitative", "format": ".1%"}, "color": alt.value(INK)}
+    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", **share)
+    tick = redraw(bars, "tick", "source drew:.2%", x="drew:Q", color=alt.value(INK))
+    return [panel([bars, text, tick], height=(18 * len(phases) + 8) * len(shades))]
 
 
-def mixture_over_time(reading: Reading) -> list[alt.LayerChart]:
+def mixture_over_time(reading: Reading) -> Panels:
     """Share of each source in the tokens of the steps, stacked over tokens; a phase's means as numbers."""
-    run, shades = reading.run, colors(reading.run.domains)
-    whole, bands, means = run.spans[-1][2] - run.spans[0][1], [], []
-    for stretch in summary.drawn(run):
-        top = 0.0
-        for source in shades:
-            share = stretch.share[source]
-            row = {"source": source, "phase": stretch.phase, "share": share, "low": top, "high": top + share}
-            bands += [row | {"tokens": stretch.begin, "to": stretch.end}] if share else []
-            top += share
-    for phase, begin, end in run.spans:
-        top = 0.0
-        for source in shades:
-            share = run.last[phase]["mix_actual"].get(source, 0.0)
-            row = {"tokens": (begin + end) / 2, "high": top + share / 2, "share": share}
-            means += [row] if share > 0.045 and end - begin > 0.07 * whole else []
-            top += share
+    run, shades, bands, means = reading.run, colors(reading.run.domains), [], []
+    spans = [
+        (p, a, b, run.last[p]["mix_actual"]) for p, a, b in run.spans if b - a > 0.07 * run.end["tokens"]
+    ]
+    for drawn, out in ((summary.drawn(run), bands), (spans, means)):
+        for phase, begin, end, shares in drawn:
+            low = 0.0
+            for s in shades:
+                at = {"tokens": begin, "to": end, "middle": (begin + end) / 2}
+                row = {"source": s, "phase": phase, "share": shares.get(s, 0.0), "low": low, **at}
+                low += row["share"]
+                out += [row | {"high": low, "inside": (low + row["low"]) / 2}] if row["share"] else []
     chart = draw(
         bands,
         "rect clip: true",
         "source phase share:.1% tokens:.3s to:.3s",
         x=tokens(run.spans[0][1], run.spans[-1][2]),
-        x2="to:Q",
         y=number("low", (0, 1), {"reverse": True}, labels=False),
+        x2="to:Q",
         y2="high:Q",
-        color=by_source(shades, {"columns": {"expr": "max(2, floor(width / 150))"}, "symbolType": "square"}),
-    )
-    text = {"field": "share", "format": ".1%"}
-    numbers = draw(means, "text color: var(--card), fontWeight: bold", x="tokens:Q", y="high:Q", text=text)
-    return [panel([chart, numbers, *phase_marks(run, True)], height=max(300, 17 * len(shades)))]
-
-
-def epochs(reading: Reading) -> list[alt.LayerChart]:
-    """Passes over each source at the end; a stroke for the control's."""
-    run, shades = reading.run, colors(reading.run.domains)
-    passes = run.end["epochs_by_source"]
-    against = reading.control.end["epochs_by_source"] if reading.control else {}
-    bars = draw(
-        [{"source": s, "epochs": passes[s], "control": against.get(s)} for s in shades],
-        "bar height: {band: 0.7}",
-        "source epochs:.3f control:.3f" if against else "source epochs:.3f",
-        x=number("epochs", title="epochs"),
-        y={"field": "source", "type": "nominal", "sort": list(shades), "axis": names(shades)},
-        color=by_source(shades),
-    )
-    layers = [
-        bars,
-        redraw(
-            bars, "text align: left, dx: 8", text={"field": "epochs", "format": ".3~g"}, color=alt.value(INK)
+        color=named(
+            "source", shades, {"columns": {"expr": "max(2, floor(width / 150))"}, "symbolType": "square"}
         ),
-    ]
-    layers += [redraw(bars, "tick", x="control:Q", color=alt.value(INK))] if against else []
-    one = max([*passes.values(), *against.values()]) > 0.4
-    layers += [draw([{"epochs": 1}], f"rule color: {INK}", x="epochs:Q")] if one else []
-    return [panel(layers, height=24 * len(shades))]
+    )
+    wide = [row for row in means if row["share"] > 0.045]
+    text = {"text": {"field": "share", "type": "quantitative", "format": ".1%"}}
+    numbers = draw(wide, "text color: var(--card), fontWeight: bold", x="middle:Q", y="inside:Q", **text)
+    return [panel([chart, numbers, *phase_marks(run, "var(--card)")], height=max(300, 17 * len(shades)))]
 
 
-def checkpoints(run: Run, saved: summary.Checkpoints) -> list[alt.LayerChart]:
+def epochs(reading: Reading) -> Panels:
+    """Passes over each source at the end; a stroke for the control's."""
+    shades, passes = colors(reading.run.domains), reading.run.end["epochs_by_source"]
+    against = reading.control.end["epochs_by_source"] if reading.control else {}
+    edges = {s: max(passes[s], against.get(s, 0.0)) for s in shades}
+    bars = draw(
+        [{"source": s, "epochs": passes[s], "control": against.get(s), "edge": edges[s]} for s in shades],
+        "bar height: {band: 0.7}",
+        "source epochs:.3f control:.3f",
+        x=number("epochs", title="epochs"),
+        **source_rows(shades),
+    )
+    shown = {"text": {"field": "epochs", "type": "quantitative", "format": ".3~g"}, "color": alt.value(INK)}
+    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", **shown)
+    ticks = redraw(bars, "tick", x="control:Q", color=alt.value(INK))
+    one = draw([{"epochs": 1}] if max(edges.values()) > 0.4 else [], "rule color: var(--ink)", x="epochs:Q")
+    return [panel([one, bars, text, ticks], height=24 * len(shades))]
+
+
+def checkpoints(run: Run, saved: summary.Checkpoints) -> Panels:
     """A lane of strokes for what holds of the checkpoints, over tokens."""
     lanes = {
         "complete": saved.complete,
@@ -442,14 +411,17 @@ def checkpoints(run: Run, saved: summary.Checkpoints) -> list[alt.LayerChart]:
         for lane, of in lanes.items()
         for one in of
     ]
-    if not saved.complete:
-        return []
     order = list(dict.fromkeys(row["lane"] for row in rows))
     axis = {"title": None, "labelColor": INK, "grid": True, "labelLimit": 200}
-    color = {"condition": {"test": "indexof(datum.lane, 'not') == 0", "value": NEGATIVE}, "value": INK}
-    last = 1.01 * max(run.end["tokens"], *(row["tokens"] for row in rows))
-    y = {"field": "lane", "type": "nominal", "sort": order, "axis": axis}
     ticks = draw(
-        rows, "tick size: 15, clip: true", "lane step:, tokens:.3s", x=tokens(0.0, last), y=y, color=color
+        rows,
+        "tick size: 15, clip: true",
+        "lane step:, tokens:.3s",
+        x=tokens(0.0, 1.01 * max(run.end["tokens"], *(row["tokens"] for row in rows))),
+        y={"field": "lane", "type": "nominal", "sort": order, "axis": axis},
+        color={
+            "condition": {"test": "indexof(datum.lane, 'not') == 0", "value": "var(--negative)"},
+            "value": INK,
+        },
     )
     return [panel([ticks, *phase_marks(run)], height=26 * len(order))]

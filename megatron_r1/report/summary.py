@@ -17,7 +17,7 @@ from megatron_r1.influence.keep_masks import joint_scores
 from megatron_r1.influence.units import in_units
 from megatron_r1.influence.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
-from megatron_r1.report.load import Reading, Run
+from megatron_r1.report.load import Points, Reading, Run
 from megatron_r1.run_dir import RunDir
 from megatron_r1.train.schedule import kept_steps, phase_spans
 
@@ -30,10 +30,6 @@ PAPER = {
     "training": 28_000.0 + 10_000.0 + 600.0,
 }
 """Appendix D.3, GPU hours of the 950M model."""
-
-
-Points = tuple[np.ndarray, np.ndarray]
-"""Tokens, values."""
 
 
 def held_out(reading: Reading) -> tuple[float, dict[str, dict[str, float]]] | None:
@@ -50,32 +46,35 @@ def held_out(reading: Reading) -> tuple[float, dict[str, dict[str, float]]] | No
     return None if last is None else (last, {arm: {c: of[c][last] for c in of} for arm, of in curves.items()})
 
 
-def calm(run: Run, points: Points) -> Points:
-    """Smoothed within each phase, over a tenth of a short run, 2 % of a long one: a new mixture moves the loss
-    at once, which must stay visible."""
+def stretches(run: Run, tokens: np.ndarray, most: int) -> np.ndarray:
+    """Bounds [K + 1] of rows: even stretches of at least three steps, about `most`, none over a phase's begin.
+    `tokens`: of the rows."""
+    count, bounds = min(most, len(tokens) // 3), [0]
+    for _, begin, end in run.spans:
+        a, b = np.searchsorted(tokens, (begin, end), side="right")
+        bounds += np.linspace(
+            a, b, 1 + max(1, round(count * (b - a) / max(1, len(tokens)))), dtype=int
+        ).tolist()
+    return np.unique([*bounds, len(tokens)])
+
+
+def calm(run: Run, points: Points, most: int = 100) -> Points:
+    """Means of stretches, at their middles, and the last at its end: a new mixture moves the loss at once,
+    which must stay visible."""
     tokens, values = points
-    steps = len(run.columns["tokens"])
-    reach = max(2, min(steps // 20, max(8, steps // 100)))
-    cuts = np.searchsorted(tokens, [begin for _, begin, _ in run.spans[1:]], side="right")
-    return tokens, np.concatenate([smooth(part, reach) for part in np.split(values, cuts)])
+    bounds = stretches(run, tokens, most)
+    middles = (tokens[bounds[:-1]] + tokens[bounds[1:] - 1]) / 2
+    middles[-1] = tokens[-1]
+    return middles, np.add.reduceat(values, bounds[:-1]) / np.diff(bounds)
 
 
-def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of each value and its `reach` neighbours on either side."""
-    total, at = np.cumsum(np.insert(values, 0, 0.0)), np.arange(len(values))
-    low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    mean: np.ndarray = (total[high] - total[low]) / (high - low)
-    return mean
-
-
-def thin(points: Points, most: int) -> Points:
+def thin(points: Points, most: int = 300) -> Points:
     """At most about `most` points that keep the outline: both ends, lowest and highest of each stretch."""
     tokens, values = points
     if len(values) <= most:
         return points
-    cuts = np.linspace(0, len(values), most // 2 + 1, dtype=int)
     keep = {0, len(values) - 1}
-    for a, b in itertools.pairwise(cuts):
+    for a, b in itertools.pairwise(np.linspace(0, len(values), most // 2 + 1, dtype=int).tolist()):
         keep |= {a + int(values[a:b].argmin()), a + int(values[a:b].argmax())}
     return tokens[sorted(keep)], values[sorted(keep)]
 
@@ -197,35 +196,21 @@ def agreement(scores: Scores) -> list[tuple[int, int, list[float]]]:
     return [(steps[a], steps[b], [spearman(of[:, c, a], of[:, c, b]) for of, c in kinds]) for a, b in pairs]
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Steps of one phase, and the share of each source in their tokens."""
-
-    phase: str
-    begin: float
-    """Tokens."""
-    end: float
-    share: dict[str, float]
-
-
-def drawn(run: Run, most: int = 160) -> list[Stretch]:
-    """What the steps drew, in about `most` stretches, none over a phase's begin.
+def drawn(run: Run, most: int = 160) -> list[tuple[str, float, float, dict[str, float]]]:
+    """(phase, begin and end in tokens, share of each source in the tokens drawn) of stretches of steps.
 
     Counts start with the run's first sample, so that a stretch's own are a difference. A run that forks off
     another has no count before its first step: there the phase's share so far stands in.
     """
-    tokens = run.columns["tokens"]
+    tokens, out = run.columns["tokens"], []
     count_ST = np.stack([np.insert(run.columns[f"tokens_by_source/{s}"], 0, 0.0) for s in run.domains])
-    out = []
-    for phase, begin, end in run.spans:
-        first, last = np.searchsorted(tokens, (begin, end), side="right")
-        cuts = np.linspace(first, last, 1 + max(1, round(most * (last - first) / len(tokens))), dtype=int)
-        for a, b in itertools.pairwise(np.unique(cuts)):
-            share_S = count_ST[:, b] - count_ST[:, a]
-            if not a and run.first["step"] > 1:
-                share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
-            share = dict(zip(run.domains, (share_S / max(share_S.sum(), 1e-12)).tolist(), strict=True))
-            out.append(Stretch(phase, float(tokens[a - 1]) if a else begin, float(tokens[b - 1]), share))
+    for a, b in itertools.pairwise(stretches(run, tokens, most).tolist()):
+        phase = next(name for name, _, end in run.spans if tokens[b - 1] <= end)
+        share_S = count_ST[:, b] - count_ST[:, a]
+        if not a and run.first["step"] > 1:
+            share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
+        share = dict(zip(run.domains, (share_S / max(share_S.sum(), 1e-12)).tolist(), strict=True))
+        out.append((phase, float(tokens[a - 1]) if a else run.spans[0][1], float(tokens[b - 1]), share))
     return out
 
 

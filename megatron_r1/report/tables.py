@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,6 @@ from megatron_r1.train.schedule import phase_spans
 
 _SPACE = "\u00a0"
 """Between a number and its unit: no line breaks there."""
-_SHADE = 0.55
-"""Greatest opacity of a cell's ground, so that ink stays readable on it."""
 
 
 @dataclass(frozen=True)
@@ -32,62 +31,50 @@ class Cell:
     bar: float | None = None
     """Share of a bar that is filled, drawn before the text."""
 
-    @property
-    def ground(self) -> str:
-        return "var(--positive)" if self.shade >= 0 else "var(--negative)"
 
-    @property
-    def opacity(self) -> float:
-        return round(_SHADE * min(1.0, abs(self.shade)), 2)
-
-
-@dataclass(frozen=True)
 class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    def __init__(self, head: Sequence[str], rows: Iterable[Sequence[Cell | str]]):
+        self.head = head
+        self.rows = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
 
     def rights(self) -> list[float]:
         """Right edge of each column in a picture, pixels."""
-        longest = [
-            max(len(name), *(len(f"{cell.text} {cell.small}") for cell in cells))
-            for name, *cells in zip(self.head, *self.rows, strict=True)
-        ]
-        return np.cumsum([7.2 * letters + 24 for letters in longest]).tolist()
+        columns = zip([Cell(name) for name in self.head], *self.rows, strict=True)
+        longest = [max(len(f"{cell.text} {cell.small}") for cell in cells) for cells in columns]
+        return list(itertools.accumulate(7.2 * letters + 24 for letters in longest))
 
 
-def held_out(ends: tuple[float, dict[str, dict[str, float]]]) -> Table:
+def held_out(ends: dict[str, dict[str, float]]) -> Table:
     """Held-out loss per capability and arm, and how far the arms are apart."""
-    (arm, run), *others = ends[1].items()
-    rows = [[Cell(c), Cell(f"{value:.3f}")] for c, value in run.items()]
+    (arm, run), *others = ends.items()
     if not others:
-        return Table(["", arm], rows)
-    for row, (c, value) in zip(rows, run.items(), strict=True):
+        return Table(["", arm], [[c, f"{value:.3f}"] for c, value in run.items()])
+    rows: list[list[Cell | str]] = []
+    for c, value in run.items():
         control = others[0][1][c]
-        share = f"{signed(100 * (value - control) / control, 1)}{_SPACE}%"
-        row += [Cell(f"{control:.3f}"), Cell(signed(value - control), f"{share}, one run, no interval")]
+        share = f"{signed(100 * (value - control) / control, 1)}{_SPACE}%, one run, no interval"
+        rows.append([c, f"{value:.3f}", f"{control:.3f}", Cell(signed(value - control), share)])
     return Table(["", arm, others[0][0], "difference"], rows)
 
 
 def heat(reading: Reading, scores: summary.Scores) -> Table:
     """Mean score of each source on each capability ± its standard error, shaded column by column."""
-    shades, found = plots.colors(reading.run.domains), scores.sources
+    shades, found, rows = plots.colors(reading.run.domains), scores.sources, []
     values = np.array([[*s.mean_C, s.joint] for s in found])
     # One power of ten and one number of decimals for the whole table, so that columns compare at a glance.
-    power = _power(np.abs(values).max())
-    scale = 10.0 ** (power if not -3 < power < 4 else 0)
-    digits = max(0, 2 - _power(np.abs(values).max() / scale))
-    rows = []
-    for s, row, shade in zip(
-        found, values, values / np.maximum(np.abs(values).max(axis=0), 1e-300), strict=True
-    ):
-        errors = [*(f"± {error / scale:.{digits}f}" for error in s.error_C), ""]
+    most = float(np.abs(values).max()) or 1.0
+    power = math.floor(math.log10(most)) if not 1e-3 <= most < 1e4 else 0
+    digits = max(0, 2 - math.floor(math.log10(most)) + power)
+    for s, row in zip(found, values, strict=True):
+        errors = [*(f"± {error / 10.0**power:.{digits}f}" for error in s.error_C), ""]
+        shade = row / np.maximum(np.abs(values).max(axis=0), 1e-300)
         cells = [
-            Cell(signed(v / scale, digits), e, shade=d) for v, e, d in zip(row, errors, shade, strict=True)
+            Cell(signed(value / 10.0**power, digits), error, shade=float(strength))
+            for value, error, strength in zip(row, errors, shade, strict=True)
         ]
         name = Cell(s.source, reading.run.domains[s.source], shades[s.source])
-        rows.append([name, *cells, Cell(percent(s.helping, 0))])
-    exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    unit = f" ×10{exponent}" if scale != 1 else ""
+        rows.append([name, *cells, percent(s.helping, 0)])
+    unit = " ×10" + f"{power}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
     return Table(
         ["source", *(f"{c}{unit}" for c in (*scores.capabilities, "joint")), "examples that help"], rows
     )
@@ -96,7 +83,7 @@ def heat(reading: Reading, scores: summary.Scores) -> Table:
 def agreement(scores: summary.Scores) -> Table:
     """Rank correlation of the scores between checkpoints, of examples and of sources."""
     rows = [
-        [Cell(f"{a:,} → {b:,}"), *(Cell(signed(r, 2), shade=0.7 * r) if r == r else Cell("–") for r in ranks)]
+        [f"{a:,} → {b:,}", *(Cell(signed(r, 2), shade=0.7 * r) if r == r else "–" for r in ranks)]
         for a, b, ranks in summary.agreement(scores)
     ]
     return Table(
@@ -112,16 +99,16 @@ def phases(reading: Reading) -> Table:
             # What a control shares with the run stands there already.
             if run is reading.control and span.end < run.first["step"]:
                 continue
-            name = f"{span.name} ({arm})" if span.name in columns else span.name
-            at = run.last[span.name]["step"] if span.name in run.last else "not begun"
-            done = {"steps": f"{span.start + 1:,} to {span.end:,}", "trained to": f"{at}"}
-            given = dataclasses.asdict(span.config)
-            plain = {k: "by source" if isinstance(v, dict) and v else v or "–" for k, v in given.items()}
-            columns[name] = {k: f"{v:g}" if isinstance(v, float) else f"{v}" for k, v in plain.items()} | done
-            reached = summary.capped(run, span.name) if span.name in run.last else []
-            columns[name]["sources at their cap"] = ", ".join(reached) or "–"
-    fields = next(iter(columns.values()))
-    return Table(["", *columns], [[Cell(f), *(Cell(of[f]) for of in columns.values())] for f in fields])
+            begun = span.name in run.last
+            given = dataclasses.asdict(span.config) | {
+                "steps": f"{span.start + 1:,} to {span.end:,}",
+                "trained to step": f"{run.last[span.name]['step']:,}" if begun else "not begun",
+                "sources that reached max_epochs": ", ".join(summary.capped(run, span.name)) if begun else "",
+            }
+            short = {k: "by source" if v and isinstance(v, dict) else f"{v or '–'}" for k, v in given.items()}
+            columns[f"{span.name} ({arm})" if span.name in columns else span.name] = short
+    names = next(iter(columns.values()))
+    return Table(["", *columns], [[name, *(of[name] for of in columns.values())] for name in names])
 
 
 def checkpoints(run: Run, saved: summary.Checkpoints) -> Table:
@@ -132,12 +119,10 @@ def checkpoints(run: Run, saved: summary.Checkpoints) -> Table:
         tokens = one.step * run.config.tokens_per_step()
         values = [f"{of[tokens]:.3f}" if tokens in of else "–" for of in nll.values()]
         phase = next((s.name for s in phase_spans(run.config) if s.start < one.step <= s.end), "–")
-        rest = [*values, "scored" if one.scored else "–", one.pinned or "–"]
-        rows.append([*map(Cell, [f"{one.step:,}", count(tokens), phase, size(one.size), *rest])])
-    return Table(
-        ["step", "tokens", "phase", "size", *(f"held-out {c}" for c in nll), "influence", "kept for good"],
-        rows,
-    )
+        rest = ["scored" if one.scored else "–", one.pinned or "–"]
+        rows.append([f"{one.step:,}", count(tokens), phase, size(one.size), *values, *rest])
+    held = [f"held-out {c}" for c in nll]
+    return Table(["step", "tokens", "phase", "size", *held, "influence", "kept for good"], rows)
 
 
 def stages(costs: Sequence[summary.StageCost]) -> Table:
@@ -145,13 +130,13 @@ def stages(costs: Sequence[summary.StageCost]) -> Table:
     seconds, tokens, spent = (
         sum(getattr(c, of) for c in costs) for of in ("seconds", "tokens", "device_hours")
     )
-    rows = []
+    rows: list[list[Cell | str]] = []
     for c in costs:
         rate = count(c.tokens / c.seconds) if c.tokens and c.seconds else "–"
         row = [c.label, duration(c.seconds), count(c.tokens) if c.tokens else "–", rate, f"{c.devices}"]
-        share = c.seconds / seconds if seconds else 0.0
-        rows.append([*map(Cell, [*row, hours(c.device_hours)]), Cell(percent(share), bar=share)])
-    rows.append([*map(Cell, ["total", duration(seconds), count(tokens), "", "", hours(spent), ""])])
+        share = c.seconds / max(seconds, 1e-9)
+        rows.append([*row, hours(c.device_hours), Cell(percent(share), bar=share)])
+    rows.append(["total", duration(seconds), count(tokens), "", "", hours(spent), ""])
     head = ["stage", "wall time", "tokens", "tokens per second", "ranks", "rank-hours", "share of the time"]
     return Table(head, rows)
 
@@ -160,10 +145,8 @@ def overhead(ours: dict[str, float]) -> Table:
     """The cost of choosing data beside the paper's."""
     rows = [[name, hours(ours[name]), f"{spent:,.0f} h"] for name, spent in summary.PAPER.items()]
     shares = [percent(1 - of["training"] / sum(of.values()), 0) for of in (ours, summary.PAPER)]
-    rows.append(["choosing, of the whole", *shares])
-    return Table(
-        ["choosing data, device-hours", "this run", "the paper, 950M"], [[*map(Cell, r)] for r in rows]
-    )
+    head = ["choosing data, device-hours", "this run", "the paper, 950M"]
+    return Table(head, [*rows, ["choosing, of the whole", *shares]])
 
 
 def count(value: float) -> str:
@@ -176,11 +159,10 @@ def size(value: float) -> str:
     return _scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB"])
 
 
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    power = 0
-    while abs(value) >= 0.9995 * base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.3g}{_SPACE if units[power] else ''}{units[power]}"
+def _scaled(value: float, base: int, units: list[str]) -> str:
+    while abs(value) >= 0.9995 * base and len(units) > 1:
+        value, units = value / base, units[1:]
+    return f"{value:.3g}" + (f"{_SPACE}{units[0]}" if units[0] else "")
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -206,15 +188,6 @@ def signed(value: float, digits: int = 3) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def compact(value: float) -> str:
-    """A score of any size, with its sign, in three figures: +12.3, −0.041, +3.1e−06."""
-    return f"{value:+.3g}".replace("-", "−") if value else "0"
-
-
 def many(number: int, noun: str) -> str:
     """1 step; 4,096 steps."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _power(value: float) -> int:
-    return math.floor(math.log10(value)) if value > 0 and math.isfinite(value) else 0
