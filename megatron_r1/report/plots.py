@@ -153,9 +153,8 @@ def curves(
     layers = [redraw(raw, "line strokeWidth: 1, opacity: 0.28, clip: true")] if smoothed else []
     layers.append(redraw(value, "line strokeWidth: 2, clip: true"))
     # Dots where they stand apart. Invisible ones carry the tips; the page shows the one under the pointer.
-    layers += (
-        [redraw(value, "circle size: 22, opacity: 1, clip: true")] if len(rows) <= 24 * len(lines) else []
-    )
+    if not smoothed and len(rows) <= 24 * len(lines):
+        layers.append(redraw(value, "circle size: 22, opacity: 1, clip: true"))
     layers.append(redraw(value, "circle size: 90, opacity: 0, clip: true", "name tokens:.3s value:,.5~g"))
     return panel([*layers, *phase_marks(run, color)], title, unit, height)
 
