@@ -6,13 +6,14 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: quickstart test lint format check soak bench datamodel test-py312 clean
+.PHONY: quickstart test lint format check soak bench compare datamodel test-py312 clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
+# Two tests at a time, for two cores; the slowest are named.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)
@@ -31,6 +32,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# Two commits, bit for bit: make compare BASE=main ARGS=--quick
+compare: $(VENV)/.dev
+	$(BIN)/python benchmarks/compare_commits.py $(or $(BASE),$(error name the commit before: BASE=main)) $(ARGS)
 
 # Whether influence predicts what models trained on other data lose (docs/influence.md).
 datamodel: $(VENV)/.core

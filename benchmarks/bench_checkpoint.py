@@ -24,11 +24,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_r1 import checkpoint, checkpoint_files
-from megatron_r1.agreement import Agreement
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint import save
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import Saver
+from megatron_r1.checkpoint.shards import METADATA
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megatron_r1.optimizer_shards import METADATA
-from megatron_r1.parallel import broadcast_object, process_groups
+from megatron_r1.parallel import DelayedAllReduce, broadcast_object, process_groups
 from megatron_r1.records import Batch, TrainState
 from megatron_r1.train.step import Shape, Training, build_training, train_step
 
@@ -83,28 +85,28 @@ def measure(training: Training, model: ModelConfig, folder: Path, options: Any, 
     usual = statistics.median(alone)
     say(f"{dist.get_world_size()} ranks, {options.precision}, {options.batch} x {SEQ} tokens a rank")
     say(f"step: {usual:.2f} s (of {len(alone)}: {min(alone):.2f} to {max(alone):.2f})")
-    saver, agreement, stalls = checkpoint.Saver(folder), Agreement(1), []
-    write, spent = checkpoint._write, [0.0]
+    saver, agreement, stalls = Saver(folder), DelayedAllReduce(1), []
+    write, spent = save._write, [0.0]
 
     def counted(flight: Any) -> None:
         start = time.thread_time()
         write(flight)
         spent[0] = time.thread_time() - start
 
-    checkpoint._write = counted
+    save._write = counted
     for number in range(1, options.saves + 1):
         state = TrainState(number)
         held = timed(lambda s=state: saver.save(training.gpt, training.optimizer, s, model, "one", ""))
         slower, steps, began = 0.0, 0, time.perf_counter()
-        agreement.tell(int(saver.writing))
+        agreement.submit(int(saver.writing))
         done = False
         while not done:
             slower += step() - usual
             steps += 1
-            (writing,) = agreement.heard()
+            (writing,) = agreement.result()
             done = not writing
             finish = timed(lambda w=writing: saver.poll(w))
-            agreement.tell(int(saver.writing))
+            agreement.submit(int(saver.writing))
         seconds = time.perf_counter() - began
         stalls.append(held + finish + slower)
         say(
@@ -113,11 +115,11 @@ def measure(training: Training, model: ModelConfig, folder: Path, options: Any, 
             f"writing took {spent[0]:.2f} processor seconds"
         )
     say(f"after the first: median {statistics.median(stalls[1:]) / usual:.2f} steps")
-    last = checkpoint.found(folder)[-1].path
+    last = checkpoint_files.found(folder)[-1].path
     size = sum(p.stat().st_size for p in last.iterdir()) / 1e9
-    files = checkpoint.read_meta(last)["files"]
-    verify = timed(lambda: checkpoint_files.faults(last, files, dist.get_rank(), dist.get_world_size()))
-    load = timed(lambda: checkpoint.load(last, training.gpt, training.optimizer, model))
+    files = checkpoint_files.read_meta(last)["files"]
+    verify = timed(lambda: checkpoint_files.corruptions(last, files, dist.get_rank(), dist.get_world_size()))
+    load = timed(lambda: load_checkpoint(last, training.gpt, training.optimizer, model))
     say(f"load of {size:.2f} GB: {load:.2f} s, of which verified in {verify:.2f} s")
     say(f"megatron-core, up to what it writes in the background: {gathering(training, folder):.2f} s")
 
@@ -135,7 +137,7 @@ def gathering(training: Training, folder: Path) -> float:
                 "model": model,
                 "optimizer": training.optimizer.sharded_state_dict(model, metadata=METADATA),
             }
-            dist_checkpointing.save(state, str(to), content_metadata=dict(METADATA), **checkpoint._ASYNC)
+            dist_checkpointing.save(state, str(to), content_metadata=dict(METADATA), **save._ASYNC)
 
         seconds = timed(save)
     return seconds

@@ -32,9 +32,9 @@ from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.methods import Ghost, LowRank, Method, WgradDot
 from megatron_r1.influence.passes import run_passes, weigh
 from megatron_r1.model.gpt import build_model
-from megatron_r1.optimizer import set_schedule
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch
+from megatron_r1.train.optimizer import set_schedule
 from megatron_r1.train.step import Shape, build_training, train_step
 
 MODEL = Path(__file__).resolve().parent.parent / "examples/models/tiny.yaml"

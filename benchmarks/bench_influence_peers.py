@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, place: str) -> None:
-    from megatron_r1.cli import allocator_environment
+    from megatron_r1.system.process import allocator_environment
 
     environment = os.environ | allocator_environment()
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}

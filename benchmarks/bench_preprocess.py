@@ -76,7 +76,7 @@ def vocabulary(folder: Path, documents: Path) -> tuple[str, str]:
     for where in package.submodule_search_locations or [] if package else []:
         ranks = Path(where) / "llama3" / "tokenizer.model"
         if ranks.is_file():
-            from megatron_r1.data.tokenizer import build_tokenizer
+            from megatron_r1.preprocess.tokenizer import build_tokenizer
 
             tokenizer = build_tokenizer("TikTokenizer", ranks)
             model = json.loads(tokenizer.fast_model() or "")
@@ -113,7 +113,7 @@ def run_arm(arm: str, documents: Path, kind: str, model: str, folder: Path, prof
     """Seconds and tokens of one run, on one core."""
     import numpy as np
 
-    from megatron_r1.data.tokenizer import build_tokenizer
+    from megatron_r1.preprocess.tokenizer import build_tokenizer
 
     prefix = str(folder / f"out-{os.getpid()}")
     warm(folder, 4 * documents.stat().st_size)
@@ -188,7 +188,7 @@ class Clock:
 def run_ours(
     documents: Path, kind: str, model: str, prefix: str, shuffle: bool, profile: bool
 ) -> dict[str, Any]:
-    from megatron_r1.data import preprocess as module
+    from megatron_r1.preprocess import preprocess as module
 
     flushed = 0.0
     # Taking a vocabulary of this size apart is no more part of the run than loading it.

@@ -76,7 +76,7 @@ class Arm:
         environment["OMP_NUM_THREADS"] = str(options.threads)
         environment["PYTHONPATH"] = str(ROOT)
         if arm != "default":
-            from megatron_r1.cli import allocator_environment
+            from megatron_r1.system.process import allocator_environment
 
             environment |= allocator_environment()
         words = [sys.executable, __file__, "--arm", arm, "--precision", precision, "--size", size]
@@ -186,9 +186,9 @@ def ours(options: argparse.Namespace, precision: str, batch: int, seq: int) -> C
     import torch
 
     from megatron_r1.config import Config, DataConfig, TrainConfig
-    from megatron_r1.optimizer import set_schedule
     from megatron_r1.parallel import process_groups
     from megatron_r1.records import Batch
+    from megatron_r1.train.optimizer import set_schedule
     from megatron_r1.train.step import Shape, build_training, train_step
 
     config = Config(

@@ -38,31 +38,32 @@ from typing import get_args, get_type_hints
 import numpy as np
 import torch
 import yaml
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from megatron_r1 import checkpoint, config_io
-from megatron_r1.checkpoint_files import step_path
-from megatron_r1.cli import user_errors
+from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.files import evenly_spaced, step_path
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, InfluenceConfig, MixConfig
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import open_corpus
 from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.preprocess import preprocess
-from megatron_r1.data.sources import resolve_data
-from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
+from megatron_r1.data.open import resolve_data
 from megatron_r1.influence.curvature import resolve
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import read_scores
-from megatron_r1.influence.weights import checkpoint_weights, densities
-from megatron_r1.optimizer import set_schedule
+from megatron_r1.mixture.weights import checkpoint_weights, densities
 from megatron_r1.parallel import ParallelContext, process_groups
-from megatron_r1.progress import Progress
+from megatron_r1.preprocess.preprocess import preprocess
+from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 from megatron_r1.records import Batch
-from megatron_r1.report.agreement import spearman
-from megatron_r1.retention import evenly_spaced
-from megatron_r1.run_dir import RunDir, replacing, write_json, write_text
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import replacing, write_json, write_text
+from megatron_r1.system.terminal import Progress, user_errors
 from megatron_r1.train.batches import HeldOut, micro_batches
 from megatron_r1.train.loop import train
+from megatron_r1.train.optimizer import set_schedule
 from megatron_r1.train.schedule import phase_spans
 from megatron_r1.train.step import Shape, build_training, label_losses, train_step
 
@@ -191,7 +192,7 @@ class Retrainings:
     def losses(self, seed: int, kept_G: np.ndarray) -> Losses:
         """After training on the groups `kept_G` in the order of `seed`; 0 is the run's own."""
         config, optimizer, keep_G = self.config, self.training.optimizer, torch.from_numpy(kept_G)
-        checkpoint.load(self.start, self.training.gpt, optimizer, config.model)
+        load_checkpoint(self.start, self.training.gpt, optimizer, config.model)
         data = dataclasses.replace(config.data, seed=config.data.seed + seed)
         corpora, plan = resolve_data(dataclasses.replace(config, data=data))
         loader = BatchLoader(plan, corpora, config.data.seq_length)
@@ -245,7 +246,7 @@ def score(config: Config, curvature: str, output: Path) -> dict[str, np.ndarray]
     assert config.influence is not None
     own = RunDir(output)
     run = output / "curvature" / curvature
-    if curvature == resolve("auto", [ref.path for ref in checkpoint.found(own.checkpoints)]):
+    if curvature == resolve("auto", [ref.path for ref in checkpoint_files.found(own.checkpoints)]):
         run = output
     elif not run.exists():
         run.mkdir(parents=True)
@@ -268,7 +269,7 @@ def with_interval(x_CN: np.ndarray, y_CN: np.ndarray) -> list[list[float]]:
     """Spearman of each row, and their mean last; each with its 95 % bootstrap interval over N: [C + 1, 3]."""
 
     def of(pick_N: np.ndarray) -> list[float]:
-        found = [spearman(x_N[pick_N], y_N[pick_N]) for x_N, y_N in zip(x_CN, y_CN, strict=True)]
+        found = [float(spearmanr(x_N[pick_N], y_N[pick_N]).statistic) for x_N, y_N in zip(x_CN, y_CN, strict=True)]
         return [*found, float(np.mean(found))]
 
     n, generator = x_CN.shape[1], np.random.default_rng(0)
@@ -285,7 +286,7 @@ def ceiling(y_SCN: np.ndarray) -> list[float]:
     """
     s = len(y_SCN)
     pairs = itertools.combinations(y_SCN, 2)
-    r_PC = [[spearman(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    r_PC = [[spearmanr(a, b).statistic for a, b in zip(*pair, strict=True)] for pair in pairs]
     r_C = np.clip(np.mean(r_PC, axis=0), 0, 1)
     found_C = np.sqrt(s * r_C / (1 + (s - 1) * r_C))
     return [*found_C.tolist(), float(found_C.mean())]

@@ -34,7 +34,8 @@ def windows(vocabulary: int, rows: int, seq: int) -> Any:
 
 @contextlib.contextmanager
 def megatron(onednn: bool) -> Any:
-    from megatron_r1 import backend, cpu_products
+    from megatron_r1 import backend
+    from megatron_r1.backend import cpu_products
     from megatron_r1.config import ParallelConfig
     from megatron_r1.parallel import process_groups
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.near import near, near_path
+from megatron_r1.system.errors import suggest, suggest_path
 
 
 class ConfigError(ValueError):
@@ -78,7 +78,7 @@ def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
     """One file as YAML says it, not checked further; empty, with a mistake more, where it is no such file."""
     # os.path's answers are no errors, however long the name.
     if not os.path.isfile(path):
-        mistakes.append(f"{path}: no such file{near_path(path)}")
+        mistakes.append(f"{path}: no such file{suggest_path(path)}")
         return {}
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def _sections(tree: dict[str, Any], mistakes: list[str], whole: bool) -> dict[st
     out = {}
     for key in tree:
         if key not in hints:
-            mistakes.append(f"{key}: unknown section{near(key, hints)}")
+            mistakes.append(f"{key}: unknown section{suggest(key, hints)}")
     for spec in dataclasses.fields(Config):
         if spec.name not in tree:
             if _required(spec) and whole:
@@ -134,7 +134,7 @@ def _say(section: str, hint: Any, error: Any) -> str:
     path = ".".join(p for p in loc if "[" not in p and p not in ("float", "ModelConfig"))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _field_names(hint, [str(p) for p in error["loc"][:-1]])
-        return f"{path}: unknown key{near(str(error['loc'][-1]), known)}"
+        return f"{path}: unknown key{suggest(str(error['loc'][-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: missing"
     if loc[0] == "phases" and loc[2:3] == ["weights"]:
@@ -294,7 +294,7 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
             for what, names in (("max_epochs", caps), ("keep", phase.keep)):
                 out += [
-                    f"{path}.{what}.{key}: no such source in data.sources{near(key, sources)}"
+                    f"{path}.{what}.{key}: no such source in data.sources{suggest(key, sources)}"
                     for key in names
                     if key not in sources
                 ]
@@ -302,7 +302,7 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             continue
         for key in phase.weights:
             if key not in sources:
-                out.append(f"{path}.weights.{key}: no such source in data.sources{near(key, sources)}")
+                out.append(f"{path}.weights.{key}: no such source in data.sources{suggest(key, sources)}")
         if any(not 0 <= w < float("inf") for w in phase.weights.values()):
             out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
         elif not sum(phase.weights.values()) > 0:

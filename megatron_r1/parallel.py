@@ -1,12 +1,14 @@
-"""Process groups -> ParallelContext; what a rank shares with the others, and its part of a batch."""
+"""Process groups and what the ranks of a launch share: ParallelContext, store, sums, a batch's parts."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,11 +18,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_r1 import backend, cpu_products
+from megatron_r1 import backend
+from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
-from megatron_r1.launch_store import launch_store
 from megatron_r1.records import Batch
-from megatron_r1.run_lock import RunBusyError, RunLock
+from megatron_r1.system.process import RunBusyError, RunLock
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -193,3 +195,64 @@ def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # megatron-core 0.19 wants to be told.
     told = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
     return get_batch_on_this_cp_rank(whole_BS, **({"is_hybrid_cp": False} if told else {}))
+
+
+_KEY = "megatron_r1/store"
+_TRY = timedelta(seconds=2)
+
+
+def launch_store(timeout: timedelta) -> dist.Store:
+    """The store of this launch, as the environment of torchrun or another launcher names it.
+
+    Under `torchrun --max-restarts` the launcher keeps one store for all attempts, and ranks would read
+    the addresses of dead ones in it. There the first rank opens a store of its own and says so in the
+    launcher's; the others try what they read there until it answers, for the store of an attempt dies
+    with it. Raises TimeoutError.
+    """
+    launcher, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        return launcher
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        token = uuid.uuid4().hex
+        own = dist.TCPStore(host, 0, world_size, True, timeout, wait_for_workers=False)
+        own.set(_KEY, token)
+        launcher.set(_KEY, f"{own.port} {token}")
+        return own
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        port, token = launcher.get(_KEY).decode().split()
+        with suppress(dist.DistError):
+            theirs = dist.TCPStore(host, int(port), world_size, False, _TRY, wait_for_workers=False)
+            # The port may be another store's by now.
+            if theirs.get(_KEY).decode() == token:
+                theirs.set_timeout(timeout)
+                return theirs
+        time.sleep(0.2)
+    raise TimeoutError(f"rank {rank} found no store of rank 0 at {host} within {timeout}")
+
+
+class DelayedAllReduce:
+    """Sums of every rank's numbers, flags and microseconds, one step late.
+
+    A step is itself a meeting of all ranks: what all said at its beginning has arrived by its end, and so
+    every rank reads the same sums at the same step. The sum travels over gloo in the background, whatever
+    the device. All ranks construct it together.
+    """
+
+    def __init__(self, flags: int):
+        self._group = dist.new_group(backend="gloo")
+        self._sums = torch.zeros(flags, dtype=torch.int64)
+        self._work: Any = None
+
+    def submit(self, *flags: int) -> None:
+        """Say this rank's numbers; all ranks do, once a step, after `result`."""
+        self._sums = torch.tensor(flags, dtype=torch.int64)
+        self._work = dist.all_reduce(self._sums, group=self._group, async_op=True)
+
+    def result(self) -> list[int]:
+        """Each number's sum over the ranks when they last told it; zeros before the first time."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(flag) for flag in self._sums.tolist()]

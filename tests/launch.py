@@ -49,7 +49,7 @@ def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[b
 def finish(words: list[str], log: Path, expect: int | None = 0, **environment: str) -> str:
     """Run to the end; its output. `expect` None: any failure will do."""
     process = start(words, log, **environment)
-    status = process.wait(timeout=240)
+    status = process.wait(timeout=560)
     text = log.read_text(errors="replace")
     ok = status == expect if expect is not None else status != 0
     assert ok, f"status {status}:\n{text[-6000:]}"

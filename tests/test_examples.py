@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from megatron_r1 import config_io
+from megatron_r1.checkpoint.files import evenly_spaced
 from megatron_r1.data.indexed import IndexedDataset
-from megatron_r1.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_r1.recipes.launch_plan_data import plan_data
-from megatron_r1.recipes.launch_plan_paper import SOURCES
-from megatron_r1.retention import evenly_spaced
+from megatron_r1.launch.data import plan_data
+from megatron_r1.launch.paper import SOURCES
+from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
 from tests.launch import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent

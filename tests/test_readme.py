@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_r1.data.tokenizer import train_sentencepiece
+from megatron_r1.preprocess.tokenizer import train_sentencepiece
 from tests.launch import ROOT
 
 PREPROCESS, TRAIN = "python tools/preprocess_data.py --input docs.jsonl", "torchrun --nproc-per-node 8"
 HELD_BY = {
-    "make quickstart": "tests/recipes/test_quickstart.py::test_killed_twice_it_goes_on",
+    "make quickstart": "tests/test_quickstart.py::test_killed_twice_it_goes_on",
     "make test": ".ci/run::make test",
     # One makes what the other trains on.
     PREPROCESS: "tests/test_readme.py::test_the_commands_by_hand_fit_together",

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.cli import announce_torch, tool_parser, user_errors
-from megatron_r1.influence.estimate import estimate
-from megatron_r1.influence.plan import examples_left, influence_mistakes, lay_plan
+from megatron_r1.influence.plan import estimate, examples_left, influence_mistakes, lay_plan
+from megatron_r1.system.terminal import announce_torch, tool_parser, user_errors
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1.cli import tool_parser, user_errors
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         if bool(args.tokenizer_type) != bool(args.tokenizer_model):
             raise ValueError("give --tokenizer-type and --tokenizer-model together, or neither")
         try:
-            from megatron_r1.recipes import convert
+            from megatron_r1.export import convert
         except ModuleNotFoundError as error:
             raise ValueError(f"{error}: pip install -e '.[hf]'") from None
 
@@ -44,7 +44,7 @@ def main() -> None:
             return
         tokenizer = None
         if args.tokenizer_type:
-            from megatron_r1.data.tokenizer_files import tokenizer_files
+            from megatron_r1.export.tokenizer import tokenizer_files
 
             tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
         said = convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer, args.check)

@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import ledger
-from megatron_r1.cli import tool_parser, user_errors
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import identity_of
-from megatron_r1.run_dir import sha256
+from megatron_r1.run import ledger
+from megatron_r1.system.files import sha256
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def pairs(words: list[str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1.cli import tool_parser, user_errors
-from megatron_r1.influence.export import write_parquet
+from megatron_r1.influence.store import write_parquet
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:

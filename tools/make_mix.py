@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1 import config_io, ledger
-from megatron_r1.cli import tool_parser, user_errors
-from megatron_r1.influence.mix_file import table, write
-from megatron_r1.influence.mixture import make_mixture
-from megatron_r1.run_dir import sha256
+from megatron_r1 import config_io
+from megatron_r1.mixture.files import table, write
+from megatron_r1.mixture.mixture import make_mixture
+from megatron_r1.run import ledger
+from megatron_r1.system.files import sha256
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ Datasets need not be there where the recipe says their tokens.
 from __future__ import annotations
 
 from megatron_r1 import config_io
-from megatron_r1.cli import tool_parser, user_errors
-from megatron_r1.recipes.launch_plan import GIB, Launch, plan_launch
-from megatron_r1.recipes.launch_plan_text import text
+from megatron_r1.launch.plan import GIB, Launch, plan_launch
+from megatron_r1.launch.text import text
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import ledger
-from megatron_r1.cli import tool_parser, user_errors
-from megatron_r1.data.preprocess import preprocess
-from megatron_r1.data.shards import merge, parse_shard, shards_of
+from megatron_r1.preprocess.preprocess import preprocess
+from megatron_r1.preprocess.shards import merge, parse_shard, shards_of
+from megatron_r1.run import ledger
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:

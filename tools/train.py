@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.cli import announce_torch, keep_freed_memory, tool_parser, user_errors
-from megatron_r1.data.sources import data_mistakes
-from megatron_r1.run_dir import sha256
+from megatron_r1.data.open import data_mistakes
+from megatron_r1.system.files import sha256
+from megatron_r1.system.process import keep_freed_memory
+from megatron_r1.system.terminal import announce_torch, tool_parser, user_errors
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
         config = config_io.load(options.config, also=lambda config: data_mistakes(config, ranks))
         if options.check:
-            from megatron_r1.recipes.plan import summary
+            from megatron_r1.train.resume import summary
 
             print(summary(config))
         else:

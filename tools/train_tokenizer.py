@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_r1 import ledger
-from megatron_r1.cli import tool_parser, user_errors
-from megatron_r1.data.documents import digest, open_input
-from megatron_r1.data.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.documents import digest, open_input
+from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
+from megatron_r1.run import ledger
+from megatron_r1.system.terminal import tool_parser, user_errors
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from megatron_r1.cli import user_errors
+from megatron_r1.system.terminal import user_errors
 
 TABLE = Path(__file__).with_name("corpora.yaml")
 ROOT = TABLE.parents[2]

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.cli import user_errors
+from megatron_r1.system.terminal import user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 

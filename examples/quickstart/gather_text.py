@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import ledger
-from megatron_r1.cli import user_errors
-from megatron_r1.run_dir import replacing, sha256, write_json
+from megatron_r1.run import ledger
+from megatron_r1.system.files import replacing, sha256, write_json
+from megatron_r1.system.terminal import user_errors
 
 Document = tuple[str, str]
 """Text and origin."""

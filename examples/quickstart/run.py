@@ -17,10 +17,10 @@ from pathlib import Path
 import gather_text
 import yaml
 
-from megatron_r1.cli import user_errors
-from megatron_r1.recipes.pipeline import Stage, run
-from megatron_r1.run_dir import write_text
-from megatron_r1.run_lock import exit_when_orphaned
+from megatron_r1.run.pipeline import Stage, run
+from megatron_r1.system.files import write_text
+from megatron_r1.system.process import exit_when_orphaned
+from megatron_r1.system.terminal import user_errors
 
 HERE = Path("examples/quickstart")
 ROOT = Path(__file__).resolve().parent.parent.parent

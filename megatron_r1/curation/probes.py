@@ -23,16 +23,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.data.indexed import (
-    IndexedDataset,
-    IndexedWriter,
-    open_corpus,
-    read_sidecar,
-    with_suffix,
-)
-from megatron_r1.near import near, near_path
-from megatron_r1.progress import Progress, say
-from megatron_r1.run_dir import sha256, write_json, write_text
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus, read_sidecar, with_suffix
+from megatron_r1.system.errors import suggest, suggest_path
+from megatron_r1.system.files import sha256, write_json, write_text
+from megatron_r1.system.terminal import Progress, say
 
 FORMAT = 1
 SETS = ("probe", "heldout")
@@ -153,7 +147,7 @@ def _checked(
     for capability, members in capabilities.items():
         for name in members:
             if name not in sources:
-                raise ValueError(f"capability {capability}: no source {name}{near(name, sources)}")
+                raise ValueError(f"capability {capability}: no source {name}{suggest(name, sources)}")
             if name in of_capability:
                 raise ValueError(
                     f"source {name} is in {of_capability[name]} and {capability}; one capability a source"
@@ -171,7 +165,7 @@ def _identity(prefix: str | Path) -> dict[str, Any]:
         if not with_suffix(prefix, suffix).is_file():
             raise FileNotFoundError(
                 f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first"
-                f"{near_path(with_suffix(prefix, suffix))}"
+                f"{suggest_path(with_suffix(prefix, suffix))}"
             )
     return {
         "prefix": str(prefix),

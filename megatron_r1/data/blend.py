@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from megatron_r1._csrc import Plan as NativePlan
-from megatron_r1.data.changes import changes, listed
 from megatron_r1.data.keep import KeptWindows, Mask, load_mask
+from megatron_r1.data.plan_file import changes, listed
 
 Order = Literal["balanced", "megatron"]
 Number = int | float

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import naming, on_disk, open_alone, replacing, sha256, sync
+from megatron_r1.system.files import naming, on_disk, open_exclusive, replacing, sha256, sync
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -250,7 +250,7 @@ class IndexedWriter:
         self._done = False
         self._adopted: tuple[Path, str] | None = None
         self._partial = with_suffix(prefix, ".bin.partial")
-        self._stream = open_alone(self._partial)
+        self._stream = open_exclusive(self._partial)
 
     @property
     def num_documents(self) -> int:

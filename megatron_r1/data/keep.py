@@ -27,7 +27,7 @@ import numpy as np
 from megatron_r1._csrc import Keep
 from megatron_r1.data.indexed import document_starts, identity_of
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import replacing
+from megatron_r1.system.files import replacing
 
 Mask = np.ndarray | str | Path
 """A mask over windows in memory, or the path of either kind of file."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
-from megatron_r1.data.token_ids import foreign, outside
-from megatron_r1.data.windows import add_stream
+from megatron_r1.data.windows import add_stream, out_of_vocab, outside
 from megatron_r1.records import Batch, Corpus
 
 
@@ -86,7 +85,7 @@ class BatchLoader:
         row, column = found
         position = int(window_N[row]) * self.seq_length + first + column
         corpus = self._corpora[int(source_N[row])]
-        raise ValueError(foreign(corpus, position, int(id_BS[found]), self.vocab_size))
+        raise ValueError(out_of_vocab(corpus, position, int(id_BS[found]), self.vocab_size))
 
     def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""

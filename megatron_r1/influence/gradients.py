@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.influence.layers import EMBEDDING
 from megatron_r1.influence.methods import Method
+from megatron_r1.influence.parameters import EMBEDDING
 from megatron_r1.influence.passes import named_parameters, run_passes
 from megatron_r1.parallel import sum_over
 from megatron_r1.records import Batch

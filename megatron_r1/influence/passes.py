@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_r1 import backend
-from megatron_r1.influence.layers import EMBEDDING
+from megatron_r1.influence.parameters import EMBEDDING
 from megatron_r1.parallel import on_device, sum_over
 from megatron_r1.records import Batch
 

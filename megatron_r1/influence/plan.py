@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.checkpoint_files import step_path
+from megatron_r1.checkpoint.files import step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
 from megatron_r1.data.indexed import document_starts, identity_of, open_corpus
-from megatron_r1.data.sources import document_end, document_end_mistakes, launched, open_sources
+from megatron_r1.data.open import document_end, document_end_mistakes, launched, open_sources
+from megatron_r1.data.windows import choose
 from megatron_r1.influence import store
-from megatron_r1.influence.export import COLUMNS
-from megatron_r1.influence.layers import select
-from megatron_r1.influence.windows import choose
+from megatron_r1.influence.parameters import select
+from megatron_r1.influence.store import COLUMNS
 from megatron_r1.records import Corpus
-from megatron_r1.run_dir import RunDir, sha256
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import sha256
 
 _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
 """Fields of InfluenceConfig that decide what is stored."""
@@ -289,3 +290,44 @@ def _available_steps(run: Path) -> list[int]:
     """Checkpoints by their directories' names; whether they are whole is asked when they are read."""
     names = (p.name.removeprefix("step_") for p in RunDir(run).checkpoints.glob("step_[0-9]*"))
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+PASS = 1.15
+"""Cost of exact scores of three capabilities, of a training pass (docs/influence.md)."""
+
+
+def estimate(config: Config, devices: int, peak_tflops: float, utilisation: float) -> str:
+    """The arithmetic in one line. Where datasets or checkpoints are not there yet, what is asked for counts
+    in full: every source has all its examples, and a probing set without `influence.probe_examples` is all of
+    the representative sets together.
+
+    `peak_tflops`: of one device; `utilisation`: the share of it that the model's own operations get. Raises
+    ValueError where these are not positive, or neither steps nor checkpoints say how many checkpoints.
+    """
+    influence = config.influence
+    if influence is None:
+        raise ConfigError(["influence: missing section; add a file that has it (see examples/influence)"])
+    if not (peak_tflops > 0 and utilisation > 0 and devices > 0):
+        raise ValueError(f"peak {peak_tflops} and utilisation {utilisation} must be positive")
+    try:
+        work = lay_plan(config)
+        rows, probes, checkpoints, most = work.rows(), work.probe_windows(), len(work.steps), ""
+    except ConfigError:
+        rows = len(config.data.sources) * influence.examples
+        probes = len(influence.directions) * (influence.probe_examples or rows)
+        checkpoints, most = len(set(influence.steps)), "at most "
+    if checkpoints == 0:
+        raise ValueError(f"influence.steps is empty, and {config.train.run} has no checkpoints; give steps")
+    seq_length = config.data.seq_length
+    per_token = config.model.flops_per_token(seq_length)
+    # A direction takes an ordinary forward and backward pass over its probing set.
+    tokens = [n * checkpoints * seq_length for n in (rows, probes)]
+    hours = per_token * (PASS * tokens[0] + tokens[1]) / (1e12 * peak_tflops * utilisation) / 3600
+    without = "" if influence.method == "wgrad-dot" else f"; {PASS} is of wgrad-dot"
+    if influence.curvature in ("datainf", "kfac", "ekfac"):
+        without += "; without the passes of curvature"
+    return (
+        f"{rows:,} examples x {checkpoints} checkpoints, {most}{hours / devices:.3g} h on {devices} devices: "
+        f"({PASS} x {tokens[0]:.3g} tokens scored + {tokens[1]:.3g} for directions) x {per_token:.3g} "
+        f"operations / ({peak_tflops:g} TFLOP/s x {utilisation:g}) = {most}{hours:.3g} device-hours{without}"
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1 import checkpoint
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config
 from megatron_r1.influence.methods import Method
 from megatron_r1.influence.plan import Part
@@ -25,8 +25,8 @@ from megatron_r1.influence.score import Job, Scoring, open_job
 from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
-from megatron_r1.run_dir import RunDir
-from megatron_r1.run_lock import exit_when_orphaned
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.process import exit_when_orphaned
 
 _ROWS = 256
 """Examples whose projections are in memory at a time."""
@@ -101,7 +101,7 @@ def _answers(part: Part, output: Path) -> Part:
 def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
     """Every source at one checkpoint."""
     config, work, began = scoring.config, scoring.work, time.time()
-    checkpoint.load(ref.path, scoring.gpt, None, config.model)
+    load_checkpoint(ref.path, scoring.gpt, None, config.model)
     directions, norm_C = scoring.directions(ref)
     method = scoring.method(directions)
     if scoring.context.leads:

@@ -18,35 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1 import backend, checkpoint, ledger
+from megatron_r1 import backend
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config
 from megatron_r1.data.loader import whole_batch
-from megatron_r1.data.sources import document_end
+from megatron_r1.data.open import document_end
+from megatron_r1.data.windows import Examples, Unit
 from megatron_r1.influence import datainf, kfac
 from megatron_r1.influence.curvature import precondition, resolve
-from megatron_r1.influence.direction_cache import DirectionCache
-from megatron_r1.influence.drawn_labels import DrawnPasses
+from megatron_r1.influence.directions import DirectionCache, own_products, without_own
 from megatron_r1.influence.gradients import Scorer, score
-from megatron_r1.influence.layers import select
-from megatron_r1.influence.leave_out import own_products, without_own
+from megatron_r1.influence.kfac import DrawnPasses
 from megatron_r1.influence.methods import Directions, Ghost, LowRank, Method, WgradDot, correlation
+from megatron_r1.influence.parameters import select
 from megatron_r1.influence.passes import mean_gradient, squared_norm, weigh
 from megatron_r1.influence.plan import Part, Work, lay_plan, scores_of
-from megatron_r1.influence.projected import Projected, build_projection, projected_directions
+from megatron_r1.influence.projection import Projected, build_projection, projected_directions
 from megatron_r1.influence.store import ScoreStore, check_inputs, fingerprint_of
-from megatron_r1.influence.windows import Examples, Unit
 from megatron_r1.model.gpt import build_model
-from megatron_r1.parallel import (
-    ParallelContext,
-    broadcast_object,
-    holding,
-    process_groups,
-    sum_over,
-)
-from megatron_r1.progress import Progress
+from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups, sum_over
 from megatron_r1.records import Batch, CheckpointRef, Corpus
-from megatron_r1.run_dir import RunDir
-from megatron_r1.run_lock import exit_when_orphaned
+from megatron_r1.run import ledger
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.process import exit_when_orphaned
+from megatron_r1.system.terminal import Progress
 
 # isort: split
 from megatron.core.transformer.module import Float16Module
@@ -97,14 +93,14 @@ def open_job(config: Config) -> Job:
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = lay_plan(config)
     run = RunDir(Path(config.train.run))
-    refs = [ref for ref in checkpoint.found(run.checkpoints) if ref.step in work.steps]
+    refs = [ref for ref in checkpoint_files.found(run.checkpoints) if ref.step in work.steps]
     if len(refs) < len(work.steps):
         incomplete = sorted(set(work.steps) - {ref.step for ref in refs})
         raise ValueError(f"{run.checkpoints}: checkpoints {incomplete} are incomplete; leave them out")
     parts: dict[int, list[Part]] = {}
     curvature = resolve(work.influence.curvature, [ref.path for ref in refs])
     for ref in refs:
-        checkpoint.check_model(ref.path, config.model)
+        checkpoint_files.check_model(ref.path, config.model)
         weights = fingerprint_of([path for path in ref.path.iterdir() if path.is_file()])
         parts[ref.step] = work.parts(ref.step, weights, curvature)
     return Job(work, refs, curvature, parts)
@@ -155,7 +151,7 @@ class Scoring:
         return broadcast_object(sum(part.left() for part in parts))
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, bar: Progress) -> None:
-        checkpoint.load(ref.path, self.gpt, None, self.config.model)
+        load_checkpoint(ref.path, self.gpt, None, self.config.model)
         self.passed, self.pass_seconds = 0, 0.0
         start = time.monotonic()
         directions, norm_C = self.directions(ref)
@@ -237,7 +233,7 @@ class Scoring:
             devices=self.context.world_size,
             tokens=tokens,
             seconds=time.time() - began,
-            inputs={str(ref.path): checkpoint.identity(ref.path)} | self.work.identities,
+            inputs={str(ref.path): checkpoint_files.identity(ref.path)} | self.work.identities,
             outputs=scores_of(self.parts[ref.step]),
         )
 

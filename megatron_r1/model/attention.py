@@ -14,7 +14,7 @@ from megatron_r1 import backend  # noqa: F401  (before megatron.core)
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_r1.model.cpu_attention import causal_attention
+from megatron_r1.backend.cpu_attention import causal_attention
 
 
 class RMSNorm(torch.nn.RMSNorm):

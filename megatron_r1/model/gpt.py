@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.config import ModelConfig, ParallelConfig, RopeScaling
+from megatron_r1.model.attention import RMSNorm, SdpaAttention
+from megatron_r1.model.vocabulary import VocabularyGpt
 
 # isort: split
 from megatron.core import parallel_state
@@ -21,10 +25,6 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-from megatron_r1.model.attention import RMSNorm, SdpaAttention
-from megatron_r1.model.rope import scaled_frequencies
-from megatron_r1.model.vocabulary import VocabularyGpt
 
 
 def transformer_config(
@@ -137,3 +137,18 @@ class Chunks(torch.nn.ModuleList):
         """megatron-core names each shard by its place in the whole model, so that any layout loads it."""
         parts = ((number, chunk.sharded_state_dict()) for number, chunk in enumerate(self))  # type: ignore[operator]
         return {f"{number}.{name}": shard for number, part in parts for name, shard in part.items()}
+
+
+def scaled_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies [head_dim / 2], radians a token, slowed as `scaling` says.
+
+    linear: f / factor. llama3: f (s + (1 - s) / factor), where s rises from 0 to 1 with the number of
+    turns over the original context, L f / 2 pi, between low_freq_factor and high_freq_factor.
+    """
+    if scaling.rope_type == "linear":
+        return inv_freq / scaling.factor
+    wavelength = 2 * math.pi / inv_freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * inv_freq / scaling.factor + share * inv_freq

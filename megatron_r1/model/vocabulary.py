@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
-from megatron_r1.model.gradient import main_gradient, say_added
-from megatron_r1.model.loss import linear_cross_entropy
+from megatron_r1.model.loss import linear_cross_entropy, main_gradient, say_added
 
 # isort: split
 from megatron.core.models.gpt.gpt_model import GPTModel

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar
 from megatron_r1.data.provenance import read_provenance
-from megatron_r1.data.tokenizer import KINDS, Tokenizer, build_tokenizer
+from megatron_r1.preprocess.tokenizer import KINDS, Tokenizer, build_tokenizer
 from megatron_r1.report import summary
 from megatron_r1.report.load import Reading
 

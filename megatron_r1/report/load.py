@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1 import config_io, ledger
+from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.influence.store import Scored, read_scores, scored
-from megatron_r1.near import near_path
-from megatron_r1.progress import say
 from megatron_r1.records import ScoreTable
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run import ledger
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.terminal import say
 
 _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
@@ -112,7 +113,7 @@ def read_run(root: Path) -> Run:
     if not files.config.is_file():
         raise ValueError(
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
-            f"{near_path(root)}"
+            f"{suggest_path(root)}"
         )
     columns, first, last = _read_metrics(files.metrics)
     if not last:

@@ -18,7 +18,8 @@ from jinja2 import Environment
 from megatron_r1 import config_io
 from megatron_r1.report import examples, plots, summary, tables
 from megatron_r1.report.load import Reading
-from megatron_r1.run_dir import RunDir, replacing, write_text
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import replacing, write_text
 
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 # Turning the wheel alone scrolls the page.

@@ -52,8 +52,10 @@ def redraw(chart: alt.Chart, mark: str, tips: str = "", **channels: Any) -> alt.
     kind, _, options = mark.partition(" ")
     shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
     kinds = {True: "quantitative", False: "nominal"}
-    fields = [{"field": name, "type": kinds[bool(form)], "format": form} for name, form in shown]
-    chart = chart.encode(**channels, **({"tooltip": fields} if fields else {}))
+    fields = [alt.Tooltip(field=name, type=kinds[bool(form)], format=form) for name, form in shown]
+    # Altair takes 20 ms to find the class of a dictionary.
+    typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
+    chart = chart.encode(**typed, **({"tooltip": fields} if fields else {}))
     chart.mark = {"type": kind, **yaml.safe_load(f"{{{options}}}")}
     return chart
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1 import checkpoint_files
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.influence.keep_masks import joint_scores
-from megatron_r1.influence.units import in_units
-from megatron_r1.influence.weights import checkpoint_weights, scale_of
+from megatron_r1.mixture.masks import joint_scores
+from megatron_r1.mixture.scores import in_units
+from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
 from megatron_r1.report.load import Points, Reading, Run
-from megatron_r1.run_dir import RunDir
-from megatron_r1.train.schedule import kept_steps, phase_spans
+from megatron_r1.run.layout import RunDir
+from megatron_r1.train.schedule import phase_spans, retained_steps
 
 _PER_NODE = 8
 """GPUs of a node, for commands."""
@@ -355,6 +355,6 @@ def pinned_as(config: Config, step: int) -> str:
         return f"end of {ended[0]}"
     if config.influence and step in config.influence.steps:
         return "influence.steps"
-    if step in kept_steps(config):
+    if step in retained_steps(config):
         return "train.keep_spaced"
     return "train.keep_every" if every and step % every == 0 else ""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.token_ids import foreign, outside
-from megatron_r1.data.windows import WindowReader
+from megatron_r1.data.windows import WindowReader, out_of_vocab, outside
 from megatron_r1.parallel import ParallelContext, on_device
 from megatron_r1.records import Batch, Corpus
 
@@ -25,7 +24,7 @@ def micro_batches(
         yield on_device(loader.batch(sample_B))
 
 
-class Tolerant:
+class FaultTolerantBatches:
     """Batches that go on, with no labels, after one could not be read: `error` says why.
 
     The other ranks wait within the step's collectives for this one. It takes part to the end of the step,
@@ -96,5 +95,5 @@ def _rows(corpus: Corpus, window_N: np.ndarray, seq_length: int, vocab_size: int
     row_NS = WindowReader(corpus, seq_length).rows(window_N)
     if found := outside(row_NS, vocab_size):
         position = int(window_N[found[0]]) * seq_length + found[1]
-        raise ValueError(foreign(corpus, position, int(row_NS[found]), vocab_size))
+        raise ValueError(out_of_vocab(corpus, position, int(row_NS[found]), vocab_size))
     return row_NS

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_r1.config import HealthConfig
-from megatron_r1.progress import say
+from megatron_r1.system.terminal import say
 
 _REMEMBERED = 128
 _ENOUGH = 16

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megatron_r1.config import TrainConfig
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run.layout import RunDir
 
 
 class Logger(Protocol):

@@ -6,19 +6,21 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_r1 import backend, checkpoint, config_io, ledger
-from megatron_r1.agreement import Agreement
+from megatron_r1 import backend, config_io
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.files import Retention
+from megatron_r1.checkpoint.load import load_checkpoint, load_weights
+from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.sources import document_end, identities, launched, resolve_data
-from megatron_r1.optimizer import forget_moments, set_schedule
+from megatron_r1.data.open import document_end, identities, launched, resolve_data
 from megatron_r1.parallel import (
+    DelayedAllReduce,
     ParallelContext,
     broadcast_object,
     gather_objects,
@@ -26,25 +28,24 @@ from megatron_r1.parallel import (
     on_device,
     process_groups,
 )
-from megatron_r1.progress import Progress, say
 from megatron_r1.records import Batch, Corpus, TrainState
-from megatron_r1.retention import Retention
-from megatron_r1.run_dir import RunDir, write_text
-from megatron_r1.run_lock import exit_when_orphaned
-from megatron_r1.stop_request import StopRequest
-from megatron_r1.train import past
-from megatron_r1.train.batches import Tolerant, micro_batches, rank_samples
+from megatron_r1.run import ledger
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import write_text
+from megatron_r1.system.process import StopRequest, exit_when_orphaned
+from megatron_r1.system.terminal import Progress, say
+from megatron_r1.train import resume
+from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import (
     StepGuard,
     TooManyBadStepsError,
     UnreadableDataError,
     Watchdog,
-    stragglers,
 )
-from megatron_r1.train.loggers import build_loggers
-from megatron_r1.train.metrics import MetricsLog, RankLog
-from megatron_r1.train.schedule import PhaseSpan, kept_steps, phase_spans
+from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, rank_line, shares, step_line
+from megatron_r1.train.optimizer import forget_moments, set_schedule
+from megatron_r1.train.schedule import PhaseSpan, phase_spans, retained_steps
 from megatron_r1.train.step import Shape, StepResult, Training, build_training, train_step
 
 _READ_AHEAD = 256
@@ -62,9 +63,9 @@ def train(config: Config, files: Mapping[str, str] | None = None) -> None:
     the past of the run.
     """
     corpora, plan = resolve_data(config, launched())
-    if past.is_finished(config, plan):
+    if resume.is_finished(config, plan):
         if launched()[0] == 0:
-            print("\n".join(past.outlook(config, plan)), flush=True)
+            print("\n".join(resume.describe_start(config, plan)), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
@@ -104,12 +105,10 @@ class Trainer:
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
         self.state = self._resume()
         self.spans = phase_spans(config)
-        self.kept = kept_steps(config)
+        self.kept = retained_steps(config)
         keep = config.train
-        self.saver = checkpoint.Saver(
-            run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept))
-        )
-        self.agreement = Agreement(flags=2 + context.world_size)
+        self.saver = Saver(run.checkpoints, Retention(keep.keep_last, keep.keep_every, frozenset(self.kept)))
+        self.agreement = DelayedAllReduce(flags=2 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
         self.saving = 0.0
@@ -130,9 +129,9 @@ class Trainer:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
         of (TooManyBadStepsError, UnreadableDataError) the run is saved."""
         if self.context.leads:
-            for line in past.edits(self.config, self.state.step):
+            for line in resume.edits(self.config, self.state.step):
                 say(f"{self.run.root}: {line}")
-            past.tell_cut_off(self.config, self.state.step)
+            resume.record_killed_launches(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
             write_text(self.run.plan, self._plan_text())
             self.context.announce(
@@ -141,8 +140,7 @@ class Trainer:
                 f"{self.config.tokens_per_step():,} tokens a step | "
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
-            others = build_loggers(self.run, self.config.train)
-            self.log = MetricsLog(self.run, self.state.step, others)
+            self.log = open_log(self.run, self.state.step, self.config)
         with Watchdog(self.config.health.hang_seconds, self.run.rank_log(self.context.rank)) as self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
@@ -151,21 +149,9 @@ class Trainer:
             self.log.close()
         self.rank_log.close()
 
-    def _told(self, line: dict[str, Any], bar: Progress) -> str:
-        """A line of this rank's log."""
-        busy = f"busy {self.training.busy.seconds:.3f} s of {line['seconds']:.3f}"
-        if not self.context.leads:
-            return f"step {line['step']} | {busy}"
-        slowest = f"slowest rank {line['slowest_rank']} ({line['slowest_ratio']:.2f}x)"
-        return (
-            f"step {line['step']} | loss {line['loss']:.4f} | lr {line['learning_rate']:.3e} | grad norm "
-            f"{line['grad_norm']:.3f} | {line['tokens_per_second']:,.0f} tokens/s | {busy} | {slowest} | "
-            f"{bar.line()}"
-        )
-
     def _train_phase(self, span: PhaseSpan) -> None:
         config, first = self.config, self.state.step
-        target = _shares(config.phase_weights(span.name), self.sources)
+        target = shares(config.phase_weights(span.name), self.sources)
         if self.state.step == span.start:
             self._say_unseen(span)
             self.guard.forget()
@@ -184,7 +170,20 @@ class Trainer:
                 result = self._step(span, lr)
                 seconds = time.perf_counter() - start
                 self.watchdog.heard()
-                line = self._line(span, result, lr, seconds, target)
+                line = step_line(
+                    config,
+                    self.state,
+                    span,
+                    result,
+                    self.plan,
+                    lr,
+                    target,
+                    seconds,
+                    self.saving,
+                    self.busy_R,
+                    backend.peak_memory(),
+                    backend.peak_flops(config.train.precision),
+                )
                 done = self.state.step
                 if done % config.train.probe_every == 0 or done == span.end:
                     self.watchdog.heard(more=_LONG)
@@ -192,13 +191,14 @@ class Trainer:
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
-                self.rank_log.write(self._told(line, bar))
+                busy = self.training.busy.seconds
+                self.rank_log.write(rank_line(line, busy, self.context.leads, bar.line()))
                 self._between_steps(span.name)
                 self.watchdog.heard()
         if self.context.leads:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
-            written = [ref.path for ref in checkpoint.found(self.run.checkpoints) if ref.step > first]
+            written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
             probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
             sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
@@ -208,9 +208,9 @@ class Trainer:
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
                 inputs={**self.files, **sources, **probes, **self.origin},
-                outputs={str(saved): checkpoint.identity(saved) for saved in written},
+                outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
             )
-            self.origin = {str(path): checkpoint.identity(path)}
+            self.origin = {str(path): checkpoint_files.identity(path)}
             stops = self.stopping and self.state.step < self.last_step
             end = "stops (SIGTERM; the same command goes on)" if stops else "ends"
             self.context.announce(
@@ -245,14 +245,14 @@ class Trainer:
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        tolerant = Tolerant(batches, self.passes, self._without_labels)
+        tolerant = FaultTolerantBatches(batches, self.passes, self._without_labels)
         result = train_step(
             self.training,
             iter(tolerant),
             self.passes,
             self.shape,
             self.guard.refuses,
-            spoiled=lambda: tolerant.error is not None,
+            discard=lambda: tolerant.error is not None,
         )
         if result.refused is not None:
             self._look_into(tolerant.error, result.refused, span)
@@ -289,46 +289,10 @@ class Trainer:
             self.saver.wait()
             raise
 
-    def _line(
-        self, span: PhaseSpan, result: StepResult, lr: float, seconds: float, target: dict[str, float]
-    ) -> dict[str, Any]:
-        config, state = self.config, self.state
-        drawn = {name: self.plan.count(name, state.samples) for name in self.sources}
-        since = span.start * config.train.global_batch
-        in_phase = {name: drawn[name] - self.plan.count(name, since) for name in self.sources}
-        seen = result.tokens_N > 0
-        mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
-        flops = config.model.flops_per_token(config.data.seq_length) * config.tokens_per_step() / seconds
-        peak = backend.peak_flops(config.train.precision)
-        slowest, ratio = stragglers(self.busy_R)
-        return {
-            "step": state.step,
-            "phase": span.name,
-            "samples": state.samples,
-            "tokens": state.tokens,
-            "loss": result.loss(),
-            "loss_by_source": {n: mean_N[i] for i, n in enumerate(self.sources) if seen[i]},
-            "tokens_by_source": {n: drawn[n] * config.data.seq_length for n in self.sources},
-            "epochs_by_source": self.plan.epochs(state.samples),
-            "mix_target": target,
-            "mix_actual": _shares(in_phase, self.sources),
-            "learning_rate": lr,
-            "grad_norm": result.grad_norm,
-            "skipped": int(result.refused is not None),
-            "slowest_rank": slowest,
-            "slowest_ratio": ratio,
-            "memory_bytes": backend.peak_memory(),
-            "ranks": self.context.world_size,
-            "seconds": seconds,
-            "saving_seconds": self.saving,
-            "tokens_per_second": config.tokens_per_step() / seconds,
-            **({"mfu": flops / (peak * self.context.world_size)} if peak else {}),
-        }
-
     def _between_steps(self, phase: str) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
-        stop, writing, *busy_us = self.agreement.heard()
+        stop, writing, *busy_us = self.agreement.result()
         self.busy_R = [us / 1e6 for us in busy_us]
         start = time.perf_counter()
         self.saver.poll(writing)
@@ -342,7 +306,7 @@ class Trainer:
         self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
-        self.agreement.tell(self.stop.requested, self.saver.writing, *mine)
+        self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
     def _plan_text(self) -> str:
         """The data plan, and which datasets it draws from."""
@@ -363,7 +327,7 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
-        saved = checkpoint.found(self.run.checkpoints)
+        saved = checkpoint_files.found(self.run.checkpoints)
         if saved:
             path = saved[-1].path
         elif self.config.train.init_from:
@@ -371,25 +335,20 @@ class Trainer:
         else:
             if weights := self.config.train.init_weights:
                 training = self.training
-                checkpoint.load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
-                self.origin = {weights: checkpoint.identity(Path(weights))}
+                load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
+                self.origin = {weights: checkpoint_files.identity(Path(weights))}
             return TrainState()
-        past.check_past(path, self.config, self.plan, self.identities)
-        state = checkpoint.load(path, self.training.gpt, self.training.optimizer, self.config.model)
-        self.origin = {str(path): checkpoint.identity(path)}
+        resume.check_past(path, self.config, self.plan, self.identities)
+        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, self.config.model)
+        self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
         if self.context.leads:
             self.context.announce(f"{self.run.root}: continues from {path}")
-            if spoiled := checkpoint.damaged(self.run.checkpoints):
-                names = ", ".join(path.name for path in spoiled)
+            if damaged := checkpoint_files.damaged(self.run.checkpoints):
+                names = ", ".join(path.name for path in damaged)
                 say(
                     f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the "
                     f"run goes on without"
                 )
         return state
-
-
-def _shares(weights: dict[str, float] | dict[str, int], names: list[str]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weights.get(name, 0) / total for name in names}

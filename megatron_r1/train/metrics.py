@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_r1.ledger import read_jsonl
-from megatron_r1.progress import say
-from megatron_r1.run_dir import RunDir, naming, write_text
-from megatron_r1.train.loggers import Logger
+from megatron_r1 import config_io
+from megatron_r1.config import Config
+from megatron_r1.data.blend import BlendPlan
+from megatron_r1.records import TrainState
+from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import read_jsonl
+from megatron_r1.system.files import naming, write_text
+from megatron_r1.system.terminal import say
+from megatron_r1.train.health import stragglers
+from megatron_r1.train.loggers import Logger, build_loggers
+from megatron_r1.train.schedule import PhaseSpan
+
+if TYPE_CHECKING:
+    from megatron_r1.train.step import StepResult
 
 
 class MetricsLog:
@@ -27,7 +38,7 @@ class MetricsLog:
         run.root.mkdir(parents=True, exist_ok=True)
         self._run = run
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         self._others = others
 
     def write(self, line: dict[str, Any]) -> None:
@@ -36,7 +47,7 @@ class MetricsLog:
             self._file.write(json.dumps(line) + "\n")
         scalars = _scalars(line)
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, line["step"])
+            self.board.add_scalar(name, value, line["step"])
         for other in self._others:
             other.log(scalars, line["step"])
 
@@ -44,14 +55,28 @@ class MetricsLog:
         with naming(self._run.metrics):
             self._file.flush()
         with naming(self._run.tensorboard):
-            self._board.flush()
+            self.board.flush()
 
     def close(self) -> None:
         self.flush()
         self._file.close()
-        self._board.close()
+        self.board.close()
         for other in self._others:
             other.close()
+
+
+def open_log(run: RunDir, step: int, config: Config) -> MetricsLog:
+    """The log of a run that stands at `step`, with its other loggers.
+
+    TensorBoard also shows the configuration as text, and its scalars as hyper-parameters.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    log = MetricsLog(run, step, build_loggers(run, config.train))
+    log.board.add_text("configuration", f"```yaml\n{config_io.dump(config)}```", step)
+    for summary in hparams(_hyper_parameters(config), {}):
+        log.board._get_file_writer().add_summary(summary, step)
+    return log
 
 
 class RankLog:
@@ -68,6 +93,89 @@ class RankLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def step_line(
+    config: Config,
+    state: TrainState,
+    span: PhaseSpan,
+    result: StepResult,
+    plan: BlendPlan,
+    learning_rate: float,
+    target: dict[str, float],
+    seconds: float,
+    saving: float,
+    busy_R: list[float],
+    memory: int,
+    peak_flops: float | None,
+) -> dict[str, Any]:
+    """The line of the step that led to `state`: losses in nats a label, times in seconds.
+
+    `target`: the phase's shares by source. `seconds`: the step took. `saving`: checkpoints held it up.
+    `busy_R`: each rank was busy in the step before. `memory`: bytes, at most. `peak_flops`: of one device.
+    """
+    sources, ranks, seq_length = list(config.data.sources), len(busy_R), config.data.seq_length
+    drawn = {name: plan.count(name, state.samples) for name in sources}
+    since = span.start * config.train.global_batch
+    in_phase = {name: drawn[name] - plan.count(name, since) for name in sources}
+    mean_N = (result.loss_N / result.tokens_N.clamp(min=1)).tolist()
+    seen_N = (result.tokens_N > 0).tolist()
+    flops = config.model.flops_per_token(seq_length) * config.tokens_per_step() / seconds
+    slowest, ratio = stragglers(busy_R)
+    return {
+        "step": state.step,
+        "phase": span.name,
+        "samples": state.samples,
+        "tokens": state.tokens,
+        "loss": result.loss(),
+        "loss_by_source": {n: mean for n, mean, seen in zip(sources, mean_N, seen_N, strict=True) if seen},
+        "tokens_by_source": {n: drawn[n] * seq_length for n in sources},
+        "epochs_by_source": plan.epochs(state.samples),
+        "mix_target": target,
+        "mix_actual": shares(in_phase, sources),
+        "learning_rate": learning_rate,
+        "grad_norm": result.grad_norm,
+        "skipped": int(result.refused is not None),
+        "slowest_rank": slowest,
+        "slowest_ratio": ratio,
+        "memory_bytes": memory,
+        "ranks": ranks,
+        "seconds": seconds,
+        "saving_seconds": saving,
+        "tokens_per_second": config.tokens_per_step() / seconds,
+        **({"mfu": flops / (peak_flops * ranks)} if peak_flops else {}),
+    }
+
+
+def shares(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Each name's share of the sum of all weights."""
+    total = sum(weights.values())
+    return {name: weights.get(name, 0) / total for name in names}
+
+
+def rank_line(line: Mapping[str, Any], busy: float, leads: bool, progress: str) -> str:
+    """A step in the log of one rank, which was busy for `busy` seconds. The first rank's has the figures."""
+    mine = f"busy {busy:.3f} s of {line['seconds']:.3f}"
+    if not leads:
+        return f"step {line['step']} | {mine}"
+    return (
+        f"step {line['step']} | loss {line['loss']:.4f} | lr {line['learning_rate']:.3e} | grad norm "
+        f"{line['grad_norm']:.3f} | {line['tokens_per_second']:,.0f} tokens/s | {mine} | slowest rank "
+        f"{line['slowest_rank']} ({line['slowest_ratio']:.2f}x) | {progress}"
+    )
+
+
+def _hyper_parameters(config: Config) -> dict[str, bool | str | float]:
+    """TensorBoard's table: every scalar field of the sections that decide a run, by its dotted name."""
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "optimizer", "train")}
+    for name, phase in config.phases.items():
+        sections[f"phases.{name}"] = dataclasses.asdict(phase)
+    return {
+        f"{section}.{key}": value
+        for section, fields in sections.items()
+        for key, value in fields.items()
+        if isinstance(value, bool | str | int | float)
+    }
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:

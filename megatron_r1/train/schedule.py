@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.checkpoint.files import evenly_spaced
 from megatron_r1.config import Config, PhaseConfig
-from megatron_r1.retention import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def phase_spans(config: Config) -> list[PhaseSpan]:
     return spans
 
 
-def kept_steps(config: Config) -> set[int]:
+def retained_steps(config: Config) -> set[int]:
     """Steps that are saved, and kept, besides the regular ones: ends of phases, and what influence is to
     score."""
     kept = set(config.influence.steps if config.influence else ())

@@ -14,11 +14,11 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.config import Config
 from megatron_r1.model.gpt import Chunks, build_model
-from megatron_r1.optimizer import build_optimizer, guarded_step
 from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
 from megatron_r1.train.health import Stopwatch
 from megatron_r1.train.objective import Objective, next_token
+from megatron_r1.train.optimizer import build_optimizer, guarded_step
 
 # isort: split
 from megatron.core.distributed import (
@@ -149,10 +149,10 @@ def train_step(
     micro_batches: int,
     shape: Shape,
     refuses: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
-    spoiled: Callable[[], bool] = lambda: False,
+    discard: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward and backward of `micro_batches` batches, then one Adam step, unless `refuses(loss, grad_norm)`
-    says why not, alike on all ranks, or after the backward pass any rank's gradients are `spoiled`.
+    says why not, alike on all ranks, or after the backward pass any rank's gradients are `discard`.
 
     The gradient is that of the mean over the global batch's labels, whatever the layout.
     """
@@ -164,7 +164,7 @@ def train_step(
         training.chunks, training.objective, batches, micro_batches, shape, forward_only=False
     )
     loss = float(loss_N.sum() / tokens_N.sum())
-    grad_norm, refused = guarded_step(training.optimizer, lambda norm: refuses(loss, norm), spoiled())
+    grad_norm, refused = guarded_step(training.optimizer, lambda norm: refuses(loss, norm), discard())
     return StepResult(loss_N, tokens_N, grad_norm, refused)
 
 

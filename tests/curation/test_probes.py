@@ -14,7 +14,7 @@ import yaml
 
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
-from megatron_r1.run_dir import write_json
+from megatron_r1.system.files import write_json
 
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = {"code": ["a", "b"], "knowledge": ["c"]}

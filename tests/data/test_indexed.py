@@ -16,13 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.data.indexed import (
-    IndexedDataset,
-    IndexedWriter,
-    best_dtype,
-    open_corpus,
-)
-from megatron_r1.run_dir import replacing
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, best_dtype, open_corpus
+from megatron_r1.system.files import replacing
 
 DOCUMENTS = [np.array(d) for d in ([1, 2, 3], [4], list(range(500)), [], [65535, 0])]
 

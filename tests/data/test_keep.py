@@ -15,7 +15,7 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import IndexedWriter, open_corpus
 from megatron_r1.data.keep import kept_stretches, load_mask, mask_labels, save_documents
 from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.sources import resolve_data
+from megatron_r1.data.open import resolve_data
 from megatron_r1.records import Corpus
 from tests.launch import TINY_MODEL, write_corpus
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import checkpoint
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import OptimizerConfig, ParallelConfig
 from megatron_r1.influence.curvature import adam_scale, precondition
-from megatron_r1.optimizer import build_optimizer, set_schedule
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
+from megatron_r1.train.optimizer import build_optimizer, set_schedule
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
 
@@ -44,8 +45,8 @@ def _train(directory: Path) -> dict[str, np.ndarray]:
             for name, p in gpt.named_parameters():
                 v[name] = 0.95 * v[name] + 0.05 * p.main_grad.double().numpy() ** 2
             optimizer.step()
-        checkpoint.save(directory, gpt, optimizer, TrainState(STEPS), tiny.MODEL, "one", "")
-        checkpoint.save(directory / "bare", gpt, None, TrainState(STEPS), tiny.MODEL, "one", "")
+        save_checkpoint(directory, gpt, optimizer, TrainState(STEPS), tiny.MODEL, "one", "")
+        save_checkpoint(directory / "bare", gpt, None, TrainState(STEPS), tiny.MODEL, "one", "")
         return v
 
 
@@ -72,7 +73,7 @@ def test_the_scale_is_adams(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
 def _score(path: Path, parallel: ParallelConfig) -> np.ndarray:
     with process_groups(parallel) as context:
         gpt = tiny.build(parallel)
-        checkpoint.load(path, gpt, None, tiny.MODEL)
+        load_checkpoint(path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
         precondition("adam", v, path, gpt)
         return tiny.scores(gpt, context, v, tiny.windows())[0]

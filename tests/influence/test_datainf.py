@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import checkpoint
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
 from megatron_r1.influence import datainf
 from megatron_r1.influence.datainf import apply_inverse, example_gradients
@@ -32,8 +33,8 @@ def _scores(parallel: ParallelConfig, checkpoints: Path, damping: float) -> dict
     datainf._DAMPING = damping  # this fork's own
     with process_groups(parallel) as context:
         gpt = tiny.build(parallel)
-        ref = checkpoint.save(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
-        checkpoint.load(ref.path, gpt, None, tiny.MODEL)
+        ref = save_checkpoint(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
+        load_checkpoint(ref.path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
         rows = tiny.windows(EXAMPLES, seed=50)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
-from megatron_r1.influence.windows import Examples, Unit, choose
+from megatron_r1.data.windows import Examples, Unit, choose
 from megatron_r1.records import Corpus
 
 SEQ = 8

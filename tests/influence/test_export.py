@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from megatron_r1.influence import export
+from megatron_r1.influence import store as export
 from tests import launch
-from tests.influence.mixture_scores import write_scores
+from tests.mixture.mixture_scores import write_scores
 
 
 def _scores(run: Path, capabilities: tuple[str, ...] = ("code", "math")) -> dict[tuple[str, int], np.ndarray]:

@@ -11,8 +11,8 @@ import torch
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.influence.gradients import Scorer
-from megatron_r1.influence.layers import parameter_names, select
 from megatron_r1.influence.methods import WgradDot, dot_with_directions
+from megatron_r1.influence.parameters import parameter_names, select
 from megatron_r1.influence.passes import mean_gradient
 from megatron_r1.parallel import process_groups
 from tests.distributed import RankFailedError, on_ranks

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import checkpoint
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
-from megatron_r1.influence import drawn_labels, kfac
-from megatron_r1.influence.drawn_labels import DrawnPasses, draw
-from megatron_r1.influence.layers import EMBEDDING
+from megatron_r1.influence import kfac
+from megatron_r1.influence import kfac as drawn_labels
+from megatron_r1.influence.kfac import DrawnPasses, draw
 from megatron_r1.influence.methods import Directions
+from megatron_r1.influence.parameters import EMBEDDING
 from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.records import Batch, TrainState
 from tests.distributed import RankFailedError, on_ranks
@@ -198,8 +200,8 @@ def _scores(parallel: ParallelConfig, checkpoints: Path) -> dict[str, np.ndarray
     kfac._BLOCK = 10_000
     with process_groups(parallel) as context:
         gpt = tiny.build(parallel)
-        ref = checkpoint.save(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
-        checkpoint.load(ref.path, gpt, None, tiny.MODEL)
+        ref = save_checkpoint(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
+        load_checkpoint(ref.path, gpt, None, tiny.MODEL)
         plain = tiny.directions(gpt, context)
         out = {"plain": tiny.scores(gpt, context, plain, tiny.windows())[0]}
         for kind in KINDS:

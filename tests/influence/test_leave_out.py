@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import backend, checkpoint
+from megatron_r1 import backend
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
+from megatron_r1.data.windows import choose
 from megatron_r1.influence.curvature import adam_scale
 from megatron_r1.influence.plan import influence_mistakes
 from megatron_r1.influence.score import compute_influence
-from megatron_r1.influence.windows import choose
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from tests.distributed import on_ranks
@@ -33,7 +34,7 @@ def _by_autograd(config: Config, adam: bool) -> tuple[np.ndarray, np.ndarray]:
         backend.seed_model_parallel(1)
         gpt: Any = build_model(config.model, ParallelConfig(), "fp32", SEQ, plain_layers=True)
         path = Path(config.train.run) / "checkpoints/step_00000004"
-        checkpoint.load(path, gpt, None, config.model)
+        load_checkpoint(path, gpt, None, config.model)
         scale = adam_scale(path, gpt) if adam else {name: torch.ones(1) for name, _ in gpt.named_parameters()}
 
         def gradients(name: str, prefix: str, most: int | None) -> dict[int, dict[str, torch.Tensor]]:

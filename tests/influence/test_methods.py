@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import checkpoint
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.layers import parameter_names
 from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
-from megatron_r1.influence.projected import (
-    Projected,
-    Projection,
-    build_projection,
-    projected_directions,
-)
+from megatron_r1.influence.parameters import parameter_names
+from megatron_r1.influence.projection import Projected, Projection, build_projection, projected_directions
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from tests.distributed import on_ranks
@@ -36,8 +32,8 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
     """Results of every method on the standard rows, on this rank."""
     with process_groups(parallel) as context:
         gpt = tiny.build(parallel)
-        ref = checkpoint.save(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
-        checkpoint.load(ref.path, gpt, None, tiny.MODEL)
+        ref = save_checkpoint(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
+        load_checkpoint(ref.path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
         projection = build_projection(parameter_names(tiny.MODEL.num_layers), v, 4, 5, context)
         projected_CP = projected_directions(projection, v, 3, gpt)

@@ -12,10 +12,9 @@ import pytest
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.influence import score as score_module
-from megatron_r1.influence.export import write_parquet
 from megatron_r1.influence.query import open_query, query_influence
 from megatron_r1.influence.score import compute_influence
-from megatron_r1.influence.store import fingerprint, read_scores
+from megatron_r1.influence.store import fingerprint, read_scores, write_parquet
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence.test_score import changed, copied, tables
 

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1 import backend, checkpoint, config_io
+from megatron_r1 import backend, config_io
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
+from megatron_r1.data.windows import choose
 from megatron_r1.influence import score as score_module
-from megatron_r1.influence.estimate import estimate
-from megatron_r1.influence.layers import select
-from megatron_r1.influence.plan import influence_mistakes, lay_plan
+from megatron_r1.influence.parameters import select
+from megatron_r1.influence.plan import estimate, influence_mistakes, lay_plan
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
-from megatron_r1.influence.windows import choose
-from megatron_r1.ledger import read as read_ledger
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import ScoreTable
+from megatron_r1.run.ledger import read as read_ledger
 from tests import launch
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
@@ -297,14 +297,14 @@ def test_weights_that_are_not_finite_write_nothing(trained: Config, tmp_path: Pa
 
 
 def _with_nan_weights(config: Config) -> None:
-    load = score_module.checkpoint.load
+    load = score_module.load_checkpoint
 
     def damaged(path: Path, gpt: Any, optimizer: Any, model: Any) -> Any:
         state = load(path, gpt, optimizer, model)
         next(gpt.parameters()).data.fill_(float("nan"))
         return state
 
-    score_module.checkpoint.load = damaged  # this fork's own
+    score_module.load_checkpoint = damaged  # this fork's own
     compute_influence(config)
 
 
@@ -362,7 +362,7 @@ def _documents_by_autograd(config: Config) -> np.ndarray:
     with process_groups(ParallelConfig()):
         backend.seed_model_parallel(1)
         gpt: Any = build_model(config.model, config.parallel, "fp32", SEQ, plain_layers=True)
-        checkpoint.load(Path(config.train.run) / "checkpoints/step_00000004", gpt, None, config.model)
+        load_checkpoint(Path(config.train.run) / "checkpoints/step_00000004", gpt, None, config.model)
         parameters = {n: p for n, p in gpt.named_parameters() if n in names}
 
         def gradient(tokens: np.ndarray) -> list[torch.Tensor]:

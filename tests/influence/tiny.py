@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1 import backend, checkpoint
+from megatron_r1 import backend
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.influence.gradients import Scorer, score
@@ -122,8 +124,8 @@ def layout(
     with process_groups(parallel) as context:
         gpt = build(parallel, precision)
         if checkpoints is not None:
-            ref = checkpoint.save(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
-            checkpoint.load(ref.path, gpt, None, MODEL)
+            ref = save_checkpoint(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
+            load_checkpoint(ref.path, gpt, None, MODEL)
         v = directions(gpt, context)
         found, losses = scores(gpt, context, v, windows())
         out = {"scores": found, "losses": losses, "names": sorted(named_parameters(gpt))}

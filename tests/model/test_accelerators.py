@@ -70,7 +70,7 @@ def test_a_fused_adam_steps_as_ours_does(module: str, there: bool) -> None:
     """By the interface that both document: ten steps of AdamW, and the state that checkpoints hold."""
     if not there:
         pytest.skip(f"needs a GPU and {module}")
-    from megatron_r1.optimizer import FusedAdam
+    from megatron_r1.train.optimizer import FusedAdam
 
     theirs = pytest.importorskip(module).FusedAdam
     parameters = [torch.nn.Parameter(torch.ones(300, device="cuda")) for _ in range(2)]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_r1 import checkpoint_files, config_io, ledger
+from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import (
     Config,
     DataConfig,
@@ -22,7 +23,8 @@ from megatron_r1.config import (
     TrainConfig,
 )
 from megatron_r1.records import CAPABILITIES, ScoreTable, TrainState
-from tests.influence import mixture_scores
+from megatron_r1.run import ledger
+from tests.mixture import mixture_scores
 
 SOURCES = {
     "python-stdlib": ("code", 5.2),

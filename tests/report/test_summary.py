@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_r1 import checkpoint_files, config_io, ledger
-from megatron_r1.influence.mixture import make_mixture
+from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.mixture.mixture import make_mixture
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import load, summary, tables
+from megatron_r1.run import ledger
 
 from .conftest import SOURCES, TOKENS, change, make_arm, make_scores, save
 
@@ -68,8 +70,8 @@ def test_influence_weighs_as_the_mixture_does(whole: Path, scale: str, monkeypat
     text = (whole / "config.yaml").read_text().replace("scale: raw", f"scale: {scale}")
     (whole / "config.yaml").write_text(text)
     # The data plan needs the datasets; what the mixture makes of the scores does not.
-    monkeypatch.setattr("megatron_r1.influence.mixture.open_sources", lambda config: ([], []))
-    draws = "megatron_r1.influence.mixture._Draws"
+    monkeypatch.setattr("megatron_r1.mixture.mixture.open_sources", lambda config: ([], []))
+    draws = "megatron_r1.mixture.mixture._Draws"
     monkeypatch.setattr(f"{draws}.room", lambda draws: np.full(len(SOURCES), np.inf))
     monkeypatch.setattr(f"{draws}.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config_io.load([str(whole / "config.yaml")]))

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_r1 import ledger
-from megatron_r1.data.shards import merge
+from megatron_r1.preprocess.shards import merge
+from megatron_r1.run import ledger
 from tests.launch import ROOT
 
 DOCUMENTS = 60

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import backend, checkpoint, ledger
+from megatron_r1 import backend
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
-from megatron_r1.data.tokenizer_files import TokenizerFiles
-from megatron_r1.model import hf
+from megatron_r1.export import convert
+from megatron_r1.export import weights as hf
+from megatron_r1.export.tokenizer import TokenizerFiles
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
-from megatron_r1.recipes import convert
 from megatron_r1.records import TrainState
+from megatron_r1.run import ledger
 from tests.distributed import on_ranks
 from tests.launch import ROOT, tensors
 
@@ -31,7 +35,7 @@ def save(directory: Path, model: ModelConfig = MODEL, precision: str = "fp32") -
     with process_groups(ParallelConfig()):
         backend.seed_model_parallel(1)
         gpt = build_model(model, ParallelConfig(), precision, 8)
-        return checkpoint.save(directory, gpt, None, TrainState(), model, "phase", plan="{}").path
+        return save_checkpoint(directory, gpt, None, TrainState(), model, "phase", plan="{}").path
 
 
 def save_again(source: Path, directory: Path, parallel: ParallelConfig) -> None:
@@ -39,8 +43,8 @@ def save_again(source: Path, directory: Path, parallel: ParallelConfig) -> None:
     with process_groups(parallel):
         backend.seed_model_parallel(1)
         gpt = build_model(MODEL, parallel, "fp32", 8)
-        checkpoint.load(source, gpt, None, MODEL)
-        checkpoint.save(directory, gpt, None, TrainState(), MODEL, "phase", plan="{}")
+        load_checkpoint(source, gpt, None, MODEL)
+        save_checkpoint(directory, gpt, None, TrainState(), MODEL, "phase", plan="{}")
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -64,7 +68,7 @@ def test_there_and_back_again_is_the_same_checkpoint(saved: Path, tmp_path: Path
     convert.to_hf(saved, tmp_path / "hf", context=64)
     convert.to_megatron(tmp_path / "hf", tmp_path / "back")
     back = tmp_path / "back" / "step_00000000"
-    assert TrainState(**checkpoint.check_model(back, MODEL)["state"]) == TrainState()
+    assert TrainState(**checkpoint_files.check_model(back, MODEL)["state"]) == TrainState()
     assert_same_weights(saved, back)
     convert.to_hf(back, tmp_path / "hf again", context=64)
     assert contents(tmp_path / "hf again") == contents(tmp_path / "hf")
@@ -88,7 +92,7 @@ def test_transformers_computes_what_the_checkpoint_computes(saved: Path, tmp_pat
     with process_groups(ParallelConfig()):
         backend.seed_model_parallel(2)
         gpt = build_model(MODEL, ParallelConfig(), "fp32", 60).eval()
-        checkpoint.load(saved, gpt, None, MODEL)
+        load_checkpoint(saved, gpt, None, MODEL)
         ours = gpt(tokens, tokens, None)
     logits = theirs(tokens).logits
     assert float((ours - logits).abs().max() / logits.abs().max()) < 1e-5
@@ -160,7 +164,7 @@ def test_the_tool_writes_what_the_run_says(
     # Where it came from: the run's ledger has the export, and the import names the very file.
     (imported,) = ledger.read(tmp_path / "back")
     assert [line["inputs"] for line in ledger.lineage(tmp_path / "back")] == [
-        {str(saved): checkpoint.identity(saved)}
+        {str(saved): checkpoint_files.identity(saved)}
     ]
     assert imported["inputs"].keys() == {str(tmp_path / "hf")}
     with pytest.raises(ValueError, match="--context -5"):

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1 import checkpoint, checkpoint_files, ledger
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config, DataConfig, PhaseConfig, SourceConfig, TrainConfig
+from megatron_r1.run import ledger
 from megatron_r1.train.loop import train
 from megatron_r1.train.metrics import read
 from tests import launch
@@ -68,9 +69,9 @@ def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor]], t
         rank.kill()
     for rank in ranks:
         rank.join()
-    for ref in checkpoint.found(directory) if directory.exists() else []:
-        files = checkpoint.read_meta(ref.path)["files"]
-        assert checkpoint_files.faults(ref.path, files) == []
+    for ref in checkpoint_files.found(directory) if directory.exists() else []:
+        files = checkpoint_files.read_meta(ref.path)["files"]
+        assert checkpoint_files.corruptions(ref.path, files) == []
     on_ranks(RANKS, train, config)
     found = tensors(config)
     assert found.keys() == end.keys() and len(end) > 10

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_r1.config import TrainConfig
-from megatron_r1.run_dir import RunDir
+from megatron_r1.run.layout import RunDir
 from megatron_r1.train.loggers import build_loggers
-from megatron_r1.train.metrics import MetricsLog, RankLog, read
+from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, read
+from tests.train import small
 
 
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
@@ -38,6 +41,20 @@ def test_lines_that_cannot_be_read_are_said_and_the_others_stay(
     MetricsLog(RunDir(tmp_path), step=4).close()
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 4]
     assert "metrics.jsonl: 2 of its lines cannot be read" in capsys.readouterr().err
+
+
+def test_tensorboard_shows_the_configuration(tmp_path: Path) -> None:
+    config = small.config(tmp_path, "run", 2)
+    open_log(RunDir(tmp_path), 0, config).close()
+    (events,) = (tmp_path / "tb").iterdir()
+    board = EventAccumulator(str(events)).Reload()
+    (text,) = board.Tensors("configuration/text_summary")
+    assert f"global_batch: {config.train.global_batch}" in text.tensor_proto.string_val[0].decode()
+    shown = plugin_data_pb2.HParamsPluginData.FromString(
+        board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info.hparams
+    assert shown["train.global_batch"].number_value == config.train.global_batch
+    assert shown["phases.one.decay"].string_value == config.phases["one"].decay
 
 
 def test_other_loggers_hear_every_step_and_its_end(tmp_path: Path) -> None:
@@ -76,8 +93,6 @@ def test_nemo_s_experiment_manager_logs(tmp_path: Path) -> None:
     log = MetricsLog(RunDir(tmp_path), 0, build_loggers(RunDir(tmp_path), train))
     log.write({"step": 7, "loss": 2.0})
     log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     (events,) = (tmp_path / "nemo").rglob("events.out.*")
     found = EventAccumulator(str(events))
     found.Reload()

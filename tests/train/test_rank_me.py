@@ -9,7 +9,7 @@ import torch
 from megatron_r1.config import ParallelConfig
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch
-from megatron_r1.train.rank_me import OutputEmbeddings, rank_me
+from megatron_r1.train.evaluate import OutputEmbeddings, rank_me
 from tests.distributed import on_ranks
 from tests.influence import tiny
 

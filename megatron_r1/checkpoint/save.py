@@ -1,0 +1,272 @@
+"""Sharded checkpoints through megatron-core's dist_checkpointing: save, load, reshard.
+
+Any layout loads what any other saved. Saving copies this rank's part and leaves the writing to a thread;
+what is on the disk in the end is the state of the step at which it began.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1 import backend
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.checkpoint.files import (
+    FileFacts,
+    Retention,
+)
+from megatron_r1.checkpoint.shards import METADATA, rectangles_of
+from megatron_r1.config import ModelConfig
+from megatron_r1.parallel import broadcast_object, gather_objects
+from megatron_r1.records import CheckpointRef, TrainState
+from megatron_r1.system.files import sync
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+# 0.19 has another package write by default; here it is only asked what is to be written.
+_ASYNC = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    _ASYNC["async_strategy"] = "mcore"  # type: ignore[assignment]
+
+
+def save_checkpoint(
+    directory: Path, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
+) -> CheckpointRef:
+    """Write `directory/step_N` from all ranks; returns when it is complete on disk. See `Saver.save`."""
+    saver = Saver(directory)
+    ref = saver.save(gpt, optimizer, state, model, phase, plan)
+    saver.wait()
+    return ref
+
+
+@dataclass
+class _Flight:
+    """A save that has begun."""
+
+    ref: CheckpointRef
+    temporary: Path
+    request: Any
+    """megatron-core's: what this rank writes, and what completes the checkpoint on all."""
+    publish: Callable[[FileFacts], None]
+    thread: threading.Thread
+    facts: FileFacts
+    error: str = ""
+
+
+class Saver:
+    """Saves of one run, one at a time, in the background. Every rank has one and calls it alike.
+
+    Host memory: a copy of what this rank writes, kept from save to save.
+    """
+
+    def __init__(self, directory: Path, retention: Retention | None = None):
+        self._directory = directory
+        self._retention = retention or Retention()
+        self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._flight: _Flight | None = None
+        self._remover: threading.Thread | None = None
+
+    def save(
+        self, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
+    ) -> CheckpointRef:
+        """Begin to write `directory/step_N`; the state may change once this returns.
+
+        `plan` is the data plan (JSON) in which the data position counts: a resumed run must agree with
+        it. `optimizer` None: weights only. A save still under way is waited for. Raises OSError on all
+        ranks where the disk is full or not writable.
+        """
+        self.wait()
+        final = checkpoint_files.step_path(self._directory, state.step)
+        ref = CheckpointRef(final, state.step)
+        if (final / checkpoint_files.META).is_file():
+            return ref
+        temporary = checkpoint_files.temporary_path(self._directory, state.step)
+
+        def begin() -> None:
+            if self._remover is not None:
+                self._remover.join()
+            checkpoint_files.begin(self._directory, state.step)
+
+        _on_first_rank(begin, ref)
+        # The writers report within this process: megatron-core's own queue would start a server for that,
+        # which runs the main program again.
+        filesystem_async._results_queue = queue.Queue()
+        request = dist_checkpointing.save(
+            self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
+        )
+        saved = replace(state)
+        flight = _Flight(
+            ref,
+            temporary,
+            request,
+            lambda facts: checkpoint_files.publish(temporary, final, facts, saved, model, phase, plan),
+            threading.Thread(target=lambda: _write(flight), name="checkpoint", daemon=True),
+            {},
+        )
+        flight.thread.start()
+        self._flight = flight
+        return ref
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a save is not on the disk yet."""
+        return self._flight is not None and self._flight.thread.is_alive()
+
+    def poll(self, writing: int) -> None:
+        """Complete the save under way, on all ranks, once `writing` of them, a number that all have
+        agreed on, is none. Raises OSError on all ranks if any could not write; earlier checkpoints stay."""
+        if not writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Complete the save under way, if there is one; see `poll`."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        flight.thread.join()
+        told = gather_objects((flight.error, flight.facts))
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(told) if error]
+        if dist.get_rank() == 0:
+            checkpoint_files.release(self._directory)
+            if errors:
+                shutil.rmtree(flight.temporary, ignore_errors=True)
+        if errors:
+            raise OSError(_failed(flight.ref, "; ".join(errors)))
+        for finish in flight.request.finalize_fns:
+            finish()
+
+        def publish() -> None:
+            facts: FileFacts = {name: fact for _, part in told for name, fact in part.items()}
+            rest = [p for p in flight.temporary.iterdir() if p.name not in facts]
+            for path in rest:
+                sync(path)
+            flight.publish(facts | checkpoint_files.facts_of(rest))
+
+        _on_first_rank(publish, flight.ref)
+        if dist.get_rank() == 0:
+            self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Only now that a newer checkpoint is complete. Deleting may take long, and nobody waits for it."""
+        steps = self._retention.surplus(checkpoint_files.saved_steps(self._directory))
+        hidden = [checkpoint_files.discard(checkpoint_files.step_path(self._directory, s)) for s in steps]
+        if hidden:
+            self._remover = threading.Thread(target=_delete, args=(hidden,), name="remover")
+            self._remover.start()
+
+    def _copied(self, sharded: dict[str, Any]) -> dict[str, Any]:
+        """The same state with the tensors that this rank writes copied to the host.
+
+        The copies are kept: fresh memory costs more than the copying.
+        """
+        apply_factories(sharded)
+        for shard in nested_values(sharded):
+            if not isinstance(shard, ShardedTensor) or not is_main_replica(shard.replica_id):
+                continue
+            copy = self._copies.get(place := (shard.key, shard.global_offset))
+            if copy is None:
+                copy = torch.empty(shard.data.shape, dtype=shard.dtype, pin_memory=backend.HAS_CUDA)
+                self._copies[place] = copy
+            shard.data = copy.copy_(shard.data.detach(), non_blocking=True)
+        if backend.HAS_CUDA:
+            torch.accelerator.synchronize()
+        return sharded
+
+
+def _sharded(gpt: Any, optimizer: Any | None) -> dict[str, Any]:
+    """What is saved, in place."""
+    model = gpt.sharded_state_dict()
+    if optimizer is None:
+        return {"model": model}
+    # megatron-core collects garbage here, after the gathering that this does without: a quarter of a second
+    # for all that lives, which is why nothing does to the collector.
+    gc.freeze()
+    try:
+        with rectangles_of(optimizer):
+            return {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=METADATA)}
+    finally:
+        gc.unfreeze()
+
+
+def _write(flight: _Flight) -> None:
+    """Write this rank's files, flushed, and take their checksums. Runs in a thread; never raises.
+
+    In a thread: megatron-core forks writers, whose copies of the memory and of the process groups'
+    threads are no gain where a write leaves the interpreter lock alone.
+    """
+    if flight.request.async_fn is None:
+        return
+    try:
+        if sys.platform == "linux":
+            # There a thread has a priority of its own: where training computes on the same cores, it
+            # goes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        transforms = flight.request.async_fn.args[0]
+        _, buckets, answer = flight.request.async_fn_args
+        written = {}
+        for number, bucket in enumerate(buckets):
+            results: queue.Queue[Any] = queue.Queue()
+            begun: queue.Queue[int] = queue.Queue()
+            begun.put(number)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, bucket, results, begun, use_fsync=True
+            )
+            _, written[number] = results.get()
+            if isinstance(written[number], Exception):
+                raise written[number]
+            flight.facts.update(checkpoint_files.facts_of([Path(bucket[0])]))
+        answer.put(written)
+    except Exception as error:
+        flight.error = _cause(error)
+        # At once: until all ranks know, the run's logs need room, too.
+        for path, *_ in flight.request.async_fn_args[1]:
+            Path(path).unlink(missing_ok=True)
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said, where torch says only that a write came out short."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return str(inner) if inner is not None else f"{type(error).__name__}: {error}"
+
+
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _on_first_rank(action: Callable[[], None], ref: CheckpointRef) -> None:
+    """Run `action` on the first rank; where it fails, OSError on all."""
+    error: object = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = _failed(ref, str(caught))
+    error = broadcast_object(error)
+    if error is not None:
+        raise OSError(error)
+
+
+def _failed(ref: CheckpointRef, why: str) -> str:
+    return (
+        f"{ref.path} could not be saved ({why}); earlier checkpoints are whole: make room, and the same "
+        f"command goes on from the last of them"
+    )

@@ -1,0 +1,151 @@
+"""Weights of a whole GPTModel (one rank) to and from Hugging Face's layout and files.
+
+Every Hugging Face tensor is a view of one of our parameters: rows of `linear_qkv` lie by query group, those
+of `linear_fc1` gate before up, and where the other class turns neighbouring pairs of a head instead of its
+halves, component i of half h stands at 2 i + h. One table of views (`views`) thus serves both ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_r1.config import ModelConfig
+from megatron_r1.export.config import Family
+from megatron_r1.system.files import naming, sync, write_json
+from megatron_r1.system.terminal import Progress
+
+SHARD_BYTES = 5_000_000_000
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
+    """Hugging Face name -> view of our parameter whose elements, row by row, are that tensor's.
+
+    `gpt`: GPTModel of one rank with megatron-core's own layers (`build_model(..., plain_layers=True)`).
+    """
+    params = {name: param.detach() for name, param in gpt.named_parameters()}
+    groups, d, h = model.num_query_groups, model.head_dim, model.hidden_size
+    queries = model.num_attention_heads // groups
+    mlp = "mlp" if family == "llama" else "feed_forward"
+
+    def turned(heads: Tensor) -> Tensor:
+        """[groups, heads, d, h] in the family's order of a head's components."""
+        return heads if family == "llama" else heads.unflatten(2, (2, d // 2)).transpose(2, 3)
+
+    out = {_EMBEDDING: params["embedding.word_embeddings.weight"]}
+    for n in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
+        qkv = params[f"{ours}.self_attention.linear_qkv.weight"].view(groups, queries + 2, d, h)
+        q, k, v = qkv.split([queries, 1, 1], dim=1)
+        gate, up = params[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
+        out |= {
+            f"{theirs}.input_layernorm.weight": params[f"{ours}.input_layernorm.weight"],
+            f"{theirs}.self_attn.q_proj.weight": turned(q),
+            f"{theirs}.self_attn.k_proj.weight": turned(k),
+            f"{theirs}.self_attn.v_proj.weight": v,
+            f"{theirs}.self_attn.o_proj.weight": params[f"{ours}.self_attention.linear_proj.weight"],
+            f"{theirs}.post_attention_layernorm.weight": params[f"{ours}.pre_mlp_layernorm.weight"],
+            f"{theirs}.{mlp}.gate_proj.weight": gate,
+            f"{theirs}.{mlp}.up_proj.weight": up,
+            f"{theirs}.{mlp}.down_proj.weight": params[f"{ours}.mlp.linear_fc2.weight"],
+        }
+    out["model.norm.weight"] = params["decoder.final_layernorm.weight"]
+    assert sum(view.numel() for view in out.values()) == sum(param.numel() for param in params.values())
+    return out
+
+
+def tensors(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's tensors on the CPU; copies only where the layout differs."""
+    return {name: view.contiguous().view(_shape(view)).cpu() for name, view in views.items()}
+
+
+def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the views as safetensors into `directory`, in files of at most `shard_bytes` each, and their
+    index where there are several.
+
+    Takes the memory of one file's queries and keys. A larger tensor gets a file of its own.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, view in views.items():
+        if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + view.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = view
+    files: dict[str, str] = {}
+    with Progress("write", len(views), "tensors") as bar:
+        for number, shard in enumerate(shards, 1):
+            single = len(shards) == 1
+            file = directory / (_SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            with naming(file):
+                save_file(tensors(shard), file, metadata={"format": "pt"})
+                # safetensors lets the owner alone read it.
+                file.chmod(directory.stat().st_mode & 0o666)
+                sync(file)
+            files |= dict.fromkeys(shard, file.name)
+            bar.advance(len(shard))
+    if len(shards) > 1:
+        total = sum(view.nbytes for view in views.values())
+        write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+
+
+@torch.no_grad()
+def load(views: Mapping[str, Tensor], directory: Path) -> None:
+    """Fill the views from the safetensors of `directory`, one tensor in memory at a time.
+
+    Raises ValueError where tensors are missing, left over, of another shape, or where the output layer is
+    not the embedding.
+    """
+    files = tensor_files(directory)
+    # The frequencies follow from config.json; early releases stored them.
+    extra = [n for n in files if n not in views and n != _HEAD and not n.endswith("rotary_emb.inv_freq")]
+    wrong = [f"{name}: missing" for name in views if name not in files]
+    wrong += [f"{name}: GPTModel has no place for it" for name in extra]
+    opened = {file: safe_open(file, framework="pt") for file in {*files.values()}}
+    for name, view in views.items():
+        if name in files:
+            shape = opened[files[name]].get_slice(name).get_shape()
+            if shape != list(_shape(view)):
+                wrong.append(f"{name}: shape {shape}, expected {list(_shape(view))}")
+    if wrong:
+        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise ValueError(f"{directory}: tensors do not fit config.json:\n  " + "\n  ".join(wrong[:10] + more))
+    with Progress("read", len(views), "tensors") as bar:
+        for name, view in views.items():
+            view.copy_(opened[files[name]].get_tensor(name).view(view.shape))
+            bar.advance()
+    if _HEAD in files:
+        head = opened[files[_HEAD]].get_tensor(_HEAD)
+        if not torch.equal(head, opened[files[_EMBEDDING]].get_tensor(_EMBEDDING)):
+            raise ValueError(f"{directory}: {_HEAD} is not {_EMBEDDING}; only tied embeddings are supported")
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file. Raises ValueError where `directory` has no safetensors."""
+    index, single = directory / _INDEX, directory / _SINGLE
+    if index.exists():
+        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    if not single.exists():
+        raise ValueError(
+            f"{directory} has neither {_SINGLE} nor {_INDEX}; other formats become one by transformers' "
+            f"from_pretrained(...).save_pretrained(...)"
+        )
+    return dict.fromkeys(safe_open(single, framework="pt").keys(), single)
+
+
+def stored_dtype(directory: Path) -> str:
+    """Of the embedding, as safetensors names it: BF16, F16, F32."""
+    file = tensor_files(directory).get(_EMBEDDING)
+    return safe_open(file, framework="pt").get_slice(_EMBEDDING).get_dtype() if file else "F32"
+
+
+def _shape(view: Tensor) -> tuple[int, ...]:
+    """A matrix has the columns of ours, a norm its length."""
+    return (view.numel() // view.shape[-1], view.shape[-1]) if view.dim() > 1 else (view.numel(),)

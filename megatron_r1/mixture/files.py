@@ -1,0 +1,109 @@
+"""A mixture as a table, and as the files that the trainer and the report read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_r1.config import MixConfig
+from megatron_r1.influence.store import Scored
+from megatron_r1.mixture.masks import mask_files, save
+from megatron_r1.mixture.mixture import Mixture
+from megatron_r1.system.files import write_json, write_text
+
+
+def table(mixture: Mixture) -> str:
+    """Sources by rho: weight, the epochs they will take, what masks keep, rho per capability and their mean.
+
+    Below, the predicted gain of this mixture and its rivals for each capability, in the same columns.
+    """
+    mine = np.array([mixture.weights[name] for name in mixture.sources])
+    mixes = {"this mixture": mine, **mixture.rivals}
+    width = max(len(name) for name in (*mixture.sources, *mixes, "source"))
+    kept = f"  {'kept':>6s}" if mixture.masks else ""
+    columns = "  ".join(f"{c[:11]:>11s}" for c in (*mixture.capabilities, "together"))
+    lines = [
+        f"phase {mixture.phase}, from influence at steps {list(mixture.steps)} (rho per capability, Eq. 5)",
+        f"{'source':{width}s}  weight  epochs{kept}  {columns}",
+    ]
+    order = sorted(range(len(mixture.sources)), key=lambda g: (-mixture.rho_G[g], g))
+    for g in order:
+        name = mixture.sources[g]
+        values = _numbers([*mixture.rho_GC[g], mixture.rho_G[g]])
+        weight, epochs = mixture.weights[name], mixture.epochs[name]
+        share = f"  {mixture.masks[name].share:6.1%}" if mixture.masks else ""
+        lines.append(f"{name:{width}s}  {weight:6.1%}  {epochs:6.2f}{share}  {values}")
+    weight_C = mixture.alpha_CK.sum(1)
+    lines.append(
+        "predicted gain per token, first order (least: the worst capability's share of its own best)"
+    )
+    for name, weight_G in mixes.items():
+        gain_C = mixture.gains(weight_G)
+        least = mixture.least_share(weight_G)
+        said = "" if math.isnan(least) else f"{least:6.1%}"
+        space = " " * (8 if mixture.masks else 0)
+        lines.append(f"{name:{width}s}  least   {said:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
+    for mask in mixture.masks.values():
+        lines.append(
+            f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
+            f"{mixture.steps[-1]}; {mask.share:.1%} of its windows may be drawn"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(values: list[Any]) -> str:
+    return "  ".join(f"{value:11.4g}" for value in values)
+
+
+def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, seq_length: int) -> None:
+    """The phase for the trainer, beside it a .json with everything behind it, and `keep/` with the masks.
+
+    Each file is whole or not there; the phase comes last, when all that it names is written.
+    """
+    beside, masks = output.with_suffix(".json"), mixture.masks
+    files = mask_files(masks, output.parent / "keep", seq_length)
+    phase: dict[str, Any] = {"weights": {name: round(weight, 9) for name, weight in mixture.weights.items()}}
+    if mix.max_epochs is not None:
+        phase["max_epochs"] = mixture.max_epochs
+    if files:
+        phase["keep"] = {name: str(path) for name, (path, _) in files.items()}
+    report: dict[str, Any] = {
+        "phase": mixture.phase,
+        "mix": dataclasses.asdict(mix),
+        "steps": list(mixture.steps),
+        "capabilities": list(mixture.capabilities),
+        "alpha": mixture.alpha_CK.tolist(),
+        "sources": {
+            name: {
+                "weight": mixture.weights[name],
+                "rho": float(mixture.rho_G[g]),
+                "rho_by_capability": dict(zip(mixture.capabilities, mixture.rho_GC[g].tolist(), strict=True)),
+                "epochs": mixture.epochs[name],
+                **({"kept": masks[name].share, "helpful": masks[name].helpful} if masks else {}),
+            }
+            for g, name in enumerate(mixture.sources)
+        },
+        "scores": {_name(s, mix): _hash(s) for s in used},
+    }
+    for path, content in files.values():
+        save(path, content)
+    write_json(beside, report)
+    head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
+    tree = {"phases": {mixture.phase: phase}}
+    write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _name(found: Scored, mix: MixConfig) -> str:
+    """STEP/SOURCE within the run, or the whole path where there are several runs."""
+    return str(found.directory) if mix.runs else f"{found.directory.parent.name}/{found.directory.name}"
+
+
+def _hash(found: Scored) -> dict[str, Any]:
+    scores = hashlib.sha256((found.directory / "scores.npy").read_bytes()).hexdigest()
+    return {"scores_sha256": scores, "weights": found.manifest["weights"], "data": found.manifest["data"]}

@@ -1,0 +1,246 @@
+"""Source weights from scores: Eqs. 4 and 5 within bounds, and the weights whose worst capability gains most.
+
+    I(x)   = sum_c sum_t alpha_{c,t} score_c(x; theta_t)             Eq. 4, sum of alpha = 1
+    rho_g  = sum_{x in R_g} I(x) s(x) / sum_{x in R_g} s(x)          Eq. 5, s(x) tokens of x
+    w_g    = max(rho_g, 0) / sum_h max(rho_h, 0)
+
+A score is a gain per token of training on x (units.py); the factor s(x) makes rho a mean over tokens, not
+over windows. alpha is a product of a weight per capability and one per checkpoint, each summing to 1, so
+that rho is the capabilities' weighted mean of rho_gc, a source's density for one capability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_r1.config import MixConfig
+from megatron_r1.records import ScoreTable
+
+_NOTHING = 1e-12
+"""Shares below are rounding, and count 0."""
+_ROUNDING = 1e-9
+"""What a sum of shares may miss 1 by."""
+
+
+def checkpoint_weights(mix: MixConfig, capabilities: tuple[str, ...], steps: tuple[int, ...]) -> np.ndarray:
+    """alpha of Eq. 4, [C, K], summing to 1. Raises ValueError for weights of unknown capabilities."""
+    time_K = np.array(steps, dtype=np.float64) if mix.checkpoint_weight == "step" else np.ones(len(steps))
+    if time_K.sum() == 0:
+        time_K = np.ones(len(steps))
+    given = mix.capability_weight
+    if unknown := [name for name in given if name not in capabilities]:
+        raise ValueError(f"mix.capability_weight: {unknown} not scored; scored are {list(capabilities)}")
+    weight_C = np.array([given.get(c, 0.0) if given else 1.0 for c in capabilities])
+    if not (np.isfinite(weight_C).all() and (weight_C >= 0).all() and weight_C.sum() > 0):
+        raise ValueError(f"mix.capability_weight={given}: give finite weights >= 0 with a positive sum")
+    return np.outer(weight_C / weight_C.sum(), time_K / time_K.sum())
+
+
+def scale_of(tables: Sequence[ScoreTable], mix: MixConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What `mix.scale` takes from a capability's scores at a checkpoint, and divides them by: [C, K] each.
+
+    Under zscore their mean and standard deviation over the tokens of all sources: no capability's scale
+    swallows another's, and 0 is the average token instead of no effect.
+    """
+    shape = tables[0].score_NCK.shape[1:]
+    if mix.scale != "zscore":
+        return np.zeros(shape), np.ones(shape)
+    tokens = sum(float(t.length_N.sum()) for t in tables)
+    mean_CK = sum(np.einsum("n,nck->ck", t.length_N / tokens, t.score_NCK) for t in tables)
+    square_CK = sum(np.einsum("n,nck->ck", t.length_N / tokens, (t.score_NCK - mean_CK) ** 2) for t in tables)
+    spread_CK = np.sqrt(square_CK)
+    if not (spread_CK > 0).all():
+        raise ValueError("mix.scale=zscore: all scores of a capability are equal; use mix.scale=raw")
+    return np.asarray(mean_CK), spread_CK
+
+
+def densities(tables: Sequence[ScoreTable], mix: MixConfig) -> np.ndarray:
+    """rho of Eq. 5 for each source, capability and checkpoint alone, scaled: float64 [G, C, K]."""
+    share = [t.length_N / t.length_N.sum() for t in tables]
+    rho_GCK = np.stack([np.einsum("n,nck->ck", s, t.score_NCK) for s, t in zip(share, tables, strict=True)])
+    offset_CK, scale_CK = scale_of(tables, mix)
+    return np.asarray((rho_GCK - offset_CK) / scale_CK)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Least and greatest weight of every source, each [G]; at least one mixture lies within."""
+
+    lower_G: np.ndarray
+    upper_G: np.ndarray
+
+
+def bounds(mix: MixConfig, room_G: np.ndarray) -> Bounds:
+    """`mix.floor` and `mix.cap`, the latter lowered to `room_G`.
+
+    room_G: the share of the phase's sequences that a source can fill before its epoch cap; 0 where nothing of
+    it may be drawn, infinite without a cap. Where a floor is above that, it gives way. Raises ValueError
+    where no weights fit.
+    """
+    upper_G = np.minimum(mix.cap, room_G)
+    lower_G = np.minimum(mix.floor, upper_G)
+    count = int((room_G > 0).sum())
+    if lower_G.sum() > 1 + _ROUNDING or mix.cap * count < 1 - _ROUNDING:
+        raise ValueError(
+            f"mix.floor={mix.floor} and mix.cap={mix.cap} fit no weights of {count} sources; floor x {count} "
+            f"must be at most 1 and cap x {count} at least 1"
+        )
+    if upper_G.sum() < 1 - _ROUNDING:
+        raise ValueError(
+            f"max_epochs and mix.cap={mix.cap} let the sources fill {upper_G.sum():.1%} of the phase; "
+            f"raise them, or shorten the phase"
+        )
+    return Bounds(lower_G, upper_G)
+
+
+def source_weights(rho_G: np.ndarray, within: Bounds) -> np.ndarray:
+    """w of Eq. 5 within bounds: [G], summing to 1.
+
+    Weights stay proportional to max(rho, 0) wherever neither bound holds them. If the sources that help
+    are all at their upper bounds, the others share the rest equally. Raises ValueError where no source helps.
+    """
+    gain_G = np.where(within.upper_G > 0, np.maximum(rho_G, 0.0), 0.0)
+    if not gain_G.sum() > 0:
+        raise ValueError(
+            "no source has positive influence, so Eq. 5 gives no weights; look at the per-capability scores, "
+            "or use mix.scale=zscore, which weighs sources against their average"
+        )
+    share_G = gain_G / gain_G.sum()
+    share_G = np.where(share_G > _NOTHING, share_G, 0.0)
+    share_G /= share_G.sum()
+    low_G, high_G = within.lower_G, within.upper_G
+    if (low_G <= share_G).all() and (share_G <= high_G).all():
+        return share_G
+    helps = share_G > 0
+    rest = 1 - low_G[~helps].sum()
+    if high_G[helps].sum() >= rest:
+        weight_G = low_G.copy()
+        weight_G[helps] = _clipped(share_G[helps], low_G[helps], high_G[helps], rest)
+    else:
+        weight_G = high_G.copy()
+        equal = np.ones(np.count_nonzero(~helps))
+        weight_G[~helps] = _clipped(equal, low_G[~helps], high_G[~helps], 1 - high_G[helps].sum())
+    return weight_G
+
+
+def _clipped(share: np.ndarray, low: np.ndarray, high: np.ndarray, total: float) -> np.ndarray:
+    """clip(t share, low, high) with t such that the sum is `total`.
+
+    The sum is linear in t between the points where a weight leaves its lower or reaches its upper bound.
+    """
+    knots = np.unique(np.concatenate([[0.0], low / share, high / share]))
+    sums = np.array([np.clip(t * share, low, high).sum() for t in knots])
+    return np.clip(np.interp(total, sums, knots) * share, low, high)
+
+
+def best_gains(rho_GC: np.ndarray, within: Bounds) -> np.ndarray:
+    """The most that a mixture within bounds can gain for each capability by itself, [C]: greedily."""
+    best = []
+    for rho_G in rho_GC.T:
+        order = np.argsort(-rho_G, kind="stable")
+        room_G = (within.upper_G - within.lower_G)[order]
+        taken = np.clip(1 - within.lower_G.sum() - (np.cumsum(room_G) - room_G), 0, room_G)
+        best.append(within.lower_G @ rho_G + taken @ rho_G[order])
+    return np.array(best)
+
+
+def worst_case_weights(
+    rho_GC: np.ndarray, weight_C: np.ndarray, within: Bounds, capabilities: Sequence[str]
+) -> np.ndarray:
+    """The weights, [G], whose worst capability gains most: a linear program, beyond the paper.
+
+        maximise t  subject to  sum_g w_g rho_gc >= t scale_c for all c,  sum w = 1,  lower <= w <= upper
+
+    scale_c is the most that any mixture within the bounds gains for c (`best_gains`), so t is the least share
+    of its own best that a capability gets. `weight_C` asks for more or less than an equal share; a
+    capability of weight 0 counts for nothing. Of several solutions the one of greatest weighted gain is
+    taken. Raises ValueError where a capability gains nothing from any mixture.
+    """
+    asked = weight_C > 0
+    best_C = best_gains(rho_GC, within)
+    if hopeless := [c for c, best, a in zip(capabilities, best_C, asked, strict=True) if a and not best > 0]:
+        raise ValueError(
+            f"mix.objective=worst: no mixture within the bounds helps {', '.join(hopeless)}; use "
+            f"mix.capability_weight to leave it out, or mix.objective=sum"
+        )
+    scale_C = best_C * weight_C / weight_C.max()
+    part_GC = rho_GC[:, asked] / scale_C[asked]
+    low_G, room_G = within.lower_G, within.upper_G - within.lower_G
+    sources, count = part_GC.shape
+    # Unknowns: w - lower, what is left to upper, t less a number that it surely exceeds, surplus above t.
+    least = float(part_GC.min())
+    total = np.concatenate([np.ones(sources), np.zeros(sources + 1 + count)])
+    upper = np.hstack([np.eye(sources), np.eye(sources), np.zeros((sources, 1 + count))])
+    gains = np.hstack([part_GC.T, np.zeros((count, sources)), -np.ones((count, 1)), -np.eye(count)])
+    a = np.vstack([total, upper, gains])
+    b = np.concatenate([[1 - low_G.sum()], room_G, least - low_G @ part_GC])
+    x = maximise(np.eye(a.shape[1])[2 * sources], a, b)
+    # Now t is fixed, less rounding, and the sum counts.
+    slack = 1e-9 * max(1.0, abs(x[2 * sources]))
+    b[1 + sources :] += x[2 * sources] - slack
+    a[:, 2 * sources] = 0
+    joint_G = rho_GC @ weight_C
+    joint_G = joint_G / max(float(np.abs(joint_G).max()), 1e-300)
+    gain = np.concatenate([joint_G, np.zeros(sources + 1 + count)])
+    weight_G = np.clip(low_G + maximise(gain, a, b)[:sources], low_G, within.upper_G)
+    return np.asarray(weight_G / weight_G.sum())
+
+
+_ZERO = 1e-9
+"""Below this a coefficient is rounding; scale the program so that its numbers are around 1."""
+
+
+def maximise(gain_N: np.ndarray, a_MN: np.ndarray, b_M: np.ndarray) -> np.ndarray:
+    """x that maximises gain x subject to A x = b and x >= 0, float64 [N].
+
+    The steepest column enters, by Bland's rule the first one where the last pivot moved nothing, so it
+    cannot cycle. A pivot costs M (M + N) operations: made for some hundred variables.
+    Raises ValueError where no x fits, or the gain has no bound.
+    """
+    rows, columns = a_MN.shape
+    sign_M = np.where(b_M < 0, -1.0, 1.0)
+    tableau = np.hstack([a_MN * sign_M[:, None], np.eye(rows), (b_M * sign_M)[:, None]])
+    basis = np.arange(columns, columns + rows)
+    # First phase: a slack for each row, all driven to 0.
+    _climb(tableau, basis, np.concatenate([np.zeros(columns), -np.ones(rows)]), columns)
+    if tableau[basis >= columns, -1].sum() > _ZERO * max(1.0, float(np.abs(b_M).max())):
+        raise ValueError("the linear program has no solution")
+    for row in np.flatnonzero(basis >= columns):
+        candidates = np.flatnonzero(np.abs(tableau[row, :columns]) > _ZERO)
+        # Without one the row says nothing that the others do not.
+        if len(candidates):
+            _pivot(tableau, basis, int(row), int(candidates[0]))
+    _climb(tableau, basis, np.concatenate([gain_N, np.zeros(rows)]), columns)
+    x = np.zeros(columns + rows)
+    x[basis] = tableau[:, -1]
+    return x[:columns]
+
+
+def _climb(tableau: np.ndarray, basis: np.ndarray, gain: np.ndarray, columns: int) -> None:
+    """Pivot until no column among the first `columns` raises the gain."""
+    moved = True
+    while True:
+        reduced = gain[:columns] - gain[basis] @ tableau[:, :columns]
+        entering = np.flatnonzero(reduced > _ZERO)
+        if not len(entering):
+            return
+        # After a pivot that moved nothing the first column that helps, lest pivots go round in a circle.
+        chosen = int(np.argmax(reduced)) if moved else int(entering[0])
+        column = tableau[:, chosen]
+        limits = np.flatnonzero(column > _ZERO)
+        if not len(limits):
+            raise ValueError("the linear program's gain has no bound")
+        ratio = tableau[limits, -1] / column[limits]
+        moved = bool(ratio.min() > 0)
+        tied = limits[ratio <= ratio.min() + 1e-15]
+        _pivot(tableau, basis, int(tied[np.argmin(basis[tied])]), chosen)
+
+
+def _pivot(tableau: np.ndarray, basis: np.ndarray, row: int, column: int) -> None:
+    tableau[row] /= tableau[row, column]
+    others = np.arange(len(tableau)) != row
+    tableau[others] -= np.outer(tableau[others, column], tableau[row])
+    basis[row] = column

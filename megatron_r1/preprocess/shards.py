@@ -1,0 +1,166 @@
+"""Shards, written on many nodes, joined by name into the pair that one run would have written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
+from megatron_r1.data.provenance import SUFFIX
+from megatron_r1.preprocess.documents import Input, digest, identity, open_input
+from megatron_r1.preprocess.store import Stored, alone, finish, finished, refuse_empty, shard_prefix
+from megatron_r1.system.terminal import say
+
+_ENVIRONMENT = (
+    ("RANK", "WORLD_SIZE", None),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("SLURM_PROCID", "SLURM_NTASKS", None),
+)
+"""Who we are and how many there are: torchrun, a SLURM job array, srun; with the number of the first."""
+
+
+def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """ "I/N", or "env": as torchrun or SLURM says. ValueError for anything else."""
+    if text == "env":
+        for index, count, first in _ENVIRONMENT:
+            if index in environment and count in environment:
+                offset = int(environment.get(first, "0")) if first else 0
+                return int(environment[index]) - offset, int(environment[count])
+        names = "; ".join(f"{index}, {count}" for index, count, _ in _ENVIRONMENT)
+        raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({names})")
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise ValueError(f"--shard {text}: write I/N with I from 0 to N-1, or env")
+    return int(found[1]), int(found[2])
+
+
+def merge(
+    output_prefix: str | Path,
+    *,
+    json_keys: Sequence[str] = ("text",),
+    reject_limit: int = 100,
+    check: bool = False,
+    log: Callable[[str], None] = say,
+) -> dict[str, dict[str, Any]]:
+    """Join the shards of a prefix, found by name, into the pair that one run without shards would write.
+
+    The shards stay. check: only log what would be joined. Errors: FileNotFoundError for a missing shard,
+    ValueError for shards of different inputs or options, for a damaged one, and for more rejects in all than
+    the limit.
+    """
+    if reject_limit < 0 or not json_keys:
+        raise ValueError(
+            f"reject_limit={reject_limit}, {len(json_keys)} keys: take a key and no negative limit"
+        )
+    output_prefix, began = Path(output_prefix), time.monotonic()
+    sidecars = {}
+    with contextlib.nullcontext() if check else alone(with_suffix(output_prefix, ".partial"), log):
+        for key in json_keys:
+            shards = shards_of(output_prefix, key)
+            about = _common(shards)
+            prefix = with_suffix(output_prefix, f"_{key}_document")
+            rejects = with_suffix(output_prefix, f"_{key}_rejects.jsonl")
+            count = sum(sum(sidecar["rejected"].values()) for _, sidecar in shards)
+            if count > reject_limit:
+                raise ValueError(
+                    f"the shards have {count} rejects for key {key!r}, more than {reject_limit}: "
+                    f"mend the input or raise --reject-limit"
+                )
+            if check:
+                documents, tokens = (sum(s[what] for _, s in shards) for what in ("documents", "tokens"))
+                log(f"output {prefix}.bin: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")
+                continue
+            sources = [_again(source) for source in about["inputs"]]
+            found = [source for source in sources if source is not None]
+            said = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
+            done = finished(prefix, said, found)
+            if done is not None:
+                log(f"already done: {prefix}.bin")
+                sidecars[str(prefix)] = done
+                continue
+            for entry, source in zip(about["inputs"], sources, strict=True):
+                entry["sha256"] = None if source is None else digest(source)
+            before = np.zeros(len(sources), dtype=np.int64)
+            parts = []
+            for shard, sidecar in shards:
+                dataset, quoted = (
+                    IndexedDataset(shard),
+                    with_suffix(str(shard).removesuffix("_document"), "_rejects.jsonl"),
+                )
+                origins = np.load(with_suffix(shard, SUFFIX), mmap_mode="r" if len(dataset) else None)
+                parts.append(Stored(dataset.tokens, dataset.lengths, origins, quoted, before.tolist()))
+                before += sidecar["lines"]
+            refuse_empty(parts, key, rejects, about["inputs"])
+            sidecars[str(prefix)] = finish(parts, prefix, rejects, about, began, log)
+    return sidecars
+
+
+def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Prefix and sidecar of each shard, in order. Errors: FileNotFoundError, ValueError for one of others."""
+    pattern = re.compile(
+        re.escape(output_prefix.name) + r"_shard-(\d+)-of-(\d+)_" + re.escape(f"{key}_document.json")
+    )
+    folder = output_prefix.parent
+    names = [m for m in map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else []) if m]
+    counts = sorted({int(m[2]) for m in names})
+    if len(counts) != 1:
+        what = (
+            f"shards of {' and of '.join(map(str, counts))}; remove one kind" if counts else "no shards there"
+        )
+        raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {what}")
+    found = []
+    for index in range(counts[0]):
+        prefix = with_suffix(shard_prefix(output_prefix, index, counts[0]), f"_{key}_document")
+        sidecar = read_sidecar(prefix)
+        if sidecar is None:
+            raise FileNotFoundError(
+                f"{prefix} is missing or not finished; run --shard {index}/{counts[0]} again"
+            )
+        if sidecar["documents"] != IndexedDataset(prefix).num_documents:
+            raise ValueError(f"{prefix}.json belongs to another pair; run --shard {index}/{counts[0]} again")
+        found.append((prefix, sidecar))
+    return found
+
+
+def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """What the sidecar of the merged pair says; ValueError where two shards differ in it."""
+    own = (
+        "tool",
+        "shard",
+        "lines",
+        "merged_seed",
+        "encoder",
+        "documents",
+        "tokens",
+        "rejected",
+        "bin_sha256",
+    )
+    described = []
+    for _, sidecar in shards:
+        about = {k: v for k, v in sidecar.items() if k not in own} | {"seed": sidecar["merged_seed"]}
+        # The same file copied to another node has a time of its own.
+        described.append(about | {"inputs": [{**entry, "mtime_ns": 0} for entry in sidecar["inputs"]]})
+    for (prefix, _), about in zip(shards, described, strict=True):
+        for key, value in about.items():
+            if value != described[0].get(key):
+                first = shards[0][0]
+                raise ValueError(f"{prefix} and {first} differ in {key}: {value} and {described[0].get(key)}")
+    encoders = sorted({sidecar["encoder"] for _, sidecar in shards})
+    inputs = [dict(entry) for entry in shards[0][1]["inputs"]]
+    return described[0] | {"inputs": inputs, "encoder": ", ".join(encoders)}
+
+
+def _again(entry: dict[str, Any]) -> Input | None:
+    """An input of the shards, if it is still there as it was."""
+    with contextlib.suppress(OSError, ValueError):
+        source = open_input(entry["path"])
+        if identity(source)["bytes"] == entry["bytes"]:
+            return source
+    return None

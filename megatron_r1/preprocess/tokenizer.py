@@ -1,0 +1,419 @@
+"""Text to tokens. Kinds carry Megatron's names (`--tokenizer-type`), so its command lines carry over.
+
+A document is text and nothing else: a string such as "</s>" or "<|end_of_text|>" within it is encoded
+as the characters it is made of and never becomes the special token, so that no document can end itself.
+(Megatron parses such strings in the Hugging Face and tiktoken kinds; on any other text tokens are equal.)
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import importlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.files import replacing
+
+
+class Tokenizer(Protocol):
+    kind: str
+    library: str
+    """The package behind it."""
+    vocab_size: int
+    eod: int
+    """The token that ends a document."""
+    model_bytes: bytes
+    """The model's file."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without a token before or after it. ValueError for a lone surrogate."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def specials(self) -> list[str]:
+        """Strings that stand for special tokens elsewhere; in a document they are plain text."""
+
+    def parts(self, text: str) -> list[str]:
+        """What is encoded apart, with nothing merged across: the whole text but for rare limits."""
+        return [text]
+
+    def fast_model(self) -> str | None:
+        """A tokenizer.json for gigatoken that should give the same tokens; None: there is none."""
+        return None
+
+    def fingerprint(self) -> str:
+        """SHA-256 over kind and model: equal fingerprints give equal tokens."""
+        return _fingerprint(self.kind, self.model_bytes)
+
+
+def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
+    """Load a tokenizer.
+
+    kind                     model
+    SentencePieceTokenizer   a .model file
+    HuggingFaceTokenizer     tokenizer.json, a folder with it, or a hub name (read from the local cache
+                             or fetched)
+    TikTokenizer             tiktoken ranks, as Llama 3's `tokenizer.model`
+
+    Errors: ValueError for an unknown kind, a model of another kind or a missing library,
+    FileNotFoundError for no model.
+    """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}"
+        raise ValueError(f"unknown tokenizer kind {kind!r}; {hint}")
+    return KINDS[kind](Path(model))
+
+
+def _library(name: str, kind: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{kind} needs the package {name} ({error}): pip install {name}") from None
+
+
+def _existing(model: Path, kind: str) -> Path:
+    if not model.exists():
+        raise FileNotFoundError(f"{kind}: no tokenizer model at {model}{suggest_path(model)}")
+    return model
+
+
+def _fingerprint(kind: str, *parts: bytes) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        digest.update(b"\0" + len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+class SentencePiece(Tokenizer):
+    kind = "SentencePieceTokenizer"
+    library = "sentencepiece"
+
+    def __init__(self, model: Path):
+        library = _library("sentencepiece", self.kind)
+        self.model_bytes = _existing(model, self.kind).read_bytes()
+        try:
+            self._model = library.SentencePieceProcessor(model_proto=self.model_bytes)
+        except RuntimeError:
+            raise ValueError(
+                f"{model} is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
+            ) from None
+        self.vocab_size: int = self._model.vocab_size()
+        self.eod: int = self._model.eos_id()
+        if self.eod < 0:
+            raise ValueError(f"{model} defines no </s>, which ends a document; train it with one")
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(_utf8(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # One thread: preprocessing runs a process a core already.
+        return self._model.encode([_utf8(t) for t in texts], num_threads=1)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(list(tokens))
+
+    def specials(self) -> list[str]:
+        return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
+
+
+class HuggingFace(Tokenizer):
+    """By `tokenizers`, the library under transformers' fast tokenizers; transformers is not imported."""
+
+    kind = "HuggingFaceTokenizer"
+    library = "tokenizers"
+
+    def __init__(self, model: Path):
+        library = _library("tokenizers", self.kind)
+        path = _hf_file(model, "tokenizer.json")
+        if path is None:
+            raise FileNotFoundError(
+                f"{self.kind}: {model} has no tokenizer.json; write one with "
+                f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        self.model_bytes = path.read_bytes()
+        self._model = library.Tokenizer.from_str(self.model_bytes.decode())
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
+        self.eod: int = self._find_eod(model)
+
+    def _find_eod(self, model: Path) -> int:
+        names: list[str] = []
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            with_eos = _hf_file(model, name)
+            if with_eos is not None:
+                token = json.loads(with_eos.read_text(encoding="utf-8")).get("eos_token")
+                names.append(token["content"] if isinstance(token, dict) else token or "")
+        # A bare tokenizer.json does not say which token ends a text; these names leave no doubt.
+        names += ["<|end_of_text|>", "<|endoftext|>", "</s>"]
+        for token in names:
+            found = self._model.token_to_id(token)
+            if token and found is not None:
+                return int(found)
+        raise ValueError(f"{model} names no eos_token; add tokenizer_config.json with one beside it")
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(_utf8(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        found = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
+        return [e.ids for e in found]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(list(tokens), skip_special_tokens=False)
+
+    def specials(self) -> list[str]:
+        return [token["content"] for token in json.loads(self.model_bytes).get("added_tokens") or []]
+
+    def fast_model(self) -> str | None:
+        model = json.loads(self.model_bytes)
+        # As `encode_special_tokens` has it: such strings are text.
+        added = [token for token in model.get("added_tokens") or [] if not token.get("special")]
+        plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+        return json.dumps({**model, **plain})
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.kind, self.model_bytes, str(self.eod).encode())
+
+
+def _hf_file(model: Path, name: str) -> Path | None:
+    """`name` within a folder, beside a tokenizer.json, or of a hub name (org/model); None: not there."""
+    if model.is_file():
+        path = model if name == "tokenizer.json" else model.parent / name
+        return path if path.is_file() else None
+    if model.is_dir():
+        return model / name if (model / name).is_file() else None
+    if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
+        _existing(model, "HuggingFaceTokenizer")
+    hub = _library("huggingface_hub", "HuggingFaceTokenizer")
+    try:
+        return Path(hub.hf_hub_download(str(model), name))
+    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
+        unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
+        if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
+            raise FileNotFoundError(
+                f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from None
+        return None
+
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>"}
+_LLAMA3_SPECIALS = 256
+# Llama 3's own limits: tiktoken's pattern matcher runs out of stack on longer ones.
+_LONGEST_TEXT, _LONGEST_RUN = 400_000, 25_000
+_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
+
+
+def _may_have_long_run(text: str) -> bool:
+    """False only where no run is too long; much sooner found than where the runs are."""
+    # A run of two blocks' length holds a whole block, wherever it begins.
+    block = _LONGEST_RUN // 2
+    for lo in range(0, len(text) - block + 1, block):
+        part = text[lo : lo + block]
+        if part.isspace() or len(part.split(None, 1)[0]) == block:
+            return True
+    return False
+
+
+class TikToken(Tokenizer):
+    """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
+
+    kind = "TikTokenizer"
+    library = "tiktoken"
+
+    def __init__(self, model: Path):
+        library = _library("tiktoken", self.kind)
+        self.model_bytes = _existing(model, self.kind).read_bytes()
+        ranks: dict[bytes, int] = {}
+        try:
+            for line in self.model_bytes.splitlines():
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(
+                f"{model} line {len(ranks) + 1} is not 'base64 rank'; TikTokenizer reads tiktoken ranks such "
+                f"as Llama 3's tokenizer.model"
+            ) from None
+        n = len(ranks)
+        if sorted(ranks.values()) != list(range(n)):
+            raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")
+        self._ranks = ranks
+        self._specials = {
+            _LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): n + i for i in range(_LLAMA3_SPECIALS)
+        }
+        self._model = library.Encoding(
+            name=model.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self._specials
+        )
+        self.vocab_size = n + _LLAMA3_SPECIALS
+        self.eod: int = self._specials["<|end_of_text|>"]
+
+    def encode(self, text: str) -> list[int]:
+        parts = self.parts(_utf8(text))
+        if len(parts) == 1:
+            return self._model.encode_ordinary(text)
+        return [token for part in parts for token in self._model.encode_ordinary(part)]
+
+    def parts(self, text: str) -> list[str]:
+        if len(text) <= _LONGEST_RUN:
+            return [text]
+        cuts = set(range(0, len(text), _LONGEST_TEXT))
+        if _may_have_long_run(text):
+            for start in sorted(cuts):
+                for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
+                    cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
+        bounds = [*sorted(cuts), len(text)]
+        return [text[lo:hi] for lo, hi in pairwise(bounds)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(list(tokens))
+
+    def specials(self) -> list[str]:
+        return sorted(self._specials, key=self._specials.__getitem__)
+
+    def fast_model(self) -> str | None:
+        return _tokenizer_json(self._ranks, _LLAMA3_SPLIT)
+
+
+def _tokenizer_json(ranks: dict[bytes, int], split: str) -> str:
+    """Ranks as a byte-level BPE in Hugging Face's format: a merge for each pair whose union has a rank."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def word(token: bytes) -> str:
+        return "".join([letters[byte] for byte in token])
+
+    merges: list[tuple[int, int, int, bytes, bytes]] = []
+    for token, rank in ranks.items():
+        for i in range(1, len(token)):
+            left, right = ranks.get(token[:i]), ranks.get(token[i:])
+            if left is not None and right is not None:
+                merges.append((rank, left, right, token[:i], token[i:]))
+    merges.sort()
+    split_by = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {
+        "type": "BPE",
+        # A piece that is a token stays one, even where no merges lead to it.
+        "ignore_merges": True,
+        "vocab": {word(token): rank for token, rank in ranks.items()},
+        "merges": [[word(left), word(right)] for *_, left, right in merges],
+    }
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split_by, to_bytes]}
+    parts = {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": to_bytes}
+    return json.dumps({**parts, "normalizer": None, "post_processor": None, "model": model})
+
+
+KINDS = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}
+
+
+def _utf8(text: str) -> str:
+    """The text itself; ValueError where it cannot be written as UTF-8 (JSON lets lone surrogates in)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"lone surrogate {text[error.start]!r} at character {error.start}") from None
+    return text
+
+
+def train_sentencepiece(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    json_key: str = "text",
+    max_bytes: int = 30_000_000,
+) -> int:
+    """Train a BPE model on JSONL texts and write it; returns the bytes of text it has seen.
+
+    Of each input an equal share of `max_bytes` is taken, lines picked by their hash, so that the same
+    files give the same model. Text survives a round trip exactly (spaces, tabs, newlines, any Unicode,
+    by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits stand alone.
+    Errors: FileNotFoundError, ValueError for a bad line or for a vocabulary the text cannot fill.
+    """
+    trainer = _library("sentencepiece", SentencePiece.kind).SentencePieceTrainer
+    model, seen = io.BytesIO(), 0
+    mistakes: list[Exception] = []
+
+    def pieces() -> Iterator[str]:
+        nonlocal seen
+        try:
+            for path in inputs:
+                for text in _sample(Path(path), json_key, max_bytes // len(inputs)):
+                    seen += len(text.encode())
+                    yield from _by_lines(text, 4000)
+        except Exception as error:
+            # The trainer would turn it into a RuntimeError of its own.
+            mistakes.append(error)
+
+    try:
+        trainer.train(
+            sentence_iterator=pieces(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            # Indentation as one token.
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 24,
+            # Part of the model's bytes: fixed, so that they do not depend on the machine.
+            num_threads=4,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].split("] ")[-1]
+        mistakes.append(ValueError(f"vocab_size {vocab_size} does not fit {seen} bytes of text: {detail}"))
+    if mistakes:
+        raise mistakes[0]
+    with replacing(output) as stream:
+        stream.write(model.getvalue())
+    return seen
+
+
+def _sample(path: Path, json_key: str, max_bytes: int) -> Iterator[str]:
+    share = min(1.0, max_bytes / max(1, path.stat().st_size))
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little") >= share * 2**64:
+                continue
+            try:
+                yield _utf8(str(json.loads(line)[json_key]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: no text under {json_key!r} ({error!r})") from None
+
+
+def _by_lines(text: str, limit: int) -> Iterable[str]:
+    """Cut at line ends into pieces of about `limit` characters: the trainer holds a piece as one sentence."""
+    piece, length = [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        length += len(line)
+        if length >= limit:
+            yield "".join(piece)
+            piece, length = [], 0
+    if piece:
+        yield "".join(piece)

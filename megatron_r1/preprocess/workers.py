@@ -1,0 +1,184 @@
+"""The first pass for one piece: its texts become tokens, in this process or in worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.data.indexed import best_dtype
+from megatron_r1.data.provenance import ORIGIN, text_hashes
+from megatron_r1.preprocess.documents import Piece, parse, reject, text_of
+from megatron_r1.preprocess.encoder import COMPARED, Encoder, Gigatoken
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+
+LONGEST = 2**31 - 1
+"""Tokens of one document that an index can say."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one key of a piece became."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    """[documents] int32."""
+    origins: np.ndarray
+    """[documents] of provenance.ORIGIN."""
+    rejects: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from piece to piece."""
+
+    model: str | Path
+    encoder: Encoder
+    keys: Sequence[str]
+    append_eod: bool
+    workers: int
+    reject_limit: int
+
+
+def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod: bool) -> list[Encoded]:
+    """Tokens of each document of a piece, for each key. What is wrong with a document is a reject.
+
+    Raises ValueError only where the encoder's tokens are not the reference's.
+    """
+    columns = [_Column(key) for key in keys]
+    for number, row in enumerate(piece.rows, piece.first):
+        try:
+            record = parse(row)
+        except ValueError as error:
+            for column in columns:
+                column.rejects.append(reject(piece.path, number, str(error), row))
+            continue
+        for column in columns:
+            try:
+                text, data = text_of(record, column.key)
+            except ValueError as error:
+                column.rejects.append(reject(piece.path, number, str(error), row))
+                continue
+            column.texts.append(text)
+            column.utf8.append(data)
+            column.lines.append(number)
+    return [_encode_column(encoder, piece, column, append_eod) for column in columns]
+
+
+@dataclass
+class _Column:
+    """What a piece has under one key."""
+
+    key: str
+    texts: list[str] = field(default_factory=list)
+    utf8: list[bytes] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: bool) -> Encoded:
+    tokenizer = encoder.tokenizer
+    flat, counts = encoder.encode_batch(column.texts, column.utf8)
+    origins = np.zeros(len(counts), dtype=ORIGIN)
+    origins["hash"], origins["file"], origins["line"] = text_hashes(column.utf8), piece.input, column.lines
+    if isinstance(encoder, Gigatoken):
+        chosen = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
+        ends = np.cumsum(counts)
+        for i in np.flatnonzero(chosen):
+            if flat[ends[i] - counts[i] : ends[i]].tolist() != tokenizer.encode(column.texts[i]):
+                raise ValueError(
+                    f"{piece.path}:{column.lines[i]}: {encoder.name} and {tokenizer.library} give other "
+                    f"tokens; take --encoder reference for this input"
+                )
+    lengths = np.where(counts, counts + append_eod, 0)
+    bad = (lengths == 0) | (lengths > LONGEST)
+    if bad.any():
+        for i in np.flatnonzero(bad):
+            length = lengths[i]
+            reason = "no tokens" if not length else f"{length} tokens, more than an index can say"
+            excerpt = column.texts[i][:200].encode()
+            column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
+        column.rejects.sort(key=lambda rejected: rejected["line"])
+        ends = np.cumsum(counts)
+        good = [flat[ends[i] - counts[i] : ends[i]] for i in np.flatnonzero(~bad)]
+        flat = np.concatenate(good) if good else flat[:0]
+        origins, lengths = origins[~bad], lengths[~bad]
+    if flat.dtype == np.uint32:
+        # The same bits, or negative, which is caught next.
+        flat = flat.view(np.int32)
+    # A tokenizer that gives a token beyond its vocabulary is broken: say so, never wrap around.
+    assert not flat.size or 0 <= flat.min() <= flat.max() < tokenizer.vocab_size
+    flat = flat.astype(best_dtype(tokenizer.vocab_size), copy=False)
+    if append_eod:
+        flat = np.insert(flat, np.cumsum(lengths - 1), tokenizer.eod)
+    return Encoded(flat, lengths.astype(np.int32), origins, column.rejects)
+
+
+_worker: tuple[Encoder, Sequence[str], bool] | None = None
+
+
+def _start_worker(
+    kind: str, model: str | Path, fast_model: str | None, keys: Sequence[str], append_eod: bool
+) -> None:
+    global _worker
+    # Ctrl-C is for the main process; and when that is killed, its workers must not stay behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A process a core already: no threads of the tokenizer's own.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = build_tokenizer(kind, model)
+    encoder = Encoder(tokenizer) if fast_model is None else Gigatoken(tokenizer, fast_model)
+    _worker = encoder, keys, append_eod
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # Unlike the parent's number, this also tells of a parent that was gone before we asked.
+    parent.join()
+    os._exit(1)
+
+
+def _work(piece: Piece) -> list[Encoded]:
+    assert _worker is not None
+    encoder, keys, append_eod = _worker
+    return encode_piece(encoder, piece, keys, append_eod)
+
+
+def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[Encoded]]]:
+    """Encode by worker processes; results come in the order of the pieces, a few at a time in memory."""
+    if job.workers == 1:
+        for piece in pieces:
+            yield piece, encode_piece(job.encoder, piece, job.keys, job.append_eod)
+        return
+    # Spawned, not forked: the caller may hold threads or a device. Workers import no torch.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[tuple[Piece, Future[list[Encoded]]]] = deque()
+    fast_model = job.encoder.model if isinstance(job.encoder, Gigatoken) else None
+    start = job.encoder.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
+    pool = ProcessPoolExecutor(job.workers, context, _start_worker, start)
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(_work, piece)))
+            if len(waiting) > 3 * job.workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process died, most often for want of memory; run again with fewer --workers to go on"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

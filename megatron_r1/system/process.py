@@ -1,0 +1,179 @@
+"""One launch at a time writes to a run directory, and no rank outlives the command that started it.
+
+A rank whose launcher was killed would go on writing beside the command that was started again. Two
+things prevent it: every rank holds a lock on the run directory for as long as it lives, and a thread
+in it ends the process once its parent is gone. SIGTERM is a request to save and stop, as schedulers send
+it before they kill. Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+_OWNER = "MEGATRON_R1_OWNER"
+"""Environment: "PID:START" of the command on whose behalf a launch runs."""
+
+
+_LOOK_SECONDS = 0.3
+
+
+class RunBusyError(RuntimeError):
+    """Another launch holds the run directory."""
+
+
+class RunLock:
+    """The lock file `DIR/.lock`, held until this process ends.
+
+    The first rank takes it exclusively, which fails while any rank of an earlier launch lives, and
+    then shares it; the other ranks join. A process that dies, however it dies, lets go.
+    """
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / ".lock"
+        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  (held for life)
+
+    def take(self, patience: float = 20.0, share: bool = False) -> None:
+        """Wait up to `patience` seconds for every earlier holder to end; then hold the lock.
+
+        `share`: let the other ranks of this launch join. Raises RunBusyError that names the holder.
+        """
+        start = time.monotonic()
+        while not self._try(fcntl.LOCK_EX):
+            if time.monotonic() - start > patience:
+                raise RunBusyError(
+                    f"{self.path.parent} is in use by {self._holder()}; wait for it to end, or stop it, "
+                    f"and start again"
+                )
+            time.sleep(0.1)
+        self._file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
+        self._file.flush()
+        if share:
+            self._try(fcntl.LOCK_SH)
+
+    def join(self) -> None:
+        """Hold the lock beside the first rank, which must have taken it to share."""
+        if not self._try(fcntl.LOCK_SH):
+            raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
+
+    def release(self) -> None:
+        self._file.close()
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            print(f"warning: no file locks on {self.path}: start one command at a time", file=sys.stderr)
+        return True
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self.path.read_text())
+            return f"process {holder['pid']} on {holder['host']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+
+def owner_environment() -> dict[str, str]:
+    """What a command passes to the launches that must end with it."""
+    return {_OWNER: f"{os.getpid()}:{_start_time(os.getpid())}"}
+
+
+def exit_when_orphaned() -> None:
+    """End this process (status 1) once its parent, or the owner in the environment, is gone."""
+    parent = os.getppid()
+    owner = os.environ.get(_OWNER)
+
+    def watch() -> None:
+        while os.getppid() == parent and (owner is None or _alive(owner)):
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="exit-when-orphaned", daemon=True).start()
+
+
+def _start_time(pid: int) -> str | None:
+    """Start time of a process in clock ticks, so that a number used again is not mistaken for it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _alive(owner: str) -> bool:
+    pid, _, start = owner.partition(":")
+    if not Path("/proc").is_dir():
+        return True
+    return _start_time(int(pid)) == start
+
+
+_SAME_REQUEST = 5.0
+"""Seconds within which another SIGTERM is the same request: a scheduler signals every process, and so
+does a launcher that got the signal itself."""
+
+
+class StopRequest:
+    """Notes SIGTERM while it is entered; a later one ends the process as it would have ended before."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._since > _SAME_REQUEST:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.requested:
+            self.requested, self._since = True, now
+
+
+_ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
+
+
+def allocator_environment() -> dict[str, str]:
+    """What glibc must find at a process's start to keep freed memory, in huge pages; empty where it does
+    not matter: with a GPU, or without glibc."""
+    try:
+        glibc = os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError):
+        glibc = None
+    return {"GLIBC_TUNABLES": _ALLOCATOR} if glibc and not os.path.exists("/dev/nvidiactl") else {}
+
+
+def keep_freed_memory() -> None:
+    """Start this process anew, once, with `allocator_environment`; a setting of the user's stays.
+
+    A training step frees and asks for the same gigabytes; glibc would return them to the kernel and have
+    them cleared each time, a third of the step on a CPU (docs/speed.md). Call it before anything that takes
+    long: it is lost.
+    """
+    environment = allocator_environment()
+    if not environment or any(name in os.environ for name in environment):
+        return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})

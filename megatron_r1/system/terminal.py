@@ -1,0 +1,124 @@
+"""What a tool shows and reads at the terminal: progress with ETA, its parser, one message a mistake.
+
+A user's mistake is one message and exit status 2; Ctrl-C is one line and 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from tqdm import tqdm
+
+_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+def say(line: str) -> None:
+    """What a person should see beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts towards `total`. Only one rank should show it: pass `show=False` on the others."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int = 0, show: bool = True):
+        self.name, self.total, self.unit, self.done = name, total, unit, start
+        self.show = show
+        self._first, self._began, self._last = start, time.monotonic(), time.monotonic()
+        self._bar = (
+            tqdm(total=total, initial=start, desc=name, unit=f" {unit}", dynamic_ncols=True, leave=True)
+            if show and sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+        elif self.show:
+            now = time.monotonic()
+            if now - self._last >= _EVERY or self.done == self.total:
+                self._last = now
+                print(
+                    f"{self.name}: {self.line()}{' | ' + note if note else ''}", file=sys.stderr, flush=True
+                )
+
+    def line(self) -> str:
+        """`120/200 steps, 1.9 steps/s, 42 s left`."""
+        rate = (self.done - self._first) / max(1e-9, time.monotonic() - self._began)
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        eta = "done" if self.done >= self.total else f"{_duration(left)} left"
+        return f"{self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {eta}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+TRACEBACK = "MEGATRON_R1_TRACEBACK"
+"""Environment: set it to see where a message comes from."""
+_STATUSES = """Exit status: 0 done, 2 a mistake in what was asked or found (one message says which), 130
+interrupted; any other is a fault, with its traceback."""
+
+
+def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
+    """A tool's parser, from its docstring: what it does, then the options, then, from the first command in it
+    on, examples. `statuses`: exit statuses of this tool alone."""
+    what, examples = re.split(r"\n\n(?=python |torchrun )", doc, maxsplit=1)
+    return argparse.ArgumentParser(
+        description=what,
+        epilog="\n".join([examples, _STATUSES, statuses]).rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def announce_torch(run: str) -> None:
+    """Say, once a launch and before torch is imported, what the silence is that follows."""
+    if os.environ.get("RANK", "0") == "0":
+        line = f"{run}: configuration checked; loading torch, which takes some seconds"
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn ValueError, OSError and a busy run directory into `error: ...` on stderr and status 2."""
+    from megatron_r1.system.process import RunBusyError
+
+    try:
+        yield
+    except (ValueError, OSError, RunBusyError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Most mistakes are every rank's, and the first one says them; the launcher ends this one
+            # before it repeats them, unless the mistake is its alone.
+            time.sleep(3)
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(130)

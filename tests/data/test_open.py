@@ -1,0 +1,119 @@
+"""Datasets against configuration: what does not fit is said before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1 import config_io
+from megatron_r1.config_io import ConfigError
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
+from megatron_r1.data.open import data_mistakes, document_end, resolve_data
+from tests.launch import TINY_MODEL, write_corpus
+
+
+def sidecar(prefix: Path, fingerprint: str, vocab_size: int) -> None:
+    """What tools/preprocess_data.py leaves beside a pair."""
+    dataset = IndexedDataset(prefix)
+    made_with = {
+        "tokenizer_fingerprint": fingerprint,
+        "vocab_size": vocab_size,
+        "documents": dataset.num_documents,
+        "tokens": len(dataset.tokens),
+        "dtype": dataset.dtype.name,
+    }
+    Path(f"{prefix}.json").write_text(json.dumps(made_with))
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    for number, name in enumerate("ab"):
+        write_corpus(tmp_path / name, 20, seed=number)
+    return [
+        *TINY_MODEL,
+        "train={run: unused, global_batch: 4, micro_batch: 2}",
+        f"data={{seq_length: 32, sources: {{a: {{prefix: '{tmp_path}/a'}}, b: {{prefix: '{tmp_path}/b'}}}}}}",
+        "phases.one.steps=5",
+    ]
+
+
+def mistakes(words: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config_io.load(words, also=data_mistakes)
+    return caught.value.mistakes
+
+
+def test_datasets_of_two_tokenizers_are_refused(words: list[str], tmp_path: Path) -> None:
+    sidecar(tmp_path / "a", "1" * 64, 128)
+    sidecar(tmp_path / "b", "2" * 64, 128)
+    (found,) = mistakes(words)
+    assert found.startswith("data.sources.b: made with tokenizer 222222222222, data.sources.a with 1111")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(words: list[str], tmp_path: Path) -> None:
+    sidecar(tmp_path / "a", "1" * 64, 4096)
+    sidecar(tmp_path / "b", "1" * 64, 4096)
+    (found,) = mistakes(words)
+    assert found.startswith("data.sources.a: its tokenizer has 4096 tokens, model.vocab_size=128 fewer;")
+
+
+@pytest.mark.parametrize("tokens", [50_000, 3_000_000])
+def test_an_id_beyond_the_vocabulary_is_refused_where_no_sidecar_tells(
+    tokens: int, words: list[str], tmp_path: Path
+) -> None:
+    """A short stream is looked at whole; a long one in stretches, the last tokens among them."""
+    stream = np.ones(tokens, np.uint16)
+    stream[-2] = 128
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(stream)
+    (found,) = mistakes(words)
+    assert found.startswith(
+        f"data.sources.a: {tmp_path}/a.bin: token {tokens - 2} has id 128, but model.vocab_size=128"
+    )
+
+
+def test_mistakes_of_files_and_fields_come_in_one_message(words: list[str], tmp_path: Path) -> None:
+    found = mistakes([*words, "data.sources.a.prefix=nowhere/a", "train.micro_batch=3"])
+    assert len(found) == 2 and "micro_batch=3" in found[0] and "nowhere/a.idx does not exist" in found[1]
+
+
+def test_more_documents_than_there_are_is_refused(words: list[str]) -> None:
+    (found,) = mistakes([*words, "data.sources.a.documents=21"])
+    assert found.startswith("data.sources.a: ") and "21" in found and "20" in found
+
+
+def test_epoch_caps_that_end_the_data_early_are_refused(words: list[str]) -> None:
+    config = config_io.load([*words, "phases.one.max_epochs=0.1"], also=data_mistakes)
+    with pytest.raises(ConfigError, match="max_epochs"):
+        resolve_data(config)
+
+
+def test_megatrons_order_is_given_shares(words: list[str]) -> None:
+    config = config_io.load([*words, "data.order=megatron", "phases.one.weights={a: 3, b: 1}"])
+    _, plan = resolve_data(config)
+    assert plan.count("a", 20) == 15 and plan.count("b", 20) == 5
+
+
+def test_phases_meet_at_whole_steps(words: list[str]) -> None:
+    config = config_io.load([*words, "phases.two={steps: 3, weights: {b: 1}}"], also=data_mistakes)
+    corpora, plan = resolve_data(config)
+    assert [corpus.name for corpus in corpora] == ["a", "b"]
+    assert plan.count("a", 20) == 10 and plan.count("a", 32) == 10 and plan.count("b", 32) == 22
+
+
+def test_documents_apart_need_a_known_end(words: list[str], tmp_path: Path) -> None:
+    apart = [*words, "data.cross_documents=false"]
+    assert "a has no sidecar that names its end-of-document token" in mistakes(apart)[0]
+    assert data_mistakes(config_io.load([*apart, "data.eod=0"])) == []
+    sidecar(tmp_path / "a", "1" * 64, 128)
+    assert "was preprocessed without --append-eod" in mistakes([*apart, "data.eod=0"])[0]
+    for name in "ab":
+        sidecar(tmp_path / name, "1" * 64, 128)
+        made_with = json.loads((tmp_path / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps({**made_with, "append_eod": True, "eod": 5}))
+    assert mistakes([*apart, "data.eod=4"])[0].endswith("its documents end with token 5, not data.eod=4")
+    assert document_end(config_io.load(apart)) == 5
+    assert document_end(config_io.load(words)) is None

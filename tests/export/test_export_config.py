@@ -1,0 +1,102 @@
+"""What a config.json says is read as transformers reads it, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, Llama4TextConfig, LlamaConfig
+
+from megatron_r1.config import ModelConfig, RopeScaling
+from megatron_r1.export import config as hf_config
+
+SHAPE = ModelConfig(4, 48, 80, 6, 2, 97, head_dim=16)
+REQUIRED = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+LLAMA = {**REQUIRED, "model_type": "llama", "intermediate_size": 8, "tie_word_embeddings": True}
+LLAMA4 = {
+    **REQUIRED,
+    "model_type": "llama4_text",
+    "intermediate_size_mlp": 8,
+    "tie_word_embeddings": True,
+    "moe_layers": [],
+    "no_rope_layers": [1] * 4,
+    "attn_temperature_tuning": False,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("theirs", [LlamaConfig, Llama4TextConfig], ids=["llama", "llama4_text"])
+def test_defaults_are_those_of_the_classes(theirs: Any) -> None:
+    ours = dict(hf_config.DEFAULTS[theirs.model_type])
+    assert ours.pop("rope_theta") == theirs.default_theta
+    assert ours == {f.name: f.default for f in dataclasses.fields(theirs) if f.name in ours}
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["llama4_text", "llama"])
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 0.5, 7.0, 512)]
+)
+def test_a_model_survives_the_way_through_transformers(
+    tmp_path: Path, qk_norm: bool, scaling: RopeScaling | None
+) -> None:
+    model = dataclasses.replace(SHAPE, qk_norm=qk_norm, rope_scaling=scaling, rms_norm_eps=3e-6)
+    config = hf_config.to_hf(model, 4096, "bfloat16", end_of_text=5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    rewritten = json.loads((tmp_path / "again" / "config.json").read_text())
+    for tree in (config, rewritten):
+        assert hf_config.from_hf(tree) == hf_config.HfModel(config["model_type"], model, 4096)
+    assert rewritten["eos_token_id"] == 5
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "said"),
+    [
+        (LLAMA, {"tie_word_embeddings": False}, "tie_word_embeddings=False: only True"),
+        (LLAMA, {"attention_bias": True}, "attention_bias=True: only False"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=True: only False"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
+        (LLAMA, {"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: only None"),
+        (LLAMA, {"sliding_window": 512}, "sliding_window=512: shorter than max_position_embeddings=2048"),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "yarn", "factor": 2}},
+            "rope_scaling.rope_type='yarn': only default,",
+        ),
+        (LLAMA, {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.low_freq_factor: missing"),
+        (LLAMA, {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention={}: one rotary"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (LLAMA4, {"moe_layers": [1]}, "moe_layers=[1], interleave_moe_layer_step=1: no layer may have"),
+        (LLAMA4, {"moe_layers": None}, "moe_layers=None, interleave_moe_layer_step=1: no layer may have"),
+        (LLAMA4, {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers=[1, 1, 1, 0]"),
+        (LLAMA4, {"no_rope_layers": []}, "no_rope_layers=[], no_rope_layer_interval=4: every layer must"),
+        (LLAMA4, {"attn_temperature_tuning": True}, "attn_temperature_tuning=True: only False"),
+        (LLAMA4, {"attention_chunk_size": 1024}, "attention_chunk_size=1024: shorter than"),
+        (LLAMA4, {"layer_types": ["sliding_attention"] * 4}, "layer_types: 'sliding_attention' is not"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(
+    base: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    hf_config.from_hf(base)
+    with pytest.raises(ValueError) as error:
+        hf_config.from_hf({**base, **change})
+    assert said in str(error.value)
+
+
+def test_everything_is_refused_in_one_go() -> None:
+    with pytest.raises(ValueError) as error:
+        hf_config.from_hf({"model_type": "llama4_text", "vocab_size": 9, "num_hidden_layers": 4})
+    fields = ("hidden_size", "intermediate_size_mlp", "tie_word_embeddings", "attn_temperature_tuning")
+    assert all(f"{name}" in str(error.value) for name in (*fields, "no_rope_layers", "moe_layers"))
+    with pytest.raises(ValueError, match="model_type='mistral': only llama and llama4_text can be read"):
+        hf_config.from_hf({"model_type": "mistral"})
+
+
+def test_a_shape_that_llama_refuses_is_not_written() -> None:
+    with pytest.raises(ValueError, match=r"to be a multiple of model\.num_attention_heads=5"):
+        hf_config.to_hf(dataclasses.replace(SHAPE, num_attention_heads=5, qk_norm=False), 64, "float32")

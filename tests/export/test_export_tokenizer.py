@@ -1,0 +1,77 @@
+"""What is written for transformers tokenizes as the tokenizer that the data was made with."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_r1.export.tokenizer import tokenizer_files
+from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from tests.preprocess.test_tokenizer import CODE, HARD
+
+TEXTS = [Path(__file__).read_text(), *HARD]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    words = [CODE + f"# {n} {n * n} item\n" for n in range(300)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    train_sentencepiece([folder / "text.jsonl"], folder / "sp.model", vocab_size=370)
+    return folder / "sp.model"
+
+
+@pytest.fixture(scope="module")
+def tiktoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    ", b"te", b"text"]
+    path = tmp_path_factory.mktemp("tiktoken") / "tokenizer.model"
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer"])
+def test_transformers_gives_the_same_tokens(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue("sentencepiece" if kind[0] == "S" else "tiktoken")
+    ours, written = build_tokenizer(kind, model), tokenizer_files(kind, model)
+    for name, content in written.files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    # Ours takes a special token's name in a document as text, as this option does.
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    assert [theirs.encode(text, **plain) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert [theirs.decode(ours.encode(text)) for text in TEXTS] == TEXTS
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
+    assert (written.end_of_text, written.vocab_size) == (ours.eod, ours.vocab_size)
+
+    # And once more through this project's own reader of what was written.
+    again = tokenizer_files("HuggingFaceTokenizer", tmp_path)
+    assert again.files == written.files and again.end_of_text == ours.eod
+
+
+def test_nemo_s_hugging_face_tokenizer_gives_the_same_tokens(sentencepiece: Path, tmp_path: Path) -> None:
+    """From the folder that an export has; special tokens' names in a text are the one difference."""
+    library = pytest.importorskip("nemo.collections.common.tokenizers.huggingface.auto_tokenizer")
+    ours = build_tokenizer("SentencePieceTokenizer", sentencepiece)
+    for name, content in tokenizer_files("SentencePieceTokenizer", sentencepiece).files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = library.AutoTokenizer(pretrained_model_name=str(tmp_path), use_fast=True)
+    texts = [text for text in TEXTS if "</s>" not in text]
+    assert len(texts) > 5
+    assert [theirs.text_to_ids(text) for text in texts] == [ours.encode(text) for text in texts]
+    assert (theirs.eos_id, theirs.vocab_size) == (ours.eod, ours.vocab_size)
+
+
+def test_a_normalising_sentencepiece_model_is_refused(sentencepiece: Path, tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+
+    proto = protocol.ModelProto.FromString(sentencepiece.read_bytes())  # type: ignore[attr-defined]
+    proto.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "sp.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match="without normalisation"):
+        tokenizer_files("SentencePieceTokenizer", tmp_path / "sp.model")

@@ -1,0 +1,242 @@
+"""Inputs of preprocessing, curation and `--check` that end in wrong data, or in an unclear error.
+
+Each test states the right value; the mark goes when it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.inputs import (
+    DOCUMENTS,
+    KIND,
+    SPLIT,
+    Tools,
+    bin_bytes,
+    fault,
+    jsonl,
+    line_of,
+    pair,
+    plain_tokenizer,
+    read,
+    run_words,
+)
+from tests.launch import ROOT
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return plain_tokenizer(tmp_path / "tokenizer")
+
+
+# Python 3.12 no longer counts C's calls against its own limit.
+@fault("c14", "orjson takes up to 1,023 levels, json 989", condition=sys.version_info < (3, 12))
+def test_verdicts_are_the_same_with_and_without_orjson(plain: Path, tmp_path: Path) -> None:
+    depths = (10, 1005, 3000)
+    source = jsonl(tmp_path / "deep.jsonl", ["flat"])
+    with open(source, "a") as stream:
+        stream.writelines(f'{{"text":"deep","n":{"[" * depth}{"]" * depth}}}\n' for depth in depths)
+
+    def documents(name: str, prepare: str) -> int:
+        # In processes of their own: what calls the tool takes part of Python's depth, too.
+        code = f"{prepare}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        words = [*SPLIT, tmp_path / name, "--tokenizer-type", KIND, "--tokenizer-model", plain]
+        words += ["--encoder", "reference"]
+        command = [sys.executable, "-c", code, "tools/preprocess_data.py", "--input", source, *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return read(tmp_path / name)[0]["documents"]
+
+    found = documents("with", "import runpy, sys")
+    assert found == documents("without", "import runpy, sys; sys.modules['orjson'] = None")
+
+
+@pytest.mark.parametrize("value", [None, ["None"]])
+@fault("c15", "null is learned as the word None, a list as its repr")
+def test_a_text_that_is_no_string_teaches_no_tokenizer(tools: Tools, tmp_path: Path, value: Any) -> None:
+    import sentencepiece
+
+    source = jsonl(tmp_path / "in.jsonl", [*DOCUMENTS, *[value] * 100])
+    model = tmp_path / "sp.model"
+    answer = tools("train_tokenizer", "--input", source, "--vocab-size", 300, "--output", model)
+    if answer.status == 2:
+        line_of(answer.text, r"^error: .*in\.jsonl")
+        return
+    assert answer.status == 0, answer.text
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("None", out_type=str)
+    assert len(pieces) == 4
+
+
+def _broken_text(dictionary: bool) -> Any:
+    """Three rows, the second of which is no UTF-8."""
+    import pyarrow
+
+    texts = [b"first", b"brok\xffn", b"third"]
+    starts = [0, 5, 11, 16]
+    buffers = [pyarrow.array(starts, pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"".join(texts))]
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, *buffers])
+    if dictionary:
+        return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), strings)
+    return strings
+
+
+@pytest.mark.parametrize(
+    "dictionary",
+    [False, pytest.param(True, marks=fault("c19", "the run ends, and names neither file nor row"))],
+)
+def test_a_broken_text_of_a_parquet_column_is_one_reject(
+    tools: Tools, plain: Path, tmp_path: Path, dictionary: bool
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    source = tmp_path / "in.parquet"
+    parquet.write_table(pyarrow.table({"text": _broken_text(dictionary)}), source)
+    answer = tools.preprocess("out", [jsonl(tmp_path / "in.jsonl", DOCUMENTS), source], plain)
+    assert answer.status == 0, answer.text
+    assert read(tmp_path / "out")[0]["documents"] == len(DOCUMENTS) + 2
+    [reject] = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    assert (reject["file"], reject["line"]) == (str(source), 2)
+    assert "invalid UTF-8" in reject["reason"]
+
+
+@fault("c20", "the error names no file")
+def test_a_damaged_page_is_told_with_its_file(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    source = tmp_path / "pages.parquet"
+    table = pyarrow.table({"text": [f"document {i}" for i in range(400)]})
+    parquet.write_table(table, source, compression="snappy", row_group_size=20, use_dictionary=False)
+    column = parquet.ParquetFile(source).metadata.row_group(10).column(0)
+    with open(source, "r+b") as stream:
+        # The page's content ends the chunk.
+        stream.seek(column.data_page_offset + column.total_compressed_size - 30)
+        stream.write(b"\xff" * 30)
+    answer = tools.preprocess("out", [jsonl(tmp_path / "in.jsonl", DOCUMENTS), source], plain)
+    assert answer.status == 2, answer.text
+    line_of(answer.text, r"^error: pages\.parquet is damaged")
+
+
+@fault("c21", "all is encoded first, then the error names nothing")
+def test_an_input_whose_name_is_no_utf_8(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        jsonl(source, ["one"])
+    except OSError:
+        pytest.xfail("this file system takes no such name")
+    answer = tools.preprocess("out", source, plain)
+    if answer.status == 2:
+        # At once: nothing was encoded.
+        assert "caf" in line_of(answer.text, "^error: ") and "encoder:" not in answer.text
+        return
+    assert answer.status == 0, answer.text
+    assert read(tmp_path / "out")[0]["documents"] == 1
+
+
+@fault("c24", "all sets are written, then one of them is not found")
+def test_a_capability_whose_name_has_a_slash(tools: Tools, tmp_path: Path) -> None:
+    sources = ["--sources", f"a={pair(tmp_path / 'pair')}", "--tokens-per-source", 50]
+    output = tmp_path / "probes"
+    answer = tools("curate_probes", *sources, "--capabilities", "math/algebra=a", "--output-dir", output)
+    if answer.status == 2:
+        line_of(answer.text, "^error: .*math/algebra")
+        assert not [*output.rglob("*.bin")]
+        return
+    assert answer.status == 0, answer.text
+    # Flattened: a file each for probing and held-out set.
+    assert len([*output.glob("*.bin")]) == 2
+
+
+@fault("c25", "No such file: PREFIX.partial/0.lengths")
+def test_a_key_given_twice_is_refused(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    answer = tools.preprocess("out", source, plain, "--json-keys", "text", "text")
+    assert answer.status == 2, answer.text
+    line_of(answer.text, "^error: .*--json-keys")
+
+
+def _with_blank_lines(path: Path) -> Path:
+    path.write_text("".join(json.dumps({"text": f"doc {i}"}) + "\n\n" for i in range(120)))
+    return path
+
+
+@fault("c26", "each is a reject, and the run stops at 101 of them")
+def test_blank_lines_between_documents_are_skipped(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    answer = tools.preprocess("out", _with_blank_lines(tmp_path / "in.jsonl"), plain)
+    assert answer.status == 0, answer.text
+    assert read(tmp_path / "out")[0]["documents"] == 120
+    assert not (tmp_path / "out_text_rejects.jsonl").exists()
+
+
+@fault("c26", "train_tokenizer stops at the first")
+def test_blank_lines_teach_no_tokenizer(tools: Tools, tmp_path: Path) -> None:
+    source = _with_blank_lines(tmp_path / "in.jsonl")
+    words = ["--vocab-size", 270, "--output", tmp_path / "sp.model"]
+    answer = tools("train_tokenizer", "--input", source, *words)
+    assert answer.status == 0, answer.text
+
+
+@pytest.mark.parametrize(
+    ("first", "step"), [(0, 1), (5, 1), pytest.param(0, 2, marks=fault("c27", "task 2 of 0-4:2 is shard 2"))]
+)
+def test_tasks_of_an_array_are_its_shards(
+    tools: Tools, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, step: int
+) -> None:
+    source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    tasks = [first + step * i for i in range(3)]
+    # torchrun's would come first.
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"COUNT": 3, "MIN": first, "MAX": tasks[-1], "STEP": step}
+    for task in tasks:
+        for name, value in {**given, "ID": task}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        answer = tools.preprocess("out", source, plain, "--shard", "env")
+        assert answer.status == 0, answer.text
+    answer = tools("preprocess_data", "--merge", "--output-prefix", tmp_path / "out")
+    assert answer.status == 0, answer.text
+    assert tools.preprocess("whole", source, plain).status == 0
+    assert bin_bytes(tmp_path / "out") == bin_bytes(tmp_path / "whole")
+
+
+@pytest.fixture
+def holed(tools: Tools, plain: Path, tmp_path: Path) -> tuple[list[Any], bytes]:
+    """A preprocessing command whose .bin has lost 800 bytes since, and what the .bin was."""
+    command = ["out", jsonl(tmp_path / "in.jsonl", DOCUMENTS), plain]
+    assert tools.preprocess(*command).status == 0
+    whole = bin_bytes(tmp_path / "out")
+    with open(tmp_path / "out_text_document.bin", "r+b") as stream:
+        stream.seek(200)
+        stream.write(bytes(800))
+    return command, whole
+
+
+@fault("c29", "--check is content with zeros in place of tokens")
+def test_training_data_with_a_hole_is_refused(
+    tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path
+) -> None:
+    answer = tools("train", "--check", *run_words(tmp_path / "run", tmp_path / "out_text_document"))
+    assert answer.status == 2, answer.text
+    line_of(answer.text, r"^error: .*out_text_document\.bin")
+
+
+@fault("c29", "it says already done")
+def test_a_dataset_with_a_hole_is_not_done(
+    tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path
+) -> None:
+    command, whole = holed
+    answer = tools.preprocess(*command)
+    if answer.status == 2:
+        line_of(answer.text, r"^error: .*out_text_document\.bin")
+        return
+    assert answer.status == 0, answer.text
+    assert bin_bytes(tmp_path / "out") == whole

@@ -1,0 +1,144 @@
+"""What a launch plan says of data, time and checkpoints, and of the paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1 import config_io
+from megatron_r1.config import Config
+from megatron_r1.config_io import ConfigError
+from megatron_r1.launch.paper import SOURCES
+from megatron_r1.launch.plan import Launch, plan_launch
+from megatron_r1.launch.text import text
+from tests.launch import TINY_MODEL, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = [
+    str(ROOT / "examples" / name)
+    for name in ("models/950m.yaml", "pretrain/phase1.yaml", "pretrain/phase2.yaml")
+]
+
+
+def pretrain(*more: str) -> Config:
+    return config_io.load([*PRETRAIN, *more])
+
+
+def test_epochs_of_the_recipe_are_the_papers_tokens_over_its_datasets() -> None:
+    data = plan_launch(pretrain(), Launch(168), build=False).data
+    for name, epochs in data.epochs().items():
+        paper = SOURCES[name]
+        drawn = 2e12 * (paper.phase1 / 100.01 + paper.phase2 / 99.99)
+        assert epochs == pytest.approx(drawn / paper.tokens, rel=1e-4), name
+    assert data.absent == set(SOURCES)
+
+
+def test_time_is_flops_over_what_the_gpus_do() -> None:
+    plan = plan_launch(pretrain(), Launch(168, mfu=0.5, peak_flops=1e15), build=False)
+    attention = 6 * 22 * 2048 * 1536
+    seconds = (6 * 949_685_760 + attention) * plan.data.tokens / 0.5e15
+    assert plan.gpu_hours == pytest.approx(seconds / 3600)
+    assert plan.step_seconds == pytest.approx(seconds / 168 / plan.data.steps)
+    assert plan.mfu_of(plan.gpu_hours) == pytest.approx(0.5)
+
+
+def test_every_size_that_does_not_divide_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_launch(pretrain("data.sources.wiki.tokens=null"), Launch(100, rank=100, mfu=2), build=False)
+    told = str(caught.value)
+    for part in ("--rank 100", "--mfu 2", "make train.global_batch a multiple of 1200", "sources.wiki"):
+        assert part in told
+
+
+def test_warnings_name_what_is_odd() -> None:
+    odd = "phases.odd={steps: 100000, weights: {starcoder: 0.5, wiki: 0.4}}"
+    config = config_io.load([*PRETRAIN[:2], odd, "model.head_dim=62"])
+    told = "\n".join(plan_launch(config, Launch(168), build=False).warnings())
+    for part in (
+        "phase1 sum to 100.01, not 100",
+        "odd sum to 0.9, not 1",
+        "wiki 76.8",
+        "no phase draws: nemotron-science",
+        "2.75T on 168 GPUs and 2.10T on 128",
+        "model.head_dim=62 has no flash attention",
+    ):
+        assert part in told, told
+
+
+def test_a_launch_without_oddities_has_no_warnings() -> None:
+    weights = "phases.phase1.weights={fineweb-edu: 0.75, starcoder: 0.25}"
+    config = config_io.load([*PRETRAIN[:2], weights])
+    only = {name: config.data.sources[name] for name in ("fineweb-edu", "starcoder")}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=only))
+    assert plan_launch(config, Launch(56), build=False).warnings() == []
+
+
+def test_datasets_that_are_there_are_counted_themselves(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", 60, seed=1)
+    config = config_io.load(
+        [
+            *TINY_MODEL,
+            "train={run: none, global_batch: 8, micro_batch: 2, precision: fp32}",
+            f"data={{seq_length: 32, sources: {{a: {{prefix: '{tmp_path}/a', tokens: 5}}}}}}",
+            "phases.one={steps: 3}",
+        ]
+    )
+    plan = plan_launch(config, Launch(4, rank=3))
+    assert not plan.data.absent and plan.data.corpora[0].tokens > 1000
+    assert plan.first is not None
+    # Four ranks with two sequences each.
+    assert plan.first.sample_N.tolist() == [6, 7]
+    assert plan.first.window_N[0] == plan.data.blend.locate(6)[2]
+    assert "first samples of rank 3" in text(plan) and "memory of rank 3" in text(plan)
+
+
+def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
+    told = "\n".join(plan_launch(pretrain(), Launch(168), build=False).differences())
+    expected = [
+        "parameters: here 949,685,760, paper 949.2M",
+        "sequences per GPU and step: here 12, paper 16",
+        "phases.phase1.steps: here 484,407, paper 500,000",
+        "phases.phase1.weights.fineweb-edu: here 63.74 %, paper 63.75 %",
+        "phases.phase1.weights: here normalised, the paper's sum to 100.01 %",
+        "phases.phase2.steps: here 484,407, paper 500,000",
+        "phases.phase2.warmup_steps: here 0, paper 2,000",
+        "phases.phase2.weights.fineweb-edu: here 54.84 %, paper 54.83 %",
+        "phases.phase2.weights: here normalised, the paper's sum to 99.99 %",
+    ]
+    lines = [line.rpartition(" (")[0] for line in told.splitlines()]
+    assert lines == expected
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("model.num_layers=21", "model.num_layers: here 21, paper 22"),
+        ("data.seq_length=4096", "data.seq_length: here 4,096, paper 2,048"),
+        ("phases.phase1.learning_rate=0.002", "phases.phase1.learning_rate: here 0.002, paper 0.004"),
+        ("phases.phase2.decay=cosine", "phases.phase2.decay: here cosine, paper linear"),
+        ("data.sources.wiki.tokens=1000000000", "data.sources.wiki.tokens: here 1,000,000,000"),
+        ("phases.phase2.weights.wiki=1.14", "phases.phase2.weights.wiki: here 1.13 %, paper 0.14 %"),
+    ],
+)
+def test_a_change_of_the_recipe_is_a_difference_from_the_paper(change: str, told: str) -> None:
+    assert told in "\n".join(plan_launch(pretrain(change), Launch(168), build=False).differences())
+
+
+def test_the_tool_answers_without_torch() -> None:
+    code = (
+        "import runpy, sys; sys.argv[0] = 'tools/plan_launch.py'\n"
+        "runpy.run_path('tools/plan_launch.py', run_name='__main__')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *PRETRAIN, "--gpus", "168", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "484,407 steps x 4,128,768 = 2,000,004,120,576 tokens" in done.stdout

@@ -1,0 +1,212 @@
+"""Round trips, Megatron's names, and mistakes that say what to do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer, train_sentencepiece
+
+CODE = (
+    'def f(x: int) -> str:\n\treturn  f"{x!r:>10}"   \n\n\nclass A:\n    """Doc."""\n\n    y = 1234567890\n'
+)
+HARD = [
+    CODE,
+    "",
+    " ",
+    "  two before, two after  ",
+    "\n\n\n",
+    "\t \t\r\n",
+    " " * 3000,
+    "é漢字🙂\u200d\u2028\ufeff",
+    "nul \x00 and bell \x07",
+    "</s><s><unk><|end_of_text|><|endoftext|>",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    texts = [CODE + f"# {word} {i} {word[::-1]}\n" for i, word in enumerate(sorted(sys.stdlib_module_names))]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(corpus):
+    model = corpus.with_name("sp.model")
+    train_sentencepiece([corpus], model, vocab_size=500)
+    return build_tokenizer("SentencePieceTokenizer", model)
+
+
+@pytest.fixture(scope="module")
+def huggingface(corpus):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|pad|>", "<|eos|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.read_text().splitlines(), trainer)
+    folder = corpus.with_name("hf")
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|eos|>"}}))
+    return build_tokenizer("HuggingFaceTokenizer", folder)
+
+
+@pytest.fixture(scope="module")
+def tiktoken(corpus):
+    pytest.importorskip("tiktoken")
+    tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    "]
+    path = corpus.with_name("tokenizer.model")
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    return build_tokenizer("TikTokenizer", path)
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface", "tiktoken"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_text_survives_exactly(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.eod not in tokens
+
+
+# U+2581 is SentencePiece's own sign for a space; surrogates are not text.
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_any_text_survives_sentencepiece(sentencepiece, text):
+    assert sentencepiece.decode(sentencepiece.encode(text)) == text
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    assert tokenizer.encode_batch(HARD) == [tokenizer.encode(text) for text in HARD]
+
+
+def test_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"lone surrogate .* at character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def test_end_of_document_token(sentencepiece, huggingface, tiktoken):
+    assert sentencepiece.eod == 2
+    assert huggingface.eod == 1
+    assert (tiktoken.eod, tiktoken.vocab_size) == (260 + 1, 260 + 256)
+
+
+def test_digits_stand_alone(sentencepiece):
+    assert len(sentencepiece.encode("1234567890")) == 10
+
+
+def test_training_twice_gives_the_same_model(sentencepiece, corpus, tmp_path):
+    train_sentencepiece([corpus], tmp_path / "again.model", vocab_size=500)
+    again = build_tokenizer("SentencePieceTokenizer", tmp_path / "again.model")
+    assert again.fingerprint() == sentencepiece.fingerprint()
+
+
+def test_training_takes_a_sample_of_bounded_size(corpus, tmp_path):
+    size = corpus.stat().st_size
+    seen = train_sentencepiece([corpus], tmp_path / "some.model", vocab_size=400, max_bytes=size // 4)
+    assert size // 8 < seen < size // 2
+
+
+def test_vocabulary_larger_than_the_text_gives_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size 99999 does not fit"):
+        train_sentencepiece([corpus], tmp_path / "no.model", vocab_size=99999)
+    assert not (tmp_path / "no.model").exists()
+
+
+def test_training_names_the_line_without_text(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n{"body": "bad"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no text under 'text'"):
+        train_sentencepiece([path], tmp_path / "no.model", vocab_size=300)
+
+
+def test_tiktoken_long_runs(tiktoken):
+    """A million spaces stop tiktoken itself; runs are cut after every 25,000 characters."""
+    text = "x" + " " * 1_000_000 + "y" * 60_000
+    assert tiktoken.decode(tiktoken.encode(text)) == text
+    run = " " * 25_000
+    assert tiktoken.encode(run * 2) == 2 * tiktoken.encode(run)
+
+
+def test_fingerprint_tells_kinds_and_models_apart(sentencepiece, huggingface, tiktoken, tmp_path):
+    prints = {t.fingerprint() for t in (sentencepiece, huggingface, tiktoken)}
+    other = tmp_path / "other.model"
+    other.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    prints.add(build_tokenizer("TikTokenizer", other).fingerprint())
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("TiktokenTokenizer", "did you mean TikTokenizer?"),
+        ("Llama2Tokenizer", "did you mean"),
+        ("zzz", "use one of SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer"),
+    ],
+)
+def test_unknown_kind_suggests_a_near_one(kind, hint):
+    with pytest.raises(ValueError, match="unknown tokenizer kind") as raised:
+        build_tokenizer(kind, "model")
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
+def test_missing_model_is_named(kind, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"{kind}: no tokenizer model at .*nothing"):
+        build_tokenizer(kind, tmp_path / "nothing")
+
+
+def test_model_of_another_kind_is_refused(tiktoken, corpus, tmp_path):
+    ranks = corpus.with_name("tokenizer.model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        build_tokenizer("SentencePieceTokenizer", ranks)
+    with pytest.raises(ValueError, match="line 1 is not 'base64 rank'"):
+        build_tokenizer("TikTokenizer", corpus)
+    cut = tmp_path / "cut.model"
+    cut.write_text("".join(ranks.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match="259 tokens, but their ranks are not 0 to 258"):
+        build_tokenizer("TikTokenizer", cut)
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        build_tokenizer("HuggingFaceTokenizer", tmp_path)
+
+
+def test_missing_library_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ValueError, match=r"TikTokenizer needs the package tiktoken .*pip install tiktoken"):
+        TikToken(tmp_path / "model")
+
+
+def test_tokens_are_those_of_megatrons_sentencepiece_tokenizer(sentencepiece, corpus):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tokenizers.text.libraries import SentencePieceTokenizer
+    theirs = SentencePieceTokenizer(str(corpus.with_name("sp.model")))
+    assert [theirs.text_to_ids(text) for text in HARD] == sentencepiece.encode_batch(HARD)
+    assert (theirs.vocab_size, theirs.eod) == (sentencepiece.vocab_size, sentencepiece.eod)
+
+
+def test_nemo_s_tokenizers_give_the_same_tokens(sentencepiece, corpus):
+    """A model that NeMo reads is given as it is; there is no kind of its own for it."""
+    library = pytest.importorskip("nemo.collections.common.tokenizers.sentencepiece_tokenizer")
+    theirs = library.SentencePieceTokenizer(model_path=str(corpus.with_name("sp.model")))
+    assert (theirs.vocab_size, theirs.eos_id) == (sentencepiece.vocab_size, sentencepiece.eod)
+    for text in (CODE, "  two before", "</s> stays text", "naïve 漢字"):
+        assert theirs.text_to_ids(text) == sentencepiece.encode(text)

@@ -1,0 +1,67 @@
+"""A ledger tells what each stage read, made and cost; hashes lead from a run to the stages it stands on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.run import ledger
+
+
+def test_a_line_says_what_the_stage_read_made_and_cost(tmp_path: Path) -> None:
+    ledger.append(tmp_path, "train a", devices=168, tokens=5, seconds=7200.0, inputs={"x": "1"})
+    (line,) = ledger.read(tmp_path)
+    assert (line["stage"], line["tokens"], line["inputs"], line["outputs"]) == ("train a", 5, {"x": "1"}, {})
+    assert line["device_hours"] == 2 * 168
+
+
+def test_outputs_that_were_found_and_not_made_add_no_line(tmp_path: Path) -> None:
+    for made in ("1", "1", "2"):
+        ledger.append_new(tmp_path, "tokenize", seconds=1.0, outputs={"x": made})
+    ledger.append_new(tmp_path, "another", seconds=1.0, outputs={"x": "2"})
+    assert [(line["stage"], line["outputs"]["x"]) for line in ledger.read(tmp_path)] == [
+        ("tokenize", "1"),
+        ("tokenize", "2"),
+        ("another", "2"),
+    ]
+
+
+def test_lineage_follows_hashes_through_the_ledgers_beside_the_inputs(tmp_path: Path) -> None:
+    text, tokens, run = (tmp_path / name for name in ("text", "tokens", "run"))
+    ledger.append(text, "gather", seconds=1.0, outputs={str(text / "a.jsonl"): "A"})
+    ledger.append(tokens, "tokenize a", inputs={str(text / "a.jsonl"): "A"}, outputs={"tokens/a": "a"})
+    # Of another run's data, and of this run's before it was made again.
+    ledger.append(tokens, "tokenize b", inputs={str(text / "b.jsonl"): "B"}, outputs={"tokens/b": "b"})
+    ledger.append(tokens, "tokenize a", inputs={str(text / "a.jsonl"): "A"}, outputs={"tokens/a": "old"})
+    # Shards, told in the same folder as what they were merged into.
+    ledger.append(tokens, "shard c", outputs={"tokens/c_shard": "half"})
+    ledger.append(tokens, "merge c", inputs={str(tokens / "c_shard"): "half"}, outputs={"tokens/c": "c"})
+    ledger.append(
+        run,
+        "train",
+        inputs={str(tokens / "a"): "a", str(tokens / "c"): "c"},
+        outputs={str(run / "step"): "s"},
+    )
+    ledger.append(run, "influence", inputs={str(tokens / "a"): "a", str(run / "step"): "s"})
+    found = [line["stage"] for line in ledger.lineage(run)]
+    assert sorted(found) == ["gather", "merge c", "shard c", "tokenize a"]
+
+
+def test_a_line_that_was_cut_short_costs_no_other(tmp_path: Path) -> None:
+    """As a full disk leaves it; what is no stage is none."""
+    ledger.append(tmp_path, "one", seconds=1.0)
+    with open(tmp_path / "ledger.jsonl", "a") as file:
+        file.write('null\n{"stage": "x"}\n{"stage": "tw')
+    for stage in ("three", "four"):
+        ledger.append(tmp_path, stage, seconds=1.0)
+    assert [line["stage"] for line in ledger.read(tmp_path)] == ["one", "three", "four"]
+
+
+@pytest.mark.parametrize("told", [["a.bin"], None])
+def test_lines_without_hashes_lead_nowhere(tmp_path: Path, told: object) -> None:
+    line = {"stage": "train", "finished": "", "outputs": told, "seconds": 1.0}
+    line |= {"devices": 1, "device_hours": 0.0, "tokens": 0}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(ledger.read(tmp_path)) == 1 and ledger.lineage(tmp_path) == []

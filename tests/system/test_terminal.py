@@ -1,0 +1,35 @@
+"""The allocator's settings reach the process, and the user's own stay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_r1.system.process import allocator_environment
+
+SCRIPT = (
+    "import os, sys; from megatron_r1.cli import keep_freed_memory; keep_freed_memory(); "
+    "print(os.environ.get('GLIBC_TUNABLES'), *sys.argv[1:])"
+)
+
+
+def run(**environment: str) -> str:
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    kept = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, "a=b", "--flag"],
+        env={**kept, "PYTHONPATH": root, "RANK": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_a_process_starts_again_with_the_allocator_and_its_arguments() -> None:
+    assert run().split() == [str(allocator_environment().get("GLIBC_TUNABLES")), "a=b", "--flag"]
+
+
+def test_the_users_own_setting_stays() -> None:
+    assert run(GLIBC_TUNABLES="glibc.malloc.arena_max=1").split()[0] == "glibc.malloc.arena_max=1"

@@ -1,0 +1,151 @@
+"""The quickstart's own pipeline at a small size: real text, real launches, and kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1.run import ledger
+from tests import launch
+
+LAST = "step_00000036"
+STAGES = 16
+
+
+def command(run: Path) -> list[str]:
+    return [sys.executable, "examples/quickstart/run.py", "--run", str(run), "--size", "small"]
+
+
+def make(run: Path) -> list[str]:
+    """As a user starts it; `-o`: the environment these tests run in is set up already."""
+    arguments = [f"VENV={sys.prefix}", f"ARGS=--run {run} --size small"]
+    return ["make", "-o", f"{sys.prefix}/.core", "quickstart", *arguments]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("quickstart") / "run"
+    launch.finish(command(run), run.parent / "log")
+    return run
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Weights, optimizer state, scores and mixture, bit for bit."""
+    for arm in (".", "control"):
+        launch.assert_same_tensors(run / arm / "checkpoints" / LAST, whole / arm / "checkpoints" / LAST)
+    assert (run / "mix.yaml").read_bytes() == (whole / "mix.yaml").read_bytes()
+    scores = sorted(p.relative_to(whole) for p in whole.glob("influence/*/*/scores.npy"))
+    assert len(scores) == 2 * 7
+    for path in scores:
+        assert np.array_equal(np.load(run / path), np.load(whole / path)), path
+
+
+def test_the_poor_source_ranks_last(whole: Path) -> None:
+    mix = json.loads((whole / "mix.json").read_text())
+    density = {name: row["rho"] for name, row in mix["sources"].items()}
+    assert len(density) == 7
+    assert min(density, key=lambda name: density[name]) == "base64"
+    weights = {name: row["weight"] for name, row in mix["sources"].items()}
+    assert weights["base64"] == min(weights.values()) and max(weights.values()) > weights["base64"]
+
+
+def test_the_run_goes_on_with_the_new_weights(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 37))
+    mix = json.loads((whole / "mix.json").read_text())["sources"]
+    for name, row in mix.items():
+        assert lines[-1]["mix_target"][name] == pytest.approx(row["weight"], abs=1e-6)
+    control = [json.loads(line) for line in (whole / "control/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in control] == list(range(25, 37))
+    assert set(control[-1]["probe_nll"]) == {"code", "math", "knowledge"}
+
+
+def test_the_report_and_tensorboard_are_there(whole: Path) -> None:
+    page = (whole / "reports/index.html").read_text()
+    assert all(name in page for name in ("base64", "gcide", "sympy", "knowledge"))
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    assert list((whole / "tb").glob("events.*"))
+
+
+def test_the_ledgers_tell_every_stage_from_the_first_text_on(whole: Path) -> None:
+    """By hashes alone: what a stage has read is what another one made."""
+    lines = [*ledger.lineage(whole), *ledger.read(whole)]
+    tokenized = [f"preprocess {path.stem}" for path in (whole / "text").glob("*.jsonl")]
+    scored = [f"influence step {step}" for step in (16, 24)]
+    trained = ["train tokenizer", "train uniform", "train influence"]
+    assert len(tokenized) == 7
+    assert sorted(line["stage"] for line in lines) == sorted(
+        ["gather text", "set probes aside", *tokenized, *trained, *scored, "mix influence"]
+    )
+    made = {value for line in lines for value in line["outputs"].values()}
+    given = {path for line in lines for path, value in line["inputs"].items() if value not in made}
+    assert given == {
+        f"examples/{name}.yaml" for name in ("models/tiny", "quickstart/train", "quickstart/phase2")
+    }
+    text = whole / "text" / "gcide.jsonl"
+    assert hashlib.sha256(text.read_bytes()).hexdigest() in made
+    assert all(line["device_hours"] > 0 for line in lines)
+
+
+def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:
+    text = launch.finish(command(whole), tmp_path / "log")
+    assert text.count("done before") == STAGES
+    assert launch.seconds_in(text) < 5
+
+
+def test_killed_twice_it_goes_on(whole: Path, tmp_path: Path) -> None:
+    """make alone while the model trains, whose ranks must not write on; then all processes at once."""
+    run = tmp_path / "run"
+    kill_in_stage(11, run, "make", delay=7.0)
+    kill_in_stage(12, run, "group", delay=6.0)
+    launch.finish(command(run), tmp_path / "log")
+    assert_same_run(run, whole)
+
+
+def kill_in_stage(number: int, run: Path, kind: str, delay: float) -> None:
+    """Start, and kill so many seconds into a stage."""
+    log = run.parent / f"killed in {number}"
+    process = launch.start(make(run) if kind == "make" else command(run), log)
+    title = f"[{number}/{STAGES}] "
+    launch.wait_for(lambda: title in log.read_text(errors="replace"), title)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=delay)
+    if kind == "group":
+        _kill_session(process.pid)
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _kill_session(leader: int) -> None:
+    """All that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
+    import psutil
+
+    family = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=10)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["group", "make"])
+@pytest.mark.parametrize("number", range(1, STAGES + 1))
+def test_killed_in_any_stage_it_goes_on(number: int, kind: str, whole: Path, tmp_path: Path) -> None:
+    longest = 14.0 if number in (11, 12, 14, 15) else 0.6
+    # Nothing follows the last stage: it is killed as it begins, or there is nothing left to kill.
+    delay = random.Random(number).uniform(0.0, longest) if number < STAGES else 0.0
+    run = tmp_path / "run"
+    kill_in_stage(number, run, kind, delay)
+    launch.finish(make(run) if kind == "make" else command(run), tmp_path / "log")
+    assert_same_run(run, whole)
