@@ -193,7 +193,7 @@ def _in_light(text: str) -> str:
 def _in_page(panel: alt.LayerChart) -> dict[str, Any]:
     """As wide as its place there; curves with zoom."""
     spec: dict[str, Any] = panel.to_dict(validate=False)
-    if any(layer["mark"]["type"] == "line" for layer in spec["layer"]):
-        spec["layer"][0]["params"] = [_ZOOM]
+    if curves := spec["layer"][0].get("layer"):
+        curves[0]["params"] = [_ZOOM]
     wide = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
     return {k: v for k, v in (spec | wide).items() if k not in ("$schema", "config")}

@@ -158,7 +158,8 @@ def curves(
     if not smoothed and len(rows) <= 24 * len(lines):
         layers.append(redraw(value, "circle size: 22, opacity: 1, clip: true"))
     layers.append(redraw(value, "circle size: 90, opacity: 0, clip: true", "name tokens:.3s value:,.5~g"))
-    return panel([*layers, *phase_marks(run, color)], title, unit, height)
+    # Layered by themselves, so that they share one copy of the rows.
+    return panel([alt.layer(*layers), *phase_marks(run, color)], title, unit, height)
 
 
 def padded(low: float, high: float) -> tuple[float, float]:

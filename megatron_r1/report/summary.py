@@ -196,7 +196,7 @@ def agreement(scores: Scores) -> list[tuple[int, int, list[float]]]:
     return [(steps[a], steps[b], [spearman(of[:, c, a], of[:, c, b]) for of, c in kinds]) for a, b in pairs]
 
 
-def drawn(run: Run, most: int = 160) -> list[tuple[str, float, float, dict[str, float]]]:
+def drawn(run: Run, most: int = 100) -> list[tuple[str, float, float, dict[str, float]]]:
     """(phase, begin and end in tokens, share of each source in the tokens drawn) of stretches of steps.
 
     Counts start with the run's first sample, so that a stretch's own are a difference. A run that forks off
@@ -205,7 +205,7 @@ def drawn(run: Run, most: int = 160) -> list[tuple[str, float, float, dict[str, 
     tokens, out = run.columns["tokens"], []
     count_ST = np.stack([np.insert(run.columns[f"tokens_by_source/{s}"], 0, 0.0) for s in run.domains])
     for a, b in itertools.pairwise(stretches(run, tokens, most).tolist()):
-        phase = next(name for name, _, end in run.spans if tokens[b - 1] <= end)
+        phase = next((name for name, _, end in run.spans if tokens[b - 1] <= end), run.phases[-1])
         share_S = count_ST[:, b] - count_ST[:, a]
         if not a and run.first["step"] > 1:
             share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
