@@ -269,7 +269,8 @@ def with_interval(x_CN: np.ndarray, y_CN: np.ndarray) -> list[list[float]]:
     """Spearman of each row, and their mean last; each with its 95 % bootstrap interval over N: [C + 1, 3]."""
 
     def of(pick_N: np.ndarray) -> list[float]:
-        found = [float(spearmanr(x_N[pick_N], y_N[pick_N]).statistic) for x_N, y_N in zip(x_CN, y_CN, strict=True)]
+        pairs = zip(x_CN[:, pick_N], y_CN[:, pick_N], strict=True)
+        found = [float(spearmanr(x_N, y_N).statistic) for x_N, y_N in pairs]
         return [*found, float(np.mean(found))]
 
     n, generator = x_CN.shape[1], np.random.default_rng(0)

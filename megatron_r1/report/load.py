@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -127,7 +127,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
     steps = damaged = 0
-    with open(path, "rb") if path.exists() else nullcontext([]) as lines:
+    with open(path if path.exists() else os.devnull, "rb") as lines:
         for text in lines:
             try:
                 line = json.loads(text)

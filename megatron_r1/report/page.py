@@ -33,7 +33,7 @@ class Figure:
     """Where it has neither panels, tables nor examples, `missing` says why and `command` makes them."""
 
     anchor: str
-    panels: Sequence[alt.LayerChart] = ()
+    panels: Sequence[Any] = ()
     tables: Sequence[tables.Table] = ()
     """Below the panels."""
     missing: str = ""
@@ -67,61 +67,53 @@ class Report:
         self.scores = summary.scores(reading)
         self.costs = summary.stage_costs(reading)
         self.ends = summary.held_out(reading)
-        made = [*self._training(), *self._influence(), *self._rest()]
-        self.figures = [f for f in made if f.panels or f.tables or f.extremes or f.command]
+        self.figures = [f for f in self._figures() if f.panels or f.tables or f.extremes or f.command]
 
-    def _training(self) -> Iterator[Figure]:
-        reading, run = self.reading, self.reading.run
+    def _figures(self) -> Iterator[Figure]:
+        """In the order of the page. Those with nothing to show are left out."""
+        reading, run, scores, saved = self.reading, self.reading.run, self.scores, self.saved
+        train = summary.launch(run, "train")
+        missing: dict[str, Any]
         yield Figure("loss", plots.loss(reading))
         yield Figure("sources", plots.loss_by_source(reading))
         if self.ends is not None:
-            missing = () if reading.control else ("no control", summary.control_command(run))
-            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], *missing)
+            missing = (
+                {} if reading.control else {"missing": "no control", "command": summary.control_command(run)}
+            )
+            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], **missing)
         elif run.config.data.probes:
-            yield Figure("heldout", missing="not measured", command=summary.launch(run, "train"))
+            yield Figure("heldout", missing="not measured", command=train)
         else:
-            command = summary.launch(run, "train", "data.probes.code=PREFIX")
-            yield Figure("heldout", missing="not named", command=command)
+            yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
         yield Figure("measures", plots.measures(reading))
-
-    def _influence(self) -> Iterator[Figure]:
-        reading, run, scores = self.reading, self.reading.run, self.scores
         if scores is None:
             more = () if run.config.influence else ("influence.directions.code=PREFIX",)
-            command = summary.launch(run, "compute_influence", *more)
-            yield Figure("influence", missing="missing", command=command)
-            return
-        yield Figure("influence", plots.histograms(reading, scores), lead=scores.unit)
-        yield Figure("heat", tables=[tables.heat(reading, scores)])
-        yield Figure(
-            "agreement", tables=[tables.agreement(scores)] if len(scores.tables[0].steps) > 1 else []
-        )
-        yield Figure("predicted", plots.predicted(reading, scores))
-        tokenizer = examples.find_tokenizer(reading)
-        missing = (
-            () if tokenizer else ("no tokenizer", f"python tools/report.py {run.root} --tokenizer MODEL")
-        )
-        yield Figure("examples", (), (), *missing, extremes=examples.extremes(reading, scores, tokenizer))
-
-    def _rest(self) -> Iterator[Figure]:
-        reading, run = self.reading, self.reading.run
+            score = summary.launch(run, "compute_influence", *more)
+            yield Figure("influence", missing="missing", command=score)
+        else:
+            yield Figure("influence", plots.histograms(reading, scores), lead=scores.unit)
+            yield Figure("heat", tables=[tables.heat(reading, scores)])
+            several = len(scores.tables[0].steps) > 1
+            yield Figure("agreement", tables=[tables.agreement(scores)] if several else [])
+            yield Figure("predicted", plots.predicted(reading, scores))
+            tokenizer = examples.find_tokenizer(reading)
+            again = f"python tools/report.py {run.root} --tokenizer MODEL"
+            missing = {} if tokenizer else {"missing": "no tokenizer", "command": again}
+            yield Figure("examples", extremes=examples.extremes(reading, scores, tokenizer), **missing)
         mix = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
-        missing = ("one phase", mix) if len(run.phases) == 1 else ()
-        yield Figure("mixture", plots.mixture(reading), (), *missing)
+        missing = {"missing": "one phase", "command": mix} if len(run.phases) == 1 else {}
+        yield Figure("mixture", plots.mixture(reading), **missing)
         yield Figure("mixture-over-time", plots.mixture_over_time(reading))
         yield Figure("epochs", plots.epochs(reading))
         yield Figure("schedule", plots.schedule(reading))
         yield Figure("phases", tables=[tables.phases(reading)])
-        train = summary.launch(run, "train")
-        if self.saved.complete:
-            panels, table = plots.checkpoints(run, self.saved), tables.checkpoints(run, self.saved)
-            yield Figure("checkpoints", panels, [table], command=train)
+        if saved.complete:
+            listed = [tables.checkpoints(run, saved)]
+            yield Figure("checkpoints", plots.checkpoints(run, saved), listed, command=train)
         else:
             yield Figure("checkpoints", missing="missing", command=train)
-        hours = summary.overhead(self.costs)
         if self.costs:
-            compared = [tables.overhead(hours)] if hours else []
-            yield Figure("cost", tables=[tables.stages(self.costs), *compared])
+            yield Figure("cost", tables=[tables.stages(self.costs), *tables.overhead(self.costs)])
         else:
             yield Figure("cost", missing="missing", command=train)
 
@@ -130,15 +122,7 @@ class Report:
         """The template's module: as text the page; its macro `picture` draws a table. The same reading gives
         the same bytes."""
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        for written in (
-            tables.count,
-            tables.size,
-            tables.percent,
-            tables.duration,
-            tables.signed,
-            tables.many,
-        ):
-            environment.filters[written.__name__] = written
+        environment.filters |= {k: v for k, v in vars(tables).items() if callable(v)}
         template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
         script = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
         return template.make_module(
@@ -160,7 +144,7 @@ class Report:
         return path
 
     def write_pictures(self, kind: str) -> Iterator[Path]:
-        """Write RUN/reports/ANCHOR.png or .svg of each figure; ANCHOR-2, and so on, where it has tables, too."""
+        """Write RUN/reports/ANCHOR.png or .svg of each figure; ANCHOR-2 and so on of its tables."""
         for figure in self.figures:
             for number, drawing in enumerate(self.pictures(figure), 1):
                 name = f"{figure.anchor}{f'-{number}' if number > 1 else ''}.{kind}"
@@ -190,7 +174,7 @@ def _in_light(text: str) -> str:
     return re.sub(r"var\(--([\w-]+)\)", lambda m: plots.COLORS[m[1]][0], text)
 
 
-def _in_page(panel: alt.LayerChart) -> dict[str, Any]:
+def _in_page(panel: Any) -> dict[str, Any]:
     """As wide as its place there; curves with zoom."""
     spec: dict[str, Any] = panel.to_dict(validate=False)
     if curves := spec["layer"][0].get("layer"):

@@ -26,13 +26,16 @@ COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["color
 }
 """Name -> colour in light and in dark mode."""
 INK, CONTROL = "var(--ink)", "var(--control)"
-Panels = list[alt.LayerChart]
+Rows = list[dict[str, Any]]
+Panels = list[Any]
+"""Layer charts. Altair's own types say more than mypy can follow."""
 
 
 def colors(domains: Mapping[str, str]) -> dict[str, str]:
     """Colour of each source, domain by domain: a hue for a domain, a shade for a source. A capability always
     has its own hue; other domains take the next in turn."""
-    hues, of = list(PAGE["hues"]), {}
+    hues = list(PAGE["hues"])
+    of: dict[str, str] = {}
     for i, domain in enumerate(dict.fromkeys((*CAPABILITIES, *domains.values()))):
         hue = hues[i if i < len(CAPABILITIES) else len(CAPABILITIES) + i % (len(hues) - len(CAPABILITIES))]
         members = [s for s in domains if domains[s] == domain]
@@ -40,19 +43,21 @@ def colors(domains: Mapping[str, str]) -> dict[str, str]:
     return of
 
 
-def draw(rows: Iterable[Mapping[str, Any]], mark: str, tips: str = "", **channels: Any) -> alt.Chart:
-    """A layer of these rows, numbers at six digits. `mark`: its type, then options as YAML. `tips`: the fields
-    to show under the pointer, each number with its format."""
+def draw(rows: Iterable[Mapping[str, Any]], mark: str, tips: str = "", **channels: Any) -> Any:
+    """A layer of these rows, numbers at six digits. `mark`: its type, then options as YAML. `tips`: fields to
+    show under the pointer, each number with its format."""
     short = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     return redraw(alt.Chart(alt.Data(values=short), mark="point"), mark, tips, **channels)
 
 
-def redraw(chart: alt.Chart, mark: str, tips: str = "", **channels: Any) -> alt.Chart:
+def redraw(chart: Any, mark: str, tips: str = "", **channels: Any) -> Any:
     """The same rows and channels by another mark."""
     kind, _, options = mark.partition(" ")
     shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
-    kinds = {True: "quantitative", False: "nominal"}
-    fields = [alt.Tooltip(field=name, type=kinds[bool(form)], format=form) for name, form in shown]
+    fields = [
+        alt.Tooltip(field=name, type="quantitative" if form else "nominal", format=form)
+        for name, form in shown
+    ]
     # Altair takes 20 ms to find the class of a dictionary.
     typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
     chart = chart.encode(**typed, **({"tooltip": fields} if fields else {}))
@@ -90,15 +95,13 @@ def tokens(low: float, high: float) -> dict[str, Any]:
     return number("tokens", (low, high), tickCount={"expr": "max(2, floor(width / 100))"}, **ticks)
 
 
-def panel(
-    layers: Sequence[alt.Chart], title: str = "", unit: str = "", height: float = 220
-) -> alt.LayerChart:
+def panel(layers: Sequence[Any], title: str = "", unit: str = "", height: float = 220) -> Any:
     return alt.layer(*layers).properties(title=alt.Title(title, subtitle=unit), height=height)
 
 
-def phase_marks(run: Run, color: str = "") -> list[alt.Chart]:
+def phase_marks(run: Run, color: str = "") -> Panels:
     """A broken line where a phase begins. `color`: of its name, where there is room for one."""
-    rows = [{"tokens": begin, "phase": phase, "wide": end - begin} for phase, begin, end in run.spans]
+    rows: Rows = [{"tokens": begin, "phase": phase, "wide": end - begin} for phase, begin, end in run.spans]
     wide = [row for row in rows if row["wide"] > 0.08 * sum(row["wide"] for row in rows)]
     rules = draw([row for row in rows if row["tokens"]], "rule strokeDash: [2, 4], clip: true", x="tokens:Q")
     mark = f"text align: left, dx: 5, clip: true, color: {color}"
@@ -114,19 +117,27 @@ class Curve:
 
 
 def curves(
-    run: Run, drawn: Sequence[Curve], title: str = "", unit: str = "nats per token", *, smoothed: bool = False,
-    span: Sequence[float] = (), since: float = 0.0, color: str = "", form: str = ".3f", height: float = 220,
-) -> alt.LayerChart:  # fmt: skip
+    run: Run,
+    drawn: Sequence[Curve],
+    title: str = "",
+    unit: str = "nats per token",
+    *,
+    smoothed: bool = False,
+    span: Sequence[float] = (),
+    since: float = 0.0,
+    color: str = "",
+    form: str = ".3f",
+    height: float = 220,
+) -> Any:
     """Curves over tokens, each with its last value in the legend; `smoothed`: the measured ones faint behind.
 
-    Rows: name, kind ("value", or "raw" of those behind), tokens, value. `span`: of the y axis. `since`: tokens
-    at which the x axis begins. `color`: of phases' names.
+    Rows: name, kind ("value", or "raw" of those behind), tokens, value. `span`: of the y axis. `since`: where
+    the x axis begins. `color`: of phases' names.
     """
     lines = [(c, "raw", summary.thin(c.points)) for c in drawn if smoothed]
-    lines += [
-        (c, "value", summary.calm(run, c.points) if smoothed else summary.thin(c.points)) for c in drawn
-    ]
-    rows = [
+    calm = summary.calm if smoothed else lambda run, points: summary.thin(points, 150)
+    lines += [(c, "value", calm(run, c.points)) for c in drawn]
+    rows: Rows = [
         {"name": c.name, "kind": kind, "tokens": float(t), "value": float(v)}
         for c, kind, (at, values) in lines
         for t, v in zip(at, values, strict=True)
@@ -134,14 +145,7 @@ def curves(
     ends = {row["name"]: row["value"] for row in rows}
     order = sorted(drawn, key=lambda c: -ends[c.name])
     texts = json.dumps({name: f"{name}  {value:{form}}" for name, value in ends.items()})
-    look = {
-        "columns": 2,
-        "symbolType": "stroke",
-        "symbolStrokeWidth": 2,
-        "symbolSize": 400,
-        "symbolOpacity": 1,
-    }
-    legend = look | {"labelExpr": f"{texts}[datum.label]"}
+    legend = PAGE["legend"] | {"labelExpr": f"{texts}[datum.label]"}
     every, last = [row["value"] for row in rows], max(run.end["tokens"], *(row["tokens"] for row in rows))
     base = draw(
         rows,
@@ -262,8 +266,8 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
         every = np.concatenate([s.score_NC[:, c] for s in found])
         low, high = np.percentile(every[np.isfinite(every)], (1, 99)) if np.isfinite(every).any() else (0, 0)
         edges = np.linspace(*padded(min(float(low), 0.0), max(float(high), 0.0)), bins + 1).tolist()
-        bars: list[dict[str, Any]] = []
-        means: list[dict[str, Any]] = []
+        bars: Rows = []
+        means: Rows = []
         for foot, s in enumerate(found, 1):
             share = np.histogram(s.score_NC[:, c], edges)[0] / len(s.score_NC)
             row = {"source": s.source, "foot": foot - 0.05}
@@ -274,18 +278,15 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
             ]
             positive = float((s.score_NC[:, c] > 0).mean())
             means.append(row | {"low": float(s.mean_C[c]), "positive": positive, "top": foot - 1.0})
-        chart = draw(
-            bars,
-            "rect clip: true",
-            "source low:.3g high:.3g share:.1%",
-            x=number("low", (edges[0], edges[-1]), title="lowers the loss →", format=".3~g", tickCount=4),
-            y=number("top", (0, len(found)), {"reverse": True}, **axis),
-            x2="high:Q",
-            y2="foot:Q",
-            color=named("source", shades),
-        )
+        place: dict[str, Any] = {
+            "x": number("low", (edges[0], edges[-1]), title="lowers the loss →", format=".3~g", tickCount=4),
+            "y": number("top", (0, len(found)), {"reverse": True}, **axis),
+            "y2": "foot:Q",
+        }
+        look, tips = named("source", shades), "source low:.3g high:.3g share:.1%"
+        chart = draw(bars, "rect clip: true", tips, x2="high:Q", color=look, **place)
         mark = "rule color: var(--ink), strokeWidth: 2, clip: true"
-        strokes = draw(means, mark, "source low:.3g positive:.1%", x="low:Q", y="top:Q", y2="foot:Q")
+        strokes = draw(means, mark, "source low:.3g positive:.1%", **place)
         zero = draw([{"zero": 0}], "rule", x="zero:Q")
         out.append(panel([zero, chart, strokes], capability, "score", 34 * len(found)))
     return out
@@ -297,7 +298,9 @@ def predicted(reading: Reading, scores: summary.Scores) -> Panels:
     for c, capability in enumerate(scores.capabilities):
         impact = reading.measured_impact.get(capability, {})
         pairs = {s.source: (float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources}
-        rows = [{"source": s, "score": x, "impact": y} for s, (x, y) in pairs.items() if np.isfinite(x + y)]
+        rows: Rows = [
+            {"source": s, "score": x, "impact": y} for s, (x, y) in pairs.items() if np.isfinite(x + y)
+        ]
         # Of fewer than three sources there is no rank correlation to speak of.
         if len(rows) < 3:
             continue
@@ -339,15 +342,17 @@ def mixture(reading: Reading) -> Panels:
         opacity=pale,
         **source_rows(shades),
     )
-    share = {"text": {"field": "share", "type": "quantitative", "format": ".1%"}, "color": alt.value(INK)}
-    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", **share)
-    tick = redraw(bars, "tick", "source drew:.2%", x="drew:Q", color=alt.value(INK))
+    shown, ink = {"field": "share", "type": "quantitative", "format": ".1%"}, alt.value(INK)
+    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", text=shown, color=ink)
+    tick = redraw(bars, "tick", "source drew:.2%", x="drew:Q", color=ink)
     return [panel([bars, text, tick], height=(18 * len(phases) + 8) * len(shades))]
 
 
 def mixture_over_time(reading: Reading) -> Panels:
     """Share of each source in the tokens of the steps, stacked over tokens; a phase's means as numbers."""
-    run, shades, bands, means = reading.run, colors(reading.run.domains), [], []
+    run, shades = reading.run, colors(reading.run.domains)
+    bands: Rows = []
+    means: Rows = []
     spans = [
         (p, a, b, run.last[p]["mix_actual"]) for p, a, b in run.spans if b - a > 0.07 * run.end["tokens"]
     ]
@@ -356,7 +361,13 @@ def mixture_over_time(reading: Reading) -> Panels:
             low = 0.0
             for s in shades:
                 at = {"tokens": begin, "to": end, "middle": (begin + end) / 2}
-                row = {"source": s, "phase": phase, "share": shares.get(s, 0.0), "low": low, **at}
+                row: dict[str, Any] = {
+                    "source": s,
+                    "phase": phase,
+                    "share": shares.get(s, 0.0),
+                    "low": low,
+                    **at,
+                }
                 low += row["share"]
                 out += [row | {"high": low, "inside": (low + row["low"]) / 2}] if row["share"] else []
     chart = draw(
@@ -372,8 +383,8 @@ def mixture_over_time(reading: Reading) -> Panels:
         ),
     )
     wide = [row for row in means if row["share"] > 0.045]
-    text = {"text": {"field": "share", "type": "quantitative", "format": ".1%"}}
-    numbers = draw(wide, "text color: var(--card), fontWeight: bold", x="middle:Q", y="inside:Q", **text)
+    text = {"field": "share", "type": "quantitative", "format": ".1%"}
+    numbers = draw(wide, "text color: var(--card), fontWeight: bold", x="middle:Q", y="inside:Q", text=text)
     return [panel([chart, numbers, *phase_marks(run, "var(--card)")], height=max(300, 17 * len(shades)))]
 
 
@@ -389,9 +400,9 @@ def epochs(reading: Reading) -> Panels:
         x=number("epochs", title="epochs"),
         **source_rows(shades),
     )
-    shown = {"text": {"field": "epochs", "type": "quantitative", "format": ".3~g"}, "color": alt.value(INK)}
-    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", **shown)
-    ticks = redraw(bars, "tick", x="control:Q", color=alt.value(INK))
+    shown, ink = {"field": "epochs", "type": "quantitative", "format": ".3~g"}, alt.value(INK)
+    text = redraw(bars, "text align: left, dx: 8", x="edge:Q", text=shown, color=ink)
+    ticks = redraw(bars, "tick", x="control:Q", color=ink)
     one = draw([{"epochs": 1}] if max(edges.values()) > 0.4 else [], "rule color: var(--ink)", x="epochs:Q")
     return [panel([one, bars, text, ticks], height=24 * len(shades))]
 
@@ -404,7 +415,7 @@ def checkpoints(run: Run, saved: summary.Checkpoints) -> Panels:
         "influence scored": [one for one in saved.complete if one.scored],
         "not complete": saved.partial,
     }
-    rows: list[dict[str, Any]] = [
+    rows: Rows = [
         {
             "lane": f"{lane}  {len(of):,}",
             "step": one.step,

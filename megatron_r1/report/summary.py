@@ -47,8 +47,8 @@ def held_out(reading: Reading) -> tuple[float, dict[str, dict[str, float]]] | No
 
 
 def stretches(run: Run, tokens: np.ndarray, most: int) -> np.ndarray:
-    """Bounds [K + 1] of rows: even stretches of at least three steps, about `most`, none over a phase's begin.
-    `tokens`: of the rows."""
+    """Bounds [K + 1] of about `most` even stretches of rows, three steps or more each, none over a phase's
+    begin. `tokens`: of the rows."""
     count, bounds = min(most, len(tokens) // 3), [0]
     for _, begin, end in run.spans:
         a, b = np.searchsorted(tokens, (begin, end), side="right")

@@ -59,7 +59,8 @@ def held_out(ends: dict[str, dict[str, float]]) -> Table:
 
 def heat(reading: Reading, scores: summary.Scores) -> Table:
     """Mean score of each source on each capability ± its standard error, shaded column by column."""
-    shades, found, rows = plots.colors(reading.run.domains), scores.sources, []
+    shades, found = plots.colors(reading.run.domains), scores.sources
+    rows: list[list[Cell | str]] = []
     values = np.array([[*s.mean_C, s.joint] for s in found])
     # One power of ten and one number of decimals for the whole table, so that columns compare at a glance.
     most = float(np.abs(values).max()) or 1.0
@@ -141,12 +142,14 @@ def stages(costs: Sequence[summary.StageCost]) -> Table:
     return Table(head, rows)
 
 
-def overhead(ours: dict[str, float]) -> Table:
-    """The cost of choosing data beside the paper's."""
+def overhead(costs: list[summary.StageCost]) -> list[Table]:
+    """The cost of choosing data beside the paper's; nothing before anything was trained and scored."""
+    if (ours := summary.overhead(costs)) is None:
+        return []
     rows = [[name, hours(ours[name]), f"{spent:,.0f} h"] for name, spent in summary.PAPER.items()]
     shares = [percent(1 - of["training"] / sum(of.values()), 0) for of in (ours, summary.PAPER)]
     head = ["choosing data, device-hours", "this run", "the paper, 950M"]
-    return Table(head, [*rows, ["choosing, of the whole", *shares]])
+    return [Table(head, [*rows, ["choosing, of the whole", *shares]])]
 
 
 def count(value: float) -> str:

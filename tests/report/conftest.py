@@ -9,19 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.config import (
-    Config,
-    DataConfig,
-    InfluenceConfig,
-    MixConfig,
-    ModelConfig,
-    PhaseConfig,
-    SourceConfig,
-    TrainConfig,
-)
 from megatron_r1.records import CAPABILITIES, ScoreTable, TrainState
 from megatron_r1.run import ledger
 from tests.mixture import mixture_scores
@@ -35,33 +26,41 @@ SOURCES = {
 }
 """Name -> domain, and the loss that it approaches."""
 MIXED = {"python-stdlib": 0.4, "torch-source": 0.2, "sympy": 0.25, "gcide": 0.15}
-HELPS = {"code": (0.9, 0.1, 0.05), "math": (0.3, 0.7, 0.1), "knowledge": (0.1, 0.05, 0.8), "none": (-0.4, -0.5, -0.3)}
+HELPS = {
+    "code": (0.9, 0.1, 0.05),
+    "math": (0.3, 0.7, 0.1),
+    "knowledge": (0.1, 0.05, 0.8),
+    "none": (-0.4, -0.5, -0.3),
+}
 """Mean score by the source's domain, for code, math and knowledge."""
 UNIFORM_STEPS, MIXED_STEPS = 100, 75
 BATCH, LENGTH = 16, 256
 TOKENS = BATCH * LENGTH
+MODEL = yaml.safe_load("""{num_layers: 4, hidden_size: 192, ffn_hidden_size: 640, num_attention_heads: 3,
+    num_query_groups: 1, vocab_size: 4096}""")
 
 
 def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, domains: Any = None) -> None:
     """Write config.yaml, metrics.jsonl and ledger.jsonl of one arm; its metrics begin after `first_step`."""
     sources = domains or {name: domain for name, (domain, _) in SOURCES.items()}
-    phases = {
-        "uniform": PhaseConfig(steps=UNIFORM_STEPS),
-        last: PhaseConfig(weights=weights, steps=MIXED_STEPS, learning_rate=2e-3, max_epochs=0.5),
+    second = {"weights": weights, "steps": MIXED_STEPS, "learning_rate": 2e-3, "max_epochs": 0.5}
+    given = {
+        "model": MODEL,
+        "data": {
+            "sources": {
+                name: {"prefix": f"data/{name}", "domain": domain} for name, domain in sources.items()
+            },
+            "probes": {c: f"probes/heldout_{c}" for c in CAPABILITIES},
+            "seq_length": LENGTH,
+        },
+        "train": {"run": str(root), "global_batch": BATCH, "micro_batch": 8, "precision": "fp32"},
+        "phases": {"uniform": {"steps": UNIFORM_STEPS}, last: second},
+        "influence": {"directions": {c: f"probes/probe_{c}" for c in CAPABILITIES}},
+        "mix": {"phase": "influence"},
     }
-    config = Config(
-        model=ModelConfig(4, 192, 640, 3, 1, 4096),
-        data=DataConfig(
-            {name: SourceConfig(f"data/{name}", domain=domain) for name, domain in sources.items()},
-            seq_length=LENGTH,
-            probes={c: f"probes/heldout_{c}" for c in CAPABILITIES},
-        ),
-        train=TrainConfig(str(root), BATCH, 8, precision="fp32", checkpoint_every=25, probe_every=25),
-        phases=phases,
-        influence=InfluenceConfig({c: f"probes/probe_{c}" for c in CAPABILITIES}),
-        mix=MixConfig("influence"),
-    )
     root.mkdir(parents=True, exist_ok=True)
+    (root / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    config = config_io.load([str(root / "config.yaml")])
     (root / "config.yaml").write_text(config_io.dump(config))
     random, drawn, lines = np.random.default_rng(len(last)), dict.fromkeys(sources, 0.0), []
     for step in range(1, UNIFORM_STEPS + MIXED_STEPS + 1):

@@ -66,14 +66,28 @@ def shown(reading: load.Reading) -> list[examples.Extremes]:
     return examples.extremes(reading, scores, Letters())  # type: ignore[arg-type]
 
 
-def test_the_extremes_are_shown_with_their_text_and_place_at_most_two_of_a_source(reading: load.Reading) -> None:
+def test_the_extremes_are_shown_with_their_text_and_place_at_most_two_of_a_source(
+    reading: load.Reading,
+) -> None:
     found = shown(reading)[0]
-    assert [(one.source, one.number) for one in found.highest] == [("one", 7), ("one", 6), ("gone", 7), ("gone", 6)]
-    assert [(one.source, one.number) for one in found.lowest] == [("gone", 0), ("gone", 1), ("one", 0), ("one", 1)]
+    assert [(one.source, one.number) for one in found.highest] == [
+        ("one", 7),
+        ("one", 6),
+        ("gone", 7),
+        ("gone", 6),
+    ]
+    assert [(one.source, one.number) for one in found.lowest] == [
+        ("gone", 0),
+        ("gone", 1),
+        ("one", 0),
+        ("one", 1),
+    ]
     # Window 7 is tokens 1,792 to 2,048, in document 17 of 100 tokens each.
     assert found.highest[0].place == "tokens 1,792 to 2,048, document 17"
     assert found.highest[0].text == "h" * 256 and found.lowest[2].text[:6] == "\ufffd<&>aa"
-    assert found.lowest[0].place.endswith("the dataset is not there any more") and found.lowest[0].text is None
+    assert (
+        found.lowest[0].place.endswith("the dataset is not there any more") and found.lowest[0].text is None
+    )
 
 
 def test_the_tokenizer_is_the_one_that_the_sidecars_name(run: Path, tmp_path: Path) -> None:
