@@ -168,14 +168,6 @@ def test_why_a_checkpoint_is_kept_is_what_retention_goes_by(run: Path) -> None:
     assert (why[60], why[100], why[175]) == ("influence.steps", "end of uniform", "end of influence")
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(2, ""), (24, "--nnodes 3 "), (8, "")])
-def test_the_command_starts_as_many_ranks_as_trained(run: Path, ranks: int, nodes: str) -> None:
-    path = run / "ledger.jsonl"
-    path.write_text(path.read_text().replace('"devices": 2', f'"devices": {ranks}'))
-    command = summary.launch(load.read_run(run), "train")
-    assert command == f"torchrun {nodes}--nproc-per-node {min(ranks, 8)} tools/train.py {run}/config.yaml"
-
-
 def test_the_control_s_command_is_one_that_the_trainer_reads(run: Path) -> None:
     config = config_io.load(
         summary.control_command(load.read_run(run)).partition("tools/train.py ")[2].split()
