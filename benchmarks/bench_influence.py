@@ -112,7 +112,7 @@ def train_steps(model: ModelConfig, options: Any) -> int:
 def example_rows(model: ModelConfig, options: Any) -> Batch:
     size, seq = options.micro_batch, options.seq_length
     window = np.random.default_rng(0).integers(0, model.vocab_size, (size, seq + 1))
-    return whole_batch(window, np.ones(size, bool), np.zeros(size), None)
+    return whole_batch(window, np.full(size, seq), np.zeros(size), None)
 
 
 def setting(model: ModelConfig, options: Any) -> tuple[Any, Batch, dict[str, torch.Tensor]]:

@@ -96,7 +96,7 @@ OURS = (
     "train.validation_windows=4"
 )
 TENSOR = "parallel.tensor=2 parallel.sequence=true"
-MIX = f"python tools/make_mix.py {SMALL}"
+MIX = f"python tools/make_mix.py {SMALL} train.run=runs/mixed"
 BF16 = "train.precision=bf16 train.recompute=selective data.order=megatron"
 STEPS = "phases.uniform.steps=20"
 RESUME = f"torchrun tools/train.py {OURS} {BF16} train.run=runs/resumed"
@@ -106,8 +106,9 @@ METHODS = {
     "projected": "influence.method=projected influence.unit=document influence.loss=sum influence.examples=4",
     "lowrank": "influence.method=lowrank influence.rank=4 influence.min_correlation=0 "
     "influence.curvature=datainf influence.curvature_examples=16 influence.examples=16",
+    "kfac": f"{TENSOR} influence.curvature=kfac influence.curvature_examples=16 influence.norms=true "
+    "influence.examples=16",
 }
-KFAC = "influence.curvature=kfac influence.curvature_examples=16 influence.norms=true influence.examples=16"
 TO_HF = (
     "python tools/convert_checkpoint.py --to hf runs/quickstart/checkpoints/step_00000036 runs/hf "
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model runs/quickstart/tokenizer.model"
@@ -118,15 +119,18 @@ QUICK = [
 ]
 FULL = [
     *QUICK,
-    f"{MIX} mix.objective=worst mix.cap=0.4 --output runs/quickstart/mix_worst.yaml",
-    f"{MIX} mix.keep=true --output runs/quickstart/mix_keep.yaml",
+    "cp -r runs/quickstart runs/mixed",
+    f"{MIX} mix.objective=worst mix.cap=0.4 --output runs/mixed/mix_worst.yaml",
+    f"{MIX} mix.keep=true --output runs/mixed/mix_keep.yaml",
     f"torchrun tools/train.py {OURS} {BF16} {STEPS} train.run=runs/bf16",
     f"{RESUME} phases.uniform.steps=10",
     "cp -r runs/resumed runs/resumed_at_10",
     f"{RESUME} {STEPS}",
     *(f"cp -r runs/fp32 runs/{name}" for name in METHODS),
-    *(f"python {SCORE} {method} train.run=runs/{name}" for name, method in METHODS.items()),
-    f"torchrun {SCORE} {TENSOR} {KFAC} train.run=runs/fp32",
+    *(
+        f"{'torchrun' if TENSOR in method else 'python'} {SCORE} {method} train.run=runs/{name}"
+        for name, method in METHODS.items()
+    ),
     TO_HF,
     "python tools/convert_checkpoint.py --to megatron runs/hf runs/back",
 ]
@@ -160,7 +164,7 @@ def must(code: Path, folder: Path, command: str) -> str:
         end = "\n".join([line for line in printed if "rror: " in line][:5] or printed[-15:])
         raise CannotRunError(f"exit status {done.returncode} in {folder}: {command}\n{end}")
     if command.startswith(("torchrun", "python tools", "python examples")):
-        run = re.search(r"(run=|--run |--to hf |--to megatron )(\S+)", command)
+        run = re.search(r".*(run=|--run |--to hf |--to megatron )(\S+)", command)
         print(f"  {time.time() - began:4.0f} s  {command.split()[1]} {run[2] if run else ''}", flush=True)
     return done.stdout
 
@@ -333,8 +337,8 @@ def compare_across(base: Path, head: Path, across: Path) -> Iterator[Line]:
 
 def comparisons(quick: bool, before: Path, after: Path, across: Path) -> Iterator[Line]:
     for name in ("quickstart", "fp32") if quick else sorted(os.listdir(after / "runs")):
-        groups = ("scores", "manifests", "ledgers") if name in METHODS else GROUPS
-        yield from compare(name, before / "runs" / name, after / "runs" / name, groups)
+        copied = ("scores", "mixtures", "manifests", "ledgers") if name in (*METHODS, "mixed") else GROUPS
+        yield from compare(name, before / "runs" / name, after / "runs" / name, copied)
     if not quick:
         whole, resumed = after / "runs/bf16", after / "runs/resumed"
         yield from compare("resumed, at once", whole, resumed, ("losses", "weights"))

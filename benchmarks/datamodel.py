@@ -48,20 +48,21 @@ from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, InfluenceConfig, MixConfig
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.data.indexed import open_corpus
-from megatron_r1.data.loader import BatchLoader
-from megatron_r1.data.open import resolve_data
+from megatron_r1.data.loader import BatchLoader, example_batches
+from megatron_r1.data.open import open_data
+from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import resolve
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import read_scores
 from megatron_r1.mixture.weights import checkpoint_weights, densities
-from megatron_r1.parallel import ParallelContext, process_groups
+from megatron_r1.parallel import ParallelContext, on_device, process_groups
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
 from megatron_r1.records import Batch
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_json, write_text
 from megatron_r1.system.terminal import Progress, user_errors
-from megatron_r1.train.batches import HeldOut, micro_batches
+from megatron_r1.train.batches import micro_batches
 from megatron_r1.train.loop import train
 from megatron_r1.train.optimizer import set_schedule
 from megatron_r1.train.schedule import phase_spans
@@ -184,9 +185,9 @@ class Retrainings:
         named |= {f"heldout {c}": config.data.probes[c] for c in CAPABILITIES}
         opened = [open_corpus(name, prefix) for name, prefix in named.items()]
         seq_length, batch = config.data.seq_length, config.train.global_batch
-        sets = {corpus.name: (corpus, np.arange(corpus.windows(seq_length))) for corpus in opened}
-        self.held_out = HeldOut(sets, seq_length, batch, context)
-        self.sets = list(sets)
+        sets = [(corpus, np.arange(corpus.windows(seq_length))) for corpus in opened]
+        self.held_out = Examples(sets, seq_length)
+        self.sets = [corpus.name for corpus in opened]
         self.shape, self.eval_shape = (Shape(batch, seq_length, n) for n in (len(GROUPS), len(sets)))
 
     def losses(self, seed: int, kept_G: np.ndarray) -> Losses:
@@ -194,16 +195,19 @@ class Retrainings:
         config, optimizer, keep_G = self.config, self.training.optimizer, torch.from_numpy(kept_G)
         load_checkpoint(self.start, self.training.gpt, optimizer, config.model)
         data = dataclasses.replace(config.data, seed=config.data.seed + seed)
-        corpora, plan = resolve_data(dataclasses.replace(config, data=data))
-        loader = BatchLoader(plan, corpora, config.data.seq_length)
+        sources = open_data(dataclasses.replace(config, data=data))
+        loader = BatchLoader(sources.plan, sources.corpora, config.data.seq_length)
         batch = config.train.global_batch
         for step in range(self.span.start, self.span.end):
             set_schedule(optimizer, self.span.learning_rate(step), config.optimizer.weight_decay)
             batches = micro_batches(loader, step * batch, batch, batch, self.context)
             kept = (rows_of(whole, keep_G[whole.source_B]) for whole in batches)
             train_step(self.training, kept, 1, self.shape)
-        passes = self.held_out.passes
-        loss_N, tokens_N = label_losses(self.training, self.held_out.batches(), passes, self.eval_shape)
+        span = (0, len(self.held_out))
+        passes = self.held_out.passes(*span, batch * self.context.data_size)
+        rows = example_batches(self.held_out, span, batch, self.context, None)
+        batches = (on_device(held) for held, _ in rows)
+        loss_N, tokens_N = label_losses(self.training, batches, passes, self.eval_shape)
         return dict(zip(self.sets, (loss_N / tokens_N).tolist(), strict=True))
 
 

@@ -61,7 +61,7 @@ def ours(shape: dict[str, Any], micro_batch: int, window: Any) -> Arm:
 
     def batch(rows: Any) -> Any:
         n = len(rows)
-        return weigh(whole_batch(rows.numpy(), np.ones(n, bool), np.zeros(n), None), np.full(n, 1 / seq))
+        return weigh(whole_batch(rows.numpy(), np.full(n, seq), np.zeros(n), None), np.full(n, 1 / seq))
 
     def gradients(rows: Any) -> list[dict[str, Any]]:
         return [passes([batch(row[None])], 1) for row in rows]

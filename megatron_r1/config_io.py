@@ -9,13 +9,15 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.system.errors import suggest, suggest_path
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -27,12 +29,19 @@ class ConfigError(ValueError):
         super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  {m}" for m in mistakes))
 
 
-def load(arguments: Iterable[str], also: Callable[[Config], list[str]] | None = None) -> Config:
+def load(arguments: Iterable[str]) -> Config:
     """Config from FILE.yaml and `dotted.key=value` arguments, in the order given.
 
-    Mappings merge, everything else replaces; overrides are applied after all files. `also` looks for
-    further mistakes (in datasets, say) so that they come in the same message.
-    Raises ConfigError with every mistake found.
+    Mappings merge, everything else replaces; overrides are applied after all files. Raises ConfigError with
+    every mistake found.
+    """
+    return load_with(arguments, lambda config: None)[0]
+
+
+def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[Config, T]:
+    """`load`, and what `opener` makes of the configuration: its open datasets, say.
+
+    A ConfigError of the opener and the mistakes in the fields come in the same message.
     """
     mistakes: list[str] = []
     tree = _read_all(arguments, mistakes)
@@ -43,11 +52,14 @@ def load(arguments: Iterable[str], also: Callable[[Config], list[str]] | None = 
     # A section that did not parse is not one that is missing.
     wanted = required | (tree.keys() & typing.get_type_hints(Config).keys())
     config = Config(**sections) if wanted <= sections.keys() else None
-    if also is not None and config is not None:
-        mistakes += [m for m in also(config) if m not in mistakes]
+    if config is not None:
+        try:
+            opened = opener(config)
+        except ConfigError as error:
+            mistakes += [m for m in error.mistakes if m not in mistakes]
     if mistakes or config is None:
         raise ConfigError(mistakes)
-    return config
+    return config, opened
 
 
 def dump(config: Config) -> str:

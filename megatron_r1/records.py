@@ -31,6 +31,8 @@ class Corpus:
     """NumPy name of the token type, "uint16" or "int32"."""
     tokenizer_hash: str | None
     """Fingerprint of the tokenizer that made it; None where no sidecar says (a pair from elsewhere)."""
+    set_aside: int = 0
+    """Tokens of the documents behind those."""
 
     def windows(self, seq_length: int) -> int:
         """Windows of one epoch: window w is tokens [wS, wS+S], S inputs and S labels."""

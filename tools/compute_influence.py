@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.influence.plan import estimate, examples_left, influence_mistakes, lay_plan
+from megatron_r1.influence.plan import estimate, examples_left, lay_plan
 from megatron_r1.system.terminal import announce_torch, tool_parser, user_errors
 
 
@@ -28,16 +28,15 @@ def main() -> None:
             devices = ranks or config.parallel.model_ranks()
             print(estimate(config, devices, options.peak_tflops, options.utilisation))
             return
-        config = config_io.load(options.config, also=lambda config: influence_mistakes(config, ranks))
+        config, work = config_io.load_with(options.config, lambda config: lay_plan(config, ranks))
         if options.check:
-            work = lay_plan(config)
             said = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
             print(f"{config_io.dump(config)}\n{said}")
         else:
             announce_torch(config.train.run)
             from megatron_r1.influence.score import compute_influence
 
-            compute_influence(config)
+            compute_influence(config, work)
 
 
 if __name__ == "__main__":

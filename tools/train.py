@@ -8,10 +8,17 @@ from __future__ import annotations
 import os
 
 from megatron_r1 import config_io
-from megatron_r1.data.open import data_mistakes
+from megatron_r1.config import Config
+from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.system.files import sha256
 from megatron_r1.system.process import keep_freed_memory
 from megatron_r1.system.terminal import announce_torch, tool_parser, user_errors
+
+
+def open_for_training(config: Config) -> OpenData:
+    # torchrun says how many ranks there are; without it, one model copy is meant.
+    ranks = int(os.environ.get("WORLD_SIZE", config.parallel.model_ranks()))
+    return open_data(config, launched(), also=lambda _: config_io.check_world(config, ranks))
 
 
 def main() -> None:
@@ -24,18 +31,16 @@ def main() -> None:
     with user_errors():
         if not options.check:
             keep_freed_memory()
-        # torchrun says how many ranks there are; without it, one model copy is meant.
-        ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-        config = config_io.load(options.config, also=lambda config: data_mistakes(config, ranks))
+        config, data = config_io.load_with(options.config, open_for_training)
         if options.check:
             from megatron_r1.train.resume import summary
 
-            print(summary(config))
+            print(summary(config, data))
         else:
             announce_torch(config.train.run)
             from megatron_r1.train.loop import train
 
-            train(config, {word: sha256(word) for word in options.config if os.path.isfile(word)})
+            train(config, {word: sha256(word) for word in options.config if os.path.isfile(word)}, data)
 
 
 if __name__ == "__main__":

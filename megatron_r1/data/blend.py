@@ -1,6 +1,7 @@
 """Which source, epoch and window global sample i is: the mixture as a function, not as arrays.
 
-The order is computed by `megatron_r1._csrc` (see csrc/plan.hpp); here are names, checks, epochs and JSON.
+The order is computed by `megatron_r1._csrc` (see csrc/plan.hpp); here are names, checks and epochs.
+plan_file.py writes a plan and compares two.
 The data position of a run is the number of consumed samples and nothing else, so any data-parallel size,
 micro-batch and restart sees the same global order.
 """
@@ -9,9 +10,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -20,12 +20,9 @@ import numpy as np
 
 from megatron_r1._csrc import Plan as NativePlan
 from megatron_r1.data.keep import KeptWindows, Mask, load_mask
-from megatron_r1.data.plan_file import changes, listed
 
 Order = Literal["balanced", "megatron"]
 Number = int | float
-FORMAT = "megatron_r1.blend"
-VERSION = 1
 NEVER = 2**64 - 1
 MAX_SAMPLE = 2**62
 
@@ -49,6 +46,8 @@ class Phase:
     start: int
     weights: tuple[Number, ...]
     max_epochs: Number | dict[str, Number] | None
+    caps: tuple[Fraction | None, ...] = field(repr=False)
+    """`max_epochs` of each source, in order."""
     keep: dict[str, KeptWindows]
     unseen: dict[str, int]
     """Windows of the epoch in progress that a change of mask at `start` left undrawn, by source."""
@@ -124,7 +123,7 @@ class BlendPlan:
         count = len(self._names)
         self._native.add_phase(
             start,
-            _integer_weights(given) if balanced else np.zeros(count, np.uint64),
+            integer_weights(given) if balanced else np.zeros(count, np.uint64),
             np.zeros(count) if balanced else np.array(given, dtype=np.float64),
             np.array([at.windows for at in epochs], dtype=np.uint64),
             np.array(limit, dtype=np.uint64),
@@ -132,7 +131,7 @@ class BlendPlan:
             np.array([at.first_epoch for at in epochs], dtype=np.uint64),
             [masks[name].bitmap if name in masks else None for name in self._names],
         )
-        self.phases += (Phase(start, given, _plain(max_epochs), masks, unseen, epochs),)
+        self.phases += (Phase(start, given, _plain(max_epochs), caps, masks, unseen, epochs),)
 
     def _check_start(self, start: int) -> int:
         if start != int(start) or not 0 <= start < MAX_SAMPLE:
@@ -182,9 +181,9 @@ class BlendPlan:
                 f"{what} name {listed(unknown)}, but the sources are {listed(self._names)}{near}"
             )
 
-    def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> list[Fraction | None]:
+    def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> tuple[Fraction | None, ...]:
         if max_epochs is None:
-            return [None] * len(self._names)
+            return (None,) * len(self._names)
         if isinstance(max_epochs, Mapping):
             self._check_names("max_epochs", max_epochs)
             by_name: Mapping[str, Number] = max_epochs
@@ -196,10 +195,10 @@ class BlendPlan:
                     f"max_epochs of '{name}' is {cap}; use a number above 0 (or give it weight 0)"
                 )
         # As the decimal that was written: 0.3 epochs of 10 windows are 3, though the double is below 0.3.
-        return [
+        return tuple(
             Fraction(str(by_name[name])) if by_name.get(name, math.inf) != math.inf else None
             for name in self._names
-        ]
+        )
 
     def _masks(self, keep: Mapping[str, Mask] | None) -> dict[str, KeptWindows]:
         self._check_names("keep", keep or {})
@@ -309,112 +308,11 @@ class BlendPlan:
             self._check_names("the question", {name: None})
         return self._number[name]
 
-    # -- identity
 
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the order; the paths of mask files do not."""
-        parts = {
-            "version": VERSION,
-            "seed": self.seed,
-            "order": self.order,
-            "shuffle": self.shuffle,
-            "sources": list(self.sources.items()),
-            "phases": [self.identity(phase) for phase in self.phases],
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def identity(self, phase: Phase) -> dict[str, Any]:
-        """What of a phase decides the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
-        if self.order == "balanced":
-            whole = _integer_weights(phase.weights).tolist()
-            divisor = math.gcd(*whole)
-            weights = [weight // divisor for weight in whole]
-        else:
-            weights = [float(weight).hex() for weight in phase.weights]
-        return {
-            "start": phase.start,
-            "weights": weights,
-            "max_epochs": [None if cap is None else str(cap) for cap in self._caps(phase.max_epochs)],
-            "keep": {name: mask.sha256 for name, mask in sorted(phase.keep.items())},
-        }
-
-    def extends(self, other: BlendPlan, samples: int) -> None:
-        """Check that this plan agrees with `other`, the one trained on, for all samples in [0, samples).
-
-        Raises ValueError that lists what changed. What `other` planned from `samples` on may differ.
-        """
-        changed = changes(other, self, samples)
-        if changed:
-            raise ValueError(
-                f"this plan differs from the one that drew the first {samples} samples: "
-                f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
-                f"new phase at sample {samples} or later"
-            )
-
-    def to_json(self) -> str:
-        """The plan as text. Keep masks by path and hash: a mask given as an array must be saved first."""
-        phases = []
-        for number, phase in enumerate(self.phases):
-            for name, mask in phase.keep.items():
-                if mask.path is None:
-                    raise ValueError(
-                        f"phase {number}: the keep mask of '{name}' was given as an array; np.save it and "
-                        f"give add_phase the path, so that the plan can refer to it"
-                    )
-            phases.append(
-                {
-                    "start": phase.start,
-                    "weights": list(phase.weights),
-                    "max_epochs": phase.max_epochs,
-                    "keep": {
-                        name: {"path": mask.path, "sha256": mask.sha256} for name, mask in phase.keep.items()
-                    },
-                }
-            )
-        text = {
-            "format": FORMAT,
-            "version": VERSION,
-            "seed": self.seed,
-            "order": self.order,
-            "shuffle": self.shuffle,
-            "sources": [{"name": name, "windows": windows} for name, windows in self.sources.items()],
-            "phases": phases,
-            "fingerprint": self.fingerprint(),
-        }
-        return json.dumps(text, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str, samples: int | None = None) -> BlendPlan:
-        """The plan of `to_json`.
-
-        `samples`: leave out the phases that begin at this sample or later, whose masks may be gone.
-        ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
-        """
-        parts = json.loads(text)
-        if parts.get("format") != FORMAT:
-            raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
-        if parts.get("version") != VERSION:
-            raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
-        sources = {source["name"]: source["windows"] for source in parts["sources"]}
-        plan = cls(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
-        past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
-        for number, phase in enumerate(past):
-            keep = {name: mask["path"] for name, mask in phase["keep"].items()}
-            plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
-            for name, mask in phase["keep"].items():
-                loaded = plan.phases[-1].keep.get(name)
-                if loaded is None or loaded.sha256 != mask["sha256"]:
-                    raise ValueError(
-                        f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
-                        f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
-                    )
-        whole = len(past) == len(parts["phases"])
-        if whole and parts.get("fingerprint") not in (None, plan.fingerprint()):
-            raise ValueError(
-                "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
-                'line "fingerprint" if the edit is meant'
-            )
-        return plan
+def listed(names: Iterable[Any]) -> str:
+    """Names in quotes, the first dozen of them."""
+    quoted = [f"'{name}'" for name in names]
+    return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
 
 
 def _windows(name: str, windows: int) -> int:
@@ -429,7 +327,7 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
 
 
-def _integer_weights(weights: Sequence[Number]) -> np.ndarray:
+def integer_weights(weights: Sequence[Number]) -> np.ndarray:
     """uint64 [sources] in exactly the weights' proportions, wherever their sum then fits 63 bits.
 
     Where it does not (a ratio beyond 2^10 between doubles of full precision), they are rounded to

@@ -79,8 +79,9 @@ class IndexedDataset:
     """Sequences before each document, [documents + 1], int64: Megatron's document_indices."""
     dtype: np.dtype[Any]
 
-    def __init__(self, prefix: str | Path, share: tuple[int, int] = (0, 1)):
-        """`share`: (rank, ranks) where so many open it together and each checks a part of the index."""
+    def __init__(self, prefix: str | Path, share: tuple[int, int] | None = (0, 1)):
+        """`share`: (rank, ranks) where so many open it together and each checks a part of the index. None:
+        the index was checked before."""
         self.prefix = Path(prefix)
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
@@ -90,7 +91,8 @@ class IndexedDataset:
                     f"{_near(self.prefix)}"
                 )
         self._read_index()
-        self._check_index(*share)
+        if share is not None:
+            self._check_index(*share)
         self.tokens = map_array(self._bin, self.dtype, 0, self._bin.stat().st_size // self.dtype.itemsize)
 
     def __len__(self) -> int:
@@ -428,18 +430,20 @@ def open_corpus(
             f"source {name}: documents={documents}, but {prefix} has {dataset.num_documents}; "
             f"leave documents out to use them all"
         )
+    tokens = dataset.tokens_before(documents)
     return Corpus(
         name=name,
         prefix=Path(prefix),
         documents=documents,
-        tokens=dataset.tokens_before(documents),
+        tokens=tokens,
         dtype=dataset.dtype.name,
         tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
+        set_aside=len(dataset.tokens) - tokens,
     )
 
 
 def document_starts(corpus: Corpus) -> np.ndarray:
     """First token of each of the corpus's documents, and the end of the last: int64 [documents + 1]."""
-    dataset = IndexedDataset(corpus.prefix)
+    dataset = IndexedDataset(corpus.prefix, share=None)
     token_S = np.append(dataset.pointers // dataset.dtype.itemsize, len(dataset.tokens))
     return token_S[dataset.documents[: corpus.documents + 1]]

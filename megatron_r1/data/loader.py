@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
-from megatron_r1.data.windows import add_stream, out_of_vocab, outside
+from megatron_r1.data.windows import Examples, add_stream, unknown_id
+from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus
 
 
@@ -80,12 +81,12 @@ class BatchLoader:
 
     def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
         """Refuse ids, those from place `first` of each window on, that the model has no row for."""
-        if self.vocab_size is None or (found := outside(id_BS, self.vocab_size)) is None:
+
+        if self.vocab_size is None:
             return
-        row, column = found
-        position = int(window_N[row]) * self.seq_length + first + column
-        corpus = self._corpora[int(source_N[row])]
-        raise ValueError(out_of_vocab(corpus, position, int(id_BS[found]), self.vocab_size))
+        place = self._corpora, source_N, window_N * self.seq_length + first
+        if mistake := unknown_id(id_BS, self.vocab_size, *place):
+            raise ValueError(mistake)
 
     def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""
@@ -114,8 +115,26 @@ class BatchLoader:
         return tensor.pin_memory() if self.pin_memory else tensor
 
 
-def whole_batch(window_NS: np.ndarray, real_N: np.ndarray, source_N: np.ndarray, eod: int | None) -> Batch:
-    """Whole windows, int64 [N, S + 1], as a batch on the CPU; rows that are not real carry no labels."""
+def example_batches(
+    examples: Examples,
+    span: tuple[int, int],
+    micro_batch: int,
+    context: ParallelContext,
+    eod: int | None,
+    passes: int | None = None,
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """This data-parallel rank's micro-batches of the examples [first, last) = `span`, on the CPU; and the
+    labels of each row's whole example, [B]. A row's `source_B` is the number of its set.
+
+    `passes`: how many, where the last ones are to hold no label; default: as many as there are labels.
+    """
+    found = examples.batches(*span, micro_batch, context.data_rank, context.data_size, passes)
+    for row_BS, labels_B, set_B, length_B in found:
+        yield whole_batch(row_BS, labels_B, set_B, eod), length_B
+
+
+def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarray, eod: int | None) -> Batch:
+    """Rows of tokens, int64 [N, S + 1], as a batch on the CPU; of each, so many leading labels count."""
     tokens_NS, labels_NS = window_NS[:, :-1], window_NS[:, 1:]
     position_NS = np.broadcast_to(np.arange(tokens_NS.shape[1]), tokens_NS.shape)
     segment_NS = None
@@ -124,7 +143,7 @@ def whole_batch(window_NS: np.ndarray, real_N: np.ndarray, source_N: np.ndarray,
         ends_NS[:, 1:] = tokens_NS[:, :-1] == eod
         segment_NS = ends_NS.cumsum(axis=1)
         position_NS = position_NS - np.maximum.accumulate(position_NS * ends_NS, axis=1)
-    mask_NS = np.broadcast_to(real_N[:, None], labels_NS.shape).astype(np.float32)
+    mask_NS = (np.arange(labels_NS.shape[1]) < labels_N[:, None]).astype(np.float32)
     return Batch(
         tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_NS)),
         labels_BS=torch.from_numpy(np.ascontiguousarray(labels_NS)),

@@ -1,15 +1,25 @@
-"""Configuration -> corpora and the data plan. Imports no torch, so that `--check` is quick."""
+"""The only place that opens datasets for training, scoring, mixing and planning: configuration -> OpenData.
+
+Imports no torch, so that `--check` is quick.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
-from megatron_r1 import config_io
-from megatron_r1.config import Config
+from megatron_r1.config import Config, SourceConfig
+from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan, Phase
 from megatron_r1.data.indexed import identity_of, open_corpus, read_sidecar
 from megatron_r1.data.windows import sampled_mistakes
 from megatron_r1.records import Corpus
+
+Use = Literal["train", "score", "mix", "plan"]
 
 
 def launched() -> tuple[int, int]:
@@ -19,111 +29,151 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def resolve_data(config: Config, share: tuple[int, int] = (0, 1)) -> tuple[list[Corpus], BlendPlan]:
-    """Open every dataset and lay the data plan. Raises ConfigError with every mistake.
+@dataclass(frozen=True)
+class OpenData:
+    """Datasets that were opened and fit the configuration, and what follows from them."""
+
+    corpora: list[Corpus]
+    """Of data.sources, in order."""
+    probes: list[Corpus]
+    """Of data.probes; opened for training only."""
+    directions: list[Corpus]
+    """Of influence.directions, one a capability; opened for scoring only."""
+    eod: int | None
+    """The token that ends each document where windows must not attend across documents, else None."""
+    absent: frozenset[str]
+    """Sources whose size is the recipe's `tokens`, because the dataset is not there; for planning only."""
+    _config: Config = field(repr=False)
+
+    @cached_property
+    def plan(self) -> BlendPlan:
+        """The data plan of all phases. Raises ConfigError for a phase that draws nothing, for keep masks that
+        do not fit, and for epoch caps that leave nothing to draw before the end."""
+        config = self._config
+        plan = build_plan(config, self.corpora)
+        last = sum(config.phase_steps(name) for name in config.phases) * config.train.global_batch - 1
+        try:
+            plan.locate(last)
+        except IndexError as error:
+            raise ConfigError([f"phases: {error}"]) from None
+        return plan
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Prefix -> identity of each dataset. Of a pair without a sidecar this reads the whole index."""
+        opened = (*self.corpora, *self.probes, *self.directions)
+        return {str(corpus.prefix): identity_of(corpus.prefix) for corpus in opened}
+
+
+def open_data(
+    config: Config,
+    share: tuple[int, int] = (0, 1),
+    use: Use = "train",
+    also: Callable[[OpenData], Iterable[str]] = lambda data: (),
+) -> OpenData:
+    """Open the datasets that `use` reads, each once. Raises ConfigError with every mistake.
 
     share: (rank, ranks) of a launch whose every rank calls this; each checks its part of every index.
+    also: further mistakes, which come in the same message. It sees the datasets that could be opened.
     """
-    corpora, mistakes = open_sources(config, share)
-    if mistakes:
-        raise config_io.ConfigError(mistakes)
-    plan = build_plan(config, corpora)
-    if mistakes := check_plan(config, plan):
-        raise config_io.ConfigError(mistakes)
-    return corpora, plan
+    opener = _Opener(config, share, use)
+    directions = config.influence.directions if use == "score" and config.influence else {}
+    opened = OpenData(
+        opener.corpora("data.sources", config.data.sources),
+        opener.corpora("data.probes", config.data.probes if use == "train" else {}),
+        opener.corpora("influence.directions", directions),
+        None if config.data.cross_documents else opener.eod,
+        frozenset(opener.absent),
+        config,
+    )
+    if mistakes := [*opener.mistakes, *also(opened)]:
+        raise ConfigError(mistakes)
+    return opened
 
 
-def data_mistakes(config: Config, ranks: int | None = None) -> list[str]:
-    """What is wrong with the datasets, or with training on `ranks` ranks (default: one model copy)."""
-    ranks = config.parallel.model_ranks() if ranks is None else ranks
-    return open_sources(config, launched())[1] + config_io.check_world(config, ranks)
+class _Opener:
+    """Opens one dataset after the other, and collects what does not fit the configuration or the others."""
 
+    def __init__(self, config: Config, share: tuple[int, int], use: Use):
+        self._config, self._share, self._use = config, share, use
+        self._tokenizers: dict[str, str] = {}
+        """Hash of each tokenizer -> the first dataset that was made with it."""
+        self.eod = config.data.eod
+        self.mistakes: list[str] = []
+        self.absent: set[str] = set()
 
-def document_end(config: Config) -> int | None:
-    """The token that ends each document where windows must not attend across them; else None."""
-    if config.data.cross_documents:
-        return None
-    if config.data.eod is not None:
-        return config.data.eod
-    sidecar = read_sidecar(next(iter(config.data.sources.values())).prefix) or {}
-    found = sidecar.get("eod")
-    assert found is not None, "open_sources asks every sidecar"
-    return int(found)
+    def corpora(self, section: str, named: Mapping[str, SourceConfig | str]) -> list[Corpus]:
+        """Those that open, in order. `named`: a probing set by its prefix alone."""
+        opened, seq_length = [], self._config.data.seq_length
+        for name, source in named.items():
+            path = f"{section}.{name}"
+            try:
+                corpus = self._open(path, name, SourceConfig(source) if isinstance(source, str) else source)
+                found = [] if name in self.absent else self._unfit(path, corpus)
+            except (OSError, ValueError) as error:
+                self.mistakes.append(f"{path}: {error}")
+                continue
+            opened.append(corpus)
+            if corpus.tokens <= seq_length:
+                aside = "; set more documents aside" if isinstance(source, str) else ""
+                short = f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}"
+                found.insert(0, short + aside)
+            self.mistakes += [f"{path}: {mistake}" for mistake in found]
+        return opened
 
-
-def open_sources(config: Config, share: tuple[int, int] = (0, 1)) -> tuple[list[Corpus], list[str]]:
-    """The corpora that open, in order, and every mistake found. share: see `resolve_data`."""
-    corpora: list[Corpus] = []
-    mistakes: list[str] = []
-    hashes: dict[str, str] = {}
-    for name, source in config.data.sources.items():
-        path = f"data.sources.{name}"
+    def _open(self, path: str, name: str, source: SourceConfig) -> Corpus:
         try:
-            corpus = open_corpus(name, source.prefix, source.documents, share)
-        except (OSError, ValueError) as error:
-            mistakes.append(f"{path}: {error}")
-            continue
-        corpora.append(corpus)
-        if corpus.tokens <= config.data.seq_length:
-            mistakes.append(
-                f"{path}: {corpus.tokens} tokens are less than one window of data.seq_length="
-                f"{config.data.seq_length}"
+            return open_corpus(name, source.prefix, source.documents, self._share)
+        except FileNotFoundError as error:
+            if self._use != "plan":
+                raise
+            if source.tokens is None:
+                raise ValueError(f"{error}; for a plan without it, say {path}.tokens=N") from None
+            self.absent.add(name)
+            return Corpus(name, Path(source.prefix), 0, source.tokens, "int32", None)
+
+    def _unfit(self, path: str, corpus: Corpus) -> list[str]:
+        """Tokens of two tokenizers, ids that the model has no row for, documents that no token ends."""
+        sidecar, vocab_size = read_sidecar(corpus.prefix), self._config.model.vocab_size
+        out = [] if self._config.data.cross_documents else self._ends(corpus, sidecar)
+        if sidecar is None or corpus.tokenizer_hash is None:
+            return sampled_mistakes(corpus, vocab_size) + out
+        made_with, tokens = corpus.tokenizer_hash, sidecar.get("vocab_size", 0)
+        if tokens > vocab_size and made_with not in self._tokenizers:
+            out.append(
+                f"its tokenizer has {tokens} tokens, model.vocab_size={vocab_size} fewer; set "
+                f"model.vocab_size={tokens} or preprocess with the model's tokenizer"
             )
-        mistakes += _tokenizer_mistakes(path, corpus, hashes, config.model.vocab_size)
-        mistakes += document_end_mistakes(path, source.prefix, config)
-    for name, prefix in config.data.probes.items():
-        path = f"data.probes.{name}"
-        try:
-            probe = open_corpus(name, prefix, share=share)
-            mistakes += _tokenizer_mistakes(path, probe, hashes, config.model.vocab_size)
-            mistakes += document_end_mistakes(path, prefix, config)
-        except (OSError, ValueError) as error:
-            mistakes.append(f"{path}: {error}")
-    return corpora, mistakes
+        self._tokenizers.setdefault(made_with, path)
+        first, other = next(iter(self._tokenizers.items()))
+        if first != made_with:
+            out.append(
+                f"made with tokenizer {made_with[:12]}, {other} with {first[:12]}; "
+                f"preprocess both with the same one"
+            )
+        return out
 
-
-def _tokenizer_mistakes(path: str, corpus: Corpus, hashes: dict[str, str], vocab_size: int) -> list[str]:
-    """Tokens of two tokenizers in one run, or ids that the model has no row for."""
-    if corpus.tokenizer_hash is None:
-        return [f"{path}: {mistake}" for mistake in sampled_mistakes(corpus, vocab_size)]
-    out = []
-    made_with = read_sidecar(corpus.prefix) or {}
-    if made_with.get("vocab_size", 0) > vocab_size and corpus.tokenizer_hash not in hashes.values():
-        out.append(
-            f"{path}: its tokenizer has {made_with['vocab_size']} tokens, model.vocab_size={vocab_size} "
-            f"fewer; set model.vocab_size={made_with['vocab_size']} or preprocess with the model's tokenizer"
-        )
-    hashes[path] = corpus.tokenizer_hash
-    other = next(iter(hashes))
-    if hashes[other] != corpus.tokenizer_hash:
-        out.append(
-            f"{path}: made with tokenizer {corpus.tokenizer_hash[:12]}, {other} with {hashes[other][:12]}; "
-            f"preprocess both with the same one"
-        )
-    return out
-
-
-def document_end_mistakes(path: str, prefix: str, config: Config) -> list[str]:
-    """Datasets whose documents cannot be told apart, though `data.cross_documents` is false."""
-    if config.data.cross_documents:
+    def _ends(self, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
+        """Mistakes of a dataset whose documents must not attend to each other. Sets `eod`."""
+        asked, prefix = self._config.data.eod, corpus.prefix
+        if sidecar is None:
+            if asked is not None:
+                return []
+            return [
+                f"{prefix} has no sidecar that names its end-of-document token, which "
+                f"data.cross_documents=false needs; set data.eod"
+            ]
+        eod = sidecar.get("eod")
+        if not sidecar.get("append_eod") or not isinstance(eod, int):
+            return [
+                f"{prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
+                f"tell its documents apart; preprocess it again with --append-eod (a probing set: curate it "
+                f"with --end-documents)"
+            ]
+        if asked not in (None, eod):
+            return [f"its documents end with token {eod}, not data.eod={asked}"]
+        self.eod = eod if self.eod is None else self.eod
         return []
-    sidecar = read_sidecar(prefix)
-    if sidecar is None:
-        if config.data.eod is not None:
-            return []
-        return [
-            f"{path}: {prefix} has no sidecar that names its end-of-document token, which "
-            f"data.cross_documents=false needs; set data.eod"
-        ]
-    if not sidecar.get("append_eod"):
-        return [
-            f"{path}: {prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
-            f"tell its documents apart; preprocess it again with --append-eod (a probing set: curate it with "
-            f"--end-documents)"
-        ]
-    if config.data.eod is not None and sidecar.get("eod") != config.data.eod:
-        return [f"{path}: its documents end with token {sidecar.get('eod')}, not data.eod={config.data.eod}"]
-    return []
 
 
 def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
@@ -144,9 +194,9 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
         try:
             plan.add_phase(start, weights, max_epochs=phase.max_epochs, keep=phase.keep)
         except (OSError, ValueError) as error:
-            raise config_io.ConfigError([f"phases.{name}: {error}"]) from None
+            raise ConfigError([f"phases.{name}: {error}"]) from None
         if mistakes := _mask_mistakes(f"phases.{name}.keep", config, plan.phases[-1]):
-            raise config_io.ConfigError(mistakes)
+            raise ConfigError(mistakes)
         start += config.phase_steps(name) * config.train.global_batch
     return plan
 
@@ -166,18 +216,3 @@ def _mask_mistakes(path: str, config: Config, phase: Phase) -> list[str]:
                 f"{path}.{name}: {mask.path} was made for another dataset than {prefix}; make it again"
             )
     return out
-
-
-def identities(config: Config) -> dict[str, str]:
-    """Of every source's dataset."""
-    return {name: identity_of(source.prefix) for name, source in config.data.sources.items()}
-
-
-def check_plan(config: Config, plan: BlendPlan) -> list[str]:
-    """Mistakes that only the plan can tell: epoch caps that leave nothing to draw before the end."""
-    last = sum(config.phase_steps(name) for name in config.phases) * config.train.global_batch - 1
-    try:
-        plan.locate(last)
-    except IndexError as error:
-        return [f"phases: {error}"]
-    return []

@@ -1,64 +1,153 @@
-"""What two data plans disagree on, in words a user can act on."""
+"""A data plan as text, its fingerprint, and what two plans disagree on, in words a user can act on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
-if TYPE_CHECKING:
-    from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
+
+FORMAT = "megatron_r1.blend"
+VERSION = 1
 
 
-def changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
-    """Each difference that makes the samples [0, samples) of two plans differ, or may; none if they agree."""
-    changed = [
-        f"{what} {old!r} -> {new!r}"
-        for what, old, new in (
-            ("seed", before.seed, now.seed),
-            ("order", before.order, now.order),
-            ("shuffle", before.shuffle, now.shuffle),
+def to_json(plan: BlendPlan, data: Mapping[str, str] | None = None) -> str:
+    """The plan as text, with masks by path and hash, and `data`: the identity of each source's dataset.
+
+    ValueError for a mask given as an array, which must be saved first.
+    """
+    phases = []
+    for number, phase in enumerate(plan.phases):
+        for name, mask in phase.keep.items():
+            if mask.path is None:
+                raise ValueError(
+                    f"phase {number}: the keep mask of '{name}' was given as an array; np.save it and "
+                    f"give add_phase the path, so that the plan can refer to it"
+                )
+        keep = {name: {"path": mask.path, "sha256": mask.sha256} for name, mask in phase.keep.items()}
+        given = {"start": phase.start, "weights": list(phase.weights), "max_epochs": phase.max_epochs}
+        phases.append({**given, "keep": keep})
+    text = {
+        "format": FORMAT,
+        **_head(plan),
+        "sources": [{"name": name, "windows": windows} for name, windows in plan.sources.items()],
+        "phases": phases,
+        "fingerprint": fingerprint(plan),
+    }
+    return json.dumps(text if data is None else {**text, "data": data}, indent=1)
+
+
+def from_json(text: str, samples: int | None = None) -> BlendPlan:
+    """The plan of `to_json`.
+
+    `samples`: leave out the phases that begin at this sample or later, whose masks may be gone.
+    ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
+    """
+    parts = json.loads(text)
+    if parts.get("format") != FORMAT:
+        raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
+    if parts.get("version") != VERSION:
+        raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
+    sources = {source["name"]: source["windows"] for source in parts["sources"]}
+    plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
+    past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
+    for number, phase in enumerate(past):
+        keep = {name: mask["path"] for name, mask in phase["keep"].items()}
+        plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
+        for name, mask in phase["keep"].items():
+            loaded = plan.phases[-1].keep.get(name)
+            if loaded is None or loaded.sha256 != mask["sha256"]:
+                raise ValueError(
+                    f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
+                    f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
+                )
+    whole = len(past) == len(parts["phases"])
+    if whole and parts.get("fingerprint") not in (None, fingerprint(plan)):
+        raise ValueError(
+            "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
+            'line "fingerprint" if the edit is meant'
         )
-        if old != new
-    ]
+    return plan
+
+
+def datasets_of(text: str) -> dict[str, str]:
+    """Source -> identity of its dataset, as `to_json` was given them; none in a plan without."""
+    return dict(json.loads(text).get("data", {}))
+
+
+def fingerprint(plan: BlendPlan) -> str:
+    """SHA-256 of everything that decides the order; the paths of mask files do not."""
+    phases = [_identity(plan, phase) for phase in plan.phases]
+    parts = {**_head(plan), "sources": list(plan.sources.items()), "phases": phases}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_extends(now: BlendPlan, before: BlendPlan, samples: int) -> None:
+    """Check that the plan agrees with `before`, the one trained on, for all samples in [0, samples).
+
+    Raises ValueError that lists what changed. What `before` planned from `samples` on may differ.
+    """
+    if changed := _changes(before, now, samples):
+        raise ValueError(
+            f"this plan differs from the one that drew the first {samples} samples: "
+            f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
+            f"new phase at sample {samples} or later"
+        )
+
+
+def _head(plan: BlendPlan) -> dict[str, Any]:
+    return {"version": VERSION, "seed": plan.seed, "order": plan.order, "shuffle": plan.shuffle}
+
+
+def _identity(plan: BlendPlan, phase: Phase) -> dict[str, Any]:
+    """What of a phase decides the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
+    if plan.order == "balanced":
+        whole = integer_weights(phase.weights).tolist()
+        divisor = math.gcd(*whole)
+        weights = [weight // divisor for weight in whole]
+    else:
+        weights = [float(weight).hex() for weight in phase.weights]
+    return {
+        "start": phase.start,
+        "weights": weights,
+        "max_epochs": [None if cap is None else str(cap) for cap in phase.caps],
+        "keep": {name: mask.sha256 for name, mask in sorted(phase.keep.items())},
+    }
+
+
+def _changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
+    """Each difference that makes the samples [0, samples) of two plans differ, or may; none if they agree."""
+    old, new = _head(before), _head(now)
+    changed = [f"{what} {old[what]!r} -> {new[what]!r}" for what in old if old[what] != new[what]]
     changed += _of_sources(before.sources, now.sources)
     if tuple(before.sources) == tuple(now.sources):
         changed += _of_phases(before, now, samples)
     return changed
 
 
-def listed(names: Iterable[Any]) -> str:
-    """Names in quotes, the first dozen of them."""
-    quoted = [f"'{name}'" for name in names]
-    return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
-
-
 def _of_phases(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
     names = tuple(now.sources)
-    past = [phase for phase in before.phases if phase.start < samples]
-    here = [phase for phase in now.phases if phase.start < samples]
+    past, here = ([p for p in plan.phases if p.start < samples] for plan in (before, now))
     changed: list[str] = []
-    for number, (old, new) in enumerate(zip(past, here, strict=False)):
+    for number, (old, new) in enumerate(zip_longest(past, here)):
+        if old is None or new is None:
+            gone = f"(start {old.start}) is gone" if old else f"is new but starts at sample {new.start}"
+            changed.append(f"phase {number} {gone}")
+            continue
         if old.start != new.start:
             changed.append(f"phase {number} start {old.start} -> {new.start}")
-        was, is_ = before.identity(old), now.identity(new)
+        was, is_ = _identity(before, old), _identity(now, new)
         if was["weights"] != is_["weights"]:
             changed.append(f"phase {number} weights {_differing(names, old.weights, new.weights)}")
         if was["max_epochs"] != is_["max_epochs"]:
             caps = _differing(names, was["max_epochs"], is_["max_epochs"])
             changed.append(f"phase {number} max_epochs {caps}")
-        masks = [name for name in names if was["keep"].get(name) != is_["keep"].get(name)]
-        if masks:
+        if masks := [name for name in names if was["keep"].get(name) != is_["keep"].get(name)]:
             changed.append(f"phase {number} keep masks of {listed(masks)}")
-    changed += [
-        f"phase {number} (start {old.start}) is gone"
-        for number, old in enumerate(past)
-        if number >= len(here)
-    ]
-    changed += [
-        f"phase {number} is new but starts at sample {new.start}"
-        for number, new in enumerate(here)
-        if number >= len(past)
-    ]
     return changed
 
 

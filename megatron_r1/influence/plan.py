@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 from megatron_r1.checkpoint.files import step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
-from megatron_r1.data.indexed import document_starts, identity_of, open_corpus
-from megatron_r1.data.open import document_end, document_end_mistakes, launched, open_sources
-from megatron_r1.data.windows import choose
+from megatron_r1.data.indexed import document_starts
+from megatron_r1.data.open import OpenData, launched, open_data
+from megatron_r1.data.windows import Examples, choose
 from megatron_r1.influence import store
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.store import COLUMNS
@@ -57,15 +56,22 @@ def scores_of(parts: Sequence[Part]) -> dict[str, str]:
 class Work:
     config: Config
     influence: InfluenceConfig
-    sources: list[Corpus]
-    probes: list[Corpus]
-    """Probing sets, one a capability, in order."""
+    data: OpenData
     steps: list[int]
 
-    @cached_property
+    @property
+    def sources(self) -> list[Corpus]:
+        return self.data.corpora
+
+    @property
+    def probes(self) -> list[Corpus]:
+        """Probing sets, one a capability, in order."""
+        return self.data.directions
+
+    @property
     def identities(self) -> dict[str, str]:
-        """Prefix -> hash of every dataset that is read; without a sidecar it takes a read of the index."""
-        return {str(c.prefix): identity_of(c.prefix) for c in (*self.sources, *self.probes)}
+        """Prefix -> identity of every dataset that is read."""
+        return self.data.identities
 
     def examples(self) -> int:
         """Examples to score at each checkpoint."""
@@ -143,7 +149,7 @@ class Work:
                     "layers": layers if isinstance(layers, str) else " ".join(layers),
                 },
                 "seq_length": self.config.data.seq_length,
-                "eod": document_end(self.config),
+                "eod": self.data.eod,
                 "precision": self.config.train.precision,
             }
             example_N = self.chosen(corpus)
@@ -156,12 +162,42 @@ _data_hash = functools.cache(store.data_hash)
 """Each pair is read once a launch."""
 
 
-def lay_plan(config: Config) -> Work:
-    """Open every dataset and find the checkpoints. Raises ConfigError with every mistake."""
-    work, mistakes = _open(config)
-    if work is None or mistakes:
+def lay_plan(config: Config, ranks: int | None = None) -> Work:
+    """Open every dataset and find the checkpoints. Raises ConfigError with every mistake.
+
+    `ranks`: of the launch; None: those of one model copy.
+    """
+    influence = config.influence
+    if influence is None:
+        raise ConfigError(["influence: missing section; add a file that has it (see examples/quickstart)"])
+    available = _available_steps(Path(config.train.run))
+
+    def also(data: OpenData) -> list[str]:
+        return [
+            *_check(influence, config),
+            *_check_probes(influence, data.directions, config.data.seq_length),
+            *_check_places(influence, config, available),
+            *check_copies(config.parallel, config.parallel.model_ranks() if ranks is None else ranks),
+        ]
+
+    data = open_data(config, launched(), "score", also)
+    work = Work(config, influence, data, sorted(set(influence.steps)) or available)
+    if mistakes := _unknown_ids(work):
         raise ConfigError(mistakes)
     return work
+
+
+def _unknown_ids(work: Work) -> list[str]:
+    """Tokens that the model has no row for, in examples of datasets whose tokenizer no sidecar tells. Each
+    rank looks at its part of them."""
+    (rank, ranks), seq_length = launched(), work.config.data.seq_length
+    chosen = [(c, work.chosen(c), work.influence.unit) for c in work.sources]
+    found = [
+        Examples([(corpus, number_N[rank::ranks])], seq_length, unit).unknown_id(work.config.model.vocab_size)
+        for corpus, number_N, unit in (*chosen, *((c, work.probing(c), "window") for c in work.probes))
+        if corpus.tokenizer_hash is None
+    ]
+    return [mistake for mistake in found if mistake]
 
 
 def examples_left(work: Work) -> int:
@@ -181,49 +217,6 @@ def examples_left(work: Work) -> int:
             store.check_inputs(part.directory, part.inputs)
             left += part.left()
     return left
-
-
-def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
-    """What is wrong with scoring this on `ranks` ranks (default: one model copy)."""
-    ranks = config.parallel.model_ranks() if ranks is None else ranks
-    return _open(config)[1] + check_copies(config.parallel, ranks)
-
-
-def _open(config: Config) -> tuple[Work | None, list[str]]:
-    influence = config.influence
-    if influence is None:
-        return None, ["influence: missing section; add a file that has it (see examples/quickstart)"]
-    sources, mistakes = open_sources(config, launched())
-    mistakes += _check(influence, config)
-    probes = []
-    for name, prefix in influence.directions.items():
-        try:
-            probe = open_corpus(name, prefix, share=launched())
-        except (OSError, ValueError) as error:
-            mistakes.append(f"influence.directions.{name}: {error}")
-            continue
-        probes.append(probe)
-        mistakes += document_end_mistakes(f"influence.directions.{name}", prefix, config)
-        mistakes += _check_probe(probe, sources, config.data.seq_length)
-        if (
-            influence.exclude_self
-            and min(probe.windows(config.data.seq_length), influence.probe_examples or 2) < 2
-        ):
-            mistakes.append(
-                f"influence.exclude_self: nothing is left of the one probing window of {name} without it; "
-                f"raise influence.probe_examples, or set more documents aside"
-            )
-    mistakes += [
-        f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
-        for name in config.data.sources
-        if "/" in name or name.startswith(".")
-    ]
-    available = _available_steps(Path(config.train.run))
-    if not available:
-        mistakes.append(f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)")
-    elif absent := sorted(set(influence.steps) - set(available)):
-        mistakes.append(f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}")
-    return Work(config, influence, sources, probes, sorted(set(influence.steps)) or available), mistakes
 
 
 def _check(influence: InfluenceConfig, config: Config) -> list[str]:
@@ -270,20 +263,27 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
     return out
 
 
-def _check_probe(probe: Corpus, sources: Sequence[Corpus], seq_length: int) -> list[str]:
-    path = f"influence.directions.{probe.name}"
-    out = []
-    if probe.tokens <= seq_length:
-        out.append(
-            f"{path}: {probe.tokens} tokens are less than one window of data.seq_length={seq_length}; "
-            f"set more documents aside"
-        )
-    for corpus in sources:
-        known = probe.tokenizer_hash is not None and corpus.tokenizer_hash is not None
-        if known and probe.tokenizer_hash != corpus.tokenizer_hash:
-            out.append(f"{path}: made with another tokenizer than data.sources.{corpus.name}")
-            break
-    return out
+def _check_probes(influence: InfluenceConfig, probes: Sequence[Corpus], seq_length: int) -> list[str]:
+    return [
+        f"influence.exclude_self: nothing is left of the one probing window of {probe.name} without it; "
+        f"raise influence.probe_examples, or set more documents aside"
+        for probe in probes
+        if influence.exclude_self and min(probe.windows(seq_length), influence.probe_examples or 2) < 2
+    ]
+
+
+def _check_places(influence: InfluenceConfig, config: Config, available: Sequence[int]) -> list[str]:
+    """Of scores, and of the checkpoints they are of."""
+    mistakes = [
+        f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
+        for name in config.data.sources
+        if "/" in name or name.startswith(".")
+    ]
+    if not available:
+        mistakes.append(f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)")
+    elif absent := sorted(set(influence.steps) - set(available)):
+        mistakes.append(f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}")
+    return mistakes
 
 
 def _available_steps(run: Path) -> list[int]:

@@ -22,8 +22,7 @@ from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config
-from megatron_r1.data.loader import whole_batch
-from megatron_r1.data.open import document_end
+from megatron_r1.data.loader import example_batches
 from megatron_r1.data.windows import Examples, Unit
 from megatron_r1.influence import datainf, kfac
 from megatron_r1.influence.curvature import precondition, resolve
@@ -54,13 +53,13 @@ _PASSES = 8
 """Micro-batches of a chunk: what a kill can cost, and what a pipeline needs to be full."""
 
 
-def compute_influence(config: Config) -> None:
-    """Score what is left; every rank of the launch calls this.
+def compute_influence(config: Config, work: Work | None = None) -> None:
+    """Score what is left; every rank of the launch calls this. `work`: of `lay_plan`, where it was called.
 
     Raises ConfigError or ValueError before anything is written when the configuration does not fit the
     launch, the datasets or the checkpoints, or when scores of other inputs are there already.
     """
-    job = open_job(config)
+    job = open_job(config, work)
     for part in job.all_parts():
         check_inputs(part.directory, part.inputs)
     influence = RunDir(Path(config.train.run)).influence
@@ -87,11 +86,11 @@ class Job:
         return [part for found in self.parts.values() for part in found]
 
 
-def open_job(config: Config) -> Job:
+def open_job(config: Config, work: Work | None = None) -> Job:
     """Raises ConfigError or ValueError where datasets or checkpoints do not fit the configuration."""
     # An interleaved pipeline is a matter of training's speed; its checkpoints load without.
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
-    work = lay_plan(config)
+    work = dataclasses.replace(work or lay_plan(config), config=config)
     run = RunDir(Path(config.train.run))
     refs = [ref for ref in checkpoint_files.found(run.checkpoints) if ref.step in work.steps]
     if len(refs) < len(work.steps):
@@ -119,7 +118,7 @@ class Scoring:
         """Examples to score at each checkpoint when this launch began."""
         self.names = frozenset(select(work.influence.layers, config.model.num_layers))
         self.began = ledger.process_start()
-        self.eod = document_end(config)
+        self.eod = work.data.eod
         backend.seed_model_parallel(config.train.seed)
         precision = config.train.precision
         # The scorer reaches into each layer, which Transformer Engine's fused ones do not allow.
@@ -322,7 +321,7 @@ class Scoring:
             )
 
     def _examples(self, corpus: Corpus, number_N: np.ndarray, unit: Unit = "window") -> Examples:
-        return Examples(corpus, number_N, self.config.data.seq_length, self.config.model.vocab_size, unit)
+        return Examples([(corpus, number_N)], self.config.data.seq_length, unit)
 
     def _score_part(
         self, part: Part, ref: CheckpointRef, method: Method, norm_C: list[float], bar: Progress
@@ -405,10 +404,6 @@ class Scoring:
     def _batches(
         self, examples: Examples, first: int, last: int, micro_batch: int | None = None
     ) -> Iterator[Batch]:
-        size, context = micro_batch or self.work.influence.micro_batch, self.context
-        found = examples.batches(first, last, size, context.data_rank, context.data_size)
-        for window_BS, labels_B, length_B in found:
-            batch = whole_batch(window_BS, labels_B > 0, np.zeros(size), self.eod)
-            for row, labels in enumerate(labels_B):
-                batch.loss_mask_BS[row, labels:] = 0
+        size = micro_batch or self.work.influence.micro_batch
+        for batch, length_B in example_batches(examples, (first, last), size, self.context, self.eod):
             yield weigh(batch, 1 / length_B if self.work.influence.loss == "mean" else np.ones(size))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import open_corpus
-from megatron_r1.data.open import build_plan, check_plan
+from megatron_r1.data.open import open_data
 from megatron_r1.records import Corpus
 
 MANY_EPOCHS = 40
@@ -54,35 +51,13 @@ class DataPlan:
         return {c.name: sum(phase.epochs[c.name] for phase in self.phases) for c in self.corpora}
 
 
-def plan_data(config: Config) -> DataPlan:
+def plan_data(config: Config, also: Sequence[str] = ()) -> DataPlan:
     """Lay the data plan with real datasets where they are, with `data.sources.NAME.tokens` elsewhere.
 
-    Raises ConfigError with every mistake: damaged datasets, and absent ones of unknown size.
+    Raises ConfigError with every mistake: `also`, damaged datasets, and absent ones of unknown size.
     """
-    corpora, absent, mistakes = [], set(), []
-    for name, source in config.data.sources.items():
-        try:
-            corpora.append(open_corpus(name, source.prefix, source.documents))
-        except FileNotFoundError as error:
-            if source.tokens is None:
-                mistakes.append(
-                    f"data.sources.{name}: {error}; for a plan without it, say data.sources.{name}.tokens=N"
-                )
-                continue
-            absent.add(name)
-            corpora.append(Corpus(name, Path(source.prefix), 0, source.tokens, "int32", None))
-        except (OSError, ValueError) as error:
-            mistakes.append(f"data.sources.{name}: {error}")
-    mistakes += [
-        f"data.sources.{c.name}: {c.tokens} tokens are less than one window of {config.data.seq_length}"
-        for c in corpora
-        if c.windows(config.data.seq_length) < 1
-    ]
-    if mistakes:
-        raise config_io.ConfigError(mistakes)
-    blend = build_plan(config, corpora)
-    if mistakes := check_plan(config, blend):
-        raise config_io.ConfigError(mistakes)
+    data = open_data(config, use="plan", also=lambda _: also)
+    blend = data.plan
     phases, samples = [], 0
     for name, phase in config.phases.items():
         steps, weights = config.phase_steps(name), config.phase_weights(name)
@@ -100,7 +75,7 @@ def plan_data(config: Config) -> DataPlan:
             )
         )
         samples = end
-    return DataPlan(tuple(corpora), frozenset(absent), blend, tuple(phases))
+    return DataPlan(tuple(data.corpora), data.absent, blend, tuple(phases))
 
 
 def warnings(config: Config, data: DataPlan, gpus: int) -> list[str]:

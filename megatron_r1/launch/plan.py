@@ -126,13 +126,7 @@ def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPla
     Raises ConfigError with every mistake: sizes that do not divide, datasets that are damaged, or absent
     and of unknown size.
     """
-    mistakes = launch.mistakes(config)
-    try:
-        data = plan_data(config)
-    except config_io.ConfigError as error:
-        raise config_io.ConfigError(mistakes + error.mistakes) from None
-    if mistakes:
-        raise config_io.ConfigError(mistakes)
+    data = plan_data(config, launch.mistakes(config))
     checkpoints = plan_checkpoints(config)
     if not build:
         return LaunchPlan(config, launch, data, checkpoints)

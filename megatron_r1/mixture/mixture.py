@@ -16,7 +16,7 @@ import numpy as np
 from megatron_r1.config import Config, MixConfig
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import load_mask
-from megatron_r1.data.open import build_plan, open_sources
+from megatron_r1.data.open import build_plan, open_data
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.mixture.masks import KeepMask, make_masks
 from megatron_r1.mixture.scores import in_units
@@ -87,9 +87,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     weight_C = alpha_CK.sum(1)
     rho_GC = np.einsum("gck,k->gc", densities(tables, mix), alpha_CK.sum(0))
     rho_G = rho_GC @ weight_C
-    corpora, mistakes = open_sources(config)
-    if mistakes:
-        raise ValueError("; ".join(mistakes))
+    corpora = open_data(config, use="mix").corpora
     before = config.phases[mix.phase].keep
     masks = make_masks(tables, used, corpora, mix, config.data.seq_length, before) if mix.keep else {}
     draws = _Draws(config, corpora, masks)

@@ -261,7 +261,8 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
     """A panel per capability: for each source how its examples' scores are distributed."""
     shades, found, out = colors(reading.run.domains), scores.sources, []
     name = f"{json.dumps([s.source for s in found])}[floor(datum.value)]"
-    axis = {"values": [row + 0.5 for row in range(len(found))], "labelExpr": name, **labels(shades, name)}
+    at = {"values": [row + 0.5 for row in range(len(found))], "tickCount": len(found)}
+    axis = at | {"labelExpr": name} | labels(shades, name)
     for c, capability in enumerate(scores.capabilities):
         every = np.concatenate([s.score_NC[:, c] for s in found])
         low, high = np.percentile(every[np.isfinite(every)], (1, 99)) if np.isfinite(every).any() else (0, 0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
 from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.windows import WindowReader, out_of_vocab, outside
 from megatron_r1.parallel import ParallelContext, on_device
-from megatron_r1.records import Batch, Corpus
+from megatron_r1.records import Batch
 
 
 def micro_batches(
@@ -28,11 +27,11 @@ class FaultTolerantBatches:
     """Batches that go on, with no labels, after one could not be read: `error` says why.
 
     The other ranks wait within the step's collectives for this one. It takes part to the end of the step,
-    whose gradients `spoil` then keeps out of every rank's weights, and only then do they speak.
+    whose gradients `discard` then keeps out of every rank's weights, and only then do they speak.
     """
 
-    def __init__(self, batches: Iterator[Batch], passes: int, without_labels: Callable[[], Batch]):
-        self._batches, self._left, self._without_labels = batches, passes, without_labels
+    def __init__(self, batches: Iterator[Batch], passes: int, loader: BatchLoader, micro_batch: int):
+        self._batches, self._left, self._loader, self._micro_batch = batches, passes, loader, micro_batch
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -43,7 +42,14 @@ class FaultTolerantBatches:
         except (OSError, ValueError) as error:
             self.error = error
             for _ in range(self._left):
-                yield self._without_labels()
+                yield on_device(without_labels(self._loader, self._micro_batch))
+
+
+def without_labels(loader: BatchLoader, micro_batch: int) -> Batch:
+    """Rows of the loader's shape, on the CPU, that count for nothing."""
+    row_BS = np.zeros((micro_batch, loader.seq_length + 1), dtype=np.int64)
+    none_B = np.zeros(micro_batch, dtype=np.int64)
+    return whole_batch(row_BS, none_B, none_B, loader.eod)
 
 
 def rank_samples(
@@ -54,46 +60,3 @@ def rank_samples(
     first = np.arange(first_sample, first_sample + global_batch, per_pass, dtype=np.int64)
     mine = first + context.data_rank * micro_batch
     return (mine[:, None] + np.arange(micro_batch)).ravel()
-
-
-class HeldOut:
-    """Windows that are only measured, laid out for forward passes.
-
-    `sets`: name -> corpus and its window numbers; a row's `source_B` is its set's number. `multiple`: what
-    the number of passes must be a multiple of. ValueError for a token beyond `vocab_size`.
-    """
-
-    def __init__(
-        self,
-        sets: Mapping[str, tuple[Corpus, np.ndarray]],
-        seq_length: int,
-        vocab_size: int,
-        micro_batch: int,
-        context: ParallelContext,
-        eod: int | None = None,
-        multiple: int = 1,
-    ):
-        self.eod, self.context, self.micro_batch = eod, context, micro_batch
-        windows = [_rows(*windows, seq_length, vocab_size) for windows in sets.values()]
-        self.windows_NS = np.concatenate(windows)
-        self.set_N = np.repeat(np.arange(len(windows)), [len(rows) for rows in windows])
-        self.passes = -(-len(self.windows_NS) // (micro_batch * context.data_size * multiple)) * multiple
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches; rows beyond the last window carry no labels."""
-        n, (rank, size) = self.micro_batch, (self.context.data_rank, self.context.data_size)
-        for number in range(self.passes):
-            row_B = np.arange(n) + (number * size + rank) * n
-            real_B = row_B < len(self.windows_NS)
-            row_B = np.where(real_B, row_B, 0)
-            batch = whole_batch(self.windows_NS[row_B], real_B, self.set_N[row_B], self.eod)
-            yield on_device(batch)
-
-
-def _rows(corpus: Corpus, window_N: np.ndarray, seq_length: int, vocab_size: int) -> np.ndarray:
-    """Whole windows, int64 [N, S + 1], of ids that the model has rows for."""
-    row_NS = WindowReader(corpus, seq_length).rows(window_N)
-    if found := outside(row_NS, vocab_size):
-        position = int(window_N[found[0]]) * seq_length + found[1]
-        raise ValueError(out_of_vocab(corpus, position, int(row_NS[found]), vocab_size))
-    return row_NS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,78 +13,67 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import Config
-from megatron_r1.data.indexed import open_corpus
-from megatron_r1.data.open import document_end, launched
-from megatron_r1.parallel import ParallelContext, from_last_stage, sum_over
+from megatron_r1.data.loader import example_batches
+from megatron_r1.data.open import OpenData
+from megatron_r1.data.windows import Examples
+from megatron_r1.parallel import ParallelContext, from_last_stage, on_device, sum_over
 from megatron_r1.records import Batch, Corpus
-from megatron_r1.train.batches import HeldOut
 from megatron_r1.train.step import Shape, Training, label_losses
 
 
 class Evaluation:
     """Losses on `data.probes` by capability, and on each source's documents that are set aside.
 
-    Raises ValueError where a probing set holds no window, or a token that the model has no row for.
+    Raises ValueError where one of their windows holds a token that the model has no row for.
     """
 
-    def __init__(self, config: Config, corpora: list[Corpus], training: Training, context: ParallelContext):
-        self._training = training
-        seq_length, micro_batch = config.data.seq_length, config.train.micro_batch
-        eod = document_end(config)
+    def __init__(self, config: Config, data: OpenData, training: Training, context: ParallelContext):
+        self._training, self._context, self._eod = training, context, data.eod
+        seq_length, self._micro_batch = config.data.seq_length, config.train.micro_batch
         # An interleaved pipeline takes micro-batches in groups of its stages.
-        multiple = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+        self._multiple = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+        probing = [(probe, np.arange(probe.windows(seq_length))) for probe in data.probes]
+        validation = _validation(data.corpora, seq_length, config.train.validation_windows)
         self._sets = {
-            name: (
-                HeldOut(windows, seq_length, config.model.vocab_size, micro_batch, context, eod, multiple),
-                tuple(windows),
-            )
-            for name, windows in (
-                ("probe_nll", _probing(config)),
-                ("validation_nll", _validation(config, corpora)),
-            )
-            if windows
+            what: (Examples(sets, seq_length), [corpus.name for corpus, _ in sets])
+            for what, sets in (("probe_nll", probing), ("validation_nll", validation))
+            if sets
         }
-        self._shape = (micro_batch, seq_length)
+        for examples, _ in self._sets.values():
+            if mistake := examples.unknown_id(config.model.vocab_size):
+                raise ValueError(mistake)
 
     def measure(self) -> dict[str, Any]:
         """Nats a label, by capability and by source; RankMe of the first set's hidden states (Eq. 8)."""
-        found: dict[str, Any] = {}
-        for what, (held_out, names) in self._sets.items():
-            with OutputEmbeddings(self._training.last) as embeddings:
-                batches = embeddings.watch(held_out.batches())
-                loss_N, tokens_N = label_losses(
-                    self._training, batches, held_out.passes, Shape(*self._shape, sources=len(names))
-                )
-            found[what] = dict(zip(names, (loss_N / tokens_N).tolist(), strict=True))
-            if "rank_me" not in found:
-                found["rank_me"] = embeddings.rank_me()
-        return found
+        measured: dict[str, Any] = {}
+        for what, (examples, names) in self._sets.items():
+            loss_N, tokens_N, embeddings = self._losses(examples, len(names))
+            measured[what] = dict(zip(names, (loss_N / tokens_N).tolist(), strict=True))
+            if "rank_me" not in measured:
+                measured["rank_me"] = embeddings.rank_me()
+        return measured
+
+    def _losses(self, examples: Examples, sets: int) -> tuple[Tensor, Tensor, OutputEmbeddings]:
+        """Sums of losses and numbers of labels by set; and the hidden states of all."""
+        span, size, multiple = (0, len(examples)), self._micro_batch, self._multiple
+        passes = -(-examples.passes(*span, size * self._context.data_size) // multiple) * multiple
+        rows = example_batches(examples, span, size, self._context, self._eod, passes)
+        with OutputEmbeddings(self._training.last) as embeddings:
+            batches = embeddings.watch(on_device(batch) for batch, _ in rows)
+            shape = Shape(size, examples.seq_length, sources=sets)
+            loss_N, tokens_N = label_losses(self._training, batches, passes, shape)
+        return loss_N, tokens_N, embeddings
 
 
-def _probing(config: Config) -> dict[str, tuple[Corpus, np.ndarray]]:
-    """All windows of each capability's probing set."""
-    found = {}
-    for name, prefix in config.data.probes.items():
-        probe = open_corpus(name, prefix, share=launched())
-        count = probe.windows(config.data.seq_length)
-        if count == 0:
-            raise ValueError(
-                f"probing set {name} ({prefix}) holds {probe.tokens} tokens, less than one window of "
-                f"{config.data.seq_length}; set more documents aside"
-            )
-        found[name] = (probe, np.arange(count))
-    return found
-
-
-def _validation(config: Config, corpora: list[Corpus]) -> dict[str, tuple[Corpus, np.ndarray]]:
-    """The first `train.validation_windows` windows behind the documents that each source trains on."""
-    found = {}
+def _validation(corpora: list[Corpus], seq_length: int, most: int) -> list[tuple[Corpus, np.ndarray]]:
+    """The first `most` windows behind the documents that each source trains on."""
+    found = []
     for corpus in corpora:
-        whole = open_corpus(corpus.name, corpus.prefix, share=launched())
-        first = -(-corpus.tokens // config.data.seq_length)
-        last = min(whole.windows(config.data.seq_length), first + config.train.validation_windows)
+        whole = replace(corpus, tokens=corpus.tokens + corpus.set_aside)
+        first = -(-corpus.tokens // seq_length)
+        last = min(whole.windows(seq_length), first + most)
         if first < last:
-            found[corpus.name] = (whole, np.arange(first, last))
+            found.append((whole, np.arange(first, last)))
     return found
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from megatron_r1 import backend, config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -15,20 +12,18 @@ from megatron_r1.checkpoint.files import Retention
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
-from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import identity_of
-from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.open import document_end, identities, launched, resolve_data
+from megatron_r1.data import plan_file
+from megatron_r1.data.loader import BatchLoader
+from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.parallel import (
     DelayedAllReduce,
     ParallelContext,
     broadcast_object,
     gather_objects,
     holding,
-    on_device,
     process_groups,
 )
-from megatron_r1.records import Batch, Corpus, TrainState
+from megatron_r1.records import TrainState
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import write_text
@@ -54,23 +49,24 @@ _LONG = 3600.0
 """Seconds more than a step that measuring, or the last write of a phase, may take."""
 
 
-def train(config: Config, files: Mapping[str, str] | None = None) -> None:
+def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
     """Train what is left of the run, or until SIGTERM, which any rank may get; every rank of the launch
     calls this.
 
-    `files`: those that the configuration was read from -> their SHA-256, for the ledger. Raises ConfigError
-    or ValueError before anything is written when the configuration does not fit the launch, the datasets, or
-    the past of the run.
+    `files`: those that the configuration was read from -> their SHA-256, for the ledger. `data`: its
+    datasets, where they are open already. Raises ConfigError or ValueError before anything is written when
+    the configuration does not fit the launch, the datasets, or the past of the run.
     """
-    corpora, plan = resolve_data(config, launched())
-    if resume.is_finished(config, plan):
+    data = data or open_data(config, launched())
+    data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
+    if resume.is_finished(config, data):
         if launched()[0] == 0:
-            print("\n".join(resume.describe_start(config, plan)), flush=True)
+            print("\n".join(resume.describe_start(config, data)), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
-        Trainer(config, corpora, plan, context, run, stop, files or {}).train()
+        Trainer(config, data, context, run, stop, files or {}).train()
 
 
 class Trainer:
@@ -79,23 +75,25 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        corpora: list[Corpus],
-        plan: BlendPlan,
+        data: OpenData,
         context: ParallelContext,
         run: RunDir,
         stop: StopRequest,
         files: Mapping[str, str],
     ):
-        self.config, self.plan, self.context, self.run, self.stop = config, plan, context, run, stop
+        self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
         self.files = files
-        self.sources = [corpus.name for corpus in corpora]
+        self.sources = [corpus.name for corpus in data.corpora]
         # By one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        self.identities: dict[str, str] = broadcast_object(identities(config) if context.rank == 0 else None)
+        self.identities: dict[str, str] = broadcast_object(data.identities if context.rank == 0 else None)
+        """Prefix -> identity of each dataset."""
+        of_sources = {corpus.name: self.identities[str(corpus.prefix)] for corpus in data.corpora}
+        self.plan_text = plan_file.to_json(self.plan, of_sources)
         self.loader = BatchLoader(
-            plan,
-            corpora,
+            self.plan,
+            data.corpora,
             config.data.seq_length,
-            document_end(config),
+            data.eod,
             pin_memory=backend.HAS_CUDA,
             vocab_size=config.model.vocab_size,
         )
@@ -103,7 +101,7 @@ class Trainer:
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
-        self.state = self._resume()
+        self.state = self._resume(data)
         self.spans = phase_spans(config)
         self.kept = retained_steps(config)
         keep = config.train
@@ -115,9 +113,9 @@ class Trainer:
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
         """All ranks have agreed to stop, because one was asked to."""
-        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(corpora))
+        self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(self.sources))
         self.passes = config.train.global_batch // (config.train.micro_batch * context.data_size)
-        self.evaluation = Evaluation(config, corpora, self.training, context)
+        self.evaluation = Evaluation(config, data, self.training, context)
         self.last_step = self.spans[-1].end
         self.asked = self.state.step
         """Steps whose windows the disk has been asked for."""
@@ -133,7 +131,7 @@ class Trainer:
                 say(f"{self.run.root}: {line}")
             resume.record_killed_launches(self.config, self.state.step)
             write_text(self.run.config, config_io.dump(self.config))
-            write_text(self.run.plan, self._plan_text())
+            write_text(self.run.plan, self.plan_text)
             self.context.announce(
                 f"{self.run.root}: step {self.state.step} of {self.last_step} | "
                 f"{self.config.model.parameters():,} parameters | "
@@ -199,15 +197,13 @@ class Trainer:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
             written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
-            probes = {prefix: identity_of(prefix) for prefix in config.data.probes.values()}
-            sources = {config.data.sources[name].prefix: found for name, found in self.identities.items()}
             ledger.append(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
                 tokens=steps * config.tokens_per_step(),
                 seconds=time.time() - self.began,
-                inputs={**self.files, **sources, **probes, **self.origin},
+                inputs={**self.files, **self.identities, **self.origin},
                 outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
             )
             self.origin = {str(path): checkpoint_files.identity(path)}
@@ -245,7 +241,7 @@ class Trainer:
         batches = micro_batches(
             self.loader, self.state.samples, config.train.global_batch, config.train.micro_batch, self.context
         )
-        tolerant = FaultTolerantBatches(batches, self.passes, self._without_labels)
+        tolerant = FaultTolerantBatches(batches, self.passes, self.loader, self.shape.micro_batch)
         result = train_step(
             self.training,
             iter(tolerant),
@@ -261,12 +257,6 @@ class Trainer:
         self.state.tokens += config.tokens_per_step()
         self.state.guard = self.guard.history()
         return result
-
-    def _without_labels(self) -> Batch:
-        rows, length = self.shape.micro_batch, self.shape.seq_length
-        none = np.zeros(rows, dtype=bool)
-        empty = whole_batch(np.zeros((rows, length + 1), dtype=np.int64), none, none, self.loader.eod)
-        return on_device(empty)
 
     def _look_into(self, error: Exception | None, reason: str, span: PhaseSpan) -> None:
         """A step was not taken, on any rank: was its data unreadable, or only its gradient bad?"""
@@ -308,10 +298,6 @@ class Trainer:
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
         self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
 
-    def _plan_text(self) -> str:
-        """The data plan, and which datasets it draws from."""
-        return json.dumps({**json.loads(self.plan.to_json()), "data": self.identities}, indent=1)
-
     def _save(self, phase: str) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.
         if self.log is not None:
@@ -322,10 +308,10 @@ class Trainer:
             self.state,
             self.config.model,
             phase,
-            self._plan_text(),
+            self.plan_text,
         )
 
-    def _resume(self) -> TrainState:
+    def _resume(self, data: OpenData) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
         saved = checkpoint_files.found(self.run.checkpoints)
         if saved:
@@ -338,7 +324,7 @@ class Trainer:
                 load_weights(Path(weights), training.gpt, training.optimizer, self.config.model)
                 self.origin = {weights: checkpoint_files.identity(Path(weights))}
             return TrainState()
-        resume.check_past(path, self.config, self.plan, self.identities)
+        resume.check_past(path, self.config, data, self.identities)
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, self.config.model)
         self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
-from megatron_r1.data.blend import BlendPlan, Phase
-from megatron_r1.data.open import identities, resolve_data
+from megatron_r1.data import plan_file
+from megatron_r1.data.blend import Phase
+from megatron_r1.data.open import OpenData
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
@@ -24,20 +25,20 @@ def last_checkpoint(config: Config) -> CheckpointRef | None:
     return saved[-1] if saved else None
 
 
-def is_finished(config: Config, plan: BlendPlan) -> bool:
+def is_finished(config: Config, data: OpenData) -> bool:
     """Whether the last checkpoint is the recipe's end. Raises ValueError where it is another recipe's."""
     last = last_checkpoint(config)
     if last is None or last.step < phase_spans(config)[-1].end:
         return False
-    check_past(last.path, config, plan, identities(config))
+    check_past(last.path, config, data, data.identities)
     checkpoint_files.check_model(last.path, config.model)
     return True
 
 
-def check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str]) -> None:
+def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[str, str]) -> None:
     """Raise ValueError where the data that a checkpoint has seen is not what this recipe would have drawn.
 
-    `now`: the datasets' identities.
+    `identities`: prefix -> identity of each dataset as it is now.
     """
     meta = checkpoint_files.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
@@ -47,9 +48,10 @@ def check_past(path: Path, config: Config, plan: BlendPlan, now: dict[str, str])
             f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
             f"begin a new run"
         )
-    plan.extends(BlendPlan.from_json(meta["plan"], samples=samples), samples)
-    seen = json.loads(meta["plan"]).get("data", {})
-    other = [name for name in seen if plan.count(name, samples) and seen[name] != now[name]]
+    plan_file.check_extends(data.plan, plan_file.from_json(meta["plan"], samples), samples)
+    seen = plan_file.datasets_of(meta["plan"])
+    now = {corpus.name: identities[str(corpus.prefix)] for corpus in data.corpora}
+    other = [name for name in seen if data.plan.count(name, samples) and seen[name] != now[name]]
     if other:
         raise ValueError(
             f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
@@ -63,14 +65,14 @@ def edits(config: Config, step: int) -> list[str]:
     return late_edits(config_io.read_tree(RunDir(Path(config.train.run)).config, []), config, step)
 
 
-def describe_start(config: Config, plan: BlendPlan) -> list[str]:
+def describe_start(config: Config, data: OpenData) -> list[str]:
     """What the trainer would begin with, in lines. Raises ValueError where it would refuse to go on."""
     run, last, end = config.train.run, last_checkpoint(config), phase_spans(config)[-1].end
-    if is_finished(config, plan):
+    if is_finished(config, data):
         assert last is not None
         return [f"{run}: finished before, at {last.path}", *edits(config, end)]
     if last is not None:
-        check_past(last.path, config, plan, identities(config))
+        check_past(last.path, config, data, data.identities)
         checkpoint_files.check_model(last.path, config.model)
         return [
             f"{run}: goes on from {last.path}, {end - last.step:,} steps to go",
@@ -101,7 +103,7 @@ def record_killed_launches(config: Config, step: int) -> None:
         sources, seen = config.data.sources, {}
         # One that was damaged since stands in nobody's way.
         with suppress(ValueError, IndexError):
-            seen = json.loads(checkpoint_files.read_meta(outputs[-1])["plan"]).get("data", {})
+            seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
         ledger.append(
             run.root,
             f"train {span.name}",
@@ -113,13 +115,13 @@ def record_killed_launches(config: Config, step: int) -> None:
         )
 
 
-def summary(config: Config) -> str:
+def summary(config: Config, data: OpenData) -> str:
     """The resolved configuration, tokens per step, and per phase the weight and epochs of each source.
 
-    Then where the run stands. Raises ConfigError with every mistake in the datasets, ValueError where the run
+    Then where the run stands. Raises ConfigError where the data plan cannot be laid, ValueError where the run
     cannot go on with this.
     """
-    corpora, plan = resolve_data(config)
+    plan = data.plan
     lines = [
         config_io.dump(config).rstrip(),
         "",
@@ -135,14 +137,14 @@ def summary(config: Config) -> str:
         weights = config.phase_weights(name)
         total = sum(weights.values())
         lines.append(f"phase {name}: {steps:,} steps, {steps * config.tokens_per_step():,} tokens")
-        for corpus in corpora:
+        for corpus in data.corpora:
             share = weights.get(corpus.name, 0) / total
             lines.append(
                 f"  {corpus.name:24s} {share:7.2%}  {after[corpus.name] - before[corpus.name]:8.3f} epochs"
                 f"  ({after[corpus.name]:.3f} in all, {corpus.tokens:,} tokens){_kept(corpus.name, laid)}"
             )
         samples = end
-    return "\n".join([*lines, "", *describe_start(config, plan)])
+    return "\n".join([*lines, "", *describe_start(config, data)])
 
 
 def _kept(source: str, phase: Phase) -> str:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_r1 import _csrc
 from megatron_r1.data.blend import BlendPlan
+from megatron_r1.data.plan_file import check_extends, fingerprint, from_json, to_json
 from tests.oracles import blend_oracle
 
 # Pre-training phase 2 of the recipe, percent.
@@ -155,10 +156,10 @@ def test_json_round_trip(
         plan = build(*made, order, seed, folder)
     except ValueError:
         return
-    again = BlendPlan.from_json(plan.to_json())
-    assert again.fingerprint() == plan.fingerprint()
-    assert again.to_json() == plan.to_json()
-    again.extends(plan, 10**9)
+    again = from_json(to_json(plan))
+    assert fingerprint(again) == fingerprint(plan)
+    assert to_json(again) == to_json(plan)
+    check_extends(again, plan, 10**9)
     for i in (0, 5, 50):
         try:
             assert again.locate(i) == plan.locate(i)
@@ -171,8 +172,8 @@ def test_json_takes_numpy_numbers_and_infinite_caps() -> None:
     plan.add_phase(0, np.array([1, 3]), {"a": np.float64(2.5), "b": math.inf})
     plan.add_phase(np.int64(9), np.array([0.5, 0.25]), np.int64(7))
     plan.add_phase(19, [1, 1], math.inf)
-    assert json.loads(plan.to_json())["phases"][0]["max_epochs"] == {"a": 2.5}
-    assert BlendPlan.from_json(plan.to_json()).fingerprint() == plan.fingerprint()
+    assert json.loads(to_json(plan))["phases"][0]["max_epochs"] == {"a": 2.5}
+    assert fingerprint(from_json(to_json(plan))) == fingerprint(plan)
 
 
 # -- the balanced order
@@ -438,7 +439,7 @@ def test_a_packed_mask_is_the_same_mask() -> None:
     one, two = BlendPlan({"a": 77}), BlendPlan({"a": 77})
     one.add_phase(0, [1], keep={"a": kept})
     two.add_phase(0, [1], keep={"a": np.packbits(kept, bitorder="little")})
-    assert one.fingerprint() == two.fingerprint()
+    assert fingerprint(one) == fingerprint(two)
     assert set(one.locate_range(0, int(kept.sum()))[2]) == set(np.flatnonzero(kept))
 
 
@@ -458,10 +459,10 @@ def test_mistakes_say_what_which_and_the_way_out(tmp_path: Path) -> None:
     def fails(message: str, *arguments: object, **keywords: object) -> None:
         plan = BlendPlan({"web": 100, "code": 50})
         plan.add_phase(0, [1, 1])
-        before = plan.fingerprint()
+        before = fingerprint(plan)
         with pytest.raises(ValueError, match=message):
             plan.add_phase(*arguments, **keywords)  # type: ignore[arg-type]
-        assert plan.fingerprint() == before and plan.locate_range(0, 500)
+        assert fingerprint(plan) == before and plan.locate_range(0, 500)
 
     fails("name 'wbe', but the sources are 'web', 'code'; 'wbe' is near 'web'", 9, {"wbe": 1, "code": 1})
     fails("lack the sources 'code'.*weight 0", 9, {"web": 1})
@@ -498,7 +499,7 @@ def test_mistakes_say_what_which_and_the_way_out(tmp_path: Path) -> None:
     plan = BlendPlan({"web": 100, "code": 50})
     plan.add_phase(0, [1, 1], keep={"web": np.arange(100) > 3})
     with pytest.raises(ValueError, match=r"keep mask of 'web' was given as an array; np.save"):
-        plan.to_json()
+        to_json(plan)
     with pytest.raises(IndexError, match="count from 0"):
         plan.locate(-1)
     with pytest.raises(ValueError, match="near 'code'"):
@@ -512,17 +513,17 @@ def test_a_changed_mask_file_or_text_is_refused(tmp_path: Path) -> None:
     np.save(path, np.arange(100) > 3)
     plan = BlendPlan({"web": 100})
     plan.add_phase(0, [1], keep={"web": path})
-    text = plan.to_json()
-    assert BlendPlan.from_json(text).fingerprint() == plan.fingerprint()
+    text = to_json(plan)
+    assert fingerprint(from_json(text)) == fingerprint(plan)
     with pytest.raises(ValueError, match="text was edited"):
-        BlendPlan.from_json(text.replace('"seed": 1234', '"seed": 1235'))
+        from_json(text.replace('"seed": 1234', '"seed": 1235'))
     with pytest.raises(ValueError, match="version 9"):
-        BlendPlan.from_json(text.replace('"version": 1', '"version": 9'))
+        from_json(text.replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="not a blend plan"):
-        BlendPlan.from_json("{}")
+        from_json("{}")
     np.save(path, np.arange(100) > 4)
     with pytest.raises(ValueError, match=r"phase 0: the keep mask of 'web', .*web.npy, changed"):
-        BlendPlan.from_json(text)
+        from_json(text)
 
 
 def test_extends_says_what_changed() -> None:
@@ -540,13 +541,13 @@ def test_extends_says_what_changed() -> None:
 
     def changed(message: str, now: BlendPlan, samples: int = 150) -> None:
         with pytest.raises(ValueError, match=message):
-            now.extends(plan(), samples)
+            check_extends(now, plan(), samples)
 
-    plan().extends(plan(), 10**6)
-    plan(phases=((0, [0.25, 0.75]), (100, [7, 7]))).extends(plan(), 10**6)
-    plan(phases=((0, [1, 3]), (100, [1, 1]), (150, [9, 1]))).extends(plan(), 150)
-    plan(phases=((0, [1, 3]), (90, [9, 1]))).extends(plan(), 90)
-    plan(phases=((0, [1, 3]),)).extends(plan(), 100)
+    check_extends(plan(), plan(), 10**6)
+    check_extends(plan(phases=((0, [0.25, 0.75]), (100, [7, 7]))), plan(), 10**6)
+    check_extends(plan(phases=((0, [1, 3]), (100, [1, 1]), (150, [9, 1]))), plan(), 150)
+    check_extends(plan(phases=((0, [1, 3]), (90, [9, 1]))), plan(), 90)
+    check_extends(plan(phases=((0, [1, 3]),)), plan(), 100)
     changed("phase 1 weights web 1 -> 2.*new phase at sample 150", plan(phases=((0, [1, 3]), (100, [2, 1]))))
     changed("phase 1 start 100 -> 90", plan(phases=((0, [1, 3]), (90, [1, 1]))))
     changed("phase 1 .start 100. is gone", plan(phases=((0, [1, 3]),)))

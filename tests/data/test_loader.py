@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.loader import BatchLoader, whole_batch
-from megatron_r1.data.windows import WindowReader
+from megatron_r1.data.loader import BatchLoader, example_batches, whole_batch
+from megatron_r1.data.windows import Examples
+from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Corpus
 
 S = 16
@@ -86,29 +88,53 @@ def test_end_of_document_makes_segments(plan: BlendPlan, corpora: list[Corpus]) 
 
 
 @pytest.mark.parametrize("eod", [None, EOD])
-def test_whole_windows_make_the_batch_that_the_loader_makes(
+def test_chosen_windows_make_the_batch_that_samples_make(
     plan: BlendPlan, corpora: list[Corpus], eod: int | None
 ) -> None:
-    sample_N = np.array([plan.position("math", j) for j in range(plan.sources["math"])])
+    """Of two sources, one after the other, on two ranks; and rows that only fill up carry no labels."""
+    names = list(plan.sources)
+    sample_N = np.array([plan.position(n, j) for n in ("code", "math") for j in range(plan.sources[n])])
     want = BatchLoader(plan, corpora, S, eod=eod).batch(sample_N)
     source_N, _, window_N = plan.locate_many(sample_N)
-    real_N = np.ones(len(window_N), dtype=bool)
-    got = whole_batch(WindowReader(corpora[2], S).rows(window_N), real_N, source_N, eod)
+    order = np.lexsort((window_N, source_N))
+    sets = [(corpora[k], window_N[order][source_N[order] == k]) for k in (1, 2)]
+    examples = Examples(sets, S)
+    count, ranks, size = len(sample_N), 2, 5
+    turns = [
+        [batch for batch, _ in example_batches(examples, (0, count), size, context(rank, ranks), eod, 6)]
+        for rank in range(ranks)
+    ]
+    got = [turns[rank][number] for number in range(6) for rank in range(ranks)]
     for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_BS", "source_B", "segment_BS"):
-        one, two = getattr(want, name), getattr(got, name)
-        assert (one is None and two is None) or (torch.equal(one, two) and one.dtype == two.dtype), name
-    real_N[1] = False
-    masked = whole_batch(WindowReader(corpora[2], S).rows(window_N), real_N, source_N, eod).loss_mask_BS
-    assert masked.sum(1).tolist() == [0.0 if row == 1 else float(S) for row in range(len(window_N))]
+        one = getattr(want, name)
+        if one is None:
+            assert getattr(got[0], name) is None
+            continue
+        two = torch.cat([getattr(batch, name) for batch in got])
+        assert torch.equal(one[order] - names.index("code") * (name == "source_B"), two[:count]), name
+        assert one.dtype == two.dtype
+    assert not torch.cat([batch.loss_mask_BS for batch in got])[count:].any()
+
+
+def context(rank: int, ranks: int) -> ParallelContext:
+    return SimpleNamespace(data_rank=rank, data_size=ranks)  # type: ignore[return-value]
+
+
+def test_only_leading_labels_count() -> None:
+    batch = whole_batch(np.ones((3, S + 1), np.int64), np.array([0, 4, S]), np.zeros(3), None)
+    assert batch.loss_mask_BS.sum(1).tolist() == [0, 4, S] and batch.loss_mask_BS[1, :4].all()
 
 
 def test_whole_windows_of_a_source(plan: BlendPlan, corpora: list[Corpus]) -> None:
-    reader = WindowReader(corpora[1], S)
     last = plan.sources["code"] - 1
-    tokens = reader.rows(np.array([last, 0]))
+    tokens = rows(corpora[1], last, 0)
     assert tokens.tolist() == [STREAMS["code"][w * S : w * S + S + 1].tolist() for w in (last, 0)]
     with pytest.raises(IndexError, match=f"window {last + 1} of source 0, which has {last + 1} windows"):
-        reader.rows(np.array([last + 1]))
+        rows(corpora[1], last + 1)
+
+
+def rows(corpus: Corpus, *windows: int) -> np.ndarray:
+    return Examples([(corpus, np.array(windows))], S).rows(np.arange(len(windows)))
 
 
 def test_read_ahead_changes_nothing(plan: BlendPlan, corpora: list[Corpus]) -> None:
@@ -136,8 +162,8 @@ def test_a_stream_shorter_than_declared_is_refused_at_open(plan: BlendPlan, corp
 
 def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: list[Corpus]) -> None:
     loader = BatchLoader(plan, corpora, S, eod=EOD)
-    reader = WindowReader(corpora[0], S)
     last = plan.sources["web"] - 1
+    chosen = Examples([(corpora[0], np.array([last, 0]))], S)
     path = Path(f"{corpora[0].prefix}.bin")
     offset = 2 * last * S
     os.truncate(path, offset + 6)
@@ -145,10 +171,10 @@ def test_a_stream_cut_short_while_open_is_one_error(plan: BlendPlan, corpora: li
     with pytest.raises(ValueError, match=message):
         loader.batch(np.array([plan.position("web", j) for j in range(last + 1)]))
     with pytest.raises(ValueError, match=message):
-        reader.rows(np.array([last]))
+        chosen.rows(np.array([0]))
     os.truncate(path, 0)
     with pytest.raises(ValueError, match=r"web.bin ends at byte 0,"):
-        reader.rows(np.array([0]))
+        chosen.rows(np.array([1]))
 
 
 @pytest.mark.parametrize("place", [0, 7, S])
@@ -197,7 +223,7 @@ def test_a_head_of_a_stream_is_a_corpus(tmp_path: Path) -> None:
     BatchLoader(plan, [head], S)
     assert plan.sources == {"web": 6}
     with pytest.raises(IndexError, match="has 6 windows"):
-        WindowReader(head, S).rows(np.array([6]))
+        rows(head, 6)
 
 
 def test_plan_and_corpora_must_agree(plan: BlendPlan, corpora: list[Corpus]) -> None:

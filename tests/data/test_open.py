@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_r1 import config_io
+from megatron_r1.config import Config
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
-from megatron_r1.data.open import data_mistakes, document_end, resolve_data
+from megatron_r1.data.open import OpenData, open_data
 from tests.launch import TINY_MODEL, write_corpus
 
 
@@ -40,9 +41,18 @@ def words(tmp_path: Path) -> list[str]:
     ]
 
 
+def opened(words: list[str]) -> tuple[Config, OpenData]:
+    """As tools/train.py does."""
+
+    def opener(config: Config) -> OpenData:
+        return open_data(config, also=lambda _: config_io.check_world(config, 1))
+
+    return config_io.load_with(words, opener)
+
+
 def mistakes(words: list[str]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config_io.load(words, also=data_mistakes)
+        opened(words)
     return caught.value.mistakes
 
 
@@ -86,28 +96,27 @@ def test_more_documents_than_there_are_is_refused(words: list[str]) -> None:
 
 
 def test_epoch_caps_that_end_the_data_early_are_refused(words: list[str]) -> None:
-    config = config_io.load([*words, "phases.one.max_epochs=0.1"], also=data_mistakes)
+    _, data = opened([*words, "phases.one.max_epochs=0.1"])
     with pytest.raises(ConfigError, match="max_epochs"):
-        resolve_data(config)
+        data.plan  # noqa: B018
 
 
 def test_megatrons_order_is_given_shares(words: list[str]) -> None:
-    config = config_io.load([*words, "data.order=megatron", "phases.one.weights={a: 3, b: 1}"])
-    _, plan = resolve_data(config)
+    plan = opened([*words, "data.order=megatron", "phases.one.weights={a: 3, b: 1}"])[1].plan
     assert plan.count("a", 20) == 15 and plan.count("b", 20) == 5
 
 
 def test_phases_meet_at_whole_steps(words: list[str]) -> None:
-    config = config_io.load([*words, "phases.two={steps: 3, weights: {b: 1}}"], also=data_mistakes)
-    corpora, plan = resolve_data(config)
-    assert [corpus.name for corpus in corpora] == ["a", "b"]
+    _, data = opened([*words, "phases.two={steps: 3, weights: {b: 1}}"])
+    plan = data.plan
+    assert [corpus.name for corpus in data.corpora] == ["a", "b"]
     assert plan.count("a", 20) == 10 and plan.count("a", 32) == 10 and plan.count("b", 32) == 22
 
 
 def test_documents_apart_need_a_known_end(words: list[str], tmp_path: Path) -> None:
     apart = [*words, "data.cross_documents=false"]
     assert "a has no sidecar that names its end-of-document token" in mistakes(apart)[0]
-    assert data_mistakes(config_io.load([*apart, "data.eod=0"])) == []
+    assert opened([*apart, "data.eod=0"])[1].eod == 0
     sidecar(tmp_path / "a", "1" * 64, 128)
     assert "was preprocessed without --append-eod" in mistakes([*apart, "data.eod=0"])[0]
     for name in "ab":
@@ -115,5 +124,34 @@ def test_documents_apart_need_a_known_end(words: list[str], tmp_path: Path) -> N
         made_with = json.loads((tmp_path / f"{name}.json").read_text())
         (tmp_path / f"{name}.json").write_text(json.dumps({**made_with, "append_eod": True, "eod": 5}))
     assert mistakes([*apart, "data.eod=4"])[0].endswith("its documents end with token 5, not data.eod=4")
-    assert document_end(config_io.load(apart)) == 5
-    assert document_end(config_io.load(words)) is None
+    assert opened(apart)[1].eod == 5 and opened(words)[1].eod is None
+
+
+def test_a_probing_set_without_a_window_is_refused(words: list[str], tmp_path: Path) -> None:
+    write_corpus(tmp_path / "none", 0, seed=0)
+    (found,) = mistakes([*words, f"data.probes={{code: '{tmp_path}/none'}}"])
+    assert found == (
+        "data.probes.code: 0 tokens are less than one window of data.seq_length=32; set more documents aside"
+    )
+
+
+def test_only_what_a_use_reads_is_opened(words: list[str], tmp_path: Path) -> None:
+    write_corpus(tmp_path / "p", 5, seed=5)
+    more = [f"data.probes={{p: '{tmp_path}/p'}}", f"influence={{directions: {{q: '{tmp_path}/nowhere'}}}}"]
+    config = config_io.load([*words, *more])
+    data = open_data(config)
+    assert [c.name for c in data.probes] == ["p"] and not data.directions
+    assert data.identities.keys() == {f"{tmp_path}/{name}" for name in "abp"}
+    with pytest.raises(ConfigError, match=r"1 mistake .*\n  influence.directions.q: .*nowhere.idx does not"):
+        open_data(config, use="score")
+    assert not open_data(config, use="mix").probes
+
+
+def test_a_source_that_is_not_there_is_planned_by_its_tokens(words: list[str]) -> None:
+    config = config_io.load([*words, "data.sources.b={prefix: nowhere/b, tokens: 321}"])
+    data = open_data(config, use="plan")
+    assert data.absent == {"b"} and data.plan.sources["b"] == 10
+    with pytest.raises(ConfigError, match=r"for a plan without it, say data\.sources\.b\.tokens=N"):
+        open_data(config_io.load([*words, "data.sources.b.prefix=nowhere/b"]), use="plan")
+    with pytest.raises(ConfigError, match=r"nowhere/b\.idx does not exist"):
+        open_data(config)

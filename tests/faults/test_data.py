@@ -47,9 +47,17 @@ def test_verdicts_are_the_same_with_and_without_orjson(plain: Path, tmp_path: Pa
     def documents(name: str, prepare: str) -> int:
         # In processes of their own: what calls the tool takes part of Python's depth, too.
         code = f"{prepare}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        words = [*SPLIT, tmp_path / name, "--tokenizer-type", KIND, "--tokenizer-model", plain]
+        words: list[Any] = [*SPLIT, tmp_path / name, "--tokenizer-type", KIND, "--tokenizer-model", plain]
         words += ["--encoder", "reference"]
-        command = [sys.executable, "-c", code, "tools/preprocess_data.py", "--input", source, *words]
+        command: list[Any] = [
+            sys.executable,
+            "-c",
+            code,
+            "tools/preprocess_data.py",
+            "--input",
+            source,
+            *words,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -211,7 +219,7 @@ def test_tasks_of_an_array_are_its_shards(
 @pytest.fixture
 def holed(tools: Tools, plain: Path, tmp_path: Path) -> tuple[list[Any], bytes]:
     """A preprocessing command whose .bin has lost 800 bytes since, and what the .bin was."""
-    command = ["out", jsonl(tmp_path / "in.jsonl", DOCUMENTS), plain]
+    command: list[Any] = ["out", jsonl(tmp_path / "in.jsonl", DOCUMENTS), plain]
     assert tools.preprocess(*command).status == 0
     whole = bin_bytes(tmp_path / "out")
     with open(tmp_path / "out_text_document.bin", "r+b") as stream:

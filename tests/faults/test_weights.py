@@ -161,7 +161,7 @@ def test_an_index_that_names_another_shard_is_told(
 def test_a_value_that_makes_no_model_is_refused_by_its_field(
     tools: Tools, tmp_path: Path, field: str, value: object
 ) -> None:
-    heads = {"num_attention_heads": 4} if field == "num_key_value_heads" else {}
+    heads: dict[str, object] = {"num_attention_heads": 4} if field == "num_key_value_heads" else {}
     folder = hf_folder(tmp_path / "hf", **{**heads, field: value})
     assert field in LLAMA
     answer = imported(tools, folder)

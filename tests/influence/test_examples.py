@@ -28,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def made(corpus: Corpus, unit: Unit) -> Examples:
-    return Examples(corpus, choose(corpus, SEQ, None, 1, unit), SEQ, 1000, unit)
+    return Examples([(corpus, choose(corpus, SEQ, None, 1, unit))], SEQ, unit)
 
 
 def labels(examples: Examples, micro_batch: int, ranks: int, rows: int) -> list[list[int]]:
@@ -38,7 +38,7 @@ def labels(examples: Examples, micro_batch: int, ranks: int, rows: int) -> list[
         seen: dict[int, list[int]] = {}
         for rank in range(ranks):
             turn = examples.batches(first, last, micro_batch, rank, ranks)
-            for number, (window_BS, labels_B, length_B) in enumerate(turn):
+            for number, (window_BS, labels_B, _, length_B) in enumerate(turn):
                 assert (labels_B <= length_B).all()
                 for row, (window, count) in enumerate(zip(window_BS, labels_B, strict=True)):
                     place = (number * ranks + rank) * micro_batch + row
@@ -53,9 +53,10 @@ def labels(examples: Examples, micro_batch: int, ranks: int, rows: int) -> list[
 def test_documents_pass_whole_and_alone(corpus: Corpus) -> None:
     examples = made(corpus, "document")
     # Without labels: the documents of 1 and 0 tokens. Set aside: the last.
-    assert examples.number_N.tolist() == [0, 2, 3, 4, 5, 7]
+    chosen = choose(corpus, SEQ, None, 1, "document").tolist()
+    assert chosen == [0, 2, 3, 4, 5, 7]
     ends = np.cumsum(LENGTHS)
-    true = [list(range(ends[d] - LENGTHS[d] + 1, ends[d])) for d in examples.number_N]
+    true = [list(range(ends[d] - LENGTHS[d] + 1, ends[d])) for d in chosen]
     assert examples.length_N.tolist() == [len(t) for t in true]
     for micro_batch, ranks, rows in ((1, 1, 1), (2, 1, 4), (3, 2, 6), (2, 3, 100)):
         assert labels(examples, micro_batch, ranks, rows) == true
@@ -74,3 +75,13 @@ def test_a_choice_is_a_subset_in_order(corpus: Corpus) -> None:
     for unit in ("window", "document"):
         everything, some = (choose(corpus, SEQ, most, 4, unit) for most in (None, 3))  # type: ignore[arg-type]
         assert len(some) == 3 and set(some) < set(everything) and (np.diff(some) > 0).all()
+
+
+def test_the_first_id_that_the_model_has_no_row_for_is_named(corpus: Corpus) -> None:
+    """Tokens count up from 0, so the model's last row says which comes first."""
+    for unit, chosen in (("window", [1, 4, 5]), ("document", [0, 3, 5])):
+        examples = Examples([(corpus, np.array([0])), (corpus, np.array(chosen))], SEQ, unit)  # type: ignore[arg-type]
+        assert examples.unknown_id(1000) is None
+        told = examples.unknown_id(40)
+        assert told is not None
+        assert told.startswith(f"{corpus.prefix}.bin: token 40 has id 40, but model.vocab_size=40 holds ids")

@@ -16,13 +16,12 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.data.windows import choose
 from megatron_r1.influence.curvature import adam_scale
-from megatron_r1.influence.plan import influence_mistakes
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from tests.distributed import on_ranks
 from tests.influence.conftest import SEQ
-from tests.influence.test_score import changed, copied, tables
+from tests.influence.test_score import changed, copied, influence_mistakes, tables
 
 
 def _by_autograd(config: Config, adam: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.data.windows import choose
 from megatron_r1.influence import score as score_module
 from megatron_r1.influence.parameters import select
-from megatron_r1.influence.plan import estimate, influence_mistakes, lay_plan
+from megatron_r1.influence.plan import estimate, lay_plan
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
 from megatron_r1.model.gpt import build_model
@@ -234,6 +234,14 @@ def test_a_source_that_appears_later_is_scored_and_the_rest_is_kept(
     assert [t.source for t in tables(config)] == ["a"]
     rows = 2 * len(tables(whole)[1].example_N)
     assert on_ranks(1, _counted, config) == [rows]
+
+
+def influence_mistakes(config: Config, ranks: int | None = None) -> list[str]:
+    try:
+        lay_plan(config, ranks)
+    except ConfigError as error:
+        return error.mistakes
+    return []
 
 
 def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Path) -> None:

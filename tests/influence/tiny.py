@@ -57,7 +57,7 @@ def batches(window_NS: np.ndarray, micro_batch: int, rank: int = 0, ranks: int =
     for first in range(rank * micro_batch, _up(len(window_NS), micro_batch * ranks), micro_batch * ranks):
         row_B = first + np.arange(micro_batch)
         real_B = row_B < len(window_NS)
-        batch = whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B, np.zeros(micro_batch), None)
+        batch = whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B * SEQ, np.zeros(micro_batch), None)
         yield weigh(batch, np.full(micro_batch, 1 / SEQ))
 
 

@@ -13,7 +13,7 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config, DataConfig, MixConfig, PhaseConfig, SourceConfig, TrainConfig
 from megatron_r1.data.indexed import open_corpus, with_suffix
 from megatron_r1.data.keep import save_documents
-from megatron_r1.data.open import resolve_data
+from megatron_r1.data.open import open_data
 from megatron_r1.influence.store import fingerprint_of
 from megatron_r1.mixture.files import table, write
 from megatron_r1.mixture.masks import _overlap
@@ -88,7 +88,8 @@ def drawn(config: Config, source: str) -> set[int]:
     config = dataclasses.replace(
         config, phases={**config.phases, "two": dataclasses.replace(config.phases["two"], steps=2000)}
     )
-    corpora, plan = resolve_data(config)
+    data = open_data(config)
+    corpora, plan = data.corpora, data.plan
     source_N, _, window_N = plan.locate_range(20, 8000)
     return set(window_N[source_N == [c.name for c in corpora].index(source)].tolist())
 
@@ -199,7 +200,7 @@ def test_epoch_caps_bound_the_weights_and_are_written(config: Config, tmp_path: 
     assert final.phases["two"].max_epochs == {"b": 0.1}
     # Phase one drew 10 of b's windows.
     assert found.weights["b"] <= max(0.0, (0.1 * windows - 10) / 40) + 1e-9
-    _, plan = resolve_data(final)
+    plan = open_data(final).plan
     assert plan.epochs(60)["b"] <= 0.1
     with pytest.raises(ValueError, match=r"mix.max_epochs: \['c'\] not in data.sources"):
         make_mixture(mixed(config, max_epochs={"c": 1}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,8 +75,8 @@ def test_influence_weighs_as_the_mixture_does(
     text = (whole / "config.yaml").read_text().replace("scale: raw", f"scale: {scale}")
     (whole / "config.yaml").write_text(text)
     # The data plan needs the datasets; what the mixture makes of the scores does not.
-    monkeypatch.setattr("megatron_r1.mixture.mixture.open_sources", lambda config: ([], []))
-    draws = "megatron_r1.mixture.mixture._Draws"
+    opened, draws = SimpleNamespace(corpora=[]), "megatron_r1.mixture.mixture._Draws"
+    monkeypatch.setattr("megatron_r1.mixture.mixture.open_data", lambda config, use: opened)
     monkeypatch.setattr(f"{draws}.room", lambda draws: np.full(len(SOURCES), np.inf))
     monkeypatch.setattr(f"{draws}.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config_io.load([str(whole / "config.yaml")]))

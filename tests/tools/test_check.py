@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_r1 import config_io
 from megatron_r1.preprocess.shards import merge
 from megatron_r1.run import ledger
 from tests.launch import ROOT
+from tests.train import small
 
 DOCUMENTS = 60
 
@@ -109,3 +112,19 @@ def test_of_curation_tells_the_split_that_is_then_made(data: Path) -> None:
         aside, left = made[name]["set_aside_documents"], made[name]["training_tokens"]
         assert f"{name}: {aside} of {DOCUMENTS} documents set aside" in said
         assert f"{left:,} tokens left to training" in said
+
+
+def test_no_tool_imports_torch_before_it_is_asked_to_work(tmp_path: Path) -> None:
+    """Every tool's own imports, and a check of training to its end, in a process that cannot import torch."""
+    config = small.config(small.written(tmp_path), "run", 2)
+    (tmp_path / "config.yaml").write_text(config_io.dump(config))
+    script = (
+        "import runpy, sys; sys.modules['torch'] = None\n"
+        "for tool in sys.argv[2:]: runpy.run_path(tool)\n"
+        "sys.argv = ['train.py', sys.argv[1], '--check']\n"
+        "runpy.run_path('tools/train.py', run_name='__main__')"
+    )
+    tools = sorted(map(str, (ROOT / "tools").glob("*.py")))
+    command = [sys.executable, "-c", script, tmp_path / "config.yaml", *tools]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and "begins with random weights, 2 steps" in done.stdout, done.stderr

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
-from megatron_r1.data.open import identities, resolve_data
+from megatron_r1.data.open import open_data
+from megatron_r1.data.plan_file import to_json
 from megatron_r1.records import TrainState
 from megatron_r1.run import ledger
 from megatron_r1.train.resume import record_killed_launches, summary
@@ -19,12 +20,18 @@ from tests.train import small
 def saved(config: Config, *steps: int) -> None:
     """Complete checkpoints of this recipe, but for the weights."""
     directory = Path(config.train.run) / "checkpoints"
-    plan = json.dumps({**json.loads(resolve_data(config)[1].to_json()), "data": identities(config)})
+    plan = to_json(open_data(config).plan, identities(config))
     for step in steps:
         temporary = checkpoint_files.begin(directory, step)
         state, final = TrainState(step, step * 8, step * 256), checkpoint_files.step_path(directory, step)
         checkpoint_files.publish(temporary, final, {}, state, config.model, "one", plan)
         checkpoint_files.release(directory)
+
+
+def identities(config: Config) -> dict[str, str]:
+    """Source -> identity of its dataset."""
+    data = open_data(config)
+    return {corpus.name: data.identities[str(corpus.prefix)] for corpus in data.corpora}
 
 
 @pytest.fixture
@@ -33,12 +40,14 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_check_says_where_the_run_stands(config: Config) -> None:
-    run = config.train.run
-    assert summary(config).endswith(f"\n{run}: begins with random weights, 8 steps")
+    run, data = config.train.run, open_data(config)
+    assert summary(config, data).endswith(f"\n{run}: begins with random weights, 8 steps")
     saved(config, 2, 6)
-    assert summary(config).endswith(f"\n{run}: goes on from {run}/checkpoints/step_00000006, 2 steps to go")
+    assert summary(config, data).endswith(
+        f"\n{run}: goes on from {run}/checkpoints/step_00000006, 2 steps to go"
+    )
     saved(config, 8)
-    assert summary(config).endswith(f"\n{run}: finished before, at {run}/checkpoints/step_00000008")
+    assert summary(config, data).endswith(f"\n{run}: finished before, at {run}/checkpoints/step_00000008")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +61,9 @@ def test_check_says_where_the_run_stands(config: Config) -> None:
 )
 def test_check_refuses_what_the_trainer_does(config: Config, tmp_path: Path, change: str, said: str) -> None:
     saved(config, 6)
+    config = small.config(tmp_path, "run", 8, change)
     with pytest.raises(ValueError, match=said):
-        summary(small.config(tmp_path, "run", 8, change))
+        summary(config, open_data(config))
 
 
 def test_the_ledger_is_told_of_launches_that_were_cut_off(config: Config) -> None:
