@@ -38,6 +38,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import torch
 import yaml
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from megatron_r1 import config_io
@@ -59,7 +60,6 @@ from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from megatron_r1.records import Batch
-from megatron_r1.report.agreement import spearman
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_json, write_text
 from megatron_r1.system.terminal import Progress, user_errors
@@ -274,7 +274,8 @@ def with_interval(x_CN: np.ndarray, y_CN: np.ndarray) -> list[list[float]]:
     """Spearman of each row, and their mean last; each with its 95 % bootstrap interval over N: [C + 1, 3]."""
 
     def of(pick_N: np.ndarray) -> list[float]:
-        found = [spearman(x_N[pick_N], y_N[pick_N]) for x_N, y_N in zip(x_CN, y_CN, strict=True)]
+        pairs = zip(x_CN[:, pick_N], y_CN[:, pick_N], strict=True)
+        found = [float(spearmanr(x_N, y_N).statistic) for x_N, y_N in pairs]
         return [*found, float(np.mean(found))]
 
     n, generator = x_CN.shape[1], np.random.default_rng(0)
@@ -291,7 +292,7 @@ def ceiling(y_SCN: np.ndarray) -> list[float]:
     """
     s = len(y_SCN)
     pairs = itertools.combinations(y_SCN, 2)
-    r_PC = [[spearman(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    r_PC = [[spearmanr(a, b).statistic for a, b in zip(*pair, strict=True)] for pair in pairs]
     r_C = np.clip(np.mean(r_PC, axis=0), 0, 1)
     found_C = np.sqrt(s * r_C / (1 + (s - 1) * r_C))
     return [*found_C.tolist(), float(found_C.mean())]

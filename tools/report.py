@@ -2,14 +2,13 @@
 
 python tools/report.py runs/quickstart
 python tools/report.py runs/quickstart --control runs/quickstart/control
-python tools/report.py runs/quickstart --png
+python tools/report.py runs/quickstart --png --svg
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1.report import load, page, png
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -29,17 +28,23 @@ def main() -> None:
         help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
     )
     parser.add_argument("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
-    parser.add_argument("--check", action="store_true", help="print the figures' first sentences, and exit")
+    parser.add_argument("--svg", action="store_true", help="write figures as RUN/reports/*.svg, too")
+    parser.add_argument("--check", action="store_true", help="print the figures' captions, and exit")
     options = parser.parse_args()
     with user_errors():
-        reading = load.read_all(options.run, options.control, options.tokenizer)
+        try:
+            from megatron_r1.report import load, page
+        except ModuleNotFoundError as error:
+            raise ValueError(f"a report needs {error.name}: pip install -e '.[report]'") from None
+        report = page.Report(load.read_all(options.run, options.control, options.tokenizer))
         if options.check:
-            for figure in page.all_figures(reading):
-                print(f"{figure.title}: {figure.lead}")
+            for figure in report.figures:
+                print(f"{figure.title}: {figure.caption}")
             return
-        print(page.write(reading))
-        for path in png.write(reading) if options.png else []:
-            print(path)
+        print(report.write())
+        for kind in ("png", "svg"):
+            for path in report.write_pictures(kind) if getattr(options, kind) else []:
+                print(path)
 
 
 if __name__ == "__main__":

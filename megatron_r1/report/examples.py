@@ -1,4 +1,4 @@
-"""Figure of examples: the most and the least helpful of every capability, as text one can read."""
+"""Examples of the highest and the lowest score of every capability, as text one can read."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess.tokenizer import KINDS, Tokenizer, build_tokenizer
-from megatron_r1.report import palette, summary, words
-from megatron_r1.report.figure import INK, Figure
+from megatron_r1.report import summary
 from megatron_r1.report.load import Reading
-from megatron_r1.report.summary import SourceInfluence
-from megatron_r1.report.svg import element
 
 SHOWN = 4
 """Examples at either end."""
@@ -27,74 +23,45 @@ PER_SOURCE = 2
 CHARACTERS = 420
 _TOKENS = 4 * CHARACTERS
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What an XML page may not hold."""
+"""Characters that a page may not hold."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """An example in its source: tokens [begin, end), the document it begins in, and the line that was."""
-
-    begin: int
-    end: int
-    document: int
-    origin: str | None
-
-
-@dataclass(frozen=True)
-class Chosen:
+class Example:
     source: str
     number: int
     """Of the window or document."""
     score: float
+    place: str = ""
+    """Its tokens within the source, the document in which it begins, and the line that this was."""
+    text: str | None = None
+    """None without a tokenizer."""
 
 
-def figure(reading: Reading) -> Figure | None:
-    """None without scores; a command where no tokenizer of the datasets was found."""
-    found = summary.influence(reading)
-    if not found:
-        return None
-    capabilities = reading.scores[0].capabilities
-    title = "The most and the least helpful examples"
-    tokenizer = find_tokenizer(reading)
-    ends = [(c, *extremes(found, i)) for i, c in enumerate(capabilities)]
-    command = ""
-    lead = " ".join(
-        f"{c}: most helped by {best[0].source}, least by {worst[0].source}." for c, best, worst in ends
-    )
-    lead += (
-        " Read a few: is what helps what the capability is about, and what does not help worth training on?"
-    )
-    colors = palette.source_colors(reading.run.domains)
-    parts = []
-    for capability, best, worst in ends:
-        columns = [
-            element(
-                "div", element("h4", name) + "".join(_card(reading, one, tokenizer, colors) for one in chosen)
-            )
-            for name, chosen in (("most helpful", best), ("least helpful", worst))
-        ]
-        parts.append(element("h3", escape(capability)) + element("div", "".join(columns), class_="pair"))
-    note = (
-        f"The {SHOWN} examples at either end of each capability's scores, summed over checkpoints as the "
-        f"mixture sums them, at most {PER_SOURCE} of a source; the first {CHARACTERS} characters of each. In "
-        f"brackets: its tokens within the source, and the document in which it begins, both counted from 0."
-    )
-    if tokenizer is None:
-        lead += " Their text needs the tokenizer that made the datasets:"
-        command = f"python tools/report.py {reading.run.root} --tokenizer MODEL"
-    return Figure("examples", title, lead, "".join(parts), note, command)
+@dataclass(frozen=True)
+class Extremes:
+    capability: str
+    highest: list[Example]
+    """Best first."""
+    lowest: list[Example]
+    """Worst first."""
 
 
-def extremes(found: Sequence[SourceInfluence], column: int) -> tuple[list[Chosen], list[Chosen]]:
-    """The most helpful, best first, and the least helpful, worst first."""
-    both = []
-    for sign in (-1, 1):
-        ranked = []
-        for s in found:
-            order = np.argsort(sign * s.score_NC[:, column], kind="stable")[:PER_SOURCE]
-            ranked += [Chosen(s.source, int(s.example_N[n]), float(s.score_NC[n, column])) for n in order]
-        both.append(sorted(ranked, key=lambda one: sign * one.score)[:SHOWN])
-    return both[0], both[1]
+def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | None) -> list[Extremes]:
+    """Of every capability, with their text where there is a tokenizer."""
+    out = []
+    for column, capability in enumerate(scores.capabilities):
+        ends = [_end(scores.sources, column, sign) for sign in (-1, 1)]
+        out.append(Extremes(capability, *([_read(reading, one, tokenizer) for one in end] for end in ends)))
+    return out
+
+
+def _end(found: Sequence[summary.SourceInfluence], column: int, sign: int) -> list[Example]:
+    ranked = []
+    for s in found:
+        order = np.argsort(sign * s.score_NC[:, column], kind="stable")[:PER_SOURCE]
+        ranked += [Example(s.source, int(s.example_N[n]), float(s.score_NC[n, column])) for n in order]
+    return sorted(ranked, key=lambda one: sign * one.score)[:SHOWN]
 
 
 def find_tokenizer(reading: Reading) -> Tokenizer | None:
@@ -102,9 +69,8 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
 
     ValueError where the given one is another.
     """
-    sidecar = None
-    for source in reading.run.config.data.sources.values():
-        sidecar = sidecar or read_sidecar(source.prefix)
+    sidecars = (read_sidecar(source.prefix) for source in reading.run.config.data.sources.values())
+    sidecar = next((sidecar for sidecar in sidecars if sidecar), None)
     if sidecar is None:
         return None
     kind, wanted = sidecar["tokenizer_type"], sidecar["tokenizer_fingerprint"]
@@ -126,19 +92,15 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
     return None
 
 
-def _card(reading: Reading, one: Chosen, tokenizer: Tokenizer | None, colors: dict[str, str]) -> str:
-    name = element("b", escape(one.source), style=f"color:{colors.get(one.source, INK)}")
+def _read(reading: Reading, one: Example, tokenizer: Tokenizer | None) -> Example:
     try:
-        place, text = _read(reading, one, tokenizer)
-        origin = f", {place.origin}" if place.origin else ""
-        where = f"[tokens {place.begin:,} to {place.end:,}, document {place.document:,}{origin}]"
+        place, text = _place_and_text(reading, one, tokenizer)
     except (OSError, ValueError):
-        where, text = f"(number {one.number:,}; the dataset is not there any more)", None
-    said = element("p", f"{name} {escape(words.compact(one.score))} {escape(where)}")
-    return element("div", said + (element("pre", escape(text)) if text is not None else ""), class_="example")
+        place, text = f"number {one.number:,}; the dataset is not there any more", None
+    return Example(one.source, one.number, one.score, place, text)
 
 
-def _read(reading: Reading, one: Chosen, tokenizer: Tokenizer | None) -> tuple[Place, str | None]:
+def _place_and_text(reading: Reading, one: Example, tokenizer: Tokenizer | None) -> tuple[str, str | None]:
     prefix = reading.run.config.data.sources[one.source].prefix
     manifest = reading.scored[one.source][-1].manifest
     dataset = IndexedDataset(prefix)
@@ -151,14 +113,15 @@ def _read(reading: Reading, one: Chosen, tokenizer: Tokenizer | None) -> tuple[P
         document = bisect_right(range(dataset.num_documents), begin, key=dataset.tokens_before) - 1
     if end > len(dataset.tokens):
         raise ValueError(f"{prefix} has become shorter")
+    place = f"tokens {begin:,} to {end:,}, document {document:,}"
     try:
         origins = read_provenance(prefix)
-        origin = f"{Path(origins.inputs[origins.files[document]]).name}, line {origins.lines[document]:,}"
+        file = Path(origins.inputs[origins.files[document]]).name
+        place += f", {file}, line {origins.lines[document]:,}"
     except (FileNotFoundError, IndexError):
-        origin = None
-    text = None
-    if tokenizer is not None:
-        text = tokenizer.decode(dataset.tokens[begin : min(end, begin + _TOKENS)].tolist())
-        text = _ILLEGAL.sub("\ufffd", text)
-        text = text[:CHARACTERS] + ("…" if len(text) > CHARACTERS else "")
-    return Place(begin, end, document, origin), text
+        pass
+    if tokenizer is None:
+        return place, None
+    text = tokenizer.decode(dataset.tokens[begin : min(end, begin + _TOKENS)].tolist())
+    text = _ILLEGAL.sub("\ufffd", text)
+    return place, text[:CHARACTERS] + ("…" if len(text) > CHARACTERS else "")

@@ -1,12 +1,17 @@
-"""What a report is made from: the files of a run, of its control, and the influence scores."""
+"""A report's inputs: the files of a run, of its control, and the influence scores."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from array import array
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config
@@ -15,15 +20,24 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import suggest_path
-from megatron_r1.train.metrics import read as read_metrics
+from megatron_r1.system.terminal import say
+
+_GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
+"""Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
+Points = tuple[np.ndarray, np.ndarray]
+"""Tokens, values."""
 
 
 @dataclass(frozen=True)
 class Run:
     root: Path
     config: Config
-    metrics: list[dict[str, Any]]
-    """One line a step, in order; never empty."""
+    columns: dict[str, np.ndarray]
+    """Metric, or "metric/source" -> float64 [T], T recorded steps; NaN where it was not measured."""
+    first: dict[str, Any]
+    """The first step's line."""
+    last: dict[str, dict[str, Any]]
+    """Phase that has trained at least a step, in order -> its last step's line."""
     stages: list[dict[str, Any]]
     """The ledger's lines, in order; of a report's own run also those of the stages that it stands on."""
 
@@ -32,52 +46,40 @@ class Run:
         return self.root.resolve().name
 
     @property
-    def sources(self) -> list[str]:
-        return list(self.config.data.sources)
-
-    @property
     def domains(self) -> dict[str, str]:
-        """Source -> domain, sources of a domain side by side."""
-        named = {name: s.domain or "other" for name, s in self.config.data.sources.items()}
-        order = list(dict.fromkeys(named.values()))
-        return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
+        """Source -> domain."""
+        return {name: source.domain or "other" for name, source in self.config.data.sources.items()}
 
     @property
     def phases(self) -> list[str]:
-        """Phases that have trained at least a step, in order."""
-        return list(dict.fromkeys(line["phase"] for line in self.metrics))
+        return list(self.last)
 
     @property
     def spans(self) -> list[tuple[str, float, float]]:
         """(phase, tokens before its first step, tokens after its last), in order."""
-        out, begin = [], float(self.metrics[0]["tokens"] - self.config.tokens_per_step())
-        for phase in self.phases:
-            out.append((phase, begin, float(self.last_of(phase)["tokens"])))
-            begin = out[-1][2]
-        return out
-
-    def last_of(self, phase: str) -> dict[str, Any]:
-        return next(line for line in reversed(self.metrics) if line["phase"] == phase)
+        ends = [float(line["tokens"]) for line in self.last.values()]
+        begins = [float(self.first["tokens"] - self.config.tokens_per_step()), *ends]
+        return list(zip(self.last, begins, ends, strict=False))
 
     @property
     def end(self) -> dict[str, Any]:
-        return self.metrics[-1]
-
-    def points(self, name: str, of: str | None = None) -> list[tuple[float, float]]:
-        """(tokens, value) of the steps at which a figure, of one source or capability where it has one for
-        each, was measured and is a number."""
-        found = []
-        for line in self.metrics:
-            value = line.get(name)
-            value = value if of is None or value is None else value.get(of)
-            if value is not None and math.isfinite(value):
-                found.append((float(line["tokens"]), float(value)))
-        return found
+        return self.last[self.phases[-1]]
 
     @property
-    def probed(self) -> list[dict[str, Any]]:
-        """Lines that carry held-out losses."""
-        return [line for line in self.metrics if line.get("probe_nll")]
+    def skipped(self) -> np.ndarray:
+        """Rows of the steps whose update was left out."""
+        return np.flatnonzero(np.nan_to_num(self.columns.get("skipped", np.zeros(0))) > 0)
+
+    def points(self, name: str) -> Points:
+        """The steps at which a metric was measured and is a number."""
+        tokens = self.columns["tokens"]
+        values = self.columns.get(name, np.full(len(tokens), np.nan))
+        return tokens[np.isfinite(values)], values[np.isfinite(values)]
+
+    def measured(self, group: str) -> list[str]:
+        """Sources or capabilities for which a metric was ever a number."""
+        names = [name.partition("/")[2] for name in self.columns if name.startswith(f"{group}/")]
+        return [name for name in names if len(self.points(f"{group}/{name}")[0])]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Reading:
     scored: dict[str, list[Scored]] = field(default_factory=dict)
     """Source -> where its scores lie, checkpoint by checkpoint."""
     mix: dict[str, Any] | None = None
-    """What tools/make_mix.py wrote beside the weights (RUN/mix.json)."""
+    """RUN/mix.json, by tools/make_mix.py."""
     measured_impact: dict[str, dict[str, float]] = field(default_factory=dict)
     """Capability -> source -> how much higher its loss is without the source, nats (Eq. 1); from
     RUN/measured_impact.json, which whoever trains runs without sources writes."""
@@ -98,14 +100,11 @@ class Reading:
     """Model of the tokenizer that made the datasets; None: one that lies in the run, if any."""
 
     @property
-    def arms(self) -> list[tuple[str, Run]]:
+    def arms(self) -> dict[str, Run]:
         """Name -> run: the last phases' names where those tell the arms apart."""
-        if self.control is None:
-            return [(self.run.phases[-1], self.run)]
-        names = self.run.phases[-1], self.control.phases[-1]
-        if names[0] == names[1]:
-            names = self.run.name, self.control.name
-        return [(names[0], self.run), (names[1], self.control)]
+        both = [self.run, *([self.control] if self.control else [])]
+        by_phase = {run.phases[-1]: run for run in both}
+        return by_phase if len(by_phase) == len(both) else {run.name: run for run in both}
 
 
 def read_run(root: Path) -> Run:
@@ -116,45 +115,72 @@ def read_run(root: Path) -> Run:
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
             f"{suggest_path(root)}"
         )
-    metrics = read_metrics(files.metrics)
-    if not metrics:
+    columns, first, last = _read_metrics(files.metrics)
+    if not last:
         raise ValueError(f"{files.metrics}: no step recorded yet; train first: tools/train.py {files.config}")
-    return Run(root, config_io.load([str(files.config)]), metrics, ledger.read(root))
+    return Run(root, config_io.load([str(files.config)]), columns, first, last, ledger.read(root))
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, dict[str, Any]]]:
+    """Columns, first line, and last line by phase. Holds 8 bytes a number, for runs of millions of steps."""
+    columns: dict[str, array[float]] = {}
+    first: dict[str, Any] = {}
+    last: dict[str, dict[str, Any]] = {}
+    steps = damaged = 0
+    with open(path if path.exists() else os.devnull, "rb") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+                phase = line["phase"]
+            except (ValueError, TypeError, KeyError):
+                # A last line without its end is one that the run has not finished to write.
+                damaged += text.endswith(b"\n")
+                continue
+            values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+            for group in _GROUPS:
+                values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
+            for name, value in values.items():
+                column = columns.setdefault(name, array("d"))
+                column.extend(repeat(math.nan, steps - len(column)))
+                column.append(value)
+            first, last[phase], steps = first or line, line, steps + 1
+    if damaged:
+        say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
+    for column in columns.values():
+        column.extend(repeat(math.nan, steps - len(column)))
+    return {name: np.array(column) for name, column in columns.items()}, first, last
 
 
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
     run = read_run(root)
     stages = sorted([*ledger.lineage(root), *run.stages], key=lambda line: str(line["finished"]))
-    run = replace(run, stages=stages)
     if control is None and RunDir(root / "control").metrics.is_file():
         control = root / "control"
-    mix = root / "mix.json"
-    impact = root / "measured_impact.json"
+    sources = run.config.data.sources
     return Reading(
-        run,
+        replace(run, stages=stages),
         read_run(control) if control else None,
-        read_scores(root, run.sources),
-        scored(root, run.sources),
-        _mix(mix) if mix.is_file() else None,
-        _measured_impact(impact) if impact.is_file() else {},
+        read_scores(root, sources),
+        scored(root, sources),
+        _read_json(root / "mix.json", "make the mixture again, or move it away"),
+        _measured_impact(root / "measured_impact.json"),
         tokenizer,
     )
 
 
-def _mix(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, way_out: str) -> Any:
+    """None where the file is not there."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); make the mixture again, or move it away") from None
-    return found
+        raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
 
 
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
+    way_out = "write it as {capability: {source: nats}}, or move it away"
+    read = _read_json(path, way_out) or {}
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
         return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not {{capability: {{source: nats}}}} ({error}); write it so, or move it away"
-        ) from None
+        raise ValueError(f"{path}: not {{capability: {{source: nats}}}} ({error}); {way_out}") from None

@@ -1,239 +1,183 @@
-"""One self-contained HTML page (also well-formed XML): head, figures, no script, nothing from outside."""
+"""The report as one HTML page that needs nothing from outside, and its figures as pictures."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import Any
 
-from megatron_r1.report import (
-    agreement,
-    bars,
-    checkpoints,
-    curves,
-    examples,
-    influence,
-    measures,
-    mixture,
-    palette,
-    predicted,
-    summary,
-    words,
-)
-from megatron_r1.report.figure import Figure
+import altair as alt
+import vl_convert
+from jinja2 import Environment
+
+from megatron_r1 import config_io
+from megatron_r1.report import examples, plots, summary, tables
 from megatron_r1.report.load import Reading
 from megatron_r1.run.layout import RunDir
-from megatron_r1.system.files import write_text
+from megatron_r1.system.files import replacing, write_text
 
-STYLE = """
-*{box-sizing:border-box}
-html{color-scheme:light dark;-webkit-text-size-adjust:100%}
-:root{--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--font)}
-main{max-width:1120px;margin:0 auto;padding:36px 20px 64px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:20px;margin:0 0 6px;letter-spacing:-.005em}
-p{margin:0 0 12px;max-width:78ch;overflow-wrap:break-word}
-nav{margin:14px 0 26px;font-size:14px;display:flex;flex-wrap:wrap;gap:4px 18px}
-nav a{color:var(--muted);text-decoration:none;border-bottom:1px solid var(--grid)}
-nav a:hover{color:var(--ink)}
-.about{color:var(--muted);max-width:96ch}
-.cards{display:grid;grid-template-columns:minmax(0,1.45fr) minmax(0,1fr) minmax(0,1fr);gap:16px;margin:22px 0}
-.cards section,figure{background:var(--card);border:1px solid var(--grid);border-radius:10px}
-.cards section{padding:16px 20px}
-.cards h2{font-size:13px;font-weight:600;color:var(--muted);margin:0 0 8px;letter-spacing:0}
-.cards p{margin:6px 0 0;font-size:14px;color:var(--muted)}
-.big{font-size:28px;line-height:1.2;font-weight:650;letter-spacing:-.01em;overflow-wrap:anywhere}
-.cards table{font-size:14px}
-figure{margin:0 0 22px;padding:22px 26px 18px}
-figure svg{display:block;width:100%;height:auto;overflow:visible}
-.scroll{overflow-x:auto;margin-top:8px}
-.note{font-size:13px;color:var(--muted);margin:12px 0 0;max-width:110ch}
-pre{margin:0 0 10px;padding:10px 14px;background:var(--page);border:1px solid var(--grid);border-radius:6px;
-font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px}
-.numbers th,.numbers td{padding:5px 12px;text-align:right;white-space:nowrap;
-border-bottom:1px solid var(--grid)}
-.numbers th:first-child,.numbers td:first-child{text-align:left;padding-left:0}
-.numbers thead th{font-weight:500;color:var(--muted);font-size:13px;vertical-align:bottom}
-.numbers tbody th{font-weight:550}
-.numbers tbody tr:last-child th,.numbers tbody tr:last-child td{border-bottom:0}
-.strong{font-weight:650}
-.heat td{padding:7px 14px;border:2px solid var(--card)}
-.numbers.heat th{border-bottom:0}
-.heat td.domain{text-align:left;color:var(--muted)}
-.heat th:nth-child(2){text-align:left}
-small{color:var(--muted);font-size:12px}
-.heat small{color:inherit;opacity:.75}
-.stages{width:100%}
-.stages .total th,.stages .total td{font-weight:650;border-top:1px solid var(--axis)}
-.share{width:26%}
-.numbers td.share{text-align:left}
-h3{font-size:16px;margin:18px 0 4px}
-h4{font-size:13px;font-weight:600;color:var(--muted);margin:0 0 4px}
-.pair{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:4px 26px}
-.example{font-size:13px;margin:0 0 10px}
-.example p{margin:0 0 3px;color:var(--muted);font-size:12px;overflow-wrap:anywhere}
-.example pre{margin:0;padding:8px 10px;max-height:150px;overflow:auto;font-size:11.5px;line-height:1.4;
-white-space:pre-wrap;overflow-wrap:anywhere}
-.bar{display:inline-block;width:calc(100% - 70px);height:11px;margin-right:10px;background:var(--grid);
-border-radius:2px;overflow:hidden}
-.bar i{display:block;height:100%;background:var(--blue-0)}
-svg text{font:12px var(--font);fill:var(--ink);font-variant-numeric:tabular-nums}
-svg .tick,svg .muted,svg .domain{fill:var(--muted)}
-svg .panel{font-size:14px;font-weight:650}
-svg .name{font-weight:550}
-.grid{stroke:var(--grid)}
-.axis{stroke:var(--axis)}
-.zero{stroke:var(--ink);stroke-width:1.2}
-.mark{stroke:var(--ink);stroke-width:2}
-.phase{stroke:var(--axis);stroke-dasharray:2 4}
-.curve,.raw,.leader{fill:none;stroke-linejoin:round;stroke-linecap:round}
-.curve{stroke-width:2}
-.dashed{stroke-dasharray:6 5;stroke-linecap:butt}
-.raw{stroke-width:1;opacity:.28}
-.leader{stroke-width:1;opacity:.5}
-.area{opacity:.8}
-.band{stroke:var(--card);stroke-width:.6;stroke-linejoin:round}
-svg .inside{font-size:11px;fill:var(--card)}
-svg .strong{font-weight:650}
-svg .small{font-size:10.5px;opacity:.75}
-@media screen and (max-width:820px){.pair,.cards{grid-template-columns:1fr}figure{padding:18px 14px}
-figure .art{overflow-x:auto}}
-@media print{body{background:none;font-size:12px}main{max-width:none;padding:0}nav{display:none}
-h1{font-size:22px}h2,.big{font-size:16px}.cards,.cards table,.cards p{font-size:11px}.note,pre{font-size:10px}
-figure{padding:12px 14px;margin-bottom:12px}figure svg{min-width:0!important}.scroll{overflow:visible}
-.cards section{padding:10px 12px}table,.numbers thead th{font-size:11px}small{font-size:9px}
-.numbers th,.numbers td,.heat td{padding:3px 7px}p,.note,.about{max-width:none}
-figure,.cards section{break-inside:avoid;border-color:#ccc}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
-"""
+_VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+# Turning the wheel alone scrolls the page.
+_ZOOM = {"name": "zoom", "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"}
+_PANEL = 420
+"""Width of a panel in a picture, pixels."""
 
 
-def write(reading: Reading) -> Path:
-    """Write RUN/reports/index.html, whole or not at all."""
-    path = RunDir(reading.run.root).reports / "index.html"
-    write_text(path, render(reading))
-    return path
+@dataclass(frozen=True)
+class Figure:
+    """Where it has neither panels, tables nor examples, `missing` says why and `command` makes them."""
+
+    anchor: str
+    panels: Sequence[Any] = ()
+    tables: Sequence[tables.Table] = ()
+    """Below the panels."""
+    missing: str = ""
+    """Names a sentence of the figure in page.yaml."""
+    command: str = ""
+    extremes: Sequence[examples.Extremes] = ()
+    lead: str = ""
+    """Before the caption."""
+
+    @property
+    def title(self) -> str:
+        return str(plots.PAGE["figures"][self.anchor]["title"])
+
+    @property
+    def columns(self) -> int:
+        """Panels side by side, where the window is wide enough."""
+        return min(len(self.panels), plots.PAGE["figures"][self.anchor].get("columns", 3))
+
+    @property
+    def caption(self) -> str:
+        texts = plots.PAGE["figures"][self.anchor]
+        instead = texts[self.missing] if self.missing else "+"
+        behind = f"{texts['caption']} {instead[1:]}" if instead.startswith("+") else instead
+        return f"{self.lead} {behind}".strip()
 
 
-def render(reading: Reading) -> str:
-    """The page; the same reading gives the same bytes."""
-    shown = all_figures(reading)
-    name = reading.run.name
-    light = palette.variables(palette.LIGHT, palette.LIGHT_SHADES)
-    dark = palette.variables(palette.DARK, palette.DARK_SHADES)
-    style = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
-    links = "".join(f'<a href="#{f.anchor}">{escape(f.title)}</a>' for f in shown)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{escape(name)}: training report</title><style>{style}</style></head>\n<body><main>"
-        f'<header><h1>{escape(name)}</h1><p class="about">{escape(about(reading))}</p>'
-        f"{cards(reading)}</header>"
-        f"<nav>{links}</nav>\n{''.join(_figure(f) for f in shown)}</main></body></html>\n"
-    )
+class Report:
+    def __init__(self, reading: Reading):
+        self.reading = reading
+        self.saved = summary.checkpoints(reading)
+        self.scores = summary.scores(reading)
+        self.costs = summary.stage_costs(reading)
+        self.ends = summary.held_out(reading)
+        self.figures = [f for f in self._figures() if f.panels or f.tables or f.extremes or f.command]
+
+    def _figures(self) -> Iterator[Figure]:
+        """In the order of the page. Those with nothing to show are left out."""
+        reading, run, scores, saved = self.reading, self.reading.run, self.scores, self.saved
+        train = summary.launch(run, "train")
+        missing: dict[str, Any]
+        yield Figure("loss", plots.loss(reading))
+        yield Figure("sources", plots.loss_by_source(reading))
+        if self.ends is not None:
+            missing = (
+                {} if reading.control else {"missing": "no control", "command": summary.control_command(run)}
+            )
+            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], **missing)
+        elif run.config.data.probes:
+            yield Figure("heldout", missing="not measured", command=train)
+        else:
+            yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
+        yield Figure("measures", plots.measures(reading))
+        if scores is None:
+            more = () if run.config.influence else ("influence.directions.code=PREFIX",)
+            score = summary.launch(run, "compute_influence", *more)
+            yield Figure("influence", missing="missing", command=score)
+        else:
+            yield Figure("influence", plots.histograms(reading, scores), lead=scores.unit)
+            yield Figure("heat", tables=[tables.heat(reading, scores)])
+            several = len(scores.tables[0].steps) > 1
+            yield Figure("agreement", tables=[tables.agreement(scores)] if several else [])
+            yield Figure("predicted", plots.predicted(reading, scores))
+            tokenizer = examples.find_tokenizer(reading)
+            again = f"python tools/report.py {run.root} --tokenizer MODEL"
+            missing = {} if tokenizer else {"missing": "no tokenizer", "command": again}
+            yield Figure("examples", extremes=examples.extremes(reading, scores, tokenizer), **missing)
+        mix = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
+        missing = {"missing": "one phase", "command": mix} if len(run.phases) == 1 else {}
+        yield Figure("mixture", plots.mixture(reading), **missing)
+        yield Figure("mixture-over-time", plots.mixture_over_time(reading))
+        yield Figure("epochs", plots.epochs(reading))
+        yield Figure("schedule", plots.schedule(reading))
+        yield Figure("phases", tables=[tables.phases(reading)])
+        if saved.complete:
+            listed = [tables.checkpoints(run, saved)]
+            yield Figure("checkpoints", plots.checkpoints(run, saved), listed, command=train)
+        else:
+            yield Figure("checkpoints", missing="missing", command=train)
+        if self.costs:
+            yield Figure("cost", tables=[tables.stages(self.costs), *tables.overhead(self.costs)])
+        else:
+            yield Figure("cost", missing="missing", command=train)
+
+    @cached_property
+    def page(self) -> Any:
+        """The template's module: as text the page; its macro `picture` draws a table. The same reading gives
+        the same bytes."""
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment.filters |= {k: v for k, v in vars(tables).items() if callable(v)}
+        template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
+        script = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
+        return template.make_module(
+            {
+                "report": self,
+                "plots": plots,
+                "tables": tables,
+                "ranks": summary.ranks(self.reading.run),
+                "configuration": config_io.dump(self.reading.run.config),
+                "specs": {f.anchor: [_in_page(panel) for panel in f.panels] for f in self.figures},
+                "script": script.replace("</script", "<\\/script"),
+            }
+        )
+
+    def write(self) -> Path:
+        """Write RUN/reports/index.html, whole or not at all."""
+        path = RunDir(self.reading.run.root).reports / "index.html"
+        write_text(path, str(self.page))
+        return path
+
+    def write_pictures(self, kind: str) -> Iterator[Path]:
+        """Write RUN/reports/ANCHOR.png or .svg of each figure; ANCHOR-2 and so on of its tables."""
+        for figure in self.figures:
+            for number, drawing in enumerate(self.pictures(figure), 1):
+                name = f"{figure.anchor}{f'-{number}' if number > 1 else ''}.{kind}"
+                path = RunDir(self.reading.run.root).reports / name
+                with replacing(path) as stream:
+                    stream.write(
+                        vl_convert.svg_to_png(drawing, scale=2) if kind == "png" else drawing.encode()
+                    )
+                yield path
+
+    def pictures(self, figure: Figure) -> Iterable[str]:
+        """SVG in the light colours of a figure's panels together, then of each table."""
+        if figure.panels:
+            width = _PANEL if figure.columns > 1 else 2 * _PANEL
+            drawn = [panel.properties(width=width) for panel in figure.panels]
+            whole = alt.concat(*drawn, columns=figure.columns, title=alt.Title(figure.title, fontSize=18))
+            spec = whole.resolve_scale(color="independent", strokeDash="independent").to_dict(validate=False)
+            config = plots.PAGE["config"] | {"background": "var(--card)", "padding": 20}
+            yield vl_convert.vegalite_to_svg(
+                json.loads(_in_light(json.dumps(spec | {"config": config}))), _VEGA_LITE
+            )
+        for table in figure.tables:
+            yield _in_light(str(self.page.picture(table, figure.title)))
 
 
-def all_figures(reading: Reading) -> list[Figure]:
-    made = [
-        curves.loss(reading),
-        curves.loss_by_source(reading),
-        influence.histograms(reading),
-        influence.heat(reading),
-        agreement.figure(reading),
-        predicted.figure(reading),
-        examples.figure(reading),
-        mixture.before_and_after(reading),
-        mixture.over_time(reading),
-        bars.epochs(reading),
-        curves.held_out(reading),
-        measures.figure(reading),
-        checkpoints.figure(reading),
-        bars.stages(reading),
-    ]
-    return [f for f in made if f is not None]
+def _in_light(text: str) -> str:
+    return re.sub(r"var\(--([\w-]+)\)", lambda m: plots.COLORS[m[1]][0], text)
 
 
-def about(reading: Reading) -> str:
-    """What was trained, on what, with what."""
-    run = reading.run
-    config, ranks = run.config, summary.ranks(run)
-    members = list(run.domains.values())
-    domains = [f"{members.count(d)} {d}" for d in palette.domain_order(run.domains)]
-    said = (
-        f"A model of {words.count(config.model.parameters())} parameters ({config.model.num_layers} layers, "
-        f"width {config.model.hidden_size:,}), trained on {words.count(run.end['tokens'])} tokens in "
-        f"{words.many(run.end['step'], 'step')} of {config.tokens_per_step():,}, from "
-        f"{words.many(len(run.sources), 'source')} ({', '.join(domains)}), in {config.train.precision}"
-    )
-    said += f" on {words.many(ranks, 'rank')}" if ranks else ""
-    said += f"; {'phase' if len(run.phases) == 1 else 'phases'} {words.both(run.phases)}."
-    if reading.control:
-        said += f" Control: arm {reading.arms[1][0]}, to {words.count(reading.control.end['tokens'])} tokens."
-    return said
-
-
-def cards(reading: Reading) -> str:
-    """The three key numbers."""
-    return f'<div class="cards">{_held_out_card(reading)}{_worst_card(reading)}{_time_card(reading)}</div>'
-
-
-def _held_out_card(reading: Reading) -> str:
-    title = "Held-out loss at the end, nats per token"
-    ends = summary.held_out(reading)
-    if ends is None:
-        return _big(title, "–", "not measured")
-    return _card(title, curves.held_out_table(ends, brief=True).html())
-
-
-def _worst_card(reading: Reading) -> str:
-    title = "Worst source found"
-    found = summary.influence(reading)
-    if not found:
-        return _big(title, "–", "influence not measured yet")
-    best, worst = found[0], found[-1]
-    low, high = words.compact(worst.total), words.compact(best.total)
-    said = f"mean influence {low}; best: {best.source}, {high}"
-    mixes = list(summary.mixtures(reading.run).values())
-    if len(mixes) > 1:
-        shares = [words.share(mix.get(worst.source, 0.0)) for mix in (mixes[0], mixes[-1])]
-        said += f". Its share went from {shares[0]} to {shares[1]}"
-    return _big(title, worst.source, said)
-
-
-def _time_card(reading: Reading) -> str:
-    costs = summary.stage_costs(reading)
-    total = sum(c.seconds for c in costs)
-    if total:
-        parts = [
-            ("train", "training"),
-            ("train control", "its control"),
-            ("influence", "measuring influence"),
-        ]
-        shares = [(name, summary.seconds_of(costs, kind) / total) for kind, name in parts]
-        said = ", ".join(f"{name} {words.percent(100 * share)}" for name, share in shares if share)
-        said += f"{', other ' if said else 'other '}{words.percent(100 * (1 - sum(s for _, s in shares)))}"
-    else:
-        total = sum(line["seconds"] for _, arm in reading.arms for line in arm.metrics)
-        said = "of training steps; the ledger is empty"
-    return _big("Total time", words.duration(total), said)
-
-
-def _big(title: str, value: str, said: str) -> str:
-    return _card(title, f'<div class="big">{escape(value)}</div><p>{escape(said)}</p>')
-
-
-def _card(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _figure(figure: Figure) -> str:
-    parts = [f"<h2>{escape(figure.title)}</h2>", f"<p>{escape(figure.lead)}</p>"]
-    if figure.command:
-        parts.append(f"<pre>{escape(figure.command)}</pre>")
-    shown = figure.body + "".join(table.html() for table in figure.tables)
-    if shown:
-        parts.append(f'<div class="art">{shown}</div>')
-    if figure.note:
-        parts.append(f'<p class="note">{escape(figure.note)}</p>')
-    return f'<figure id="{figure.anchor}">{"".join(parts)}</figure>\n'
+def _in_page(panel: Any) -> dict[str, Any]:
+    """As wide as its place there; curves with zoom."""
+    spec: dict[str, Any] = panel.to_dict(validate=False)
+    if curves := spec["layer"][0].get("layer"):
+        curves[0]["params"] = [_ZOOM]
+    wide = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return {k: v for k, v in (spec | wide).items() if k not in ("$schema", "config")}

@@ -1,46 +1,91 @@
-"""Figures computed from a reading: what the report's sentences, tables and drawings say."""
+"""Numbers of a report, computed from a reading. No drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_r1.config import MixConfig
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.config import Config, MixConfig
 from megatron_r1.mixture.masks import joint_scores
 from megatron_r1.mixture.scores import in_units
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
-from megatron_r1.report.load import Reading, Run
+from megatron_r1.report.load import Points, Reading, Run
+from megatron_r1.run.layout import RunDir
+from megatron_r1.train.schedule import phase_spans, retention
 
 _PER_NODE = 8
 """GPUs of a node, for commands."""
+PAPER = {
+    "representative and probing sets": 200.0,
+    "influence scores and mixture": 5_100.0 + 1_100.0,
+    "leave-one-out and control runs": 50.0 * 8,
+    "training": 28_000.0 + 10_000.0 + 600.0,
+}
+"""Appendix D.3, GPU hours of the 950M model."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out NLL per token of each arm at the last step that every arm has measured."""
-
-    tokens: int
-    by_arm: dict[str, dict[str, float]]
-    """Arm -> capability -> nats per token."""
-
-    def difference(self, capability: str) -> float:
-        """The run less its control; negative: the run is better."""
-        run, control = self.by_arm.values()
-        return run[capability] - control[capability]
-
-
-def held_out(reading: Reading) -> HeldOut | None:
-    """None where no arm was measured, or the arms never at the same step."""
-    measured = [{line["tokens"]: line["probe_nll"] for line in run.probed} for _, run in reading.arms]
-    common = set.intersection(*(set(m) for m in measured))
-    if not common:
+def held_out(reading: Reading) -> tuple[float, dict[str, dict[str, float]]] | None:
+    """(tokens, {arm: {capability: held-out NLL per token}}) of the last step that every arm has measured;
+    None where no arm was measured, or the arms never at the same step."""
+    curves = {
+        arm: {c: dict(zip(*run.points(f"probe_nll/{c}"), strict=True)) for c in run.measured("probe_nll")}
+        for arm, run in reading.arms.items()
+    }
+    if not all(curves.values()):
         return None
-    tokens = max(common)
-    return HeldOut(tokens, {name: m[tokens] for (name, _), m in zip(reading.arms, measured, strict=True)})
+    common = set.intersection(*(set(curve) for of in curves.values() for curve in of.values()))
+    last = max(common, default=None)
+    return None if last is None else (last, {arm: {c: of[c][last] for c in of} for arm, of in curves.items()})
+
+
+def stretches(run: Run, tokens: np.ndarray, most: int) -> np.ndarray:
+    """Bounds [K + 1] of about `most` even stretches of rows, three steps or more each, none over a phase's
+    begin. `tokens`: of the rows."""
+    count, bounds = min(most, len(tokens) // 3), [0]
+    for _, begin, end in run.spans:
+        a, b = np.searchsorted(tokens, (begin, end), side="right")
+        bounds += np.linspace(
+            a, b, 1 + max(1, round(count * (b - a) / max(1, len(tokens)))), dtype=int
+        ).tolist()
+    return np.unique([*bounds, len(tokens)])
+
+
+def calm(run: Run, points: Points, most: int = 100) -> Points:
+    """Means of stretches, at their middles, and the last at its end: a new mixture moves the loss at once,
+    which must stay visible."""
+    tokens, values = points
+    bounds = stretches(run, tokens, most)
+    middles = (tokens[bounds[:-1]] + tokens[bounds[1:] - 1]) / 2
+    middles[-1] = tokens[-1]
+    return middles, np.add.reduceat(values, bounds[:-1]) / np.diff(bounds)
+
+
+def thin(points: Points, most: int = 300) -> Points:
+    """At most about `most` points that keep the outline: both ends, lowest and highest of each stretch."""
+    tokens, values = points
+    if len(values) <= most:
+        return points
+    keep = {0, len(values) - 1}
+    for a, b in itertools.pairwise(np.linspace(0, len(values), most // 2 + 1, dtype=int).tolist()):
+        keep |= {a + int(values[a:b].argmin()), a + int(values[a:b].argmax())}
+    return tokens[sorted(keep)], values[sorted(keep)]
+
+
+def fork(reading: Reading) -> float | None:
+    """Tokens at which the control leaves the run; None where there is none or it starts from nothing."""
+    if reading.control is None:
+        return None
+    tokens = reading.run.columns["tokens"]
+    before = tokens[tokens < reading.control.first["tokens"]]
+    return float(before[-1]) if len(before) else None
 
 
 @dataclass(frozen=True)
@@ -55,64 +100,138 @@ class SourceInfluence:
     """Token-weighted mean score per capability: rho of Eq. 5, as tools/make_mix.py prints it."""
     error_C: np.ndarray
     """Standard error of that mean."""
-    total: float
+    joint: float
     """The capabilities' weighted mean of `mean_C`."""
-    kept: float
-    """Share of examples whose joint score at the last checkpoint is positive (Eq. 6)."""
+    helping: float
+    """Share of examples that help: joint score at the last checkpoint above `mix.keep_above` (Eq. 6)."""
 
 
-def influence(reading: Reading) -> list[SourceInfluence]:
-    """Every scored source, the most helpful first. Checkpoints and capabilities weigh as in the mixture."""
-    tables = [table for table in reading.scores if len(table.example_N)]
+@dataclass(frozen=True)
+class Scores:
+    capabilities: tuple[str, ...]
+    sources: list[SourceInfluence]
+    """By joint score, the highest first."""
+    tables: list[ScoreTable]
+    """At the checkpoints that count."""
+    unit: str
+    """What was scored, with which curvature, in which unit. A sentence or two."""
+
+
+def scores(reading: Reading) -> Scores | None:
+    """None where no source has any. Checkpoints and capabilities weigh as in the mixture."""
+    mix, alpha_CK, tables = _weighing(reading)
     if not tables:
-        return []
-    mix, alpha_CK, tables = weighing(reading, tables)
+        return None
     weight_C, time_K = alpha_CK.sum(1), alpha_CK.sum(0)
     offset_CK, scale_CK = scale_of(tables, mix)
-    out = []
+    found = []
     for table, joint_N in zip(tables, joint_scores(tables, mix), strict=True):
         score_NC = np.einsum("nck,k->nc", (table.score_NCK - offset_CK) / scale_CK, time_K)
         share_N = table.length_N / table.length_N.sum()
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
-        kept = float((joint_N > mix.keep_above).mean())
-        total = float(mean_C @ weight_C)
-        out.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, total, kept))
-    return sorted(out, key=lambda s: -s.total)
+        helping = float((joint_N > mix.keep_above).mean())
+        joint = float(mean_C @ weight_C)
+        found.append(
+            SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, joint, helping)
+        )
+    found.sort(key=lambda s: -s.joint)
+    return Scores(tables[0].capabilities, found, tables, _unit(reading, mix, tables[0]))
 
 
-def weighing(reading: Reading, tables: list[ScoreTable]) -> tuple[MixConfig, np.ndarray, list[ScoreTable]]:
+def _weighing(reading: Reading) -> tuple[MixConfig, np.ndarray, list[ScoreTable]]:
     """How scores are weighed: mix, alpha of Eq. 4 [C, K], and the tables at the checkpoints it uses.
 
     As in the mixture that was made, where it fits these scores; else as the configuration says.
     """
-    first, made = tables[0], reading.mix
-    if made and made["capabilities"] == list(first.capabilities) and set(made["steps"]) <= set(first.steps):
+    tables, made = [t for t in reading.scores if len(t.example_N)], reading.mix
+    mix = reading.run.config.mix or MixConfig("")
+    if not tables:
+        return mix, np.empty((0, 0)), []
+    capabilities, steps = tables[0].capabilities, tables[0].steps
+    if made and made["capabilities"] == list(capabilities) and set(made["steps"]) <= set(steps):
         known = {f.name for f in fields(MixConfig)}
         mix = MixConfig(**{"phase": "", **{k: v for k, v in made.get("mix", {}).items() if k in known}})
         steps, alpha_CK = tuple(made["steps"]), np.array(made["alpha"])
     else:
-        mix, steps = reading.run.config.mix or MixConfig(""), first.steps
-        alpha_CK = checkpoint_weights(mix, first.capabilities, steps)
-    columns = [first.steps.index(step) for step in steps]
+        alpha_CK = checkpoint_weights(mix, capabilities, steps)
+    columns = [tables[0].steps.index(step) for step in steps]
     tables = [replace(t, steps=steps, score_NCK=t.score_NCK[:, :, columns]) for t in tables]
     found = {name: [s for s in of if s.step in steps] for name, of in reading.scored.items()}
     return mix, alpha_CK, [in_units(t, found[t.source], mix) for t in tables]
 
 
+def _unit(reading: Reading, mix: MixConfig, table: ScoreTable) -> str:
+    how = reading.scored[table.source][-1].manifest.get("influence", {})
+    unit = {
+        "raw": "nats per token by which the capability's loss falls, for a step of size 1 on the example",
+        "zscore": "standard deviation of the capability's scores over the tokens of all sources",
+        "cosine": "cosine between the example's gradient and the capability's direction",
+    }[mix.scale]
+    steps = ", ".join(f"{step:,}" for step in table.steps)
+    return (
+        f"An example is a {how.get('unit', 'window')}; it was scored at step {steps} with curvature "
+        f"{how.get('curvature', 'identity')}. Unit of a score: {unit}."
+    )
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Rank correlation; NaN where either side is all one value."""
+    # Two seconds that a page without scores need not spend.
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else float("nan")
+
+
+def agreement(scores: Scores) -> list[tuple[int, int, list[float]]]:
+    """Rank correlation of scores between checkpoints: of each with the next, of the first with the last.
+
+    (step, step, of the examples by capability and then of the sources by capability).
+    """
+    steps, tables = scores.tables[0].steps, scores.tables
+    score_NCK = np.concatenate([t.score_NCK for t in tables])
+    mean_GCK = np.stack([np.einsum("n,nck->ck", t.length_N / t.length_N.sum(), t.score_NCK) for t in tables])
+    pairs = list(itertools.pairwise(range(len(steps)))) + ([(0, len(steps) - 1)] if len(steps) > 2 else [])
+    kinds = [(of, c) for of in (score_NCK, mean_GCK) for c in range(len(scores.capabilities))]
+    return [(steps[a], steps[b], [spearman(of[:, c, a], of[:, c, b]) for of, c in kinds]) for a, b in pairs]
+
+
+def drawn(run: Run, most: int = 100) -> list[tuple[str, float, float, dict[str, float]]]:
+    """(phase, begin and end in tokens, share of each source in the tokens drawn) of stretches of steps.
+
+    Counts start with the run's first sample, so that a stretch's own are a difference. A run that forks off
+    another has no count before its first step: there the phase's share so far stands in.
+    """
+    tokens, out = run.columns["tokens"], []
+    count_ST = np.stack([np.insert(run.columns[f"tokens_by_source/{s}"], 0, 0.0) for s in run.domains])
+    for a, b in itertools.pairwise(stretches(run, tokens, most).tolist()):
+        phase = next((name for name, _, end in run.spans if tokens[b - 1] <= end), run.phases[-1])
+        share_S = count_ST[:, b] - count_ST[:, a]
+        if not a and run.first["step"] > 1:
+            share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
+        share = dict(zip(run.domains, (share_S / max(share_S.sum(), 1e-12)).tolist(), strict=True))
+        out.append((phase, float(tokens[a - 1]) if a else run.spans[0][1], float(tokens[b - 1]), share))
+    return out
+
+
+def capped(run: Run, phase: str) -> list[str]:
+    """Sources that a phase drew until they had been read as often as `max_epochs` allows."""
+    cap = run.config.phases[phase].max_epochs
+    caps = cap if isinstance(cap, dict) else dict.fromkeys(run.domains, cap)
+    passes, share = (run.last[phase][name] for name in ("epochs_by_source", "mix_actual"))
+    # Epochs end on a whole window, which may lie a little below the cap.
+    return [s for s, c in caps.items() if c and passes.get(s, 0.0) >= 0.999 * c and share.get(s)]
+
+
 @dataclass(frozen=True)
 class StageCost:
     label: str
-    kind: Literal["train", "train control", "influence", "other"]
+    kind: str
+    """train, train control, influence or other."""
     seconds: float
     tokens: int
     devices: int
     device_hours: float
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second."""
-        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 def stage_costs(reading: Reading) -> list[StageCost]:
@@ -120,47 +239,38 @@ def stage_costs(reading: Reading) -> list[StageCost]:
 
     Datasets preprocessed and checkpoints scored are many stages of one kind: three or more become one.
     """
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    trained: dict[str, list[str]] = {}
-    runs = [("", reading.run)] + ([("control", reading.control)] if reading.control else [])
-    for arm, run in runs:
-        trained[arm] = [f"train {phase}" for phase in run.config.phases]
+    out = []
+    for arm, run in [("", reading.run)] + ([("control", reading.control)] if reading.control else []):
+        rows: dict[str, list[dict[str, Any]]] = {}
         kinds = [line["stage"].split()[0] for line in run.stages]
         for line, kind in zip(run.stages, kinds, strict=True):
             many = kind in ("preprocess", "influence") and kinds.count(kind) > 2
-            rows.setdefault((arm, kind if many else line["stage"]), []).append(line)
-    return [
-        StageCost(
-            _label(arm, stage, lines),
-            _kind(arm, stage, trained[arm]),
-            sum(line["seconds"] for line in lines),
-            sum(line["tokens"] for line in lines),
-            max(line["devices"] for line in lines),
-            sum(line["device_hours"] for line in lines),
-        )
-        for (arm, stage), lines in rows.items()
-    ]
+            rows.setdefault(kind if many else line["stage"], []).append(line)
+        for stage, lines in rows.items():
+            total = {key: sum(line[key] for line in lines) for key in ("seconds", "tokens", "device_hours")}
+            kind = "influence" if stage.split()[0] == "influence" else "other"
+            if stage in (f"train {phase}" for phase in run.config.phases):
+                kind = f"train {arm}".strip()
+            names = {line["stage"] for line in lines}
+            label = f"{stage} ({len(names)} stages)" if len(names) > 1 else stage
+            label += f", {len(lines)} times" if len(lines) > len(names) else ""
+            label += f" ({arm})" if arm not in stage else ""
+            out.append(StageCost(label, kind, devices=max(line["devices"] for line in lines), **total))
+    return out
 
 
-def _kind(
-    arm: str, stage: str, trained: list[str]
-) -> Literal["train", "train control", "influence", "other"]:
-    if stage in trained:
-        return "train control" if arm else "train"
-    return "influence" if stage.split()[0] == "influence" else "other"
-
-
-def _label(arm: str, stage: str, lines: list[dict[str, Any]]) -> str:
-    """A stage's name, how many stages it stands for, how often it ran, and whose it is."""
-    names = {line["stage"] for line in lines}
-    said = f"{stage} ({len(names)} stages)" if len(names) > 1 else stage
-    said += f", {len(lines)} times" if len(lines) > len(names) else ""
-    return f"{said} (control)" if arm and arm not in stage else said
-
-
-def seconds_of(costs: list[StageCost], *kinds: str) -> float:
-    """Wall seconds of the stages of these kinds."""
-    return sum(c.seconds for c in costs if c.kind in kinds)
+def overhead(costs: list[StageCost]) -> dict[str, float] | None:
+    """Device-hours by row of `PAPER`; None before anything was trained and scored."""
+    probes, scoring, controls, training = PAPER
+    hours = dict.fromkeys(PAPER, 0.0)
+    for cost in costs:
+        if cost.kind == "influence" or cost.label.split()[0] in ("mix", "query"):
+            hours[scoring] += cost.device_hours
+        elif cost.kind != "other":
+            hours[training if cost.kind == "train" else controls] += cost.device_hours
+        elif cost.label.startswith("set probes aside"):
+            hours[probes] += cost.device_hours
+    return hours if hours[training] and hours[scoring] else None
 
 
 def ranks(run: Run) -> int | None:
@@ -175,33 +285,76 @@ def launch(run: Run, tool: str, *overrides: str) -> str:
     count = ranks(run) or 2
     nodes = -(-count // _PER_NODE)
     where = f"--nnodes {nodes} " if nodes > 1 else ""
-    start = (
-        f"torchrun {where}--nproc-per-node {-(-count // nodes)} tools/{tool}.py {run.root / 'config.yaml'}"
-    )
+    start = f"torchrun {where}--nproc-per-node {-(-count // nodes)} tools/{tool}.py {RunDir(run.root).config}"
     return " ".join([start, *overrides])
 
 
-def mixtures(run: Run) -> dict[str, dict[str, float]]:
-    """Phase -> source -> target share of sequences."""
-    return {phase: run.last_of(phase)["mix_target"] for phase in run.phases}
+def control_command(run: Run) -> str:
+    """Trains the control of a run: its last phase again on the uniform blend, from the same checkpoint."""
+    start = []
+    if len(run.phases) > 1:
+        step = run.last[run.phases[-2]]["step"]
+        start = [f"train.init_from={checkpoint_files.step_path(RunDir(run.root).checkpoints, step)}"]
+    weights = f"phases.{run.phases[-1]}.weights=uniform"
+    return launch(run, "train", f"train.run={run.root / 'control'}", *start, weights)
 
 
-def skipped(run: Run) -> list[bool]:
-    """Of every step whether its update was left out."""
-    return [bool(line.get("skipped")) for line in run.metrics]
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's directory."""
+
+    path: Path
+    step: int
+    size: int
+    """Bytes of its files."""
+    pinned: str
+    """Why it is never deleted; empty where it is not kept for good."""
+    scored: bool
 
 
-def fall_by_source(run: Run) -> dict[str, float]:
-    """How far each source's loss fell: mean of its first tenth of steps less mean of its last tenth, nats."""
-    out = {}
-    for source in run.sources:
-        values = [loss for _, loss in run.points("loss_by_source", source)]
-        tenth = max(1, len(values) // 10)
-        if len(values) >= 2:
-            out[source] = float(np.mean(values[:tenth]) - np.mean(values[-tenth:]))
-    return out
+@dataclass(frozen=True)
+class Checkpoints:
+    complete: list[Saved]
+    """In training order."""
+    partial: list[Saved]
+    """Under way, left behind, or without a readable description."""
+
+    def listed(self, most: int = 12) -> list[Saved]:
+        """What a table has room for: the newest three, what is kept for good, what was scored."""
+        newest = self.complete[-3:]
+        return [one for one in self.complete if one.pinned or one.scored or one in newest][-most:]
 
 
-def extremes(values: Mapping[str, float]) -> tuple[str, str]:
-    """Names of the smallest and the greatest value."""
-    return min(values, key=lambda k: values[k]), max(values, key=lambda k: values[k])
+def checkpoints(reading: Reading) -> Checkpoints:
+    config, directory = reading.run.config, RunDir(reading.run.root).checkpoints
+    whole = {ref.path for ref in checkpoint_files.found(directory)} - set(checkpoint_files.damaged(directory))
+    scored = {one.step for of in reading.scored.values() for one in of}
+    found: dict[bool, list[Saved]] = {True: [], False: []}
+    for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):
+        number = path.name.removeprefix(".").removeprefix("step_").split(".")[0]
+        if number.isdigit():
+            step = int(number)
+            saved = Saved(path, step, _size(path), pinned_as(config, step), step in scored)
+            found[path in whole].append(saved)
+    return Checkpoints(*found.values())
+
+
+def _size(directory: Path) -> int:
+    size = 0
+    for path in directory.rglob("*"):
+        # A run that trains may take a checkpoint away meanwhile.
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
+
+
+def pinned_as(config: Config, step: int) -> str:
+    """Why the checkpoint of a step is never deleted; empty where it is not kept for good."""
+    ended, every = [span.name for span in phase_spans(config) if span.end == step], config.train.keep_every
+    if ended:
+        return f"end of {ended[0]}"
+    if config.influence and step in config.influence.steps:
+        return "influence.steps"
+    if step in retention(config).steps:
+        return "train.keep_spaced"
+    return "train.keep_every" if every and step % every == 0 else ""

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_r1 import config_io
-from megatron_r1.config import (
-    Config,
-    DataConfig,
-    InfluenceConfig,
-    MixConfig,
-    ModelConfig,
-    PhaseConfig,
-    SourceConfig,
-    TrainConfig,
-)
-from megatron_r1.records import CAPABILITIES, ScoreTable
+from megatron_r1.checkpoint import files as checkpoint_files
+from megatron_r1.records import CAPABILITIES, ScoreTable, TrainState
 from megatron_r1.run import ledger
 from tests.mixture import mixture_scores
 
@@ -27,20 +21,11 @@ SOURCES = {
     "python-stdlib": ("code", 5.2),
     "torch-source": ("code", 4.8),
     "sympy": ("math", 5.0),
-    "mathlib-python": ("math", 5.1),
     "gcide": ("knowledge", 5.9),
-    "world-factbook": ("knowledge", 5.4),
     "base64": ("none", 7.9),
 }
 """Name -> domain, and the loss that it approaches."""
-MIXED = {
-    "python-stdlib": 0.25,
-    "torch-source": 0.12,
-    "sympy": 0.21,
-    "mathlib-python": 0.08,
-    "gcide": 0.22,
-    "world-factbook": 0.12,
-}
+MIXED = {"python-stdlib": 0.4, "torch-source": 0.2, "sympy": 0.25, "gcide": 0.15}
 HELPS = {
     "code": (0.9, 0.1, 0.05),
     "math": (0.3, 0.7, 0.1),
@@ -50,101 +35,87 @@ HELPS = {
 """Mean score by the source's domain, for code, math and knowledge."""
 UNIFORM_STEPS, MIXED_STEPS = 100, 75
 BATCH, LENGTH = 16, 256
+TOKENS = BATCH * LENGTH
+MODEL = yaml.safe_load("""{num_layers: 4, hidden_size: 192, ffn_hidden_size: 640, num_attention_heads: 3,
+    num_query_groups: 1, vocab_size: 4096}""")
 
 
-def make_config(run: Path, phases: dict[str, PhaseConfig], sources: dict[str, str]) -> Config:
-    probes = {c: f"probes/heldout_{c}" for c in CAPABILITIES}
-    return Config(
-        model=ModelConfig(4, 192, 640, 3, 1, 4096),
-        data=DataConfig(
-            {name: SourceConfig(f"data/{name}", domain=domain) for name, domain in sources.items()},
-            seq_length=LENGTH,
-            probes=probes,
-        ),
-        train=TrainConfig(str(run), BATCH, 8, precision="fp32", checkpoint_every=25, probe_every=25),
-        phases=phases,
-        influence=InfluenceConfig({c: f"probes/probe_{c}" for c in CAPABILITIES}),
-        mix=MixConfig("influence"),
-    )
-
-
-def make_arm(root: Path, last: str, weights: dict[str, float] | str, first_step: int, gain: float) -> None:
+def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, domains: Any = None) -> None:
     """Write config.yaml, metrics.jsonl and ledger.jsonl of one arm; its metrics begin after `first_step`."""
-    root.mkdir(parents=True, exist_ok=True)
-    phases = {
-        "uniform": PhaseConfig(steps=UNIFORM_STEPS),
-        last: PhaseConfig(weights=weights, steps=MIXED_STEPS),  # type: ignore[arg-type]
+    sources = domains or {name: domain for name, (domain, _) in SOURCES.items()}
+    second = {"weights": weights, "steps": MIXED_STEPS, "learning_rate": 2e-3, "max_epochs": 0.5}
+    given = {
+        "model": MODEL,
+        "data": {
+            "sources": {
+                name: {"prefix": f"data/{name}", "domain": domain} for name, domain in sources.items()
+            },
+            "probes": {c: f"probes/heldout_{c}" for c in CAPABILITIES},
+            "seq_length": LENGTH,
+        },
+        "train": {"run": str(root), "global_batch": BATCH, "micro_batch": 8, "precision": "fp32"},
+        "phases": {"uniform": {"steps": UNIFORM_STEPS}, last: second},
+        "influence": {"directions": {c: f"probes/probe_{c}" for c in CAPABILITIES}},
+        "mix": {"phase": "influence"},
     }
-    config = make_config(root, phases, {name: domain for name, (domain, _) in SOURCES.items()})
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    config = config_io.load([str(root / "config.yaml")])
     (root / "config.yaml").write_text(config_io.dump(config))
-    random = np.random.default_rng(len(last))
-    drawn = dict.fromkeys(SOURCES, 0.0)
-    lines = []
+    random, drawn, lines = np.random.default_rng(len(last)), dict.fromkeys(sources, 0.0), []
     for step in range(1, UNIFORM_STEPS + MIXED_STEPS + 1):
         phase = "uniform" if step <= UNIFORM_STEPS else last
         given = config.phase_weights(phase)
-        target = {s: given.get(s, 0.0) / sum(given.values()) for s in SOURCES}
-        for s in SOURCES:
-            drawn[s] += target[s] * BATCH
+        target = {s: given.get(s, 0.0) / sum(given.values()) for s in sources}
+        drawn = {s: n + target[s] * BATCH for s, n in drawn.items()}
         fall = np.exp(-step / 35)
         losses = {
-            s: 8.4 * fall + low * (1 - fall) - 0.002 * step * (low < 7) + 0.08 * random.standard_normal()
-            for s, (_, low) in SOURCES.items()
+            s: 8.4 * fall + SOURCES.get(s, ("", 5.0))[1] * (1 - fall) + 0.08 * random.standard_normal()
+            for s in sources
             if target[s]
         }
         line = {
             "step": step,
             "phase": phase,
-            "samples": step * BATCH,
-            "tokens": step * BATCH * LENGTH,
+            "tokens": step * TOKENS,
             "loss": sum(target[s] * loss for s, loss in losses.items()),
             "loss_by_source": losses,
-            "tokens_by_source": {s: round(n) * LENGTH for s, n in drawn.items()},
+            "tokens_by_source": {s: n * LENGTH for s, n in drawn.items()},
             "epochs_by_source": {s: n / (300 + 400 * i) for i, (s, n) in enumerate(drawn.items())},
             "mix_target": target,
             "mix_actual": target,
             "learning_rate": 4e-3,
             "grad_norm": 1.0,
             "seconds": 0.4,
-            "tokens_per_second": BATCH * LENGTH / 0.4,
+            "tokens_per_second": TOKENS / 0.4,
         }
         if step % 25 == 0:
             better = gain * max(0, step - UNIFORM_STEPS) / MIXED_STEPS
             line["probe_nll"] = {
-                c: 8.4 * fall + (5.1 + 0.3 * i) * (1 - fall) - 0.002 * step - better * (1 - 0.6 * i)
-                for i, c in enumerate(CAPABILITIES)
+                c: 8.4 * fall + 5 * (1 - fall) - better * (1 - 0.6 * i) for i, c in enumerate(CAPABILITIES)
             }
             line["rank_me"] = 10 + step / 10
             line["validation_nll"] = {s: 0.1 + loss for s, loss in losses.items()}
-        if step > first_step:
-            lines.append(json.dumps(line))
-    (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        lines += [json.dumps(line) + "\n"] if step > first_step else []
+    (root / "metrics.jsonl").write_text("".join(lines))
     if not first_step:
         ledger.append(root, "gather text", seconds=21.0)
-        ledger.append(root, "train uniform", devices=2, tokens=UNIFORM_STEPS * BATCH * LENGTH, seconds=48.0)
+        ledger.append(root, "train uniform", devices=2, tokens=UNIFORM_STEPS * TOKENS, seconds=48.0)
         for step in (50, 75, 100):
             ledger.append(root, f"influence step {step}", devices=2, tokens=7 * 64 * LENGTH, seconds=11.0)
         ledger.append(root, "mix", seconds=1.2)
-    ledger.append(root, f"train {last}", devices=2, tokens=MIXED_STEPS * BATCH * LENGTH, seconds=36.0)
+    ledger.append(root, f"train {last}", devices=2, tokens=MIXED_STEPS * TOKENS, seconds=36.0)
 
 
 def make_scores(examples: int = 64) -> list[ScoreTable]:
     """Scores of every source at three checkpoints; base64 harms, the others help their own domain most."""
-    random = np.random.default_rng(0)
-    tables = []
+    random, tables = np.random.default_rng(0), []
     for name, (domain, _) in SOURCES.items():
         mean_C = np.array(HELPS[domain]) * (1 + 0.2 * random.standard_normal(3))
         score_NCK = mean_C[None, :, None] + 0.35 * random.standard_normal((examples, 3, 3))
-        tables.append(
-            ScoreTable(
-                name,
-                CAPABILITIES,
-                (50, 75, 100),
-                np.arange(examples),
-                np.full(examples, LENGTH),
-                score_NCK.astype(np.float32),
-            )
-        )
+        number_N, length_N = np.arange(examples), np.full(examples, LENGTH)
+        scores = score_NCK.astype(np.float32)
+        tables.append(ScoreTable(name, CAPABILITIES, (50, 75, 100), number_N, length_N, scores))
     return tables
 
 
@@ -152,16 +123,30 @@ def write_scores(root: Path, tables: list[ScoreTable]) -> None:
     """RUN/influence as tools/compute_influence.py leaves it."""
     for position, table in enumerate(tables):
         for k, step in enumerate(table.steps):
-            mixture_scores.write_scores(
-                root,
-                step,
-                table.source,
-                table.score_NCK[:, :, k],
-                table.example_N,
-                table.length_N,
-                position=position,
-                capabilities=list(table.capabilities),
-            )
+            given = (table.source, table.score_NCK[:, :, k], table.example_N, table.length_N)
+            named = list(table.capabilities)
+            mixture_scores.write_scores(root, step, *given, position=position, capabilities=named)
+
+
+def save(run: Path, *steps: int, size: int = 1000) -> None:
+    """Complete checkpoints with one file of `size` bytes beside the description."""
+    directory, config = run / "checkpoints", config_io.load([str(run / "config.yaml")])
+    for step in steps:
+        temporary = checkpoint_files.begin(directory, step)
+        (temporary / "__0_0.distcp").write_bytes(bytes(size))
+        facts = checkpoint_files.facts_of([temporary / "__0_0.distcp"])
+        state = TrainState(step, step * BATCH, step * TOKENS)
+        final = checkpoint_files.step_path(directory, step)
+        checkpoint_files.publish(temporary, final, facts, state, config.model, "any", "{}")
+        checkpoint_files.release(directory)
+
+
+def change(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Pass every line of metrics.jsonl through `edit`, which changes it in place."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        edit(line)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture

@@ -1,0 +1,169 @@
+"""Figures as data: the rows that a chart carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_r1.report import load, plots, summary
+from megatron_r1.report.page import Report
+
+from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, write_scores
+
+
+def rows(panel: Any, layer: int | None = None) -> list[dict[str, Any]]:
+    """Data of a panel or a layer; the specification is checked against the schema of Vega-Lite."""
+    spec = panel.to_dict()
+    data = spec.get("data") if layer is None else spec["layer"][layer].get("data")
+    return list((data or spec["layer"][0]["data"])["values"])
+
+
+def test_every_figure_is_valid_vega_lite(whole: Path) -> None:
+    save(whole, 50, 100)
+    (whole / "measured_impact.json").write_text(
+        json.dumps({"code": {s: 0.1 * i for i, s in enumerate(SOURCES)}})
+    )
+    figures = {f.anchor: f for f in Report(load.read_all(whole)).figures}
+    assert list(figures) == list(plots.PAGE["figures"])
+    for figure in figures.values():
+        for panel in figure.panels:
+            panel.to_dict()
+
+
+def test_curves_carry_the_measurements_and_the_control_begins_at_the_fork(pair: Path) -> None:
+    panels = plots.held_out(load.read_all(pair))
+    assert [panel.title.text for panel in panels[::3]] == ["code", "code, from the fork on"]
+    found = rows(panels[0])
+    control = [(row["tokens"], row["value"]) for row in found if row["name"] == "control"]
+    ours = {row["tokens"]: row["value"] for row in found if row["name"] == "influence"}
+    assert len(ours) == 7 and [at for at, _ in control] == [step * TOKENS for step in (100, 125, 150, 175)]
+    assert control[0][1] == ours[100 * TOKENS] and control[-1][1] - ours[175 * TOKENS] == pytest.approx(
+        0.2, abs=1e-5
+    )
+    assert min(row["tokens"] for row in rows(panels[3])) == 100 * TOKENS
+
+
+def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run: Path) -> None:
+    def edit(line: dict[str, Any]) -> None:
+        if line["step"] in (40, 90):
+            line.update(skipped=1, loss=float("nan"), loss_by_source=dict.fromkeys(SOURCES, float("nan")))
+
+    change(run, edit)
+    reading = load.read_all(run)
+    (panel,) = plots.loss(reading)
+    assert [row["step"] for row in rows(panel, -1)] == [40, 90]
+    raw = [row["tokens"] / TOKENS for row in rows(panel, 0) if row["kind"] == "raw"]
+    assert raw == [step for step in range(1, 176) if step not in (40, 90)]
+
+
+def test_long_curves_are_thinned_and_keep_their_extremes(run: Path) -> None:
+    reading = load.read_all(run)
+    steps = np.arange(1.0, 1_000_001)
+    loss = 5 + np.random.default_rng(0).random(len(steps))
+    loss[777_777] = 9.0
+    last = {"uniform": reading.run.last["uniform"] | {"tokens": float(steps[-1] * TOKENS)}}
+    columns = {"tokens": steps * TOKENS, "step": steps, "loss": loss}
+    long = dataclasses.replace(reading.run, columns=columns, last=last)
+    found = rows(plots.loss(dataclasses.replace(reading, run=long))[0], 0)
+    assert len(found) < 500 and max(row["value"] for row in found) == 9.0
+
+
+def test_a_steps_draws_are_what_its_line_has_more_than_the_line_before(run: Path) -> None:
+    def edit(line: dict[str, Any]) -> None:
+        done = min(line["step"], 60), max(0, line["step"] - 60)
+        counts = {"sympy": 8 * done[0] + 4 * done[1], "gcide": 8 * done[0], "base64": 12 * done[1]}
+        line["tokens_by_source"] = dict.fromkeys(SOURCES, 0) | {s: n * LENGTH for s, n in counts.items()}
+        line["phase"] = "uniform" if line["step"] <= 60 else "influence"
+
+    change(run, edit)
+    reading = load.read_all(run)
+    shares = {phase: of for phase, _, _, of in summary.drawn(reading.run)}
+    assert {s: v for s, v in shares["uniform"].items() if v} == {"sympy": 0.5, "gcide": 0.5}
+    assert {s: v for s, v in shares["influence"].items() if v} == {"sympy": 0.25, "base64": 0.75}
+    found = rows(plots.mixture_over_time(reading)[0], 0)
+    assert {row["to"] for row in found if row["source"] == "gcide"} <= {n * TOKENS for n in range(61)}
+    for row in found:
+        assert row["high"] - row["low"] == pytest.approx(row["share"], abs=1e-5)
+
+
+def test_a_run_that_forks_off_another_begins_with_what_its_phase_has_drawn(pair: Path) -> None:
+    control = load.read_run(pair / "control")
+    assert control.first["step"] == 101
+    assert summary.drawn(control)[0][3] == pytest.approx(control.first["mix_actual"])
+
+
+def test_bars_are_targets_and_strokes_what_was_drawn_instead(run: Path) -> None:
+    change(run, lambda line: line["mix_actual"].update(sympy=line["mix_actual"]["sympy"] + 0.01))
+    found = rows(plots.mixture(load.read_all(run))[0])
+    last = {row["source"]: row for row in found if row["phase"] == "influence"}
+    assert {s: row["share"] for s, row in last.items() if row["share"]} == pytest.approx(MIXED)
+    assert {s for s, row in last.items() if row["drew"] is not None} == {"sympy"}
+    assert last["sympy"]["edge"] == pytest.approx(0.26), "the number stands behind the stroke"
+
+
+def test_sources_at_their_cap_are_named(run: Path) -> None:
+    change(run, lambda line: line.update(epochs_by_source=dict.fromkeys(SOURCES, 0.1) | {"gcide": 0.5}))
+    found = load.read_run(run)
+    assert summary.capped(found, "influence") == ["gcide"] and summary.capped(found, "uniform") == []
+
+
+def test_histograms_count_examples_and_strokes_are_the_means(whole: Path) -> None:
+    scores = summary.scores(load.read_all(whole))
+    assert scores is not None
+    panel = plots.histograms(load.read_all(whole), scores)[0]
+    for source in scores.sources:
+        bars = [row for row in rows(panel, 1) if row["source"] == source.source]
+        assert 0.9 < sum(row["share"] for row in bars) < 1 + 1e-5
+    means = {s.source: float(s.mean_C[0]) for s in scores.sources}
+    assert {row["source"]: row["low"] for row in rows(panel, 2)} == pytest.approx(means, abs=1e-5)
+
+
+def test_predicted_says_the_rank_correlation_and_leaves_out_what_is_too_few(whole: Path) -> None:
+    scores = summary.scores(load.read_all(whole))
+    assert scores is not None
+    impact = {
+        "code": {s.source: 0.1 * s.mean_C[0] for s in scores.sources},
+        "math": {s.source: -0.1 * s.mean_C[1] for s in scores.sources},
+        "knowledge": {"sympy": 0.1},
+    }
+    (whole / "measured_impact.json").write_text(json.dumps(impact))
+    panels = plots.predicted(load.read_all(whole), scores)
+    told = [(panel.title.text, panel.title.subtitle.split()[-1]) for panel in panels]
+    assert told == [("code", "1.00"), ("math", "-1.00")] and len(rows(panels[0])) == len(SOURCES)
+
+
+def test_scores_of_one_example_and_of_tiny_size_are_drawn(pair: Path) -> None:
+    tiny = [dataclasses.replace(t, score_NCK=t.score_NCK * 1e-7) for t in make_scores(examples=1)]
+    write_scores(pair, tiny)
+    report = Report(load.read_all(pair))
+    heat = next(f for f in report.figures if f.anchor == "heat").tables[0]
+    assert "×10⁻" in heat.head[1]
+
+
+def test_every_colour_stands_out_from_the_card() -> None:
+    """The accessibility guidelines ask for a contrast of 3 of graphics; curves also carry names."""
+
+    def light(color: str) -> float:
+        linear = [(int(color[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
+        return 0.05 + float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    for name in plots.COLORS.keys() - {"page", "card", "grid", "axis"}:
+        for color, card in zip(plots.COLORS[name], plots.COLORS["card"], strict=True):
+            assert max(light(color) / light(card), light(card) / light(color)) >= 2.8, name
+
+
+def test_a_source_has_one_colour_of_its_domain_and_a_capability_the_same_family() -> None:
+    found = plots.colors({"a": "math", "b": "code", "c": "math", "d": "none", "e": "web"})
+    assert list(found) == ["b", "a", "c", "d", "e"]
+    assert [color[6:-1] for color in found.values()] == [
+        "blue-0",
+        "orange-0",
+        "orange-1",
+        "magenta-0",
+        "olive-0",
+    ]
