@@ -115,7 +115,7 @@ def measure(training: Training, model: ModelConfig, folder: Path, options: Any, 
             f"writing took {spent[0]:.2f} processor seconds"
         )
     say(f"after the first: median {statistics.median(stalls[1:]) / usual:.2f} steps")
-    last = checkpoint_files.found(folder)[-1].path
+    last = checkpoint_files.complete_checkpoints(folder)[-1].path
     size = sum(p.stat().st_size for p in last.iterdir()) / 1e9
     files = checkpoint_files.read_meta(last)["files"]
     verify = timed(lambda: checkpoint_files.corruptions(last, files, dist.get_rank(), dist.get_world_size()))

@@ -251,7 +251,9 @@ def score(config: Config, curvature: str, output: Path) -> dict[str, np.ndarray]
     assert config.influence is not None
     own = RunDir(output)
     run = output / "curvature" / curvature
-    if curvature == resolve("auto", [ref.path for ref in checkpoint_files.found(own.checkpoints)]):
+    if curvature == resolve(
+        "auto", [ref.path for ref in checkpoint_files.complete_checkpoints(own.checkpoints)]
+    ):
         run = output
     elif not run.exists():
         run.mkdir(parents=True)

@@ -111,7 +111,7 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(p.parent.name.removeprefix("step_")) for p in directory.glob(f"step_*/{META}"))
 
 
-def found(directory: Path) -> list[CheckpointRef]:
+def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
     """Complete checkpoints under `directory`, in training order.
 
     None is read. A checkpoint that was damaged since is refused when it is loaded.
@@ -122,7 +122,7 @@ def found(directory: Path) -> list[CheckpointRef]:
 def damaged(directory: Path) -> list[Path]:
     """Complete checkpoints whose description can no longer be read. Costs that read of each."""
     out = []
-    for ref in found(directory):
+    for ref in complete_checkpoints(directory):
         try:
             read_meta(ref.path)
         except (OSError, ValueError):

@@ -80,7 +80,7 @@ def open_job(config: Config, work: Work | None = None) -> Job:
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = dataclasses.replace(work or lay_plan(config), config=config)
     run = RunDir(Path(config.train.run))
-    refs = [ref for ref in checkpoint_files.found(run.checkpoints) if ref.step in work.steps]
+    refs = [ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if ref.step in work.steps]
     if len(refs) < len(work.steps):
         incomplete = sorted(set(work.steps) - {ref.step for ref in refs})
         raise ValueError(f"{run.checkpoints}: checkpoints {incomplete} are incomplete; leave them out")

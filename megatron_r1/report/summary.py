@@ -327,7 +327,9 @@ class Checkpoints:
 
 def checkpoints(reading: Reading) -> Checkpoints:
     config, directory = reading.run.config, RunDir(reading.run.root).checkpoints
-    whole = {ref.path for ref in checkpoint_files.found(directory)} - set(checkpoint_files.damaged(directory))
+    whole = {ref.path for ref in checkpoint_files.complete_checkpoints(directory)} - set(
+        checkpoint_files.damaged(directory)
+    )
     scored = {one.step for of in reading.scored.values() for one in of}
     found: dict[bool, list[Saved]] = {True: [], False: []}
     for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):

@@ -188,7 +188,8 @@ class Trainer:
 
     def _end_phase(self, span: PhaseSpan, first: int, loss: float) -> None:
         """Record this launch's part of a phase, from step `first` on. The first rank calls this."""
-        step, saved = self.state.step, checkpoint_files.found(self.run.checkpoints)
+        step = self.state.step
+        saved = checkpoint_files.complete_checkpoints(self.run.checkpoints)
         resume.record_phase(
             self.run,
             span.name,

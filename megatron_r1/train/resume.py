@@ -28,7 +28,7 @@ from megatron_r1.train.schedule import epochs_by_phase, late_edits, phase_spans
 
 def last_checkpoint(config: Config) -> CheckpointRef | None:
     """The run's newest complete checkpoint."""
-    saved = checkpoint_files.found(RunDir(Path(config.train.run)).checkpoints)
+    saved = checkpoint_files.complete_checkpoints(RunDir(Path(config.train.run)).checkpoints)
     return saved[-1] if saved else None
 
 
@@ -139,7 +139,7 @@ def record_killed_launches(config: Config, step: int) -> None:
     names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
     last = max((int(name) for name in names if name.isdecimal()), default=0)
     lines = [line for line in read(run.metrics) if line["step"] > last]
-    saved = [ref for ref in checkpoint_files.found(run.checkpoints) if last < ref.step <= step]
+    saved = [ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if last < ref.step <= step]
     for span in phase_spans(config):
         mine = [line for line in lines if line["phase"] == span.name]
         if not mine:

@@ -86,7 +86,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
         save_checkpoint(
             directory, training.gpt, training.optimizer, TrainState(2, 4, 64), TINY, "phase", plan="{}"
         )
-        return checkpoint_files.found(directory)[-1].path, moments(training)
+        return checkpoint_files.complete_checkpoints(directory)[-1].path, moments(training)
 
 
 def test_adam_moments_are_saved_at_their_parameters(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -159,10 +159,10 @@ def test_training_on_while_it_is_written_changes_nothing(
             for moments in training.optimizer.chained_optimizers[0].optimizer.state.values():
                 moments["exp_avg"].zero_()
         saver.poll(writing=1)
-        assert checkpoint_files.found(tmp_path) == []
+        assert checkpoint_files.complete_checkpoints(tmp_path) == []
         trained_on.set()
         saver.wait()
-    assert [ref.step for ref in checkpoint_files.found(tmp_path)] == [2]
+    assert [ref.step for ref in checkpoint_files.complete_checkpoints(tmp_path)] == [2]
     launch.assert_same_tensors(tmp_path / saved[0].name, saved[0])
 
 
@@ -228,7 +228,7 @@ def test_surplus_goes_once_a_newer_one_is_complete(tmp_path: Path) -> None:
     with process_groups(ParallelConfig()):
         for step in range(1, 8):
             _weights(tmp_path, step, Retention(last=2, every=3, steps=frozenset({1})))
-    assert [ref.step for ref in checkpoint_files.found(tmp_path)] == [1, 3, 6, 7]
+    assert [ref.step for ref in checkpoint_files.complete_checkpoints(tmp_path)] == [1, 3, 6, 7]
 
 
 def _killed_at(directory: Path, call: str, number: int) -> None:
@@ -262,9 +262,9 @@ def test_a_kill_inside_a_save_leaves_whole_checkpoints(
     on_ranks(1, _on_one_rank, _weights, tmp_path, 2)
     with pytest.raises(RankFailedError, match="status -9"):
         on_ranks(1, _killed_at, tmp_path, call, number)
-    assert [ref.step for ref in checkpoint_files.found(tmp_path)] == steps
+    assert [ref.step for ref in checkpoint_files.complete_checkpoints(tmp_path)] == steps
     with process_groups(ParallelConfig()):
-        for ref in checkpoint_files.found(tmp_path):
+        for ref in checkpoint_files.complete_checkpoints(tmp_path):
             gpt = tiny.build()
             load_checkpoint(ref.path, gpt, None, tiny.MODEL)
             assert all((p == ref.step).all() for p in gpt.parameters())

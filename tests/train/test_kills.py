@@ -69,7 +69,7 @@ def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor]], t
         rank.kill()
     for rank in ranks:
         rank.join()
-    for ref in checkpoint_files.found(directory) if directory.exists() else []:
+    for ref in checkpoint_files.complete_checkpoints(directory) if directory.exists() else []:
         files = checkpoint_files.read_meta(ref.path)["files"]
         assert checkpoint_files.corruptions(ref.path, files) == []
     on_ranks(RANKS, train, config)

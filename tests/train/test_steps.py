@@ -66,7 +66,7 @@ def test_too_many_bad_steps_end_the_run_with_a_checkpoint(root: Path) -> None:
     bad = dict.fromkeys((4, 5), float("inf"))
     with pytest.raises(RankFailedError, match=TooManyBadStepsError.__name__):
         on_ranks(2, _with_bad_steps, config(root, "worse", "health.max_skipped=2"), bad)
-    saved = checkpoint_files.found(root / "worse" / "checkpoints")
+    saved = checkpoint_files.complete_checkpoints(root / "worse" / "checkpoints")
     assert [ref.step for ref in saved] == [2, 4]
 
 
@@ -90,7 +90,7 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
     with pytest.raises(RankFailedError) as failed:
         on_ranks(2, _with_a_lost_file, config(root, "lost", "train.checkpoint_every=100"), 3)
     assert "web.bin" in str(failed.value) or UnreadableDataError.__name__ in str(failed.value)
-    assert [ref.step for ref in checkpoint_files.found(root / "lost" / "checkpoints")] == [3]
+    assert [ref.step for ref in checkpoint_files.complete_checkpoints(root / "lost" / "checkpoints")] == [3]
     on_ranks(2, loop.train, config(root, "lost", "train.checkpoint_every=100"))
     alone, resumed = figures(root / "one"), figures(root / "lost")
     assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
