@@ -49,7 +49,7 @@ def test_dump_loads_back_equal(base: str, tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_in_one_message(base: str) -> None:
-    found = mistakes(
+    messages = mistakes(
         TINY,
         base,
         "train.micro_bach=3",
@@ -58,12 +58,12 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         "phases.one.weights={a: 1, c: 2}",
         "nowhere.yaml",
     )
-    text = "\n".join(found)
+    text = "\n".join(messages)
     assert "train.micro_bach: unknown key; did you mean micro_batch?" in text
     assert "model.num_layers='four'" in text
     assert "nowhere.yaml: no such file" in text
     assert "phases.one.weights.c: no such source in data.sources; known: a, b" in text
-    assert len(found) == 4  # the shape did not parse, so its parallel size cannot be judged yet
+    assert len(messages) == 4  # the shape did not parse, so its parallel size cannot be judged yet
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ def test_values_and_gradients_are_torchs(length: int, keep: int, monkeypatch: py
     # As megatron-core hands them over: [s, b, heads, d] seen as [b, heads, s, d].
     q, k, v = (torch.randn(length, 2, heads, 16).permute(1, 2, 0, 3).requires_grad_() for heads in (6, 2, 2))
     upstream = torch.randn(2, 6, length, 16)
-    found = causal_attention(q, k, v, 0.3)
+    attended = causal_attention(q, k, v, 0.3)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
     for ours, torchs in zip(
-        torch.autograd.grad(found, (q, k, v), upstream),
+        torch.autograd.grad(attended, (q, k, v), upstream),
         torch.autograd.grad(expected, (q, k, v), upstream),
         strict=True,
     ):

@@ -16,8 +16,8 @@ from megatron_r1.checkpoint.shards import rectangles
 def test_rectangles_hold_the_run_in_order(shape: tuple[int, ...], cut: tuple[float, float]) -> None:
     numbers = np.arange(np.prod(shape)).reshape(shape)
     start, end = sorted(round(c * numbers.size) for c in cut)
-    found = []
+    covered = []
     for offset, size in rectangles(shape, start, end):
-        found += numbers[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))].ravel().tolist()
-    assert found == list(range(start, end))
+        covered += numbers[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))].ravel().tolist()
+    assert covered == list(range(start, end))
     assert len(list(rectangles(shape, start, end))) <= 2 * len(shape) - 1

@@ -23,15 +23,15 @@ from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 
 precision, folder = sys.argv[1], Path(sys.argv[2])
-model, alone = ModelConfig(2, 128, 256, 4, 2, 512, head_dim=32), ParallelConfig()
+model, one_rank = ModelConfig(2, 128, 256, 4, 2, 512, head_dim=32), ParallelConfig()
 token_BS = torch.randint(512, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
 position_BS = torch.arange(64, device="cuda").expand(2, 64)
 backend.use_local_device()
-with process_groups(alone):
+with process_groups(one_rank):
     backend.seed_model_parallel(1)
-    found = {}
+    outputs = {}
     for plain in (False, True):
-        gpt = build_model(model, alone, precision, 64, plain_layers=plain)
+        gpt = build_model(model, one_rank, precision, 64, plain_layers=plain)
         if plain:
             checkpoint.load(folder / "step_00000000", gpt, None, model)
         else:
@@ -39,8 +39,8 @@ with process_groups(alone):
         logits = gpt(token_BS, position_BS, None).float()
         torch.logsumexp(logits, -1).sum().backward()
         embedding = gpt.embedding.word_embeddings.weight.grad.float()
-        found[plain] = logits.detach(), embedding
-for ours, theirs in zip(found[True], found[False], strict=True):
+        outputs[plain] = logits.detach(), embedding
+for ours, theirs in zip(outputs[True], outputs[False], strict=True):
     print(float((ours - theirs).norm() / ours.norm()))
 """
 

@@ -74,10 +74,10 @@ def _under_context_parallelism() -> list[Tensor]:
         out = attention(group)(*shaped(*leaves), segment)
         out.backward(mine(grad))
         whole = [x.clone().requires_grad_() for x in qkv]
-        alone = attention()(*shaped(*whole), SEGMENTS)
-        alone.backward(grad)
+        whole_rank = attention()(*shaped(*whole), SEGMENTS)
+        whole_rank.backward(grad)
         got = [out.detach(), *(x.grad for x in leaves)]
-        want = [alone.detach(), *(x.grad for x in whole)]
+        want = [whole_rank.detach(), *(x.grad for x in whole)]
         return [mine(w) - g for w, g in zip(want, got, strict=True)]  # type: ignore[arg-type]
 
 

@@ -41,8 +41,8 @@ def plain(
 def test_fp32_is_plain_cross_entropy(chunk: int | None, scale: float) -> None:
     hidden, weight, labels, upstream = inputs(scale=scale)
     loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
-    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
-    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream), strict=True):
+    results = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, results, plain(hidden, weight, labels, upstream), strict=True):
         # The logits' own rounding grows with them.
         assert (ours - exact).abs().max() <= 1e-6 * max(scale, 1) * exact.abs().max().clamp(min=1), name
 
@@ -51,8 +51,8 @@ def test_fp32_is_plain_cross_entropy(chunk: int | None, scale: float) -> None:
 def test_z_loss_is_in_the_gradient_alone(chunk: int | None) -> None:
     hidden, weight, labels, upstream = inputs()
     loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, z_loss=0.1)
-    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
-    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream, 0.1), strict=True):
+    results = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, results, plain(hidden, weight, labels, upstream, 0.1), strict=True):
         assert (ours - exact).abs().max() <= 1e-6 * exact.abs().max().clamp(min=1), name
 
 
@@ -77,8 +77,8 @@ def test_a_usual_z_loss_arrives_in_bf16() -> None:
 def test_bf16_is_within_its_rounding(chunk: int | None) -> None:
     hidden, weight, labels, upstream = inputs(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
-    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
-    for name, ours, exact in zip(NAMES, found, plain(hidden, weight, labels, upstream), strict=True):
+    results = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    for name, ours, exact in zip(NAMES, results, plain(hidden, weight, labels, upstream), strict=True):
         assert (ours - exact).norm() <= 2**-7 * exact.norm(), name
 
 
@@ -120,7 +120,7 @@ def on_a_shard(ranks: int, chunk: int | None) -> tuple[Tensor, ...]:
 def test_shards_of_the_vocabulary_agree(chunk: int | None) -> None:
     exact = plain(*inputs())
     ranks = on_ranks(2, on_a_shard, 2, chunk)
-    found = ranks[0][0], ranks[0][1], torch.cat([rank[2] for rank in ranks])
-    for name, ours, expected in zip(NAMES, found, exact, strict=True):
+    results = ranks[0][0], ranks[0][1], torch.cat([rank[2] for rank in ranks])
+    for name, ours, expected in zip(NAMES, results, exact, strict=True):
         assert (ours - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), name
     assert torch.equal(ranks[0][0], ranks[1][0])

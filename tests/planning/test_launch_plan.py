@@ -50,15 +50,15 @@ def test_time_is_flops_over_what_the_gpus_do() -> None:
 def test_every_size_that_does_not_divide_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_launch(pretrain("data.sources.wiki.tokens=null"), Launch(100, rank=100, mfu=2), build=False)
-    told = str(caught.value)
+    message = str(caught.value)
     for part in ("--rank 100", "--mfu 2", "make train.global_batch a multiple of 1200", "sources.wiki"):
-        assert part in told
+        assert part in message
 
 
 def test_warnings_name_what_is_odd() -> None:
     odd = "phases.odd={steps: 100000, weights: {starcoder: 0.5, wiki: 0.4}}"
     config = config_io.load([*PRETRAIN[:2], odd, "model.head_dim=62"])
-    told = "\n".join(warnings(plan_launch(config, Launch(168), build=False)))
+    output = "\n".join(warnings(plan_launch(config, Launch(168), build=False)))
     for part in (
         "phase1 sum to 100.01, not 100",
         "odd sum to 0.9, not 1",
@@ -67,7 +67,7 @@ def test_warnings_name_what_is_odd() -> None:
         "2.75T on 168 GPUs and 2.10T on 128",
         "model.head_dim=62 has no flash attention",
     ):
-        assert part in told, told
+        assert part in output, output
 
 
 def test_a_launch_without_oddities_has_no_warnings() -> None:
@@ -99,7 +99,7 @@ def test_datasets_that_are_there_are_counted_themselves(tmp_path: Path) -> None:
 
 
 def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
-    told = "\n".join(differences(pretrain(), 168))
+    output = "\n".join(differences(pretrain(), 168))
     expected = [
         "parameters: here 949,685,760, paper 949.2M",
         "sequences per GPU and step: here 12, paper 16",
@@ -111,12 +111,12 @@ def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
         "phases.phase2.weights.fineweb-edu: here 54.84 %, paper 54.83 %",
         "phases.phase2.weights: here normalised, the paper's sum to 99.99 %",
     ]
-    lines = [line.rpartition(" (")[0] for line in told.splitlines()]
+    lines = [line.rpartition(" (")[0] for line in output.splitlines()]
     assert lines == expected
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, line",
     [
         ("model.num_layers=21", "model.num_layers: here 21, paper 22"),
         ("data.seq_length=4096", "data.seq_length: here 4,096, paper 2,048"),
@@ -126,8 +126,8 @@ def test_the_recipe_differs_from_the_paper_only_where_the_rulings_say() -> None:
         ("phases.phase2.weights.wiki=1.14", "phases.phase2.weights.wiki: here 1.13 %, paper 0.14 %"),
     ],
 )
-def test_a_change_of_the_recipe_is_a_difference_from_the_paper(change: str, told: str) -> None:
-    assert told in "\n".join(differences(pretrain(change), 168))
+def test_a_change_of_the_recipe_is_a_difference_from_the_paper(change: str, line: str) -> None:
+    assert line in "\n".join(differences(pretrain(change), 168))
 
 
 def test_the_tool_answers_without_torch() -> None:

@@ -45,9 +45,9 @@ def config(precision: str, *more: str) -> Config:
 @pytest.mark.parametrize("ranks, precision, layout", LAYOUTS)
 def test_plan_is_what_real_ranks_hold(ranks: int, precision: str, layout: tuple[str, ...]) -> None:
     asked = config(precision, *layout)
-    found = on_ranks(ranks, _held, asked)
+    measured = on_ranks(ranks, _held, asked)
     for rank in (0, ranks - 1):
-        held, plan = found[rank], rank_memory(asked, ranks, rank)
+        held, plan = measured[rank], rank_memory(asked, ranks, rank)
         assert (plan.parameters, plan.gradients, plan.optimizer) == held[:3], rank
         assert plan.activations == pytest.approx(held[3], rel=0.05), rank
 

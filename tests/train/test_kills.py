@@ -73,16 +73,16 @@ def kill_and_go_on(number: int, whole: tuple[Config, dict[str, torch.Tensor]], t
         files = checkpoint_files.read_meta(ref.path)["files"]
         assert checkpoint_files.corruptions(ref.path, files) == []
     on_ranks(RANKS, train, config)
-    found = tensors(config)
-    assert found.keys() == end.keys() and len(end) > 10
-    assert [name for name in end if not torch.equal(found[name], end[name])] == []
+    resumed = tensors(config)
+    assert resumed.keys() == end.keys() and len(end) > 10
+    assert [name for name in end if not torch.equal(resumed[name], end[name])] == []
     assert steps(config) == [STEPS - 1, STEPS]
     assert [line["step"] for line in read(tmp_path / "run/metrics.jsonl")] == [*range(1, STEPS + 1)]
-    # The killed launch told nothing; the next one told it.
+    # The next launch records the killed one.
     lines = ledger.read(tmp_path / "run")
     assert sum(line["tokens"] for line in lines) == STEPS * config.tokens_per_step()
-    told = {path for line in lines for path in line["outputs"]}
-    assert {str(directory / f"step_{step:08d}") for step in steps(config)} <= told
+    recorded = {path for line in lines for path in line["outputs"]}
+    assert {str(directory / f"step_{step:08d}") for step in steps(config)} <= recorded
 
 
 @pytest.mark.parametrize("number", range(4))

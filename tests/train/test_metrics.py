@@ -25,9 +25,9 @@ def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     rank_log = RankLog(tmp_path / "rank.log")
     for each in (log, rank_log):
         each._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-    for each, said, name in ((log, {"step": 1}, "metrics.jsonl"), (rank_log, "said", "rank.log")):
+    for each, line, name in ((log, {"step": 1}, "metrics.jsonl"), (rank_log, "line", "rank.log")):
         with pytest.raises(OSError, match=f"{tmp_path}/{name}") as caught:
-            each.write(said)  # type: ignore[attr-defined]
+            each.write(line)  # type: ignore[attr-defined]
         assert caught.value.errno == errno.ENOSPC
 
 
@@ -94,9 +94,9 @@ def test_nemo_s_experiment_manager_logs(tmp_path: Path) -> None:
     log.write({"step": 7, "loss": 2.0})
     log.close()
     (events,) = (tmp_path / "nemo").rglob("events.out.*")
-    found = EventAccumulator(str(events))
-    found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("loss/train")] == [(7, 2.0)]
+    board = EventAccumulator(str(events))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss/train")] == [(7, 2.0)]
 
 
 def test_weights_and_biases_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

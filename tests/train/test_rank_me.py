@@ -49,15 +49,15 @@ def _by_definition(hidden_SBD: np.ndarray) -> float:
 
 
 def test_it_is_the_entropy_of_the_singular_values() -> None:
-    found, hidden = on_ranks(1, _ranked, ParallelConfig())[0]
-    assert found == pytest.approx(_by_definition(hidden), rel=1e-4)
-    assert 1 < found < tiny.MODEL.hidden_size
+    measured, hidden = on_ranks(1, _ranked, ParallelConfig())[0]
+    assert measured == pytest.approx(_by_definition(hidden), rel=1e-4)
+    assert 1 < measured < tiny.MODEL.hidden_size
 
 
 def test_sequence_parallel_ranks_see_every_token_once() -> None:
     one = on_ranks(1, _ranked, ParallelConfig())[0][0]
-    for found, _ in on_ranks(2, _ranked, ParallelConfig(tensor=2, sequence=True)):
-        assert found == pytest.approx(one, rel=1e-5)
+    for measured, _ in on_ranks(2, _ranked, ParallelConfig(tensor=2, sequence=True)):
+        assert measured == pytest.approx(one, rel=1e-5)
 
 
 def test_extremes() -> None:

@@ -51,7 +51,7 @@ def test_check_says_where_the_run_stands(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("train.global_batch=16", "keep train.global_batch=8"),
         ("data.seq_length=16", "data.seq_length"),
@@ -59,10 +59,12 @@ def test_check_says_where_the_run_stands(config: Config) -> None:
         ("model.ffn_hidden_size=32", "ffn_hidden_size"),
     ],
 )
-def test_check_refuses_what_the_trainer_does(config: Config, tmp_path: Path, change: str, said: str) -> None:
+def test_check_refuses_what_the_trainer_does(
+    config: Config, tmp_path: Path, change: str, message: str
+) -> None:
     saved(config, 6)
     config = small.config(tmp_path, "run", 8, change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         summary(config, open_data(config))
 
 
@@ -70,8 +72,8 @@ def test_the_ledger_is_told_of_launches_that_were_cut_off(config: Config) -> Non
     """Killed at step 7, behind the checkpoint of step 6; the run before had told of step 2."""
     run = Path(config.train.run)
     saved(config, 2, 4, 6)
-    told = {str(run / "checkpoints/step_00000002"): "x"}
-    ledger.append(run, "train one", seconds=9.0, tokens=2 * 256, outputs=told)
+    outputs = {str(run / "checkpoints/step_00000002"): "x"}
+    ledger.append(run, "train one", seconds=9.0, tokens=2 * 256, outputs=outputs)
     each = {"phase": "one", "seconds": 2.0, "saving_seconds": 0.5, "ranks": 3}
     lines = [{"step": n, **each} for n in range(1, 8)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -83,7 +85,7 @@ def test_the_ledger_is_told_of_launches_that_were_cut_off(config: Config) -> Non
     paths = [run / f"checkpoints/step_{n:08d}" for n in (4, 6)]
     assert line["outputs"] == {str(path): checkpoint_files.identity(path) for path in paths}
     sources = config.data.sources
-    assert line["inputs"] == {sources[n].prefix: found for n, found in identities(config).items()}
+    assert line["inputs"] == {sources[n].prefix: identity for n, identity in identities(config).items()}
 
 
 def test_a_damaged_older_checkpoint_keeps_no_run_from_going_on(config: Config) -> None:

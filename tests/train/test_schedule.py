@@ -49,14 +49,14 @@ def test_warm_up_then_linear() -> None:
 
 
 def test_cosine_is_halfway_in_the_middle() -> None:
-    found = rates(8, decay="cosine", min_lr_ratio=0.2)
-    assert found[0] == 1.0
-    assert found[4] == pytest.approx(0.6)
+    taken = rates(8, decay="cosine", min_lr_ratio=0.2)
+    assert taken[0] == 1.0
+    assert taken[4] == pytest.approx(0.6)
 
 
 def test_warm_up_stable_decay() -> None:
-    found = rates(10, decay="wsd", decay_steps=4, warmup_steps=2, min_lr_ratio=0.0)
-    assert found == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    taken = rates(10, decay="wsd", decay_steps=4, warmup_steps=2, min_lr_ratio=0.0)
+    assert taken == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert rates(30, decay="wsd", min_lr_ratio=0.0)[26:] == pytest.approx([1.0, 1.0, 2 / 3, 1 / 3])
 
 

@@ -92,8 +92,8 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
     assert "web.bin" in str(failed.value) or UnreadableDataError.__name__ in str(failed.value)
     assert [ref.step for ref in checkpoint_files.complete_checkpoints(root / "lost" / "checkpoints")] == [3]
     on_ranks(2, loop.train, config(root, "lost", "train.checkpoint_every=100"))
-    alone, resumed = figures(root / "one"), figures(root / "lost")
-    assert resumed[STEPS] == pytest.approx(alone[STEPS], rel=1e-5)
+    straight, resumed = figures(root / "one"), figures(root / "lost")
+    assert resumed[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
 
 
 def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,9 +111,9 @@ def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     edited = [*words, "phases.two.reset_optimizer=true", "phases.one.learning_rate=0.5"]
     on_ranks(1, loop.train, config(root, "cut there", *edited))
-    said = capsys.readouterr().out
-    assert "phases.one: learning_rate 0.01 -> 0.5; the phase is over, so this has no effect" in said
-    assert "warning: step_00000002 cannot be read" in said
+    output = capsys.readouterr().out
+    assert "phases.one: learning_rate 0.01 -> 0.5; the phase is over, so this has no effect" in output
+    assert "warning: step_00000002 cannot be read" in output
     assert figures(root / "cut there")[6] == forgets[6]
 
 
