@@ -16,7 +16,9 @@ LAYERS = """
 import sys
 from pathlib import Path
 import torch
-from megatron_r1 import backend, checkpoint
+from megatron_r1 import backend
+from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
@@ -33,9 +35,9 @@ with process_groups(one_rank):
     for plain in (False, True):
         gpt = build_model(model, one_rank, precision, 64, plain_layers=plain)
         if plain:
-            checkpoint.load(folder / "step_00000000", gpt, None, model)
+            load_checkpoint(folder / "step_00000000", gpt, None, model)
         else:
-            checkpoint.save(folder, gpt, None, TrainState(), model, "phase", plan="{}")
+            save_checkpoint(folder, gpt, None, TrainState(), model, "phase", plan="{}")
         logits = gpt(token_BS, position_BS, None).float()
         torch.logsumexp(logits, -1).sum().backward()
         embedding = gpt.embedding.word_embeddings.weight.grad.float()
