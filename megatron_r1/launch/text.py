@@ -70,17 +70,13 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
     whole = tokens <= (config.train.head_chunk or tokens)
     activations = held.activations - (held.logits if whole else 0)
     shards = at.data_size * at.context_size
+
+    def padded(size: int, width: int) -> str:
+        return f"{numel:,} x {width} B + {size - numel * width:,} padding"
+
     sizes = [
-        (
-            "parameters",
-            held.parameters,
-            f"{numel:,} x {width} B + {held.parameters - numel * width:,} padding",
-        ),
-        (
-            "gradients",
-            held.gradients,
-            f"{numel:,} x 4 B + {held.gradients - numel * 4:,} padding, summed in fp32",
-        ),
+        ("parameters", held.parameters, padded(held.parameters, width)),
+        ("gradients", held.gradients, f"{padded(held.gradients, 4)}, summed in fp32"),
         ("optimizer", held.optimizer, f"{held.optimizer_numel:,} of a 1/{shards} share x {each}"),
         (
             "activations",
