@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,10 @@ class Saver:
     def save(
         self, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
     ) -> CheckpointRef:
-        """Begin to write `directory/step_N`; the state may change once this returns.
+        """Begin to write `directory/step_N`. The state may change once this returns.
 
-        `plan` is the data plan (JSON) in which the data position counts: a resumed run must agree with
-        it. `optimizer` None: weights only. A save still under way is waited for. Raises OSError on all
-        ranks where the disk is full or not writable.
+        `plan`: the data plan as JSON, which a resumed run must agree with. `optimizer` None: weights only.
+        Waits for a save that is under way. Raises OSError on all ranks if the disk is full or not writable.
         """
         self.wait()
         final = checkpoint_files.step_path(self._directory, state.step)
@@ -111,16 +109,13 @@ class Saver:
         request = dist_checkpointing.save(
             self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
         )
-        publish = partial(
-            checkpoint_files.publish,
+        saved = replace(state)
+        self._flight = _Flight(
+            ref,
             temporary,
-            final,
-            state=replace(state),
-            model=model,
-            phase=phase,
-            plan=plan,
+            request,
+            lambda facts: checkpoint_files.publish(temporary, final, facts, saved, model, phase, plan),
         )
-        self._flight = _Flight(ref, temporary, request, publish)
         return ref
 
     @property
