@@ -28,9 +28,9 @@ import yaml
 from megatron_r1 import backend
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_r1.data.loader import whole_batch
+from megatron_r1.influence.engine import run_passes, weigh
 from megatron_r1.influence.gradients import Scorer, score
 from megatron_r1.influence.methods import Ghost, LowRank, Method, WgradDot
-from megatron_r1.influence.passes import run_passes, weigh
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch

@@ -57,7 +57,8 @@ from megatron_r1.influence.store import read_scores
 from megatron_r1.mixture.weights import checkpoint_weights, densities
 from megatron_r1.parallel import ParallelContext, on_device, process_groups
 from megatron_r1.preprocess.preprocess import preprocess
-from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from megatron_r1.records import Batch
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_json, write_text

@@ -51,9 +51,10 @@ def ours(shape: dict[str, Any], micro_batch: int, window: Any) -> Arm:
 
     from megatron_r1.config import ModelConfig, ParallelConfig
     from megatron_r1.data.loader import whole_batch
+    from megatron_r1.influence.engine import run_passes, weigh
     from megatron_r1.influence.gradients import Scorer, score
     from megatron_r1.influence.methods import WgradDot
-    from megatron_r1.influence.passes import named_parameters, run_passes, weigh
+    from megatron_r1.influence.parameters import named_parameters
     from megatron_r1.model.gpt import build_model
 
     seq = window.shape[1] - 1
@@ -68,7 +69,7 @@ def ours(shape: dict[str, Any], micro_batch: int, window: Any) -> Arm:
 
     def passes(batches: list[Any], size: int) -> dict[str, Any]:
         run_passes(gpt, iter(batches), len(batches), size, seq)
-        out = {name: p.grad for name, (_, p) in named_parameters(gpt).items()}
+        out = {name: p.grad for name, p in named_parameters(gpt).items()}
         for p in gpt.parameters():
             p.grad = None
         return out

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <optional>

@@ -1,12 +1,39 @@
-"""Every configuration dataclass, each field with its unit. Imports no torch, reads no file.
+"""Every configuration dataclass, each field with its unit and its limit. Imports no torch, reads no file.
 
-`config_io` reads these from YAML; `Config` is the root that every tool shares.
+`config_io` reads these from YAML and checks the limits. `Config` is the root that every tool shares.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+
+def _limit(holds: Callable[[float], bool], message: str) -> AfterValidator:
+    """A field's limit. A value beyond it is an error of type "limit", except in the context "unlimited"."""
+
+    def check(value: float, info: ValidationInfo) -> float:
+        if info.context != "unlimited" and not holds(value):
+            raise PydanticCustomError("limit", "={value} {message}", {"value": value, "message": message})
+        return value
+
+    return AfterValidator(check)
+
+
+_POSITIVE = _limit(lambda v: v > 0, "must be positive")
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NaturalInt = Annotated[int, _limit(lambda v: v >= 0, "must not be negative")]
+Seed = Annotated[int, _limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
+AdamBeta = Annotated[float, _limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
+Coefficient = Annotated[float, _limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
+_AT_LEAST_0 = _limit(lambda v: v >= 0, "must be at least 0")
+_AT_LEAST_1 = _limit(lambda v: v >= 1, "must be at least 1")
 
 
 class _Strict:
@@ -16,17 +43,17 @@ class _Strict:
 
 @dataclass(frozen=True)
 class RopeScaling(_Strict):
-    """Slower rotation for a context longer than the one first trained with (megatron_r1/model/rope.py)."""
+    """Slower rotation for a context longer than the first training's (model/gpt.py, `scaled_frequencies`)."""
 
     rope_type: Literal["linear", "llama3"]
-    """All frequencies alike, or the low ones only, as Llama 3.1 does."""
-    factor: float
-    """What the slowed frequencies are divided by."""
+    """linear divides all frequencies, llama3 the low ones only, as Llama 3.1 does."""
+    factor: Annotated[float, _AT_LEAST_1]
+    """Divisor of the slowed frequencies."""
     low_freq_factor: float = 1.0
-    """llama3: slow in full what turns less often than this over the original context."""
+    """llama3: frequencies below this many turns over the original context are slowed in full."""
     high_freq_factor: float = 4.0
-    """llama3: leave alone what turns more often than this over the original context."""
-    original_max_position_embeddings: int = 8192
+    """llama3: frequencies above this many turns over the original context are left alone."""
+    original_max_position_embeddings: PositiveInt = 8192
     """llama3: the original context, tokens."""
 
 
@@ -34,23 +61,23 @@ class RopeScaling(_Strict):
 class ModelConfig(_Strict):
     """A MobileLLM-R1 shape (paper, Table 3)."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
     """Width of the SwiGLU feed-forward."""
-    num_attention_heads: int
-    num_query_groups: int
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
     """Key/value heads."""
-    vocab_size: int
-    """Rows of the tied embedding; a multiple of parallel.tensor."""
-    head_dim: int = 64
-    rotary_base: float = 1e6
+    vocab_size: PositiveInt
+    """Rows of the tied embedding. A multiple of parallel.tensor."""
+    head_dim: PositiveInt = 64
+    rotary_base: PositiveFloat = 1e6
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     qk_norm: bool = True
     """RMS norm of each query and key head, without a weight."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections get it / sqrt(2 num_layers)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights. Output projections have it / sqrt(2 num_layers)."""
 
     def parameters(self) -> int:
         """Parameters, tied embedding counted once (docs/recipe.md lists the exact integers)."""
@@ -60,20 +87,20 @@ class ModelConfig(_Strict):
         return self.vocab_size * h + self.num_layers * layer + h
 
     def flops_per_token(self, seq_length: int) -> float:
-        """Forward and backward of one token: 6 per weight that multiplies, plus causal attention."""
+        """FLOP of forward and backward of one token: 6 per weight that multiplies, plus causal attention."""
         attention = 6 * self.num_layers * seq_length * self.head_dim * self.num_attention_heads
         return 6.0 * self.parameters() + attention
 
 
 @dataclass(frozen=True)
 class ParallelConfig(_Strict):
-    """Ranks per model copy; data parallelism takes what the launch leaves."""
+    """Ranks per model copy. Data parallelism takes the ranks that remain in the launch."""
 
     tensor: int = 1
     pipeline: int = 1
-    context: int = 1
+    context: PositiveInt = 1
     virtual_pipeline: int = 1
-    """Model chunks of each pipeline rank, for the interleaved schedule: smaller bubbles, more messages."""
+    """Model chunks of each pipeline rank. More than 1 interleaves: smaller bubbles, more messages."""
     sequence: bool = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
 
@@ -88,30 +115,30 @@ class SourceConfig(_Strict):
     prefix: str
     """Path without `.bin` / `.idx`."""
     documents: int | None = None
-    """Train on this many leading documents; the rest is set aside for probing. None: all."""
+    """Leading documents to train on. The others are set aside for probing. None: all."""
     domain: str | None = None
-    """For reports: code, math, knowledge, or whatever the corpus is."""
+    """Name for reports, as code, math or knowledge."""
     tokens: int | None = None
-    """How many the dataset will have: read by tools/plan_launch.py alone, and only while it is not there."""
+    """Tokens that the dataset will have. tools/plan_launch.py reads this while the dataset is not there."""
 
 
 @dataclass(frozen=True)
 class DataConfig(_Strict):
     sources: dict[str, SourceConfig]
     """Name -> dataset. The order is part of the data plan."""
-    seq_length: int = 2048
+    seq_length: PositiveInt = 2048
     """Tokens per sequence."""
-    seed: int = 1234
+    seed: Seed = 1234
     order: Literal["balanced", "megatron"] = "balanced"
-    """How sources interleave: even spacing, or megatron-core's own greedy order bit for bit."""
+    """Order of the sources: evenly spaced, or megatron-core's own greedy order bit for bit."""
     shuffle: bool = True
     """Permute each epoch of each source."""
     cross_documents: bool = True
-    """A window's tokens attend to all before them; false: each document by itself, positions from 0."""
+    """Tokens attend to all before them in the window. False: in their document alone, positions from 0."""
     eod: int | None = None
-    """Token that ends a document, where `cross_documents` is false; None: as the datasets' sidecars say."""
+    """Token that ends a document, for `cross_documents: false`. None: the datasets' sidecars give it."""
     probes: dict[str, str] = field(default_factory=dict)
-    """Capability -> prefix of a held-out dataset whose NLL is reported while training."""
+    """Capability -> prefix of a held-out dataset. Training reports its NLL."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +146,30 @@ class PhaseConfig(_Strict):
     """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
 
     weights: dict[str, float] | Literal["uniform"] = "uniform"
-    """Source -> share of sequences; normalised. Sources left out are not drawn."""
+    """Source -> share of sequences, normalised. Sources left out are not drawn."""
     steps: int | None = None
-    """Optimizer steps; give this or `tokens`."""
+    """Optimizer steps. Give this or `tokens`."""
     tokens: int | None = None
-    """Token budget; rounded up to whole steps."""
-    learning_rate: float = 4e-3
+    """Token budget, rounded up to whole steps."""
+    learning_rate: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")] = 4e-3
     """Peak."""
-    min_lr_ratio: float = 0.1
-    """What the learning rate falls towards, as a share of the peak; one step more would reach it."""
+    min_lr_ratio: Annotated[float, _limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")] = 0.1
+    """Final learning rate as a share of the peak. One step more would reach it."""
     warmup_steps: int = 0
-    """Of this phase; 0: it starts at the peak."""
+    """Steps of linear warm-up in this phase. 0: the phase starts at the peak."""
     decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """After the warm-up: down all the way, not at all, or (warm-up, stable, decay) over the last steps."""
+    """After the warm-up: linear and cosine fall to the phase's end, constant stays, wsd falls at the end."""
     decay_steps: int | None = None
-    """Steps at the phase's end over which wsd decays, linearly; None: a tenth of the phase."""
+    """wsd: last steps of the phase, in which the rate falls linearly. None: a tenth of the phase."""
     reset_optimizer: bool = False
-    """Forget Adam's moments where the phase begins; else they carry over."""
+    """Clear Adam's moments when the phase begins. False: they carry over."""
     max_epochs: float | dict[str, float] | None = None
-    """Most passes over a source, counted over the whole plan; its weight goes to the others."""
+    """Most passes over a source, counted over the whole plan. The others then take its weight."""
     keep: dict[str, str] = field(default_factory=dict)
-    """Source -> file of the windows or documents that may be drawn (Eq. 6; see data/keep.py). Others: all."""
+    """Source -> keep mask over windows or documents (Eq. 6, data/keep.py). Other sources are drawn whole."""
 
     def wsd_steps(self, steps: int) -> int:
-        """Of a wsd phase of `steps` steps, the last ones, over which its learning rate falls."""
+        """Number of last steps in which the learning rate of a wsd phase of `steps` steps falls."""
         return self.decay_steps if self.decay_steps is not None else max(1, steps // 10)
 
 
@@ -150,68 +177,70 @@ class PhaseConfig(_Strict):
 class OptimizerConfig(_Strict):
     """AdamW. Norm weights are exempt from decay."""
 
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    """Global gradient norm; 0: no clipping."""
-    z_loss: float = 0.0
-    """Weight of log^2 of the softmax's normaliser in the gradient; reported losses are without it."""
+    adam_beta1: AdamBeta = 0.9
+    adam_beta2: AdamBeta = 0.95
+    # Of 0, a parameter whose gradient is 0 would become 0 / 0.
+    adam_eps: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be a finite number above 0")] = 1e-8
+    weight_decay: Coefficient = 0.1
+    clip_grad: Coefficient = 1.0
+    """Most global gradient norm. 0: no clipping."""
+    z_loss: Coefficient = 0.0
+    """Weight of log^2 of the softmax's normaliser in the gradient. Reported losses are without it."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(_Strict):
     run: str
-    """Run directory. Resuming is the default: the same command again continues."""
+    """Run directory. The same command again continues the run."""
     global_batch: int
     """Sequences per optimizer step, over all ranks."""
     micro_batch: int
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main parameters and gradients."""
-    head_chunk: int | None = None
-    """Tokens whose logits exist at a time: less memory, more time. None: all of a micro-batch."""
+    head_chunk: PositiveInt | None = None
+    """Tokens whose logits exist at a time. Fewer take less memory and more time. None: a micro-batch."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in backward: none, of the feed-forward, or all but each layer's input."""
-    seed: int = 1234
+    """Activations computed again in backward. selective: the feed-forward's. full: all but layers' inputs."""
+    seed: Seed = 1234
     """Of the initial weights."""
-    checkpoint_every: int = 1000
-    """Steps; the end of every phase is saved too."""
-    keep_last: int | None = None
-    """Newest checkpoints to keep; None: all. The ends of phases, influence.steps, and what keep_every and
-    keep_spaced name are never deleted."""
-    keep_every: int | None = None
-    """With keep_last: keep those of every multiple of so many steps, too."""
-    keep_spaced: int = 0
-    """Save and keep so many evenly spaced checkpoints of every phase, for influence (the paper: 10)."""
-    probe_every: int = 1000
-    """Steps between NLL measurements on `data.probes`; the end of every phase is measured too."""
-    validation_windows: int = 0
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints. The end of every phase is saved, too."""
+    keep_last: PositiveInt | None = None
+    """Newest checkpoints to keep. None: all. Never deleted are ends of phases, influence.steps, and the
+    checkpoints of keep_every and keep_spaced."""
+    keep_every: PositiveInt | None = None
+    """With keep_last: checkpoints at multiples of this number of steps stay, too."""
+    keep_spaced: NaturalInt = 0
+    """Evenly spaced checkpoints to save and keep in every phase, for influence. The paper has 10."""
+    probe_every: PositiveInt = 1000
+    """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""
+    validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
     exp_manager: dict[str, Any] | None = None
-    """Log by the loggers of NeMo's experiment manager, too: its settings, as {create_mlflow_logger: true}; {}
-    for its own TensorBoard. Needs nemo-toolkit. None: do not."""
+    """Settings of NeMo's experiment manager, whose loggers then log, too. Needs nemo-toolkit.
+    {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off."""
     wandb_project: str | None = None
-    """Also report to this Weights & Biases project, where wandb is installed."""
+    """Weights & Biases project to report to. Needs wandb."""
     init_weights: str | None = None
-    """A checkpoint whose weights alone a new run begins with; its context (rotary base) may differ."""
+    """Checkpoint whose weights alone a new run begins with. The rotary base and scaling may differ."""
     init_from: str | None = None
-    """A checkpoint to start a new run from: weights, optimizer state and data position."""
+    """Checkpoint whose weights, optimizer state and data position a new run begins with."""
 
 
 @dataclass(frozen=True)
 class HealthConfig(_Strict):
     """When a step is skipped, and when a run gives up."""
 
-    loss_spike: float = 2.0
-    """Skip a step whose loss is so many times the median of the last 128 steps; 0: only if not finite."""
-    grad_norm_spike: float = 20.0
-    """The same of the gradient norm, before clipping."""
-    max_skipped: int = 10
-    """Stop, with a checkpoint, after so many skipped steps in a row."""
-    hang_seconds: int = 540
-    """End a rank, with its stacks in RUN/logs, when a step takes so long; 0: wait for ever."""
+    loss_spike: Annotated[float, _AT_LEAST_0] = 2.0
+    """Skip a step whose loss exceeds this many times the median of the last 128 accepted steps.
+    0: skip only losses that are not finite."""
+    grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0
+    """The same for the gradient norm, before clipping."""
+    max_skipped: Annotated[int, _AT_LEAST_1] = 10
+    """Skipped steps in a row after which the run saves and stops."""
+    hang_seconds: Annotated[int, _AT_LEAST_0] = 540
+    """Seconds without a completed step. A rank then writes its stacks to RUN/logs and ends. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -220,42 +249,41 @@ class InfluenceConfig(_Strict):
 
     directions: dict[str, str]
     """Capability -> prefix of its probing set P_c."""
-    examples: int = 10_000
+    examples: PositiveInt = 10_000
     """Windows drawn per source, the representative set R_g."""
-    probe_examples: int | None = None
-    """Windows of each probing set; None: all of it."""
+    probe_examples: PositiveInt | None = None
+    """Windows of each probing set. None: all."""
     steps: list[int] = field(default_factory=list)
-    """Checkpoints to score, by step; empty: every checkpoint of the run."""
-    micro_batch: int = 8
+    """Steps of the checkpoints to score. Empty: every checkpoint of the run."""
+    micro_batch: PositiveInt = 8
     """Sequences per forward pass."""
     unit: Literal["window", "document"] = "window"
-    """What an example is: `data.seq_length` tokens of the stream, or a document by itself."""
+    """An example is `data.seq_length` tokens of the stream, or a document by itself."""
     loss: Literal["mean", "sum"] = "mean"
-    """An example's loss, over its labels."""
+    """Loss of an example: mean or sum over its labels."""
     layers: str | list[str] = "all"
-    """Parameters that count: all, linear, embedding, or globs over their names (influence/layers.py)."""
+    """Parameters that count: all, linear, embedding, or globs over names (influence/parameters.py)."""
     norms: bool = False
-    """Store |grad l(x)|, too, which cosines need."""
+    """Store |grad l(x)|, too. Cosines need it."""
     exclude_self: bool = False
     """Score a window that lies in a probing set against that set's direction without it."""
     method: Literal["wgrad-dot", "ghost", "lowrank", "projected"] = "wgrad-dot"
-    """wgrad-dot and ghost are exact; lowrank truncates the directions; projected keeps small random
-    projections of gradients for later questions, and scores by them (influence/methods.py)."""
+    """Computation of scores (influence/methods.py). wgrad-dot and ghost are exact. lowrank truncates the
+    directions. projected stores random projections of gradients for later queries, and scores by them."""
     per_token: bool = False
     """ghost: store each token's part of the scores, too."""
-    rank: int = 32
-    """lowrank: singular values of each direction of a matrix that are kept."""
+    rank: PositiveInt = 32
+    """lowrank: singular values kept of a matrix's direction."""
     min_correlation: float = 0.999
-    """lowrank: refuse to score below this correlation with exact scores, measured on 64 examples."""
-    projection: int = 16
-    """projected: k; a matrix is kept as k x k numbers an example."""
+    """lowrank: least correlation with exact scores, measured on 64 examples. Below it scoring stops."""
+    projection: PositiveInt = 16
+    """projected: k. A matrix is stored as k x k numbers an example."""
     curvature: Literal["auto", "identity", "adam", "datainf", "kfac", "ekfac"] = "auto"
-    """H of Eq. 2, whose inverse is applied once to each direction: none, Adam's second moment, DataInf's
-    (influence/datainf.py), or a Kronecker product for each layer (influence/kfac.py). auto: adam where every
-    checkpoint holds it, else identity."""
-    curvature_examples: int = 256
-    """datainf, kfac, ekfac: examples, of all sources together, that H is measured on."""
-    seed: int = 1234
+    """H of Eq. 2 (docs/influence.md). Its inverse is applied once to each direction. auto: adam if every
+    checkpoint holds Adam's second moment, else identity."""
+    curvature_examples: PositiveInt = 256
+    """datainf, kfac, ekfac: examples of all sources together on which H is measured."""
+    seed: NaturalInt = 1234
     """Of the choice of examples."""
 
 
@@ -264,43 +292,43 @@ class MixConfig(_Strict):
     """From scores to source weights and keep masks (Eqs. 4-6)."""
 
     phase: str
-    """The phase whose weights are written."""
+    """Phase whose weights are written."""
     runs: dict[str, str] = field(default_factory=dict)
-    """Capability -> run whose scores for it count, the paper's form of Eq. 3; empty: train.run's, for all."""
+    """Capability -> run whose scores for it count, the paper's form of Eq. 3. Empty: train.run for all."""
     checkpoint_weight: Literal["step", "uniform"] = "step"
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
     capability_weight: dict[str, float] = field(default_factory=dict)
-    """Weight of each capability in the sum; empty: equal."""
+    """Weight of each capability in the sum. Empty: equal."""
     scale: Literal["raw", "zscore", "cosine"] = "raw"
-    """Of a capability's scores before they are summed: raw is the paper's; zscore lets no capability's
-    scale swallow another's, and measures sources against their average; cosine takes the lengths of both
-    gradients out, and needs influence.norms."""
+    """Scale of a capability's scores in the sum. raw is the paper's. zscore measures sources against their
+    average, in units of the spread, so that no capability outweighs another by its scale. cosine divides
+    by the norms of both gradients and needs influence.norms."""
     objective: Literal["sum", "worst"] = "sum"
-    """Eq. 5; or the weights whose worst capability gains most of what it could (influence/weights.py)."""
+    """sum: Eq. 5. worst: the worst-served capability gets most of its best gain (mixture/weights.py)."""
     floor: float = 0.0
     """Least weight of any source."""
     cap: float = 1.0
     """Greatest weight of any source."""
     max_epochs: float | dict[str, float] | None = None
-    """Most passes over a source, counted over the whole plan: bounds its weight, and is written into the
-    phase. None: as the phase says."""
+    """Most passes over a source, counted over the whole plan. Bounds its weight, and is written into the
+    phase. None: the phase's own."""
     keep: bool = False
-    """Write keep masks, too (Eq. 6): of the scored examples the phase draws only those that help."""
+    """Write keep masks, too (Eq. 6). Of the scored examples the phase draws only those that help."""
     keep_above: float = 0.0
-    """An example helps where its joint score at the last checkpoint is above this."""
+    """An example helps if its joint score at the last checkpoint is above this."""
     keep_unscored: bool = True
-    """With `keep`: draw what was not scored."""
+    """With `keep`: draw examples that were not scored."""
 
 
 @dataclass(frozen=True)
 class Config(_Strict):
-    """The root: files merge left to right into this, dotted overrides last."""
+    """The root. Files merge into it from left to right, then dotted overrides."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     phases: dict[str, PhaseConfig]
-    """Name -> phase, in training order; a later file may append one."""
+    """Name -> phase, in training order. A later file may append one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -319,7 +347,7 @@ class Config(_Strict):
         return -(-phase.tokens // self.tokens_per_step())
 
     def phase_weights(self, name: str) -> dict[str, float]:
-        """Every source -> its weight in a phase; 0 for sources that the phase leaves out."""
+        """Source -> its weight in a phase, 0 for sources that the phase leaves out."""
         weights = self.phases[name].weights
         if weights == "uniform":
             return dict.fromkeys(self.data.sources, 1.0)

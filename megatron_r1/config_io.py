@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,12 +127,16 @@ def _sections(tree: dict[str, Any], mistakes: list[str], whole: bool) -> dict[st
                 mistakes.append(f"{spec.name}: missing section; add a file that has it (see examples/)")
             continue
         hint = hints[spec.name]
+        adapter = TypeAdapter(hint)
         try:
-            out[spec.name] = TypeAdapter(hint).validate_python(tree[spec.name])
+            out[spec.name] = adapter.validate_python(tree[spec.name])
         except ValidationError as error:
-            said = [_say(spec.name, hint, e) for e in error.errors(include_url=False)]
+            errors = error.errors(include_url=False)
             # The branches of a union each complain of the same value.
-            mistakes += list(dict.fromkeys(said))
+            mistakes += dict.fromkeys(_message(spec.name, hint, e) for e in errors)
+            # A value beyond its limit still takes part in the checks between fields.
+            if all(e["type"] == "limit" for e in errors):
+                out[spec.name] = adapter.validate_python(tree[spec.name], context="unlimited")
     return out
 
 
@@ -140,7 +144,7 @@ def _required(spec: dataclasses.Field[Any]) -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
-def _say(section: str, hint: Any, error: Any) -> str:
+def _message(section: str, hint: Any, error: Any) -> str:
     loc = [section, *(str(part) for part in error["loc"])]
     # pydantic puts the branch of a union into the path; a reader knows only YAML keys.
     path = ".".join(p for p in loc if "[" not in p and p not in ("float", "ModelConfig"))
@@ -149,6 +153,8 @@ def _say(section: str, hint: Any, error: Any) -> str:
         return f"{path}: unknown key{suggest(str(error['loc'][-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: missing"
+    if error["type"] == "limit":
+        return path + error["msg"]
     if loc[0] == "phases" and loc[2:3] == ["weights"]:
         where = ".".join(loc[:3])
         return f"{where}={error['input']!r}: weights name their sources, {{name: weight}}, or say uniform"
@@ -166,47 +172,12 @@ def _field_names(hint: Any, path: list[str]) -> list[str]:
     return []
 
 
-_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("model.rope_scaling.factor", lambda v: v >= 1, "must be at least 1"),
-    ("model.rope_scaling.original_max_position_embeddings", lambda v: v > 0, "must be positive"),
-    ("parallel.context data.seq_length", lambda v: v > 0, "must be positive"),
-    ("train.head_chunk train.checkpoint_every train.probe_every", lambda v: v > 0, "must be positive"),
-    ("train.keep_last train.keep_every", lambda v: v > 0, "must be positive"),
-    ("train.validation_windows train.keep_spaced", lambda v: v >= 0, "must not be negative"),
-    (
-        "optimizer.weight_decay optimizer.clip_grad optimizer.z_loss",
-        lambda v: 0 <= v < math.inf,
-        "must be a finite number of at least 0",
-    ),
-    # Without it, a parameter whose gradient is 0 would become 0 / 0.
-    ("optimizer.adam_eps", lambda v: 0 < v < math.inf, "must be a finite number above 0"),
-    ("optimizer.adam_beta1 optimizer.adam_beta2", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
-    ("health.loss_spike health.grad_norm_spike health.hang_seconds", lambda v: v >= 0, "must be at least 0"),
-    ("health.max_skipped", lambda v: v >= 1, "must be at least 1"),
-    ("train.seed data.seed", lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63"),
-)
-"""Fields, where they are set; what holds for each, and how a reader is told."""
-
-
-def _check_limits(sections: dict[str, Any]) -> Iterator[str]:
-    for paths, holds, said in _LIMITS:
-        for path in paths.split():
-            section, *names = path.split(".")
-            value = reduce(lambda found, name: getattr(found, name, None), names, sections.get(section))
-            if value is not None and not holds(value):
-                yield f"{path}={value} {said}"
-
-
 def _cross_check(sections: dict[str, Any]) -> list[str]:
     """Mistakes between fields, for whichever sections parsed."""
     model, parallel = sections.get("model"), sections.get("parallel")
     data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
-    out = list(_check_limits(sections))
+    out = []
     if model:
-        for spec in dataclasses.fields(model):
-            value = getattr(model, spec.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-                out.append(f"model.{spec.name}={value} must be positive")
         scaling = model.rope_scaling
         if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
             out.append(
@@ -298,23 +269,17 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
             out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
         elif phase.decay_steps is not None and not 1 <= phase.decay_steps <= (phase.steps or math.inf):
             out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
-        if not 0 <= phase.min_lr_ratio <= 1:
-            out.append(f"{path}.min_lr_ratio={phase.min_lr_ratio} must be within 0 and 1")
-        if not 0 < phase.learning_rate < math.inf:
-            out.append(f"{path}.learning_rate={phase.learning_rate} must be positive and finite")
-        if sources is not None:
-            caps = phase.max_epochs if isinstance(phase.max_epochs, dict) else {}
-            for what, names in (("max_epochs", caps), ("keep", phase.keep)):
-                out += [
-                    f"{path}.{what}.{key}: no such source in data.sources{suggest(key, sources)}"
-                    for key in names
-                    if key not in sources
-                ]
-        if phase.weights == "uniform" or sources is None:
+        if sources is None:
             continue
-        for key in phase.weights:
-            if key not in sources:
-                out.append(f"{path}.weights.{key}: no such source in data.sources{suggest(key, sources)}")
+        for field in ("max_epochs", "keep", "weights"):
+            given = getattr(phase, field)
+            out += [
+                f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
+                for key in (given if isinstance(given, dict) else ())
+                if key not in sources
+            ]
+        if phase.weights == "uniform":
+            continue
         if any(not 0 <= w < float("inf") for w in phase.weights.values()):
             out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
         elif not sum(phase.weights.values()) > 0:
@@ -326,7 +291,7 @@ def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
     ranks = config.parallel.model_ranks()
     if ranks < 1 or config.train.micro_batch < 1 or config.train.global_batch % config.train.micro_batch:
-        return []  # said already, without any launch
+        return []  # config_io.load reports these
     if mistakes := check_copies(config.parallel, world_size):
         return mistakes
     data_parallel, train = world_size // ranks, config.train

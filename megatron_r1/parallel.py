@@ -59,52 +59,50 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
 
     Without torchrun this is a launch of one rank.
     """
-    from megatron.core import parallel_state
-
     backend.use_local_device()
     cpu_products.use_onednn()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    rank, world_size = 0, 1
+    store: dist.Store = dist.HashStore()
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(
-            backend.DISTRIBUTED_BACKEND,
-            store=launch_store(_TIMEOUT),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=_TIMEOUT,
-        )
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend.DISTRIBUTED_BACKEND, store=store, rank=0, world_size=1)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = launch_store(_TIMEOUT)
+    dist.init_process_group(
+        backend.DISTRIBUTED_BACKEND, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
+    with model_groups(config) as context:
+        yield context
+
+
+@contextmanager
+def model_groups(config: ParallelConfig, gloo: bool = True) -> Iterator[ParallelContext]:
+    """megatron-core's groups in the process group; both are left at the end. gloo: gloo groups, too."""
+    from megatron.core import parallel_state as ps
+
     try:
-        parallel_state.initialize_model_parallel(
+        ps.initialize_model_parallel(
             config.tensor,
             config.pipeline,
             config.virtual_pipeline if config.virtual_pipeline > 1 else None,
             context_parallel_size=config.context,
+            create_gloo_process_groups=gloo,
         )
-        yield current()
+        yield ParallelContext(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tensor_rank=ps.get_tensor_model_parallel_rank(),
+            tensor_size=ps.get_tensor_model_parallel_world_size(),
+            pipeline_rank=ps.get_pipeline_model_parallel_rank(),
+            pipeline_size=ps.get_pipeline_model_parallel_world_size(),
+            context_size=ps.get_context_parallel_world_size(),
+            data_rank=ps.get_data_parallel_rank(),
+            data_size=ps.get_data_parallel_world_size(),
+        )
     finally:
-        parallel_state.destroy_model_parallel()
+        ps.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def current() -> ParallelContext:
-    """The context of megatron-core's process groups as they are now."""
-    from megatron.core import parallel_state as ps
-
-    return ParallelContext(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        tensor_rank=ps.get_tensor_model_parallel_rank(),
-        tensor_size=ps.get_tensor_model_parallel_world_size(),
-        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
-        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
-        context_size=ps.get_context_parallel_world_size(),
-        data_rank=ps.get_data_parallel_rank(),
-        data_size=ps.get_data_parallel_world_size(),
-    )
 
 
 @contextmanager
@@ -137,9 +135,9 @@ def broadcast_object(value: object) -> Any:
 
 def gather_objects(value: object) -> list[Any]:
     """Every rank's `value`, on every rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 Sharers = Literal["tensor", "pipeline", "context", "data", "tokens", "embedding"]
@@ -192,9 +190,9 @@ def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     if ps.get_context_parallel_world_size() == 1:
         return whole_BS
-    # megatron-core 0.19 wants to be told.
-    told = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
-    return get_batch_on_this_cp_rank(whole_BS, **({"is_hybrid_cp": False} if told else {}))
+    # Required by megatron-core 0.19.
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    return get_batch_on_this_cp_rank(whole_BS, **({"is_hybrid_cp": False} if "is_hybrid_cp" in known else {}))
 
 
 _KEY = "megatron_r1/store"
@@ -235,8 +233,8 @@ def launch_store(timeout: timedelta) -> dist.Store:
 class DelayedAllReduce:
     """Sums of every rank's numbers, flags and microseconds, one step late.
 
-    A step is itself a meeting of all ranks: what all said at its beginning has arrived by its end, and so
-    every rank reads the same sums at the same step. The sum travels over gloo in the background, whatever
+    All ranks meet in every step: numbers submitted at its beginning have arrived by its end, so every rank
+    reads the same sums at the same step. The sum travels over gloo in the background, whatever
     the device. All ranks construct it together.
     """
 
@@ -246,12 +244,12 @@ class DelayedAllReduce:
         self._work: Any = None
 
     def submit(self, *flags: int) -> None:
-        """Say this rank's numbers; all ranks do, once a step, after `result`."""
+        """Give this rank's numbers. Every rank calls this once a step, after `result`."""
         self._sums = torch.tensor(flags, dtype=torch.int64)
         self._work = dist.all_reduce(self._sums, group=self._group, async_op=True)
 
     def result(self) -> list[int]:
-        """Each number's sum over the ranks when they last told it; zeros before the first time."""
+        """Each number's sum over the ranks at the last `submit`; zeros before the first."""
         if self._work is not None:
             self._work.wait()
             self._work = None

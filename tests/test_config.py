@@ -91,11 +91,26 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("optimizer.adam_eps=0", "optimizer.adam_eps=0.0 must be a finite number above 0"),
         ("phases.one.learning_rate=.inf", "phases.one.learning_rate=inf must be positive and finite"),
         ("phases.one.min_lr_ratio=-3", "phases.one.min_lr_ratio=-3.0 must be within 0 and 1"),
+        ("influence={directions: {x: y}, examples: 0}", "influence.examples=0 must be positive"),
+        ("influence={directions: {x: y}, probe_examples: 0}", "influence.probe_examples=0 must be positive"),
+        ("influence={directions: {x: y}, seed: -1}", "influence.seed=-1 must not be negative"),
+        ("train.keep_spaced=-1", "train.keep_spaced=-1 must not be negative"),
+        ("train.seed=-1", "train.seed=-1 must be at least 0 and below 2^63"),
+        ("health.max_skipped=0", "health.max_skipped=0 must be at least 1"),
+        ("health.loss_spike=-1", "health.loss_spike=-1.0 must be at least 0"),
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
     ],
 )
 def test_a_mistake_names_the_value_and_the_way_out(base: str, override: str, message: str) -> None:
     assert any(m.startswith(message) for m in mistakes(TINY, base, override)), mistakes(TINY, base, override)
+
+
+def test_a_value_beyond_its_limit_hides_no_mistake_between_fields(base: str) -> None:
+    assert mistakes(TINY, base, "train.head_chunk=0", "train.micro_batch=3", "model.num_layers=7.5") == [
+        "model.num_layers=7.5: input should be a valid integer, got a number with a fractional part",
+        "train.head_chunk=0 must be positive",
+        "train.global_batch=8 is no multiple of train.micro_batch=3",
+    ]
 
 
 def test_world_size_that_does_not_divide_is_refused(base: str) -> None:

@@ -18,7 +18,8 @@ from megatron_r1.checkpoint.files import evenly_spaced
 from megatron_r1.data.indexed import IndexedDataset
 from megatron_r1.launch.data import plan_data
 from megatron_r1.launch.paper import SOURCES
-from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.launch import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent

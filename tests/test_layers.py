@@ -1,4 +1,4 @@
-"""The house's rules: which room may import which, and how large rooms and files may be (docs/architecture.md)."""
+"""The house's rules: which room may import which, how large rooms and files may be (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ FLOOR = {
 }
 # What the plan of the house allows. A number above it is written behind, and only ever lowered.
 # The plan: 5, 12, 450, 5, 20, no circle, 9,500.
-TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 19, 450, 7, 25
-CIRCLES: list[str] = []
-CODE = 11_130
+TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 12, 450, 5, 25
+CODE = 9_940
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 
@@ -97,7 +96,7 @@ def test_no_file_imports_itself_over_others() -> None:
             more = set().union(*(reached.get(other, set()) for other in others)) - others
             changed |= bool(more)
             others |= more
-    assert [name for name, others in reached.items() if name in others] == CIRCLES
+    assert [name for name, others in reached.items() if name in others] == []
 
 
 def test_rooms_and_files_are_small() -> None:

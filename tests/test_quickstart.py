@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_r1.run import ledger
+from megatron_r1.system.files import sha256
 from tests import launch
 
 LAST = "step_00000036"
@@ -95,6 +97,37 @@ def test_the_ledgers_tell_every_stage_from_the_first_text_on(whole: Path) -> Non
     text = whole / "text" / "gcide.jsonl"
     assert hashlib.sha256(text.read_bytes()).hexdigest() in made
     assert all(line["device_hours"] > 0 for line in lines)
+
+
+def test_a_mixture_is_followed_by_hashes_to_its_text(whole: Path) -> None:
+    """mix.yaml -> mix.json -> scores -> checkpoint, dataset and probing sets -> text."""
+    lines = [*ledger.lineage(whole), *ledger.read(whole)]
+    maker = {value: line for line in lines for value in line["outputs"].values()}
+
+    def read(line: dict[str, Any]) -> set[str]:
+        return set(line["inputs"].values())
+
+    mixed = maker[sha256(whole / "mix.yaml")]
+    assert sha256(whole / "mix.json") in mixed["outputs"].values()
+    behind = json.loads((whole / "mix.json").read_text())["scores"]
+    assert len(behind) == 2 * 7
+    for where, found in behind.items():
+        manifest = json.loads((whole / "influence" / where / "manifest.json").read_text())
+        assert found["weights"] == manifest["weights"] and found["data"] == manifest["data"]
+        weights, data, probes = manifest["weights"], manifest["data"]["hash"], manifest["directions"].values()
+        scored = maker[found["scores_sha256"]]
+        assert scored["stage"] == f"influence step {manifest['step']}"
+        assert found["scores_sha256"] in read(mixed) and {weights, data, *probes} <= read(scored)
+        trained = maker[weights]
+        assert trained["stage"] == "train uniform" and data in read(trained)
+        plan = json.loads((whole / "plan.json").read_text())["data"]
+        assert plan[manifest["source"]] == data
+        assert {maker[probe]["stage"] for probe in probes} == {"set probes aside"}
+        assert all(data in read(maker[probe]) for probe in probes)
+        tokenized = maker[data]
+        assert tokenized["stage"] == f"preprocess {manifest['source']}"
+        text = sha256(whole / "text" / f"{manifest['source']}.jsonl")
+        assert text in read(tokenized) and maker[text]["stage"] == "gather text"
 
 
 def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:

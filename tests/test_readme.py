@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_r1.preprocess.tokenizer import train_sentencepiece
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.launch import ROOT
 
 PREPROCESS, TRAIN = "python tools/preprocess_data.py --input docs.jsonl", "torchrun --nproc-per-node 8"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_r1.system.errors import require
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -32,11 +33,7 @@ def main() -> None:
             raise ValueError("--context and --tokenizer-* concern --to hf; a checkpoint holds neither")
         if bool(args.tokenizer_type) != bool(args.tokenizer_model):
             raise ValueError("give --tokenizer-type and --tokenizer-model together, or neither")
-        try:
-            from megatron_r1.export import convert
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{error}: pip install -e '.[hf]'") from None
-
+        convert = require("megatron_r1.export.convert", f"--to {args.to}", "-e '.[hf]'")
         done = "would write" if args.check else "wrote"
         if args.to == "megatron":
             said = convert.to_megatron(args.source, args.target, args.precision, args.check)

@@ -10,13 +10,7 @@ manifest.json.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from megatron_r1.curation.probes import curate_probes
-from megatron_r1.data.indexed import identity_of
-from megatron_r1.run import ledger
-from megatron_r1.system.files import sha256
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -64,22 +58,8 @@ def main() -> None:
                     f"({of['set_aside_tokens']:,} tokens), {of['training_tokens']:,} tokens left to training"
                 )
             return
-        _tell(manifest, Path(args.output_dir))
         left = sum(of["training_tokens"] for of in split.values())
         print(f"{args.output_dir}: {', '.join(manifest['files'])}; {left} tokens left to training")
-
-
-def _tell(manifest: dict[str, Any], directory: Path) -> None:
-    """The ledger: datasets by the hash of their tokens, as those who read them know them."""
-    sources = [of["prefix"] for of in manifest["request"]["sources"].values()]
-    split = directory / "split.yaml"
-    sets = [directory / name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin")]
-    ledger.append_new(
-        directory,
-        "set probes aside",
-        inputs={prefix: identity_of(prefix) for prefix in sources},
-        outputs={**{str(prefix): identity_of(prefix) for prefix in sets}, str(split): sha256(split)},
-    )
 
 
 if __name__ == "__main__":

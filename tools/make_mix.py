@@ -13,8 +13,6 @@ from pathlib import Path
 from megatron_r1 import config_io
 from megatron_r1.mixture.files import table, write
 from megatron_r1.mixture.mixture import make_mixture
-from megatron_r1.run import ledger
-from megatron_r1.system.files import sha256
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -29,18 +27,9 @@ def main() -> None:
         mixture, used = make_mixture(config)
         print(table(mixture))
         if not options.check:
-            assert config.mix is not None
             output = options.output or Path(config.train.run) / "mix.yaml"
-            if output.suffix == ".json":
-                raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
-            write(mixture, used, config.mix, output, config.data.seq_length)
-            ledger.append_new(
-                Path(config.train.run),
-                f"mix {config.mix.phase}",
-                inputs={str(s.directory): sha256(s.directory / "scores.npy") for s in used},
-                outputs={str(path): sha256(path) for path in (output, output.with_suffix(".json"))},
-            )
-            masks = f" and its masks in {output.parent / 'keep'}" if config.mix.keep else ""
+            write(mixture, used, config, output)
+            masks = f" and its masks in {output.parent / 'keep'}" if mixture.masks else ""
             print(f"wrote {output}, {output.with_suffix('.json')}{masks}")
 
 

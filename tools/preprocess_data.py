@@ -10,15 +10,10 @@ python tools/preprocess_data.py --merge --output-prefix data/tokens/gcide
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from pathlib import Path
-from typing import Any
 
 from megatron_r1.preprocess.preprocess import preprocess
-from megatron_r1.preprocess.shards import merge, parse_shard, shards_of
-from megatron_r1.run import ledger
+from megatron_r1.preprocess.shards import merge, parse_shard
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -55,54 +50,28 @@ def main() -> None:
         if args.shard:
             shard = parse_shard(args.shard)
             os.environ.pop("RANK", None)
-        try:
-            if args.merge:
-                sidecars = merge(
-                    args.output_prefix,
-                    json_keys=args.json_keys,
-                    reject_limit=args.reject_limit,
-                    check=args.check,
-                )
-            else:
-                sidecars = preprocess(
-                    args.input,
-                    args.output_prefix,
-                    args.tokenizer_type,
-                    args.tokenizer_model,
-                    json_keys=args.json_keys,
-                    append_eod=args.append_eod,
-                    workers=args.workers,
-                    seed=None if args.no_shuffle else args.seed,
-                    reject_limit=args.reject_limit,
-                    encoder=args.encoder,
-                    shard=shard,
-                    check=args.check,
-                )
-            if not args.check:
-                _tell(args, sidecars)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
-
-
-def _tell(args: argparse.Namespace, sidecars: dict[str, dict[str, Any]]) -> None:
-    """The ledger beside the outputs: of all keys together; a merge has read the shards' pairs."""
-    output, inputs = Path(args.output_prefix), {}
-    if args.merge:
-        shards = [found for key in args.json_keys for found in shards_of(output, key)]
-        inputs = {str(prefix): sidecar["bin_sha256"] for prefix, sidecar in shards}
-    read = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
-    # Those of a shard are hashed when it is merged: other shards read them, too.
-    inputs |= {source["path"]: source["sha256"] for source in read if source["sha256"]}
-    if args.tokenizer_model:
-        inputs[args.tokenizer_model] = next(iter(sidecars.values()))["tokenizer_fingerprint"]
-    ledger.append_new(
-        output.parent,
-        f"{'merge' if args.merge else 'preprocess'} {output.name}",
-        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
-        inputs=inputs,
-        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
-    )
+        if args.merge:
+            merge(
+                args.output_prefix,
+                json_keys=args.json_keys,
+                reject_limit=args.reject_limit,
+                check=args.check,
+            )
+        else:
+            preprocess(
+                args.input,
+                args.output_prefix,
+                args.tokenizer_type,
+                args.tokenizer_model,
+                json_keys=args.json_keys,
+                append_eod=args.append_eod,
+                workers=args.workers,
+                seed=None if args.no_shuffle else args.seed,
+                reject_limit=args.reject_limit,
+                encoder=args.encoder,
+                shard=shard,
+                check=args.check,
+            )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_r1.preprocess.documents import digest, open_input
-from megatron_r1.preprocess.tokenizer import SentencePiece, build_tokenizer, train_sentencepiece
-from megatron_r1.run import ledger
+from megatron_r1.preprocess.documents import open_input
+from megatron_r1.preprocess.train_tokenizer import train_tokenizer
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
@@ -30,23 +29,16 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():
-        inputs = [open_input(name) for name in args.input]
         if args.check:
+            inputs = [open_input(name) for name in args.input]
             share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)
             for source in inputs:
                 print(f"input {source.name}: {source.size:,} bytes, of its text up to {share:.1f} MB")
             there = "is replaced" if Path(args.output).exists() else "is written"
             print(f"output {args.output}: {args.vocab_size:,} tokens, {there}")
             return
-        seen = train_sentencepiece(
+        tokenizer, seen = train_tokenizer(
             args.input, args.output, args.vocab_size, args.json_key, int(args.max_megabytes * 1e6)
-        )
-        tokenizer = build_tokenizer(SentencePiece.kind, args.output)
-        ledger.append_new(
-            Path(args.output).parent,
-            "train tokenizer",
-            inputs={source.name: digest(source) for source in inputs},
-            outputs={args.output: tokenizer.fingerprint()},
         )
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.run import ledger
-from megatron_r1.system.files import replacing, sha256, write_json
+from megatron_r1.run.stage import answer, answered, finish
+from megatron_r1.system.files import replacing
 from megatron_r1.system.terminal import user_errors
 
 Document = tuple[str, str]
@@ -298,7 +298,6 @@ def gather(name: str, path: Path, max_bytes: int) -> dict[str, Any]:
         "documents": documents,
         "text_bytes": size,
         "duplicates_dropped": found - len(by_hash),
-        "sha256": sha256(path),
     }
 
 
@@ -323,14 +322,9 @@ def gather_all(output_dir: Path, names: list[str], megabytes: float) -> dict[str
         raise ValueError(f"no source {unknown}, or megabytes={megabytes}; sources are {', '.join(SOURCES)}")
     manifest_path = output_dir / "gather.json"
     wanted = request(names, megabytes)
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        whole = all(sha256(output_dir / f"{n}.jsonl") == manifest["found"][n]["sha256"] for n in names)
-        if manifest["request"] == wanted and whole:
-            print("already done", file=sys.stderr)
-            return manifest
-    except (OSError, ValueError, KeyError):
-        pass
+    if (manifest := answered(manifest_path, wanted)) is not None:
+        print("already done", file=sys.stderr)
+        return manifest
     found = {}
     for name in names:
         start = time.monotonic()
@@ -341,9 +335,7 @@ def gather_all(output_dir: Path, names: list[str], megabytes: float) -> dict[str
             f"{time.monotonic() - start:.1f} s",
             file=sys.stderr,
         )
-    manifest = {"request": wanted, "found": found}
-    write_json(manifest_path, manifest)
-    return manifest
+    return answer(manifest_path, wanted, [output_dir / f"{name}.jsonl" for name in names], found=found)
 
 
 def main() -> None:
@@ -356,10 +348,9 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         manifest = gather_all(args.output_dir, args.sources, args.megabytes)
-        written = [args.output_dir / f"{name}.jsonl" for name in manifest["found"]]
-        outputs = {str(path): sha256(path) for path in written}
+        outputs = {str(args.output_dir / name): digest for name, digest in manifest["files"].items()}
         # Not within: who reads *.jsonl there reads texts.
-        ledger.append_new(args.output_dir.parent, "gather text", outputs=outputs)
+        finish(args.output_dir.parent, "gather text", inputs={}, outputs=outputs)
     total = sum(source["text_bytes"] for source in manifest["found"].values())
     print(f"{args.output_dir}: {len(manifest['found'])} sources, {total / 1e6:.1f} MB of text")
 

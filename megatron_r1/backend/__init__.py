@@ -90,27 +90,23 @@ def describe(plain_layers: bool = False, trains: bool = True) -> str:
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
     engine = has_transformer_engine()
     layers = "Transformer Engine" if engine and not plain_layers else "megatron-core with torch SDPA"
-    said = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
+    line = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
     adam = "Transformer Engine" if engine else "Apex" if has_apex() else "torch fused"
-    return f"{said} | Adam {adam}" if trains else said
+    return f"{line} | Adam {adam}" if trains else line
 
 
-def _say_once() -> None:
-    """`describe` says in one line what megatron-core warns of in each of its modules, and its calls of
-    older torch names concern nobody who runs this."""
-    for text in (
-        "Transformer Engine and Apex are not installed",
-        "Apex is not installed",
-        "full scope is deprecated",
-        ".*torch.distributed.*is deprecated",
-        "The .grad attribute of a Tensor that is not a leaf",
-        ".load_state_dict. is deprecated",
-        "TypedStorage is deprecated",
-        "Please use DTensor instead",
-    ):
-        warnings.filterwarnings("ignore", message=text)
-
-
-_say_once()
+# `describe` says once what megatron-core warns of in each of its modules. Its calls of older torch names
+# concern nobody who runs this.
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    ".*torch.distributed.*is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    ".load_state_dict. is deprecated",
+    "TypedStorage is deprecated",
+    "Please use DTensor instead",
+):
+    warnings.filterwarnings("ignore", message=_message)
 if not HAS_CUDA:
     core_on_cpu.activate()

@@ -133,19 +133,16 @@ def read_meta(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises ValueError where there is none, or it is damaged."""
     try:
         meta = json.loads((path / META).read_bytes())
-        checksum = meta.pop("checksum", None)
-        older = meta.get("format") == 1
     except FileNotFoundError:
         raise ValueError(
             f"{path} is no complete checkpoint ({META} is missing); name a step_N directory"
             f"{suggest_path(path)}"
         ) from None
-    except (ValueError, AttributeError):
-        older, checksum = False, None
-        meta = {}
-    if older:
+    except ValueError:
+        meta = None
+    if isinstance(meta, dict) and meta.get("format") == 1:
         raise ValueError(f"{path} has no checksums: an earlier version wrote it; begin a new run")
-    if checksum != _own_checksum(meta):
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != _own_checksum(meta):
         raise_corrupt(path, [f"{META} is not as it was written"])
     return meta
 

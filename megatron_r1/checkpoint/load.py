@@ -52,8 +52,7 @@ def load_checkpoint(path: Path, gpt: Any, optimizer: Any | None, model: ModelCon
 def _verify(path: Path, meta: dict[str, Any]) -> None:
     """Read every file, each on one rank. Raises ValueError on all ranks, naming what is damaged."""
     mine = checkpoint_files.corruptions(path, meta["files"], dist.get_rank(), dist.get_world_size())
-    faults = gather_objects(mine)
-    checkpoint_files.raise_corrupt(path, [fault for share in faults for fault in share])
+    checkpoint_files.raise_corrupt(path, [one for share in gather_objects(mine) for one in share])
 
 
 def load_weights(path: Path, gpt: Any, optimizer: Any, model: ModelConfig) -> None:

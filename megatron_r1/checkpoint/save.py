@@ -140,8 +140,8 @@ class Saver:
             return
         flight, self._flight = self._flight, None
         flight.thread.join()
-        told = gather_objects((flight.error, flight.facts))
-        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(told) if error]
+        reports = gather_objects((flight.error, flight.facts))
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error]
         if dist.get_rank() == 0:
             checkpoint_files.release(self._directory)
             if errors:
@@ -152,7 +152,7 @@ class Saver:
             finish()
 
         def publish() -> None:
-            facts: FileFacts = {name: fact for _, part in told for name, fact in part.items()}
+            facts: FileFacts = {name: fact for _, part in reports for name, fact in part.items()}
             rest = [p for p in flight.temporary.iterdir() if p.name not in facts]
             for path in rest:
                 sync(path)

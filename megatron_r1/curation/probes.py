@@ -13,7 +13,6 @@ A document whose tokens also occur as a training document, of any source, enters
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,12 +22,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus, read_sidecar, with_suffix
+from megatron_r1.data.indexed import (
+    IndexedDataset,
+    IndexedWriter,
+    identity_of,
+    open_corpus,
+    read_sidecar,
+    with_suffix,
+)
+from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest, suggest_path
-from megatron_r1.system.files import sha256, write_json, write_text
+from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.terminal import Progress, say
 
-FORMAT = 1
+FORMAT = 2
 SETS = ("probe", "heldout")
 _AT_ONCE = 1000
 """Documents that are hashed between two looks at the clock."""
@@ -76,7 +83,7 @@ def curate_probes(
     of_capability = _checked(sources, capabilities, tokens_per_source, fraction, max_document_tokens)
     request = {
         "format": FORMAT,
-        "sources": {name: _identity(prefix) for name, prefix in sources.items()},
+        "sources": {name: _describe_source(prefix) for name, prefix in sources.items()},
         "capabilities": {name: list(members) for name, members in capabilities.items()},
         "tokens_per_source": tokens_per_source,
         "fraction": fraction,
@@ -84,9 +91,10 @@ def curate_probes(
         **({"end_documents": True} if end_documents else {}),
     }
     manifest_path = output_dir / "manifest.json"
-    manifest = _finished(manifest_path, request)
-    if manifest is not None:
+    if (manifest := answered(manifest_path, request)) is not None:
         log(f"already done: {manifest_path}")
+        if not check:
+            _tell(manifest, output_dir)
         return manifest
     need = int(2 * tokens_per_source * SLACK)
     opened = [
@@ -117,18 +125,32 @@ def curate_probes(
                 f"{source.name}: dropped {counts['dropped_in_training']} documents that training holds too, "
                 f"{counts['dropped_repeated']} repeated"
             )
-    files = {}
+    files = []
     for capability, members in capabilities.items():
         for name in SETS:
             prefix = output_dir / f"{name}_{capability}"
             parts = [stretches[m][name] for m in members]
             _write_set(prefix, capability, parts, members, opened[0], end_documents)
-            files[f"{prefix.name}.bin"] = sha256(with_suffix(prefix, ".bin"))
+            files.append(with_suffix(prefix, ".bin"))
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
-    files["split.yaml"] = sha256(output_dir / "split.yaml")
-    manifest = {"request": request, "sources": report, "files": files}
-    write_json(manifest_path, manifest)
+    manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
+    _tell(manifest, output_dir)
     return manifest
+
+
+def _tell(manifest: dict[str, Any], directory: Path) -> None:
+    """The ledger line: datasets by their identity, as those who read them know them."""
+    made = {directory / name: digest for name, digest in manifest["files"].items()}
+    sets = [str(path.with_suffix("")) for path in made if path.suffix == ".bin"]
+    finish(
+        directory,
+        "set probes aside",
+        inputs={of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()},
+        outputs={
+            **{prefix: identity_of(prefix) for prefix in sets},
+            **{str(path): digest for path, digest in made.items() if path.suffix != ".bin"},
+        },
+    )
 
 
 def _checked(
@@ -158,33 +180,14 @@ def _checked(
     return of_capability
 
 
-def _identity(prefix: str | Path) -> dict[str, Any]:
-    """What tells one pair from another, without reading the .bin again."""
-    sidecar = read_sidecar(prefix) or {}
-    for suffix in (".idx", ".bin"):
-        if not with_suffix(prefix, suffix).is_file():
+def _describe_source(prefix: str | Path) -> dict[str, str]:
+    """Of the request. Raises FileNotFoundError where a file of the pair is missing."""
+    for path in (with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{prefix}{suffix} does not exist; run tools/preprocess_data.py first"
-                f"{suggest_path(with_suffix(prefix, suffix))}"
+                f"{path} does not exist; run tools/preprocess_data.py first{suggest_path(path)}"
             )
-    return {
-        "prefix": str(prefix),
-        "idx_sha256": sha256(with_suffix(prefix, ".idx")),
-        "bin_bytes": with_suffix(prefix, ".bin").stat().st_size,
-        "bin_sha256": sidecar.get("bin_sha256"),
-        "tokenizer_fingerprint": sidecar.get("tokenizer_fingerprint"),
-    }
-
-
-def _finished(manifest_path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        same = manifest["request"] == request and all(
-            sha256(manifest_path.parent / name) == digest for name, digest in manifest["files"].items()
-        )
-        return manifest if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return {"prefix": str(prefix), "identity": identity_of(prefix)}
 
 
 def _open(

@@ -23,8 +23,12 @@ Use = Literal["train", "score", "mix", "plan"]
 
 
 def launched() -> tuple[int, int]:
-    """This rank and how many there are, as a launcher says; (0, 1) where none says where they meet."""
-    if "MASTER_PORT" not in os.environ:
+    """(rank, ranks) that share the checks of datasets: those of torchrun; (0, 1) under another launcher.
+
+    torchrun ends every rank when one finds damage. Without it the others would wait for that rank, so each
+    checks everything and ends by itself.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

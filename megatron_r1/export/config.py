@@ -6,49 +6,15 @@ neighbouring pairs of a head; llama does not normalise, and turns a head's first
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_r1.config import ModelConfig, RopeScaling
+from megatron_r1.system.errors import require
 
 Family = Literal["llama", "llama4_text"]
 _CLASS = {"llama": "LlamaForCausalLM", "llama4_text": "Llama4ForCausalLM"}
-
-_BOTH: dict[str, Any] = {
-    "initializer_range": 0.02,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_BOTH,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000.0,
-        "mlp_bias": False,
-    },
-    "llama4_text": {
-        **_BOTH,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "use_qk_norm": True,
-        "attn_temperature_tuning": True,
-        "no_rope_layers": None,
-        "no_rope_layer_interval": 4,
-        "moe_layers": None,
-        "interleave_moe_layer_step": 1,
-        "attention_chunk_size": 8192,
-        "layer_types": None,
-    },
-}
-"""What each class takes a key for that its config.json lacks."""
 
 _ONLY = {
     "hidden_act": "silu",
@@ -139,12 +105,12 @@ def from_hf(config: dict[str, Any]) -> HfModel:
     Raises ValueError naming every field whose value GPTModel cannot represent.
     """
     family = config.get("model_type")
-    if family not in DEFAULTS:
-        raise ValueError(f"model_type={family!r}: only {' and '.join(DEFAULTS)} can be read")
-    has = {**DEFAULTS[family], **config}
+    if family not in _CLASS:
+        raise ValueError(f"model_type={family!r}: only {' and '.join(_CLASS)} can be read")
+    has = {**_defaults(family), **config}
     ffn = "intermediate_size" if family == "llama" else "intermediate_size_mlp"
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", ffn)
-    refused = [f"{key}: missing" for key in needed if key not in has]
+    refused = [f"{key}: missing" for key in needed if key not in config]
     refused += [
         f"{key}={has[key]!r}: only {only!r} is supported"
         for key, only in _ONLY.items()
@@ -177,9 +143,17 @@ def from_hf(config: dict[str, Any]) -> HfModel:
     )
 
 
+def _defaults(family: Family) -> dict[str, Any]:
+    """What the family's class takes a key for that its config.json lacks."""
+    of_class = type(require("transformers", "reading a config.json").AutoConfig.for_model(family))
+    fields = dataclasses.fields(of_class)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return {**defaults, "rope_theta": of_class.default_theta}
+
+
 def _layer_refusals(has: dict[str, Any]) -> list[str]:
     """Layers without rotary embedding, with experts, or that see less than the context."""
-    layers, context = has.get("num_hidden_layers", 0), has["max_position_embeddings"]
+    layers, context = has["num_hidden_layers"], has["max_position_embeddings"]
     out = []
     window = has.get("sliding_window")
     if window is not None and window < context:
@@ -240,13 +214,8 @@ def _rope_from_hf(has: dict[str, Any], refused: list[str]) -> tuple[float, RopeS
     refused += [f"{field}.{key}: missing, and rope_type={kind!r} needs it" for key in missing]
     if kind == "default" or missing:
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope["factor"])
-    original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
-    return theta, RopeScaling(
-        "llama3",
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        has.get("original_max_position_embeddings", original),
-    )
+    scaling = {key: rope[key] for key in _ROPE_NEEDS[kind]}
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
+        scaling["original_max_position_embeddings"] = has.get("original_max_position_embeddings", original)
+    return theta, RopeScaling(kind, **scaling)

@@ -25,8 +25,8 @@ from megatron_r1.export.tokenizer import TokenizerFiles
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
-from megatron_r1.run import ledger  # (backend before megatron.core)
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.stage import finish, require_empty
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.files import sha256, sync, write_json
 
@@ -65,7 +65,7 @@ def to_hf(
     end_of_text = tokenizer.end_of_text if tokenizer else None
     config = hf_config.to_hf(model, context or _context(source), _TORCH_NAME[precision], end_of_text)
     said = _said(model, precision, f"{config['model_type']}, {config['max_position_embeddings']} positions")
-    _require_empty(target)
+    require_empty(target)
     if check:
         return said
     with _appearing(target) as folder, process_groups(ParallelConfig()):
@@ -79,7 +79,7 @@ def to_hf(
             (folder / name).write_bytes(content)
             sync(folder / name)
     inputs = {str(source): checkpoint_files.identity(source)}
-    ledger.append_new(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_weights(target))
+    finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_weights(target))
     return said
 
 
@@ -98,7 +98,7 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
         ) from None
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from None
-    _require_empty(target)
+    require_empty(target)
     model = described.model
     precision = precision or ("bf16" if hf.stored_dtype(source) == "BF16" else "fp32")
     said = _said(model, precision, f"from {described.family}")
@@ -108,7 +108,7 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
         gpt = _empty_model(model, precision)
         hf.load(hf.views(gpt, model, described.family), source)
         path = save_checkpoint(target, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}").path
-    ledger.append_new(
+    finish(
         target,
         "convert from Hugging Face",
         inputs=_weights(source),
@@ -154,15 +154,10 @@ def _run_of(checkpoint_path: Path) -> Path | None:
     return run if RunDir(run).config.is_file() else None
 
 
-def _require_empty(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder; name another, or remove it")
-
-
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to fill that takes its name when the block ends well; on any error nothing is left."""
-    _require_empty(target)
+    require_empty(target)
     folder = target.absolute().with_name(f".{target.absolute().name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

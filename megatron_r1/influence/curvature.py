@@ -1,22 +1,75 @@
-"""H of Eq. 2: its inverse is applied once to each direction, never to an example's gradient."""
+"""H of Eq. 2: its inverse is applied once to each direction, never to an example's gradient.
+
+    identity   H = 1, the effect of a step of gradient descent
+    adam       H = diag(sqrt(v / (1 - beta2^t)) + eps), the effect of a step scaled as the optimizer would
+               scale it; v is Adam's second moment in the checkpoint
+    datainf    each parameter's damped mean of g g^T over examples' gradients g (Kwon et al., 2024)
+    kfac       a Kronecker product for each layer (influence/kfac.py)
+    ekfac      the same, with eigenvalues that are measured
+
+A new curvature is a class with `apply`, a line in `CURVATURES`, and its name in `InfluenceConfig.curvature`.
+If fields of the configuration decide its bits, they stand in `influence.plan.FIELDS`, which needs no torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_r1 import backend  # noqa: F401  (before megatron.core)
-from megatron_r1.influence.methods import Directions
-from megatron_r1.influence.passes import named_parameters
+from megatron_r1 import backend
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.kfac import EKfac, Kfac, check_gradients
+from megatron_r1.influence.parameters import (
+    Directions,
+    Gradient,
+    local_names,
+    named_parameters,
+    sum_over_shards,
+    whole_shape,
+)
+from megatron_r1.parallel import sum_over
 
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 _KEY = "optimizer.state.exp_avg_sq"
+_DAMPING = 0.1
+"""DataInf's, of the mean square of a parameter's gradients."""
+
+
+class Curvature(Protocol):
+    def apply(
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
+    ) -> None:
+        """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
+
+        `checkpoint`: whose weights `engine` holds. `sources`: the windows of each source that H is measured
+        on; empty unless the curvature's fields in `influence.plan.FIELDS` hold `curvature_examples`. Raises
+        ValueError where checkpoint or windows do not give H.
+        """
+
+
+class Identity:
+    def diagonal(self, checkpoint: Path, gpt: Any) -> Gradient:
+        """Of H, whose other elements are 0; empty where H = 1. `influence.exclude_self` divides by it."""
+        return {}
+
+    def apply(
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
+    ) -> None:
+        for name, scale in self.diagonal(checkpoint, engine.gpt).items():
+            if name in directions:
+                directions[name] /= scale
+
+
+class Adam(Identity):
+    def diagonal(self, checkpoint: Path, gpt: Any) -> Gradient:
+        return adam_scale(checkpoint, gpt)
 
 
 def resolve(kind: str, checkpoints: list[Path]) -> str:
@@ -30,30 +83,18 @@ def _has_moments(checkpoint: Path) -> bool:
     return any(key.startswith(_KEY) for key in dist_checkpointing.load_tensors_metadata(str(checkpoint)))
 
 
-def precondition(kind: str, directions: Directions, checkpoint: Path, gpt: Any) -> None:
-    """v_c <- H^-1 v_c in place, on this rank's shard.
-
-    identity: H = 1, the effect of a step of gradient descent. adam: H = diag(sqrt(v / (1 - beta2^t)) + eps)
-    with Adam's second moment v of the checkpoint: the effect of a step scaled as the optimizer would scale
-    it. Raises ValueError where the checkpoint holds no optimizer state.
-    """
-    if kind == "identity":
-        return
-    assert kind == "adam"
-    for name, scale in adam_scale(checkpoint, gpt).items():
-        if name in directions:
-            directions[name] /= scale
-
-
-def adam_scale(checkpoint: Path, gpt: Any) -> dict[str, Tensor]:
+def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
     """sqrt(v / (1 - beta2^t)) + eps of each parameter: float32, this rank's shard, from any layout.
 
-    The optimizer's state is saved as whole parameters, so that it reads as the weights do.
+    The optimizer's state is saved as whole parameters, so that it reads as the weights do. Raises ValueError
+    where the checkpoint holds none.
     """
-    places = gpt.sharded_state_dict()
+    places, mine = gpt.sharded_state_dict(), named_parameters(gpt)
     wanted = {
-        name: make_sharded_optimizer_tensor(places[local], torch.empty_like(p, dtype=torch.float32), _KEY)
-        for name, (local, p) in named_parameters(gpt).items()
+        name: make_sharded_optimizer_tensor(
+            places[local], torch.empty_like(mine[name], dtype=torch.float32), _KEY
+        )
+        for name, local in local_names(gpt).items()
     }
     if not _has_moments(checkpoint):
         raise ValueError(
@@ -64,3 +105,57 @@ def adam_scale(checkpoint: Path, gpt: Any) -> dict[str, Tensor]:
     corrected = 1 - group["betas"][1] ** group["step"]
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     return {name: (loaded[name] / corrected).sqrt_().add_(group["eps"]) for name in wanted}
+
+
+class DataInf:
+    """The inverse of each parameter's damped mean of outer products, in closed form:
+
+        lambda_l  = 0.1 / (n d_l) sum_i |g_il|^2                              d_l numbers in parameter l
+        H_l^-1 v ~ 1 / (n lambda_l) sum_i ( v - <g_il, v> / (lambda_l + |g_il|^2) g_il )
+
+    over the gradients g_i of n examples. Each is one pass of a single example, twice: once for lambda, once
+    for the sum. Whole gradients exist for one example at a time.
+    """
+
+    def apply(
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
+    ) -> None:
+        names, examples = list(directions), sum(map(len, sources))
+        shapes = (whole_shape(n, v.shape[1:], engine.context.tensor_size) for n, v in directions.items())
+        size_L = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=backend.device())
+
+        def products(gradient: Gradient, others: Gradient, columns: int) -> Tensor:
+            """<g_l, w_l> over whole parameters, for `columns` tensors w_l: float64 [L, columns]."""
+            part_LX = torch.zeros(len(names), columns, dtype=torch.float64, device=backend.device())
+            for part_X, name in zip(part_LX, names, strict=True):
+                part_X.copy_(others[name].flatten(1) @ gradient[name].flatten())
+            return sum_over_shards(part_LX, names)
+
+        def squares(gradient: Gradient) -> Tensor:
+            return products(gradient, {name: g[None] for name, g in gradient.items()}, 1)[:, 0]
+
+        total_L = torch.zeros(len(names), dtype=torch.float64, device=backend.device())
+        for gradient in engine.example_gradients(*sources):
+            total_L += squares(gradient)
+        damping_L = _DAMPING * sum_over("data", total_L) / (examples * size_L)
+        check_gradients("datainf", dict(zip(names, damping_L.tolist(), strict=True)), examples)
+        capabilities = len(next(iter(directions.values()), ()))
+        sums = {name: torch.zeros_like(direction) for name, direction in directions.items()}
+        for gradient in engine.example_gradients(*sources):
+            dot_LC = products(gradient, directions, capabilities)
+            share_LC = (dot_LC / (damping_L + squares(gradient))[:, None]).float()
+            for share_C, (name, total) in zip(share_LC, sums.items(), strict=True):
+                total += torch.tensordot(share_C[:, None], gradient[name][None], dims=1)
+        for damping, (name, total) in zip(damping_L, sums.items(), strict=True):
+            directions[name] -= sum_over("data", total) / examples
+            directions[name] /= damping.float()
+
+
+CURVATURES: dict[str, type[Curvature]] = {
+    "identity": Identity,
+    "adam": Adam,
+    "datainf": DataInf,
+    "kfac": Kfac,
+    "ekfac": EKfac,
+}
+"""By `influence.curvature`."""

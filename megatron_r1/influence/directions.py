@@ -1,13 +1,15 @@
-"""Mean gradients of probing sets on disk while a checkpoint is scored, so that a kill does not cost them.
+"""Directions of a checkpoint: v_c = H^-1 (1/M) sum_z g_z over the M windows z of a probing set P_c.
+
+Mean gradients are on disk while the checkpoint is scored, so that a killed launch does not cost them:
 
     RUN/influence/step_N/.directions/HASH/tensor_0.pipeline_0.pt    this rank's shard, float32
 
-The hash is of all that decides a direction's bits, the layout included. Curvature is applied after reading.
-The files go when the checkpoint's scores are complete: three directions of a model are as large as an
-optimizer's state.
+The hash is of everything that decides a gradient's bits, the layout included; H is applied after reading. The
+files are removed when the checkpoint's scores are complete. Three directions are as large as an optimizer's
+state.
 
-An example that lies in a probing set is scored against the direction without it (`influence.exclude_self`).
-A direction is v_c = H^-1 (1/M) sum_z g_z over the M windows of P_c. Without one of them, x, it gives
+An example that lies in a probing set may be scored against the direction without it
+(`influence.exclude_self`). Without the window x, the direction gives
 
     <v_c^{-x}, g_x> = (M <v_c, g_x> - <H^-1 g_x, g_x>) / (M - 1)
 
@@ -19,21 +21,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.curvature import adam_scale
-from megatron_r1.influence.datainf import Gradient
-from megatron_r1.influence.passes import squared_norm
-from megatron_r1.parallel import ParallelContext
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.curvature import CURVATURES, Identity
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.parameters import Directions, Gradient, squared_norm
+from megatron_r1.influence.plan import Part, Work, measured_on_examples
+from megatron_r1.parallel import ParallelContext, sum_over
+from megatron_r1.records import CheckpointRef, Corpus
 from megatron_r1.system.files import replacing
+from megatron_r1.system.terminal import Progress
 
 # isort: split
 from megatron.core import parallel_state
@@ -42,40 +48,121 @@ _DECIDING = ("probe_examples", "seed", "loss", "layers")
 """Of the manifest's section `influence`."""
 
 
-class DirectionCache:
-    """Of one checkpoint. Every rank of the launch calls the same methods; they share the directory.
+class CheckpointDirections:
+    """Builds v_c of every capability at one checkpoint; every rank of the launch calls the same methods.
 
-    `inputs`: the manifest of any of the checkpoint's parts.
+    `engine` holds the checkpoint's weights, `parts` are what is scored at it.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        inputs: Mapping[str, Any],
-        micro_batch: int,
-        parallel: ParallelConfig,
-        context: ParallelContext,
-    ):
-        self._root, self._context, self._hashes = directory / ".directions", context, inputs["directions"]
+    windows_passed: int = 0
+    """Windows of the probing sets whose gradients were not in the cache."""
+    pass_seconds: float = 0.0
+    """Time of their passes."""
+
+    def __init__(self, engine: Engine, work: Work, curvature: str, ref: CheckpointRef, parts: Sequence[Part]):
+        self.ref, self._engine, self._work, self._parts = ref, engine, work, parts
+        self._curvature = CURVATURES[curvature]()
+        self._measured = measured_on_examples(curvature)
+        self.cache = DirectionCache(work, parts[0], engine.context)
+
+    def build(self) -> tuple[Directions, list[float]]:
+        """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
+        engine, work = self._engine, self._work
+        label, total = f"directions of step {self.ref.step}", work.probe_windows()
+        with Progress(label, total, "windows", show=engine.context.leads) as bar:
+            gradients = [self._mean_gradient(probe, bar) for probe in work.probes]
+        directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
+        self._curvature.apply(directions, engine, self.ref.path, self._sources())
+        norm_C = [
+            squared_norm({name: v[c] for name, v in directions.items()}, engine.gpt) ** 0.5
+            for c in range(len(gradients))
+        ]
+        return directions, norm_C
+
+    def _mean_gradient(self, probe: Corpus, bar: Progress) -> Gradient:
+        cached = gradient = self.cache.load(probe.name)
+        if gradient is None:
+            windows, start = self._engine.examples(probe, self._work.probing(probe)), time.monotonic()
+            gradient = self._engine.mean_gradient(windows, bar.advance)
+            self.windows_passed += len(windows)
+            self.pass_seconds += time.monotonic() - start
+        square = squared_norm(gradient, self._engine.gpt)
+        if not 0 < square < float("inf"):
+            raise ValueError(
+                f"the direction of {probe.name} at step {self.ref.step} is "
+                f"{'not finite' if square else 'zero'}; look at that checkpoint and at {probe.prefix}"
+            )
+        if cached is None:
+            self.cache.save(probe.name, gradient)
+        return gradient
+
+    def _sources(self) -> list[Examples]:
+        """Of all sources alike, the windows that H is measured on: so many, evenly spaced."""
+        if not self._measured:
+            return []
+        share = -(-self._work.influence.curvature_examples // len(self._parts))
+        out = []
+        for part in self._parts:
+            place = np.linspace(0, len(part.example_N) - 1, min(share, len(part.example_N))).astype(int)
+            out.append(self._engine.examples(part.corpus, part.example_N[place]))
+        return out
+
+    def leave_out(self, results: dict[str, Tensor], part: Part, first: int, shared_NC: np.ndarray) -> None:
+        """Take the examples from `first` on out of the directions that hold them, in `results`."""
+        assert isinstance(self._curvature, Identity), "influence.exclude_self is checked"
+        shared_N = np.asarray(shared_NC.any(1))
+        if "norms" in results and type(self._curvature) is Identity:
+            own_N = results["norms"].square()
+        else:
+            number_N = part.example_N[first : first + len(shared_N)][shared_N]
+            windows = self._engine.examples(part.corpus, number_N)
+            own_N = torch.zeros(len(shared_N), dtype=torch.float64)
+            own_N[torch.from_numpy(shared_N)] = self._own_products(windows, self._curvature)
+        size_C = torch.tensor([len(self._work.probing(probe)) for probe in self._work.probes])
+        results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
+
+    def _own_products(self, windows: Examples, curvature: Identity) -> Tensor:
+        """<H^-1 g, g> of each window, on every rank: float64 [N]. One pass of each by itself."""
+        engine, context = self._engine, self._engine.context
+        root = {name: scale.sqrt_() for name, scale in curvature.diagonal(self.ref.path, engine.gpt).items()}
+        mine_P = [
+            squared_norm({name: g / root[name] if root else g for name, g in gradient.items()}, engine.gpt)
+            for gradient in engine.example_gradients(windows)
+        ]
+        all_PR = torch.zeros(len(mine_P), context.data_size, dtype=torch.float64, device=backend.device())
+        # Ranks that share a sequence have the same products.
+        all_PR[:, context.data_rank] = all_PR.new_tensor(mine_P) / context.context_size
+        return sum_over("tokens", all_PR).flatten()[: len(windows)].cpu()
+
+
+class DirectionCache:
+    """Of one checkpoint. Every rank of the launch calls the same methods; they share the directory."""
+
+    def __init__(self, work: Work, part: Part, context: ParallelContext):
+        """`part`: any of the checkpoint's."""
+        inputs, parallel = part.inputs, work.config.parallel
+        self._root = part.directory.parent / ".directions"
+        self._context, self._hashes = context, inputs["directions"]
         self._key = {
             **{name: inputs[name] for name in ("weights", "seq_length", "eod", "precision")},
             **{name: inputs["influence"][name] for name in _DECIDING},
             "layout": [parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence],
             # Which rows are added up together.
-            "batch": [micro_batch, context.data_size],
+            "batch": [work.influence.micro_batch, context.data_size],
         }
 
-    def load(self, capability: str) -> dict[str, torch.Tensor] | None:
-        """A direction's shard; None, on all ranks, where any has to compute it."""
+    def load(self, capability: str) -> Gradient | None:
+        """This rank's shard; None on all ranks if one of them has no file."""
         path = self._path(capability)
         there = torch.tensor(int(path.is_file()), device=backend.device())
         dist.all_reduce(there, dist.ReduceOp.MIN)
         if not there.item():
             return None
-        return torch.load(path, map_location=backend.device(), weights_only=True)
+        cached: Gradient = torch.load(path, map_location=backend.device(), weights_only=True)
+        return cached
 
-    def save(self, capability: str, gradient: dict[str, torch.Tensor]) -> None:
-        """Of several ranks that hold the same shard, the first writes it."""
+    def save(self, capability: str, gradient: Gradient) -> None:
+        """Write the shard, on the first of the ranks that hold the same one."""
         if self._context.data_rank == 0 and parallel_state.get_context_parallel_rank() == 0:
             path = self._path(capability)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +170,7 @@ class DirectionCache:
                 torch.save({name: t.cpu() for name, t in gradient.items()}, stream)
 
     def clear(self) -> None:
-        """Called by one rank, once nobody will ask again."""
+        """Remove the files; one rank calls this when the scores are complete."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _path(self, capability: str) -> Path:
@@ -91,21 +178,6 @@ class DirectionCache:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         shard = f"tensor_{self._context.tensor_rank}.pipeline_{self._context.pipeline_rank}"
         return self._root / digest / f"{shard}.pt"
-
-
-def own_products(kind: str, checkpoint: Path, gradients: Iterator[Gradient], gpt: Any) -> Tensor:
-    """<H^-1 g, g> of each gradient g: float64 [N], the same on all ranks of a model copy.
-
-    `kind`: identity or adam. `gradients`: whole ones, this rank's shard.
-    """
-    root: Gradient = {}
-    if kind == "adam":
-        root = {name: scale.sqrt_() for name, scale in adam_scale(checkpoint, gpt).items()}
-    found = [
-        squared_norm({name: g / root[name] if root else g for name, g in gradient.items()}, gpt)
-        for gradient in gradients
-    ]
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def without_own(score_NC: Tensor, own_N: Tensor, shared_NC: Tensor, size_C: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.engine import Engine, run_passes
 from megatron_r1.influence.methods import Method
-from megatron_r1.influence.parameters import EMBEDDING
-from megatron_r1.influence.passes import named_parameters, run_passes
+from megatron_r1.influence.parameters import EMBEDDING, named_parameters, sum_over_model
 from megatron_r1.parallel import sum_over
 from megatron_r1.records import Batch
 
@@ -70,7 +72,7 @@ class Scorer:
         self._required = [p for p in gpt.parameters() if p.requires_grad]
 
     def __enter__(self) -> Scorer:
-        names = {id(p): name for name, (_, p) in named_parameters(self.gpt).items()}
+        names = {id(p): name for name, p in named_parameters(self.gpt).items()}
         covered: set[str] = set()
         for module in self.gpt.modules():
             rule = self._rule(module)
@@ -101,7 +103,7 @@ class Scorer:
             p.requires_grad_(True)
 
     def begin(self, batch: Batch) -> Tensor:
-        """Start a micro-batch: the coming forward pass and its backward pass add to new sums. Its losses."""
+        """Start a micro-batch: its forward and backward pass add to new sums. Returns its losses, [B]."""
         zeros = torch.zeros(
             len(batch.tokens_BS), self.method.width, dtype=torch.float64, device=backend.device()
         )
@@ -173,7 +175,7 @@ class Scorer:
 
 
 def _mine(tokens_BS: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Rows of this rank's shard of the embedding, and which tokens have theirs there."""
+    """Each token's row in this rank's shard of the embedding, 0 where it has none, and whether it has one."""
     index_BS = tokens_BS - group.rank() * rows
     mine_BS = (index_BS >= 0) & (index_BS < rows)
     return torch.where(mine_BS, index_BS, 0), mine_BS
@@ -194,10 +196,10 @@ def _whole_sequence(x: Tensor, module: Any) -> Tensor:
 def score(
     model: Any, scorer: Scorer, batches: Iterator[Batch], passes: int, micro_batch: int, seq_length: int
 ) -> tuple[Tensor, Tensor]:
-    """The method's rows and the losses of this data-parallel rank's examples: float64 [passes * B, X], [...].
+    """The method's rows [N, X] and the losses [N] of this data-parallel rank's N = passes * B rows: float64.
 
-    Of scores: <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. Every
-    rank that shares a sequence gets the same result but for context parallelism: there it is a part, and
+    A score is <v_c, grad l(x)>, positive where a step on the example lowers the capability's loss. All ranks
+    of a model copy get the same result. Under context parallelism it is a part, and
     `sum_over("tokens", ...)` adds the parts up.
     """
     scorer.sums.clear()
@@ -208,12 +210,11 @@ def score(
     replicated_NX = torch.cat([sums.replicated_BX for sums in scorer.sums])
     loss_N = torch.cat([sums.loss_B for sums in scorer.sums])
     scorer.sums.clear()
-    row_NX = sum_over("tensor", sharded_NX) + replicated_NX
-    return sum_over("pipeline", row_NX), sum_over("pipeline", loss_N)
+    return sum_over_model(sharded_NX, replicated_NX), sum_over("pipeline", loss_N)
 
 
 def _add_cross_terms(scorer: Scorer) -> None:
-    """The squared norm of a sum of both uses of the tied embedding has twice their product, too."""
+    """Add twice the product of the tied embedding's two gradients, which the norm of their sum holds."""
     first = parallel_state.is_pipeline_first_stage()
     for sums in scorer.sums:
         head_BSD = sums.head_BSD
@@ -228,3 +229,25 @@ def _add_cross_terms(scorer: Scorer) -> None:
         if first:
             assert head_BSD is not None and sums.look_up_BSD is not None
             sums.sharded_BX[:, -1] += 2 * (head_BSD.double() * sums.look_up_BSD).sum((1, 2))
+
+
+def score_examples(
+    engine: Engine, method: Method, examples: Examples, first: int = 0, last: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The method's rows [N, X] and mean label losses [N] of the examples [first, last), on every rank:
+    float64."""
+    context, size = engine.context, engine.influence.micro_batch
+    last = len(examples) if last is None else last
+    passes = examples.passes(first, last, engine.rows_per_pass)
+    batches = engine.batches(examples, first, last)
+    with Scorer(engine.gpt, method) as scorer:
+        row_NX, loss_N = score(engine.model, scorer, batches, passes, size, engine.seq_length)
+    # [passes, ranks, B, X + 1]: each rank fills in its own rows, the others' zeros change nothing.
+    mine = torch.cat([row_NX, loss_N[:, None]], 1).view(passes, size, -1)
+    all_rows = mine.new_zeros(passes, context.data_size, size, mine.shape[-1])
+    all_rows[:, context.data_rank] = mine
+    rows_PX = sum_over("tokens", all_rows).flatten(0, 2)[: examples.pieces(first, last)].cpu().numpy()
+    out = examples.join(first, last, rows_PX)
+    if engine.influence.loss == "sum":
+        out[:, -1] /= examples.length_N[first:last]
+    return out[:, :-1], out[:, -1]

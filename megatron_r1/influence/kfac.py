@@ -25,119 +25,33 @@ weight, a direction or L, a rank never holds more than its shard's size.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.gradients import Scorer
-from megatron_r1.influence.methods import Directions, Method
-from megatron_r1.influence.parameters import EMBEDDING
-from megatron_r1.influence.passes import named_parameters, run_passes
-from megatron_r1.influence.projection import split_axis
-from megatron_r1.parallel import ParallelContext, cut_to_rank, sum_over
-from megatron_r1.records import Batch
+from megatron_r1.influence.methods import Method
+from megatron_r1.influence.parameters import (
+    EMBEDDING,
+    Directions,
+    Gradient,
+    complete_gradient,
+    named_parameters,
+    split_axis,
+    whole_mean,
+    whole_shape,
+)
+from megatron_r1.parallel import ParallelContext, sum_over
 
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-_PLACES = 64
-"""Places of the sequence whose probabilities exist, in float64, at a time."""
-
-
-def draw(logits_NV: Tensor, uniform_N: Tensor, group: Any) -> Tensor:
-    """A label for each token from softmax(logits), by its inverse distribution function: int64 [N].
-
-    `logits_NV`: this rank's consecutive shard of the vocabulary; `uniform_N` in [0, 1), the same on all ranks
-    of the tensor-parallel `group`, and so is the result.
-    """
-    logits_NV = logits_NV.double()
-    max_N = logits_NV.amax(1)
-    dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
-    below_NV = (logits_NV - max_N[:, None]).exp_().cumsum_(1)
-    mass_RN = max_N.new_zeros(group.size(), len(max_N))
-    mass_RN[group.rank()] = below_NV[:, -1]
-    dist.all_reduce(mass_RN, group=group)
-    wanted_N = uniform_N * mass_RN.sum(0) - mass_RN[: group.rank()].sum(0)
-    # Of each shard, how many columns lie wholly below: all of an earlier one's, none of a later one's.
-    label_N = (below_NV <= wanted_N[:, None]).sum(1)
-    dist.all_reduce(label_N, group=group)
-    return label_N.clamp_(max=group.size() * logits_NV.shape[1] - 1)
-
-
-class _DrawnLabels:
-    """The rows of one source, each label drawn where the head's output passes, before the loss reads it."""
-
-    def __init__(self, batches: Iterator[Batch], seed: list[int], seq_length: int, context: ParallelContext):
-        self._batches, self._seed, self._seq_length, self._context = batches, seed, seq_length, context
-        self._batch: Batch
-        self._uniform_BS: Tensor
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Each batch's forward pass comes before the next batch is asked for."""
-        ranks, rank = self._context.data_size, self._context.data_rank
-        for number, batch in enumerate(self._batches):
-            size = len(batch.tokens_BS)
-            # By the row's place among all ranks' rows: the same in every layout.
-            row_B = (number * ranks + rank) * size + np.arange(size)
-            random = (np.random.default_rng([*self._seed, row]) for row in row_B.tolist())
-            whole_BS = torch.from_numpy(np.stack([r.random(self._seq_length) for r in random]))
-            whole_BS = whole_BS.to(backend.device())
-            self._uniform_BS = cut_to_rank({"uniform": whole_BS})["uniform"]
-            # A copy: tokens may lie in the same memory.
-            self._batch = dataclasses.replace(batch, labels_BS=batch.labels_BS.clone())
-            yield self._batch
-
-    def write(self, module: Any, inputs: Any, output: Any) -> None:
-        """A forward hook of the head."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        for first in range(0, len(output[0]), _PLACES):
-            logits_SBV = output[0].detach()[first : first + _PLACES]
-            part = slice(first, first + len(logits_SBV))
-            uniform_SB = self._uniform_BS[:, part].T
-            label_N = draw(logits_SBV.flatten(0, 1), uniform_SB.flatten(), group)
-            self._batch.labels_BS[:, part] = label_N.view_as(uniform_SB).T
-
-
-@dataclass(frozen=True)
-class DrawnPasses:
-    """Forward and backward passes of all sources' examples, for losses of drawn labels."""
-
-    model: Any
-    gpt: Any
-    sources: Callable[[], Iterator[tuple[Iterator[Batch], int]]]
-    """Of each source, this data-parallel rank's micro-batches and their number; the same at every call. Rows
-    that fill up a micro-batch have weight 0."""
-    examples: int
-    """In all, of `seq_length` tokens each."""
-    micro_batch: int
-    seq_length: int
-    seed: int
-    context: ParallelContext
-
-    def run(self, method: Method) -> None:
-        """Hand inputs and output gradients of layers to `method`, which keeps what it sees; its rows are
-        dropped. Labels are the same at every call and in every layout. Every rank of the launch calls it."""
-        for number, (batches, passes) in enumerate(self.sources()):
-            labels = _DrawnLabels(batches, [self.seed, number], self.seq_length, self.context)
-            gpt = self.gpt
-            hook = gpt.output_layer.register_forward_hook(labels.write) if gpt.post_process else None
-            try:
-                with Scorer(gpt, method) as scorer:
-                    run_passes(
-                        self.model, iter(labels), passes, self.micro_batch, self.seq_length, scorer.begin
-                    )
-            finally:
-                if hook is not None:
-                    hook.remove()
-
 
 _DAMPING = 0.1
 """Of the mean eigenvalue of a layer."""
@@ -150,50 +64,81 @@ _STRIPE = 8192
 
 Sides = tuple[Tensor, Tensor]
 """Of a weight: what belongs to the axis X that tensor parallelism divides, whole, and to the other one, Y."""
+Bases = dict[str, Sides]
 
 
-def apply_inverse(kind: str, directions: Directions, passes: DrawnPasses) -> None:
-    """v_c <- H^-1 v_c in place, on this rank's shard; `kind` is kfac or ekfac.
+class Kfac:
+    name = "kfac"
 
-    Every rank of the launch calls this. Raises ValueError where a parameter has no gradient on any of the
-    examples.
-    """
-    context, examples = passes.context, passes.examples
-    for names in _groups(directions, context):
-        factors = _Factors({name: directions[name] for name in names}, passes.gpt, context)
-        passes.run(factors)
-        factors.finish(examples, passes.seq_length)
-        eigenvalues, bases = _decompose(factors.sides), factors.sides
-        if kind == "ekfac":
-            moments = _Moments({name: sides for name, sides in bases.items() if name != EMBEDDING}, context)
-            passes.run(moments)
-            for name, sum_XY in moments.squares_XY.items():
-                eigenvalues[name] = sum_over("data", sum_XY) / examples
-        eigenvalues |= factors.norms
-        damping = {name: _DAMPING * _mean(name, value) for name, value in eigenvalues.items()}
-        if zero := [name for name, value in damping.items() if not value > 0]:
-            raise ValueError(
-                f"influence.curvature={kind}: {examples} examples have no gradient of {', '.join(zero[:4])}; "
-                f"raise influence.curvature_examples or leave these out of influence.layers"
-            )
-        for name, value in eigenvalues.items():
-            divisor = value + damping[name]
-            if name in bases:
-                directions[name] = _divided(name, directions[name], bases[name], divisor)
-            else:
-                directions[name] = directions[name] / divisor
+    def apply(
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
+    ) -> None:
+        """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
+
+        `sources`: the windows of each source that H is measured on. Raises ValueError where a parameter has
+        no gradient on any of them.
+        """
+        examples = sum(map(len, sources))
+        for names in _groups(directions, engine.context):
+            factors = _Factors({name: directions[name] for name in names}, engine)
+            _collect(factors, engine, sources)
+            factors.finish(examples, engine.seq_length)
+            bases = factors.sides
+            eigenvalues = self._eigenvalues(bases, _decompose(bases), engine, sources) | factors.norms
+            damping = {name: _DAMPING * whole_mean(name, value) for name, value in eigenvalues.items()}
+            check_gradients(self.name, damping, examples)
+            for name, value in eigenvalues.items():
+                divisor = value + damping[name]
+                if name in bases:
+                    directions[name] = _divided(name, directions[name], bases[name], divisor)
+                else:
+                    directions[name] = directions[name] / divisor
+
+    def _eigenvalues(
+        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
+    ) -> Gradient:
+        """L in the bases, this rank's rows. `products`: lambda_G lambda_A^T."""
+        return products
+
+
+class EKfac(Kfac):
+    name = "ekfac"
+
+    def _eigenvalues(
+        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
+    ) -> Gradient:
+        moments = _Moments({n: sides for n, sides in bases.items() if n != EMBEDDING}, engine.context)
+        _collect(moments, engine, sources)
+        for name, sum_XY in moments.squares_XY.items():
+            products[name] = sum_over("data", sum_XY).div_(sum(map(len, sources)))
+        return products
+
+
+def check_gradients(kind: str, damping: dict[str, float], examples: int) -> None:
+    """Raises ValueError where the damping of a parameter is not positive: H has no inverse."""
+    if zero := [name for name, value in damping.items() if not value > 0]:
+        raise ValueError(
+            f"influence.curvature={kind}: {examples} examples have no gradient of {', '.join(zero[:4])}; "
+            f"raise influence.curvature_examples or leave these out of influence.layers"
+        )
+
+
+def _collect(collector: _Collector, engine: Engine, sources: list[Examples]) -> None:
+    """Hand `collector` inputs and output gradients of layers, from passes with drawn labels."""
+    for number, windows in enumerate(sources):
+        with engine.drawn_labels(windows, number) as batches, Scorer(engine.gpt, collector) as scorer:
+            engine.run(batches, windows.passes(0, len(windows), engine.rows_per_pass), scorer.begin)
 
 
 def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[str]]:
-    """Names whose factors exist together; as many groups on every rank, for stages pass together."""
+    """Groups of names whose factors are in memory at a time; the same number on every rank, because the
+    stages of a pipeline run their passes together."""
     groups: list[list[str]] = [[]]
     held = 0
     # The embedding's factors are summed over two stages: in the same group on both.
     for name in sorted(directions, key=lambda name: name != EMBEDDING):
-        shape = list(directions[name].shape[1:])
-        if (axis := split_axis(name)) is not None:
-            shape[axis] *= context.tensor_size
-        size = sum(side if (name, axis) == (EMBEDDING, 0) else side**2 for axis, side in enumerate(shape))
+        shape = whole_shape(name, directions[name].shape[1:], context.tensor_size)
+        size = sum(side**2 for side in shape) if name != EMBEDDING else shape[0] + shape[1] ** 2
         if groups[-1] and held + size > _AT_ONCE:
             groups.append([])
             held = 0
@@ -205,7 +150,7 @@ def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[s
 
 
 class _Collector(Method):
-    """Keeps sums of what passes, and adds nothing to the examples' rows."""
+    """Sums over all examples, where a method has a row for each."""
 
     squares = False
     width = 1
@@ -223,20 +168,19 @@ class _Collector(Method):
 class _Factors(_Collector):
     """The first pass: both sides of each matrix, and the norms' squares."""
 
-    def __init__(self, directions: Directions, gpt: Any, context: ParallelContext):
+    def __init__(self, directions: Directions, engine: Engine):
         self.names = frozenset(directions)
         self.sides: dict[str, Sides] = {}
         self.norms: dict[str, Tensor] = {}
-        self._context = context
-        self._parameters = {name: p for name, (_, p) in named_parameters(gpt).items()}
+        self._parameters = named_parameters(engine.gpt)
         for name, direction in directions.items():
             axis = split_axis(name)
             if axis is None:
                 self.norms[name] = torch.zeros_like(direction[0])
                 continue
-            x, y = direction.shape[1 + axis], direction.shape[2 - axis]
-            whole = x * context.tensor_size
-            left = (x,) if name == EMBEDDING else (whole, whole)
+            shape = whole_shape(name, direction.shape[1:], engine.context.tensor_size)
+            x, y = shape[axis], shape[1 - axis]
+            left = direction.shape[1:2] if name == EMBEDDING else (x, x)
             self.sides[name] = direction.new_zeros(left), direction.new_zeros(y, y)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
@@ -267,8 +211,7 @@ class _Factors(_Collector):
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
         gradient_BD = g_SBD.sum(0)
-        if getattr(self._parameters[name], "sequence_parallel", False):
-            sum_over("tensor", gradient_BD)
+        complete_gradient(self._parameters[name], gradient_BD)
         self.norms[name] += sum_over("context", gradient_BD).square().sum(0)
 
     def finish(self, examples: int, seq_length: int) -> None:
@@ -292,7 +235,7 @@ class _Moments(_Collector):
     """The second pass, of linear layers: squares of each example's gradient in the layer's own basis, this
     rank's rows."""
 
-    def __init__(self, bases: dict[str, Sides], context: ParallelContext):
+    def __init__(self, bases: Bases, context: ParallelContext):
         self.names = frozenset(bases)
         self._bases = bases
         self.squares_XY = {
@@ -328,7 +271,7 @@ def _mine(size: int, rank: int | None = None) -> slice:
     return slice(rank * part, (rank + 1) * part)
 
 
-def _decompose(sides: dict[str, Sides]) -> dict[str, Tensor]:
+def _decompose(sides: Bases) -> dict[str, Tensor]:
     """Factors -> their eigenvectors, in place; products of eigenvalues [X, Y], this rank's rows, by name.
 
     The embedding's first side is diagonal, and stays. The ranks of a stage share the work, and each gets the
@@ -345,20 +288,11 @@ def _decompose(sides: dict[str, Sides]) -> dict[str, Tensor]:
         owner = dist.get_global_rank(group, number % group.size())
         dist.broadcast(value_X, owner, group=group)
         dist.broadcast(vector_XX, owner, group=group)
-    found = iter(values)
+    remaining = iter(values)
     return {
-        name: torch.outer(next(found)[_mine(len(left))] if left.dim() == 2 else left, next(found))
+        name: torch.outer(next(remaining)[_mine(len(left))] if left.dim() == 2 else left, next(remaining))
         for name, (left, _) in sides.items()
     }
-
-
-def _mean(name: str, value: Tensor) -> float:
-    """Over the whole parameter."""
-    mean = value.double().mean()
-    if split_axis(name) is not None:
-        sum_over("tensor", mean)
-        mean /= parallel_state.get_tensor_model_parallel_world_size()
-    return float(mean)
 
 
 def _divided(name: str, direction: Tensor, basis: Sides, divisor_XY: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Directions = dict[str, Tensor]
-"""Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.parameters import Directions
+from megatron_r1.influence.projection import Projected
 
 _BLOCK = 1 << 22
 """Elements of the per-example gradients formed at a time."""
@@ -41,6 +42,13 @@ class Method(Protocol):
 
     def results(self, row_NX: Tensor) -> dict[str, Tensor]:
         """Finished rows -> what the store keeps, by file name: `scores` [N, C] and more."""
+
+
+class MethodClass(Protocol):
+    """What `METHODS` holds."""
+
+    def build(self, directions: Directions, engine: Engine) -> Method:
+        """The method for these directions as `engine.influence` sets it; every rank of a model copy calls."""
 
 
 def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squares: bool = False) -> Tensor:
@@ -89,6 +97,10 @@ class WgradDot:
         self.directions, self.capabilities, self.squares = directions, capabilities, squares
         self.names = frozenset(directions)
         self.width = capabilities + squares
+
+    @classmethod
+    def build(cls, directions: Directions, engine: Engine) -> Method:
+        return cls(directions, len(engine.influence.directions), engine.influence.norms)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         row_BX += dot_with_directions(a_SBI, g_SBO, self.directions[name], self.squares)
@@ -139,6 +151,11 @@ class Ghost:
         self.names = frozenset(directions)
         self.width = seq_length * capabilities if per_token else capabilities
 
+    @classmethod
+    def build(cls, directions: Directions, engine: Engine) -> Method:
+        influence = engine.influence
+        return cls(directions, len(influence.directions), engine.seq_length, influence.per_token)
+
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         for c, direction_OI in enumerate(self.directions[name]):
             passed_SBI = g_SBO @ direction_OI.to(g_SBO.dtype)
@@ -177,6 +194,10 @@ class LowRank(WgradDot):
             name: truncated(direction, rank) for name, direction in directions.items() if direction.dim() == 3
         }
 
+    @classmethod
+    def build(cls, directions: Directions, engine: Engine) -> Method:
+        return cls(directions, len(engine.influence.directions), engine.influence.rank)
+
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OR, right_IR = (factor.to(g_SBO.dtype) for factor in self._factors[name])
         product_SBR = (g_SBO @ left_OR).float() * (a_SBI @ right_IR).float()
@@ -200,8 +221,17 @@ def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat(left, 1).contiguous(), torch.cat(right, 1).contiguous()
 
 
-def correlation(found_NC: Tensor, exact_NC: Tensor) -> Tensor:
+METHODS: dict[str, MethodClass] = {
+    "wgrad-dot": WgradDot,
+    "ghost": Ghost,
+    "lowrank": LowRank,
+    "projected": Projected,
+}
+"""By `influence.method`."""
+
+
+def correlation(score_NC: Tensor, exact_NC: Tensor) -> Tensor:
     """Pearson's over examples, for each capability: [C]. 0 where one does not vary."""
-    x_NC, y_NC = found_NC - found_NC.mean(0), exact_NC - exact_NC.mean(0)
+    x_NC, y_NC = score_NC - score_NC.mean(0), exact_NC - exact_NC.mean(0)
     scale_C = x_NC.norm(dim=0) * y_NC.norm(dim=0)
     return torch.where(scale_C > 0, (x_NC * y_NC).sum(0) / scale_C, 0.0)

@@ -1,14 +1,30 @@
-"""Which parameters count: `influence.layers` -> names of the model's parameters. No torch.
+"""The model's parameters under parallelism: names, shards, the tied copy, and how parts add up.
 
 Names are megatron-core's, with layers numbered through the whole model whatever the pipeline. The tied
-embedding is one parameter under one name: its two uses, look-up and head, are never told apart.
+embedding is one parameter under one name; scores sum its two uses, look-up and head.
+
+Tensor parallelism shards matrices and replicates norm weights (`split_axis`). A pipeline's first and last
+stage hold a copy each of the tied embedding, and sums over the model count the first stage's. The functions
+that take tensors import torch when they are called: `select` serves `--check`, which runs without torch.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+Gradient = dict[str, "Tensor"]
+"""Name in the whole model -> gradient of this rank's shard, float32; selected parameters only."""
+Directions = dict[str, "Tensor"]
+"""Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _LINEAR = (
@@ -38,12 +54,118 @@ def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
     if not words:
         raise ValueError("influence.layers is empty; use all, linear, embedding or names")
     for word in words:
-        found = {name for glob in _KINDS.get(word, (word,)) for name in fnmatch.filter(names, glob)}
-        if not found:
+        matches = {name for glob in _KINDS.get(word, (word,)) for name in fnmatch.filter(names, glob)}
+        if not matches:
             near = difflib.get_close_matches(word, [*_KINDS, *names], n=3, cutoff=0.4) or names[:3]
             raise ValueError(
                 f"influence.layers={word!r} selects no parameter; near: {', '.join(near)}. Globs are matched "
                 f"against whole names: *mlp*, decoder.layers.0.*"
             )
-        chosen |= found
+        chosen |= matches
     return [name for name in names if name in chosen]
+
+
+def split_axis(name: str) -> int | None:
+    """The axis that tensor parallelism divides; None: every rank has all."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
+
+
+def whole_shape(name: str, shape: Sequence[int], ranks: int) -> list[int]:
+    """Shape of a parameter of which each of `ranks` tensor-parallel ranks has a shard of `shape`."""
+    return [size * ranks if axis == split_axis(name) else size for axis, size in enumerate(shape)]
+
+
+def shard_of_axis(name: str, axis: int, whole_XK: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+    """A tensor-parallel rank's rows of `whole_XK`, which has a row for each place of a parameter's axis."""
+    if axis != split_axis(name):
+        return whole_XK
+    # Both halves of a SwiGLU's first matrix, gate and up, are sharded by themselves.
+    halves = 2 if name.endswith("linear_fc1.weight") else 1
+    k = whole_XK.shape[1]
+    return whole_XK.reshape(halves, ranks, -1, k)[:, rank].reshape(-1, k)
+
+
+def local_names(gpt: Any) -> dict[str, str]:
+    """Name in the whole model -> name in this rank's GPTModel, of each of its parameters."""
+    numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
+    out = {}
+    for local, _ in gpt.named_parameters():
+        parts = local.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = numbers[parts[2]]
+        # The last stage's copy of the tied embedding.
+        out[EMBEDDING if parts[0] == "output_layer" else ".".join(parts)] = local
+    return out
+
+
+def named_parameters(gpt: Any) -> dict[str, Parameter]:
+    """This rank's parameters by their name in the whole model."""
+    return {name: gpt.get_parameter(local) for name, local in local_names(gpt).items()}
+
+
+def sharded_and_replicated(tensors: Mapping[str, Tensor], gpt: Any) -> tuple[Gradient, Gradient]:
+    """The tensors of sharded and of replicated parameters, without the last stage's copy of the embedding."""
+    counted = {name: t for name, t in tensors.items() if name != EMBEDDING or gpt.pre_process}
+    sharded = {name: t for name, t in counted.items() if split_axis(name) is not None}
+    return sharded, {name: t for name, t in counted.items() if name not in sharded}
+
+
+def sum_over_model(sharded: Tensor, replicated: Tensor) -> Tensor:
+    """Sum over the ranks of a model copy of numbers from sharded and from replicated parameters; the same on
+    all of them."""
+    from megatron_r1.parallel import sum_over
+
+    return sum_over("pipeline", sum_over("tensor", sharded) + replicated)
+
+
+def sum_over_shards(part_LX: Tensor, names: Sequence[str]) -> Tensor:
+    """Sums over tensor-parallel ranks of numbers from each of the parameters `names`, replicated ones counted
+    once."""
+    from megatron.core import parallel_state as ps
+
+    from megatron_r1.parallel import sum_over
+
+    if ps.get_tensor_model_parallel_rank():
+        part_LX[[number for number, name in enumerate(names) if split_axis(name) is None]] = 0
+    return sum_over("tensor", part_LX) if len(names) else part_LX
+
+
+def whole_mean(name: str, shard: Tensor) -> float:
+    """Mean of the elements of a whole parameter, from this rank's shard."""
+    from megatron.core import parallel_state as ps
+
+    from megatron_r1.parallel import sum_over
+
+    mean = shard.double().mean()
+    if split_axis(name) is not None:
+        sum_over("tensor", mean)
+        mean /= ps.get_tensor_model_parallel_world_size()
+    return float(mean)
+
+
+def squared_norm(gradient: Gradient, gpt: Any) -> float:
+    """Of the whole model's gradient, from each rank's shard of it; the same on all ranks."""
+    import torch
+
+    from megatron_r1 import backend
+    from megatron_r1.parallel import sum_over
+
+    parts_2 = torch.zeros(2, dtype=torch.float64, device=backend.device())
+    for number, part in enumerate(sharded_and_replicated(gradient, gpt)):
+        for g in part.values():
+            parts_2[number] += g.double().square().sum()
+    sum_over("tensor", parts_2[:1])
+    return float(sum_over("pipeline", parts_2).sum())
+
+
+def complete_gradient(p: Parameter, gradient: Tensor) -> None:
+    """Add up, in place, what the ranks of a model copy hold in part."""
+    from megatron_r1.parallel import sum_over
+
+    if getattr(p, "sequence_parallel", False):
+        sum_over("tensor", gradient)
+    # The first and the last stage hold a copy of the tied embedding each, and a use of it each.
+    if getattr(p, "shared_embedding", False):
+        sum_over("embedding", gradient)

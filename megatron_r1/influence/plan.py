@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.checkpoint.files import step_path
+from megatron_r1.checkpoint.files import identity, step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
-from megatron_r1.data.indexed import document_starts
+from megatron_r1.data.indexed import document_starts, with_suffix
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.data.windows import Examples, choose
 from megatron_r1.influence import store
@@ -26,10 +25,18 @@ from megatron_r1.system.files import sha256
 
 _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
 """Fields of InfluenceConfig that decide what is stored."""
-_OF_METHOD = {"wgrad-dot": (), "ghost": ("per_token",), "lowrank": ("rank",), "projected": ("projection",)}
-"""Further ones, by method."""
-_MEASURED = ("datainf", "kfac", "ekfac")
-"""Curvatures that are measured on examples of the sources."""
+FIELDS = {
+    "ghost": ("per_token",),
+    "lowrank": ("rank",),
+    "projected": ("projection",),
+    **dict.fromkeys(("datainf", "kfac", "ekfac"), ("curvature_examples",)),
+}
+"""Further ones, by method or curvature. Here and not at the classes, which need torch."""
+
+
+def measured_on_examples(curvature: str) -> bool:
+    """Whether H is measured on examples of the sources."""
+    return "curvature_examples" in FIELDS.get(curvature, ())
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,11 @@ class Work:
         """bool [N, C]: which examples lie in which probing set: the same window of the same pair of files."""
         shared_NC = np.zeros((len(part.example_N), len(self.probes)), bool)
         for c, probe in enumerate(self.probes):
-            if part.inputs["directions"][probe.name] == part.inputs["data"]["hash"]:
+            if part.inputs["directions"][probe.name] != part.inputs["data"]["hash"]:
+                continue
+            # Without a sidecar the identity is of the index alone, which other tokens may have, too.
+            one, other = (store.fingerprint(with_suffix(c.prefix, ".bin")) for c in (probe, part.corpus))
+            if one == other:
                 shared_NC[:, c] = np.isin(part.example_N, self.probing(probe))
         return shared_NC
 
@@ -119,17 +130,17 @@ class Work:
         )
 
     def parts(self, step: int, weights: str, curvature: str) -> list[Part]:
-        """Every source at one checkpoint. `weights`: the checkpoint's hash."""
+        """Every source at one checkpoint. `weights`: the checkpoint's identity."""
         influence = self.influence
         layers = influence.layers
-        deciding = (*_DECIDING, *_OF_METHOD[influence.method])
-        deciding += ("curvature_examples",) if curvature in _MEASURED else ()
+        deciding = (*_DECIDING, *FIELDS.get(influence.method, ()), *FIELDS.get(curvature, ()))
         deciding += ("exclude_self",) if influence.exclude_self else ()
-        directions = {c.name: _data_hash(c.prefix) for c in self.probes}
+        identities = self.identities
+        directions = {c.name: identities[str(c.prefix)] for c in self.probes}
         # H is measured on all sources, in their order: another set of them is another H.
         measured = {}
-        if curvature in _MEASURED:
-            every = [f"{c.name} {_data_hash(c.prefix)[:16]} {c.documents}" for c in self.sources]
+        if measured_on_examples(curvature):
+            every = [f"{c.name} {identities[str(c.prefix)][:16]} {c.documents}" for c in self.sources]
             measured["curvature_sources"] = ", ".join(every)
         out = []
         for position, corpus in enumerate(self.sources):
@@ -140,7 +151,7 @@ class Work:
                 "position": position,
                 "capabilities": [c.name for c in self.probes],
                 "weights": weights,
-                "data": {"hash": _data_hash(corpus.prefix), "documents": corpus.documents},
+                "data": {"hash": identities[str(corpus.prefix)], "documents": corpus.documents},
                 "directions": directions,
                 "influence": {
                     **{name: getattr(influence, name) for name in deciding},
@@ -156,10 +167,6 @@ class Work:
             directory = store.directory_of(Path(self.config.train.run), step, corpus.name)
             out.append(Part(step, corpus, example_N, directory, inputs))
         return out
-
-
-_data_hash = functools.cache(store.data_hash)
-"""Each pair is read once a launch."""
 
 
 def lay_plan(config: Config, ranks: int | None = None) -> Work:
@@ -208,7 +215,7 @@ def examples_left(work: Work) -> int:
     run, left = RunDir(Path(work.config.train.run)), 0
     for step in work.steps:
         path = step_path(run.checkpoints, step)
-        weights = store.fingerprint_of([file for file in path.iterdir() if file.is_file()])
+        weights = identity(path)
         curvature = work.influence.curvature
         manifests = run.influence.glob(f"{path.name}/*/manifest.json")
         if curvature == "auto" and (manifest := next(manifests, None)):
@@ -223,12 +230,6 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
-    for name in ("examples", "probe_examples", "micro_batch", "rank", "projection", "curvature_examples"):
-        value = getattr(influence, name)
-        if value is not None and value < 1:
-            out.append(f"influence.{name}={value} must be positive")
-    if influence.seed < 0:
-        out.append(f"influence.seed={influence.seed} must not be negative")
     if taken := [name for name in influence.directions if name in COLUMNS]:
         out.append(f"influence.directions.{taken[0]}: the name of a column of exported scores; use another")
     try:
@@ -239,7 +240,7 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
         out.append(f"influence.norms: method={influence.method} forms no gradients; use method=wgrad-dot")
     if influence.per_token and influence.method != "ghost":
         out.append(f"influence.per_token: method={influence.method} knows no tokens; use method=ghost")
-    if influence.curvature in _MEASURED and influence.unit == "document":
+    if measured_on_examples(influence.curvature) and influence.unit == "document":
         kind = influence.curvature
         out.append(f"influence.curvature={kind}: not of documents, which pass in pieces; use unit=window")
     if influence.exclude_self and not (
@@ -324,7 +325,7 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
     tokens = [n * checkpoints * seq_length for n in (rows, probes)]
     hours = per_token * (PASS * tokens[0] + tokens[1]) / (1e12 * peak_tflops * utilisation) / 3600
     without = "" if influence.method == "wgrad-dot" else f"; {PASS} is of wgrad-dot"
-    if influence.curvature in ("datainf", "kfac", "ekfac"):
+    if measured_on_examples(influence.curvature):
         without += "; without the passes of curvature"
     return (
         f"{rows:,} examples x {checkpoints} checkpoints, {most}{hours / devices:.3g} h on {devices} devices: "

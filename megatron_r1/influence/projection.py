@@ -9,6 +9,7 @@ and G is never formed. A norm weight is kept as k numbers, one-sided.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,51 +18,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.influence.methods import Directions
-from megatron_r1.influence.passes import named_parameters
-from megatron_r1.parallel import ParallelContext, sum_over
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.parameters import (
+    Directions,
+    shard_of_axis,
+    sharded_and_replicated,
+    split_axis,
+    sum_over_model,
+    whole_shape,
+)
 
 
 class Projection:
     """Where each parameter's numbers are in a row, and its random matrices on this rank.
 
-    `shapes`: of this rank's shards, by name, in the order of the whole model; the columns of parameters that
-    are elsewhere stay 0. `all_names`: of every selected parameter. Matrices follow from seed, name and place
-    in the whole parameter, so that every layout projects alike.
+    `names`: every selected parameter, in the order of the whole model; `directions`: of this rank's shards.
+    Columns of parameters that are elsewhere stay 0. `shard`: tensor-parallel rank and ranks. Matrices follow
+    from seed, name and place in the whole parameter, so that every layout projects alike.
     """
 
     def __init__(
-        self,
-        shapes: dict[str, tuple[int, ...]],
-        all_names: dict[str, int],
-        k: int,
-        seed: int,
-        shard: tuple[int, int],
-        device: torch.device,
+        self, names: Sequence[str], directions: Directions, k: int, seed: int, shard: tuple[int, int] = (0, 1)
     ):
-        self.k = k
         self.columns: dict[str, slice] = {}
         self.width = 0
-        for name, axes in all_names.items():
-            size = k**axes
+        for name in names:
+            size = k if split_axis(name) is None else k**2
             self.columns[name] = slice(self.width, self.width + size)
             self.width += size
-        rank, ranks = shard
-        self._sides: dict[str, list[Tensor]] = {}
-        for name, shape in shapes.items():
-            self._sides[name] = [
-                _matrix(name, axis, size, k, seed, *((rank, ranks) if split == axis else (0, 1))).to(device)
-                for split in [split_axis(name)]
-                for axis, size in enumerate(shape)
+        self._sides = {
+            name: [
+                _matrix(name, axis, size, k, seed, shard).to(direction.device)
+                for axis, size in enumerate(whole_shape(name, direction.shape[1:], shard[1]))
             ]
+            for name, direction in directions.items()
+        }
 
     def sides(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         return [side.to(dtype) for side in self._sides[name]]
 
     def of_directions(self, directions: Directions, capabilities: int) -> Tensor:
         """Projections of this rank's shards, [C, P]: sum over the ranks that hold the others."""
-        first = next(iter(directions.values()), torch.zeros(0))
-        out_CP = torch.zeros(capabilities, self.width, dtype=torch.float64, device=first.device)
+        out_CP = torch.zeros(capabilities, self.width, dtype=torch.float64, device=backend.device())
         for name, direction in directions.items():
             sides = self.sides(name, direction.dtype)
             part = direction @ sides[-1]
@@ -71,46 +69,21 @@ class Projection:
         return out_CP
 
 
-def split_axis(name: str) -> int | None:
-    """The axis that tensor parallelism divides; None: every rank has all."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
-
-
-def _matrix(name: str, axis: int, size: int, k: int, seed: int, rank: int, ranks: int) -> Tensor:
-    """This rank's rows of a side's random matrix: float32 [size, k]."""
+def _matrix(name: str, axis: int, size: int, k: int, seed: int, shard: tuple[int, int]) -> Tensor:
+    """This rank's rows of the random matrix of an axis of `size` in the whole parameter: float32 [.., k]."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode()), axis])
-    whole = generator.standard_normal((size * ranks, k), np.float32) / np.float32(k**0.5)
-    # The gate's rows and the other ones of a SwiGLU are divided each by themselves.
-    halves = 2 if axis == 0 and name.endswith("linear_fc1.weight") else 1
-    mine = whole.reshape(halves, ranks, size // halves, k)[:, rank].reshape(size, k)
-    return torch.from_numpy(np.ascontiguousarray(mine))
-
-
-def build_projection(
-    names: list[str], directions: Directions, k: int, seed: int, context: ParallelContext
-) -> Projection:
-    """Of the selected parameters `names`, of which this rank has those of `directions`."""
-    axes = {name: 1 if split_axis(name) is None else 2 for name in names}
-    shapes = {name: tuple(direction.shape[1:]) for name, direction in directions.items()}
-    shard = (context.tensor_rank, context.tensor_size)
-    return Projection(shapes, axes, k, seed, shard, backend.device())
+    whole_XK = generator.standard_normal((size, k), np.float32) / np.float32(k**0.5)
+    return torch.from_numpy(np.ascontiguousarray(shard_of_axis(name, axis, whole_XK, *shard)))
 
 
 def projected_directions(
     projection: Projection, directions: Directions, capabilities: int, gpt: Any
 ) -> Tensor:
     """Of the whole model's directions, [C, P], the same on all ranks of a model copy."""
-    # The last stage's copy of the tied embedding counts on the first.
-    copies = {n for n, (local, _) in named_parameters(gpt).items() if local.startswith("output_layer")}
-    mine = {name: v for name, v in directions.items() if name not in copies}
-    shared = {name: v for name, v in mine.items() if split_axis(name) is None}
-    sharded = {name: v for name, v in mine.items() if name not in shared}
-    out_CP = projection.of_directions(sharded, capabilities).to(backend.device())
-    sum_over("tensor", out_CP)
-    out_CP += projection.of_directions(shared, capabilities).to(out_CP.device)
-    return sum_over("pipeline", out_CP)
+    sharded, replicated = sharded_and_replicated(directions, gpt)
+    return sum_over_model(
+        projection.of_directions(sharded, capabilities), projection.of_directions(replicated, capabilities)
+    )
 
 
 class Projected:
@@ -123,6 +96,14 @@ class Projected:
         self.projection, self.names = projection, names
         self.width = projection.width
         self.direction_CP = direction_CP
+
+    @classmethod
+    def build(cls, directions: Directions, engine: Engine) -> Projected:
+        influence, context = engine.influence, engine.context
+        shard = context.tensor_rank, context.tensor_size
+        projection = Projection(engine.names, directions, influence.projection, influence.seed, shard)
+        direction_CP = projected_directions(projection, directions, len(influence.directions), engine.gpt)
+        return cls(projection, frozenset(directions), direction_CP)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OK, right_IK = self.projection.sides(name, g_SBO.dtype)

@@ -8,7 +8,6 @@ own, OUTPUT/influence/step_N/SOURCE/, in the store's format: what reads a run's 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,10 +18,12 @@ import torch
 
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config
-from megatron_r1.influence.methods import Method
+from megatron_r1.influence.directions import CheckpointDirections
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.methods import METHODS, Method
 from megatron_r1.influence.plan import Part
-from megatron_r1.influence.score import Job, Scoring, open_job
-from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint
+from megatron_r1.influence.score import Job, open_job, record_scored, rows_left
+from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint, read_manifest
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run.layout import RunDir
@@ -55,7 +56,7 @@ def open_query(config: Config, output: Path, capabilities: Sequence[str] | None 
             config, influence=dataclasses.replace(config.influence, directions=asked)
         )
     job = open_job(config)
-    parts = {step: [_answers(part, output) for part in found] for step, found in job.parts.items()}
+    parts = {step: [_answers(part, output) for part in scored] for step, scored in job.parts.items()}
     return dataclasses.replace(job, parts=parts)
 
 
@@ -67,10 +68,10 @@ def query_influence(job: Job, output: Path) -> None:
         return
     exit_when_orphaned()
     with process_groups(job.work.config.parallel) as context, holding(RunDir(output).influence, context):
-        scoring = Scoring(job, context)
+        engine = Engine.build(job.work.config, job.work.data.eod, context)
         for ref in job.refs:
-            if scoring.left_of(job.parts[ref.step]):
-                _ask(scoring, ref)
+            if rows_left(job.parts[ref.step]):
+                _ask(job, engine, ref)
         context.announce(f"{output}: {', '.join(job.work.influence.directions)}, steps {job.work.steps}")
 
 
@@ -81,9 +82,8 @@ def _answers(part: Part, output: Path) -> Part:
     answers.
     """
     projected = part.directory
-    if (projected / "manifest.json").is_file():
+    if (theirs := read_manifest(projected)) is not None:
         # Which directions were scored at first changes no projection.
-        theirs = json.loads((projected / "manifest.json").read_text())
         same = part.inputs | {key: theirs[key] for key in ("capabilities", "directions")}
         check_inputs(projected, same, "score in another train.run with influence.method=projected")
     if part.left() or not (projected / "projections.npy").is_file():
@@ -98,18 +98,19 @@ def _answers(part: Part, output: Path) -> Part:
     return dataclasses.replace(part, directory=directory, inputs=inputs)
 
 
-def _ask(scoring: Scoring, ref: CheckpointRef) -> None:
+def _ask(job: Job, engine: Engine, ref: CheckpointRef) -> None:
     """Every source at one checkpoint."""
-    config, work, began = scoring.config, scoring.work, time.time()
-    load_checkpoint(ref.path, scoring.gpt, None, config.model)
-    directions, norm_C = scoring.directions(ref)
-    method = scoring.method(directions)
-    if scoring.context.leads:
+    work, parts, began = job.work, job.parts[ref.step], time.time()
+    load_checkpoint(ref.path, engine.gpt, None, work.config.model)
+    at = CheckpointDirections(engine, work, job.curvature, ref, parts)
+    directions, norm_C = at.build()
+    method = METHODS[work.influence.method].build(directions, engine)
+    if engine.context.leads:
         named = dict(zip(work.influence.directions, norm_C, strict=True))
-        for part in scoring.parts[ref.step]:
+        for part in parts:
             _write(part, named, method)
-        tokens = work.probe_windows() * config.data.seq_length
-        scoring.finish(ref, "influence query", tokens, began)
+        tokens = work.probe_windows() * engine.seq_length
+        record_scored(job, at, "influence query", tokens, began, engine.context)
 
 
 def _write(part: Part, direction_norms: dict[str, float], method: Method) -> None:

@@ -6,7 +6,8 @@
     examples.npy   int64 [N]        window or document number within the source, ascending
     norms.npy      float32 [N]      |grad l(x)|, where influence.norms is set
     written.npy    bool [N]         rows that hold results; the others are 0
-    manifest.json  what the scores were computed from: format, capabilities, hashes of inputs
+    manifest.json  what the scores were computed from: format, capabilities, and the identities of checkpoint,
+                   dataset and probing sets that ledgers have ("weights", "data", "directions")
 
 The directory appears whole, by a rename. Rows are flushed to disk before their flags in written.npy are,
 so that a flag never promises what is not there.
@@ -25,14 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import with_suffix
+from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.run.stage import Standing, standing
+from megatron_r1.system.errors import require, suggest_path
 from megatron_r1.system.files import replacing, sync, write_text
 from megatron_r1.system.terminal import Progress
 
-FORMAT = 2
+FORMAT = 3
+_FORMER = 2
+"""Scores are the same; hashes of datasets and weights are of the files, not identities. It is read, never
+continued."""
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Of the manifest: what changes no score, or follows from what does."""
 _WHOLE = 1 << 26
@@ -56,48 +61,53 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(files: list[Path]) -> str:
-    """One hash of several files and their names."""
+def dataset_identity(prefix: Path, form: int = FORMAT) -> str:
+    """What tells a dataset from any other, as a manifest of this format has it."""
+    if form == FORMAT:
+        return identity_of(prefix)
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for path in (with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")):
         digest.update(f"{path.name} {fingerprint(path)}\n".encode())
     return digest.hexdigest()
-
-
-def data_hash(prefix: Path) -> str:
-    """Of a pair of an indexed dataset."""
-    return fingerprint_of([with_suffix(prefix, suffix) for suffix in (".bin", ".idx")])
 
 
 def directory_of(run: Path, step: int, source: str) -> Path:
     return RunDir(run).influence / f"step_{step:08d}" / source
 
 
-def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None = None) -> None:
-    """Raises ValueError, naming what changed, where `directory` holds scores of other inputs.
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """What scores came from; None where there are none. Raises ValueError for a damaged or unknown one."""
+    path = directory / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        form = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {directory} and score again") from None
+    if form not in (FORMAT, _FORMER):
+        raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; score again")
+    return manifest
+
+
+def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None = None) -> Standing:
+    """Where the scores of these inputs stand. Raises ValueError, naming what changed, where `directory` holds
+    scores of others, or of an earlier version, whose inputs cannot be compared.
 
     `way_out`: instead of removing them.
     """
-    manifest = directory / "manifest.json"
-    if not manifest.is_file():
-        return
-    theirs, ours = _flat(json.loads(manifest.read_text())), _flat(inputs)
-    changed = [
-        f"{key} ({theirs.get(key, 'nothing')!s:.20} there, {ours.get(key, 'nothing')!s:.20} here)"
-        for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] not in _NOTES and theirs.get(key) != ours.get(key)
-    ]
-    if changed:
+    manifest = read_manifest(directory)
+    way_out = way_out or f"remove {directory.parent.parent}/step_* to score again, or use another train.run"
+    if manifest is not None and manifest["format"] != FORMAT:
         raise ValueError(
-            f"{directory} holds scores of other inputs: {', '.join(changed)}. Restore these, or "
-            + (way_out or f"remove {directory.parent.parent}/step_* to score again, or use another train.run")
+            f"{directory} holds scores of an earlier version (format {manifest['format']}, where {FORMAT} is "
+            f"written), which mixing and the report read and scoring cannot continue; {way_out}"
         )
 
+    def whole() -> bool:
+        return bool(np.load(directory / "written.npy", mmap_mode="r").all())
 
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    return {k: v for key, leaf in tree.items() for k, v in _flat(leaf, f"{path}.{key}".lstrip(".")).items()}
+    return standing(manifest, inputs, whole, f"{directory} holds scores of other inputs", way_out, _NOTES)
 
 
 class ScoreStore:
@@ -187,12 +197,8 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     """
     by_step: dict[int, list[Scored]] = {}
     for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and score again") from None
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"{path} has format {manifest['format']}, where {FORMAT} is known; score again")
+        manifest = read_manifest(path.parent)
+        assert manifest is not None
         if only is None or manifest["source"] in only:
             by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
     sources = {s.manifest["source"]: s.manifest["position"] for found in by_step.values() for s in found}
@@ -256,11 +262,7 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     no more is in memory. check: only count. `output` is whole or not there. Raises ValueError where nothing
     is complete, where checkpoints were scored for different capabilities, or where pyarrow is missing.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("Parquet needs pyarrow, which comes with datasets: pip install datasets") from None
+    pyarrow, parquet = (require(module, "Parquet", "datasets") for module in ("pyarrow", "pyarrow.parquet"))
     parts = [part for found in scored(run).values() for part in found]
     if not parts:
         raise ValueError(
@@ -283,7 +285,7 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     rows = 0
     with (
         replacing(output) as stream,
-        pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+        parquet.ParquetWriter(stream, schema) as writer,
         Progress("export", len(parts), "row groups") as bar,
     ):
         for part in parts:

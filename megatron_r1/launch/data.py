@@ -110,9 +110,9 @@ def _repetitions(data: DataPlan) -> str:
     epochs = {name: n for name, n in data.epochs().items() if n > REPEATED}
     if not epochs:
         return ""
-    told = ", ".join(f"{name} {n:.1f}" for name, n in sorted(epochs.items(), key=lambda item: -item[1]))
+    most = ", ".join(f"{name} {n:.1f}" for name, n in sorted(epochs.items(), key=lambda item: -item[1]))
     many = [name for name, n in epochs.items() if n >= MANY_EPOCHS]
-    text = f"sources read more than {REPEATED} times over all phases: {told} epochs"
+    text = f"sources read more than {REPEATED} times over all phases: {most} epochs"
     if many:
         text += f"; {', '.join(many)} {MANY_EPOCHS} times or more: phases.NAME.max_epochs caps it"
     return text

@@ -28,7 +28,6 @@ from megatron_r1.train.objective import next_token
 from megatron_r1.train.step import Shape, Training, build_training, run_schedule
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random
 from megatron.core.utils import get_model_config
 
@@ -104,18 +103,8 @@ def static_bytes(training: Training) -> tuple[int, int, int, int]:
 def fake_launch(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[ParallelContext]:
     """Be one rank of a launch whose other ranks do not exist. What is received is whatever lay there."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            layout.tensor,
-            layout.pipeline,
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-            context_parallel_size=layout.context,
-            create_gloo_process_groups=False,
-        )
-        yield parallel.current()
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with parallel.model_groups(layout, gloo=False) as context:
+        yield context
 
 
 @contextlib.contextmanager

@@ -76,10 +76,10 @@ def differences(config: Config, gpus: int) -> list[str]:
 
 
 def _line(what: str, here: object, paper: object, where: str) -> str:
-    return f"{what}: here {_told(here)}, paper {_told(paper)} ({where})"
+    return f"{what}: here {_format(here)}, paper {_format(paper)} ({where})"
 
 
-def _told(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, float) and value == int(value):
         value = int(value)
     return (
@@ -93,13 +93,7 @@ def _model(config: Config) -> list[str]:
     shape, where = SHAPES[name], f"Table 3, {name}"
     out = [
         _line(f"model.{key}", getattr(model, key), getattr(shape, key), where)
-        for key in (
-            "num_layers",
-            "num_attention_heads",
-            "num_query_groups",
-            "hidden_size",
-            "ffn_hidden_size",
-        )
+        for key in ("num_layers", "num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size")
         if getattr(model, key) != getattr(shape, key)
     ]
     if round(model.parameters() / 1e6, 1) != round(shape.parameters / 1e6, 1):
@@ -126,16 +120,13 @@ def _sources(config: Config) -> list[str]:
 
 
 def _phases(config: Config, gpus: int) -> list[str]:
-    out: list[str] = []
-    if config.data.seq_length != PHASE["seq_length"]:
-        out.append(_line("data.seq_length", config.data.seq_length, PHASE["seq_length"], "Table 4"))
-    if gpus != PHASE["gpus"]:
-        out.append(_line("GPUs", gpus, PHASE["gpus"], "Table 4"))
-    each = config.train.global_batch / gpus
-    if each != PHASE["sequences_per_gpu"]:
-        out.append(_line("sequences per GPU and step", each, PHASE["sequences_per_gpu"], "Table 4"))
-    if len(config.phases) != 2:
-        out.append(_line("phases", len(config.phases), 2, "Table 4"))
+    figures: tuple[tuple[str, object, object], ...] = (
+        ("data.seq_length", config.data.seq_length, PHASE["seq_length"]),
+        ("GPUs", gpus, PHASE["gpus"]),
+        ("sequences per GPU and step", config.train.global_batch / gpus, PHASE["sequences_per_gpu"]),
+        ("phases", len(config.phases), 2),
+    )
+    out = [_line(what, here, paper, "Table 4") for what, here, paper in figures if here != paper]
     for number, name in enumerate(list(config.phases)[:2]):
         out += _phase(config, name, f"phase{number + 1}")
     return out

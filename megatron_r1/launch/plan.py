@@ -11,7 +11,7 @@ import numpy as np
 from megatron_r1 import config_io
 from megatron_r1.checkpoint.files import Retention
 from megatron_r1.config import Config
-from megatron_r1.launch import paper as launch_plan_paper
+from megatron_r1.launch import paper
 from megatron_r1.launch.data import DataPlan, plan_data, warnings
 from megatron_r1.train.schedule import retained_steps
 
@@ -27,7 +27,7 @@ class Launch:
 
     gpus: int
     rank: int = 0
-    """The rank whose memory and samples are told."""
+    """The rank whose memory and samples are printed."""
     mfu: float = 0.4
     """Share of the peak that a run is assumed to reach."""
     peak_flops: float = 989e12
@@ -106,7 +106,7 @@ class LaunchPlan:
         return self.flops / (gpu_hours * 3600 * self.launch.peak_flops)
 
     def differences(self) -> list[str]:
-        return launch_plan_paper.differences(self.config, self.launch.gpus)
+        return paper.differences(self.config, self.launch.gpus)
 
     def warnings(self) -> list[str]:
         out = warnings(self.config, self.data, self.launch.gpus)

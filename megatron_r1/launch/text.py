@@ -59,48 +59,38 @@ def _data(plan: LaunchPlan) -> list[str]:
 
 
 def _memory(plan: LaunchPlan, held: RankMemory) -> list[str]:
-    config, at = plan.config, held.context
-    wide = config.train.precision == "fp32"
-    width = 4 if wide else 2
+    config, at, numel = plan.config, held.context, held.numel
+    width, each = 2, "12 B (fp32 parameters, two moments)"
+    if config.train.precision == "fp32":
+        width, each = 4, "8 B (two moments; the parameters are in the buffers)"
     tokens = config.train.micro_batch * config.data.seq_length // at.context_size
     layers = config.model.num_layers // at.pipeline_size
     # The whole micro-batch's logits are kept for the backward pass, chunks of them are not.
-    kept = held.logits if held.logits and tokens <= (config.train.head_chunk or tokens) else 0
-    moments = 8 if wide else 12
-    each = (
-        "8 B (two moments; the parameters are in the buffers)"
-        if wide
-        else "12 B (fp32 parameters, two moments)"
-    )
-    rows = [
-        (
-            "parameters",
+    whole = tokens <= (config.train.head_chunk or tokens)
+    activations = held.activations - (held.logits if whole else 0)
+    sizes = {
+        "parameters": (
             held.parameters,
-            f"{held.numel:,} x {width} B + {held.parameters - held.numel * width:,} padding",
+            f"{numel:,} x {width} B + {held.parameters - numel * width:,} padding",
         ),
-        (
-            "gradients",
+        "gradients": (
             held.gradients,
-            f"{held.numel:,} x 4 B + {held.gradients - held.numel * 4:,} padding, summed in fp32",
+            f"{numel:,} x 4 B + {held.gradients - numel * 4:,} padding, summed in fp32",
         ),
-        ("optimizer", held.optimizer, f"{held.optimizer_numel:,} of a 1/{_shards(plan)} share x {each}"),
-        (
-            "activations",
-            held.activations - kept,
+        "optimizer": (held.optimizer, f"{held.optimizer_numel:,} of a 1/{_shards(plan)} share x {each}"),
+        "activations": (
+            activations,
             f"kept for backward passes: {tokens:,} tokens x {layers} layers x "
-            f"{(held.activations - kept) / tokens / layers:,.0f} B a token and layer, at the fullest moment",
+            f"{activations / tokens / layers:,.0f} B a token and layer, at the fullest moment",
         ),
-    ]
-    assert wide or held.optimizer == moments * held.optimizer_numel
+    }
     if held.logits:
-        rows.append(
-            ("logits", held.logits, f"{held.logits // width:,} x {width} B" + ("" if kept else ", one chunk"))
-        )
-    total = held.parameters + held.gradients + held.optimizer + held.activations - kept + held.logits
+        sizes["logits"] = held.logits, f"{held.logits // width:,} x {width} B{'' if whole else ', one chunk'}"
+    total = sum(size for size, _ in sizes.values())
     place = f"tensor {at.tensor_rank}/{at.tensor_size}, pipeline {at.pipeline_rank}/{at.pipeline_size}"
     return [
         f"memory of rank {at.rank} (data {at.data_rank}/{at.data_size}, {place})",
-        *(f"  {name:12s}{size / GIB:10.3f} GiB  {size:16,} B  {how}" for name, size, how in rows),
+        *(f"  {name:12s}{n / GIB:10.3f} GiB  {n:16,} B  {how}" for name, (n, how) in sizes.items()),
         f"  {'sum':12s}{total / GIB:10.3f} GiB  of {plan.launch.gpu_memory / GIB:.0f}; workspace, fragments "
         f"and the communication library's buffers come on top",
     ]
@@ -128,14 +118,14 @@ def _time(plan: LaunchPlan) -> list[str]:
 
 
 def _checkpoints(plan: LaunchPlan) -> list[str]:
-    found, train, numel = plan.checkpoints, plan.config.train, plan.config.model.parameters()
+    saves, train, numel = plan.checkpoints, plan.config.train, plan.config.model.parameters()
     width = 2 if train.precision == "bf16" else 4
     pause = train.checkpoint_every * plan.step_seconds
     return [
-        f"checkpoints: {found.size / 1e9:.2f} GB each = {numel:,} x ({width} + 12) B, "
-        f"{found.size / plan.launch.gpus / 1e6:.0f} MB a rank",
-        f"  every {train.checkpoint_every} steps, {pause / 60:.1f} min: {found.size / pause / 1e6:,.1f} MB/s",
-        f"  {found.saved} written, {found.kept} kept in the end, {found.kept * found.size / 1e12:.2f} TB",
+        f"checkpoints: {saves.size / 1e9:.2f} GB each = {numel:,} x ({width} + 12) B, "
+        f"{saves.size / plan.launch.gpus / 1e6:.0f} MB a rank",
+        f"  every {train.checkpoint_every} steps, {pause / 60:.1f} min: {saves.size / pause / 1e6:,.1f} MB/s",
+        f"  {saves.saved} written, {saves.kept} kept in the end, {saves.kept * saves.size / 1e12:.2f} TB",
     ]
 
 

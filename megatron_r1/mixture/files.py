@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.config import MixConfig
+from megatron_r1.config import Config, MixConfig
 from megatron_r1.influence.store import Scored
 from megatron_r1.mixture.masks import mask_files, save
 from megatron_r1.mixture.mixture import Mixture
-from megatron_r1.system.files import write_json, write_text
+from megatron_r1.run.stage import finish
+from megatron_r1.system.files import sha256, write_json, write_text
+
+_BEHIND = ("format", "weights", "data")
+"""Of a score manifest: what tells the checkpoint and the dataset, as manifests of that format know them."""
 
 
 def table(mixture: Mixture) -> str:
@@ -46,9 +49,9 @@ def table(mixture: Mixture) -> str:
     for name, weight_G in mixes.items():
         gain_C = mixture.gains(weight_G)
         least = mixture.least_share(weight_G)
-        said = "" if math.isnan(least) else f"{least:6.1%}"
+        share = "" if math.isnan(least) else f"{least:6.1%}"
         space = " " * (8 if mixture.masks else 0)
-        lines.append(f"{name:{width}s}  least   {said:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
+        lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
     for mask in mixture.masks.values():
         lines.append(
             f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
@@ -61,18 +64,23 @@ def _numbers(values: list[Any]) -> str:
     return "  ".join(f"{value:11.4g}" for value in values)
 
 
-def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, seq_length: int) -> None:
+def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) -> None:
     """The phase for the trainer, beside it a .json with everything behind it, and `keep/` with the masks.
 
-    Each file is whole or not there; the phase comes last, when all that it names is written.
+    Each file is whole or not there; the phase comes last, when all that it names is written. Then the run's
+    ledger gets a line. Raises ValueError for an `output` that the .json beside it would replace.
     """
-    beside, masks = output.with_suffix(".json"), mixture.masks
-    files = mask_files(masks, output.parent / "keep", seq_length)
+    mix, beside, masks = config.mix, output.with_suffix(".json"), mixture.masks
+    assert mix is not None
+    if output == beside:
+        raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
+    files = mask_files(masks, output.parent / "keep", config.data.seq_length)
     phase: dict[str, Any] = {"weights": {name: round(weight, 9) for name, weight in mixture.weights.items()}}
     if mix.max_epochs is not None:
         phase["max_epochs"] = mixture.max_epochs
     if files:
         phase["keep"] = {name: str(path) for name, (path, _) in files.items()}
+    hashes = {str(s.directory): sha256(s.directory / "scores.npy") for s in used}
     report: dict[str, Any] = {
         "phase": mixture.phase,
         "mix": dataclasses.asdict(mix),
@@ -89,7 +97,10 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
             }
             for g, name in enumerate(mixture.sources)
         },
-        "scores": {_name(s, mix): _hash(s) for s in used},
+        "scores": {
+            _name(s, mix): {"scores_sha256": hashes[str(s.directory)], **{k: s.manifest[k] for k in _BEHIND}}
+            for s in used
+        },
     }
     for path, content in files.values():
         save(path, content)
@@ -97,13 +108,10 @@ def write(mixture: Mixture, used: list[Scored], mix: MixConfig, output: Path, se
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}
     write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    outputs = {str(path): sha256(path) for path in (output, beside)}
+    finish(Path(config.train.run), f"mix {mixture.phase}", inputs=hashes, outputs=outputs)
 
 
-def _name(found: Scored, mix: MixConfig) -> str:
+def _name(part: Scored, mix: MixConfig) -> str:
     """STEP/SOURCE within the run, or the whole path where there are several runs."""
-    return str(found.directory) if mix.runs else f"{found.directory.parent.name}/{found.directory.name}"
-
-
-def _hash(found: Scored) -> dict[str, Any]:
-    scores = hashlib.sha256((found.directory / "scores.npy").read_bytes()).hexdigest()
-    return {"scores_sha256": scores, "weights": found.manifest["weights"], "data": found.manifest["data"]}
+    return str(part.directory) if mix.runs else f"{part.directory.parent.name}/{part.directory.name}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_r1.config import MixConfig
 from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, mask_file
-from megatron_r1.influence.store import Scored, data_hash
+from megatron_r1.influence.store import Scored, dataset_identity
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import Corpus, ScoreTable
 from megatron_r1.system.files import replacing
@@ -106,7 +106,9 @@ def _check(corpus: Corpus, manifest: Mapping[str, object], unit: object, seq_len
         )
     data = manifest["data"]
     assert isinstance(data, dict)
-    if data["hash"] != data_hash(corpus.prefix):
+    form = manifest["format"]
+    assert isinstance(form, int)
+    if data["hash"] != dataset_identity(corpus.prefix, form):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 
 

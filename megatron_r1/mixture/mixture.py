@@ -1,15 +1,14 @@
 """The next phase from a run's scores: source weights (Eqs. 4, 5), keep masks (Eq. 6), epoch caps. No torch.
 
-The weights themselves are in weights.py, the masks in keep_masks.py, table and files in mix_file.py.
+The scores are read in scores.py, the weights themselves are in weights.py, the masks in masks.py, table and
+files in files.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,9 +16,9 @@ from megatron_r1.config import Config, MixConfig
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import load_mask
 from megatron_r1.data.open import build_plan, open_data
-from megatron_r1.influence.store import Scored, read_scores, scored
+from megatron_r1.influence.store import Scored
 from megatron_r1.mixture.masks import KeepMask, make_masks
-from megatron_r1.mixture.scores import in_units
+from megatron_r1.mixture.scores import select
 from megatron_r1.mixture.weights import (
     best_gains,
     bounds,
@@ -28,10 +27,7 @@ from megatron_r1.mixture.weights import (
     source_weights,
     worst_case_weights,
 )
-from megatron_r1.records import Corpus, ScoreTable
-
-Selected = tuple[list[ScoreTable], list[Scored]]
-"""Sources in order, and their checkpoints: all of the first source, all of the second, ..."""
+from megatron_r1.records import Corpus
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
         raise ValueError("mix: missing section; name the phase to weigh, for instance mix.phase=second")
     if mix.phase not in config.phases:
         raise ValueError(f"mix.phase={mix.phase}: no such phase; phases has {list(config.phases)}")
-    tables, used = _select(config)
+    tables, used = select(config)
     capabilities, steps = tables[0].capabilities, tables[0].steps
     alpha_CK = checkpoint_weights(mix, capabilities, steps)
     weight_C = alpha_CK.sum(1)
@@ -116,89 +112,6 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
         masks=masks,
     )
     return mixture, used
-
-
-def _select(config: Config) -> Selected:
-    """Scores of the configured checkpoints (default: all that are scored) and sources, in order.
-
-    Of one run, or, where `mix.runs` says so, of each capability's own.
-    """
-    assert config.mix is not None
-    if not config.mix.runs:
-        return _of_run(Path(config.train.run), config)
-    return _stack({name: _of_run(Path(run), config) for name, run in config.mix.runs.items()})
-
-
-def _of_run(run: Path, config: Config) -> Selected:
-    again = "score them with tools/compute_influence.py"
-    tables = {table.source: table for table in read_scores(run, config.data.sources)}
-    if not tables:
-        raise ValueError(f"{run}: no complete influence scores; {again}")
-    if absent := [name for name in config.data.sources if name not in tables]:
-        raise ValueError(f"{run}: no complete influence scores of {', '.join(absent)}; {again}")
-    have = next(iter(tables.values())).steps
-    asked = tuple(sorted(set(config.influence.steps))) if config.influence else ()
-    steps = asked or have
-    if absent_steps := [s for s in steps if s not in have]:
-        raise ValueError(f"{run}: no complete influence scores at steps {absent_steps}; {again}")
-    assert config.mix is not None
-    keep = [have.index(step) for step in steps]
-    found = scored(run, config.data.sources)
-    selected, used = [], []
-    for name in config.data.sources:
-        score_NCK = tables[name].score_NCK[:, :, keep]
-        if not np.isfinite(score_NCK).all():
-            raise ValueError(f"{run}: scores of {name} are not finite; remove them and {again}")
-        of_steps = [s for s in found[name] if s.step in steps]
-        table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
-        selected.append(in_units(table, of_steps, config.mix))
-        used += of_steps
-    return selected, used
-
-
-_SAME = ("source", "step", "data", "seq_length", "eod", "precision", "influence")
-"""Of manifests. Weights and directions are each run's own."""
-
-
-def _stack(runs: Mapping[str, Selected]) -> Selected:
-    """Scores of several runs as one table, each capability by the model trained for it (Eq. 3): the column of
-    each capability from its run, in the order given.
-
-        score_c(x; theta_t) = <v_c, grad l(x)>, both gradients at the checkpoints of c's own run
-
-    Raises ValueError where a run was not scored for its capability, or where runs differ in sources,
-    examples, steps or in how they were scored.
-    """
-    tables, used = next(iter(runs.values()))
-    for capability, (others, theirs) in runs.items():
-        if capability not in others[0].capabilities:
-            raise ValueError(
-                f"mix.runs.{capability}: {theirs[0].directory} has scores for {list(others[0].capabilities)} "
-                f"only; score that run for {capability} with tools/compute_influence.py"
-            )
-        examples = zip(tables, others, strict=True)
-        same = [np.array_equal(one.example_N, other.example_N) for one, other in examples]
-        differ = [] if all(same) else ["examples"]
-        if others[0].steps != tables[0].steps:
-            differ.append(f"steps ({list(tables[0].steps)} and {list(others[0].steps)})")
-        else:
-            pairs = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
-            differ += [key for key in _SAME if any(one.get(key) != other.get(key) for one, other in pairs)]
-        if differ:
-            raise ValueError(
-                f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}; "
-                f"score every run with the same data, influence section and steps"
-            )
-    stacked = []
-    for g, table in enumerate(tables):
-        columns = [
-            others[g].score_NCK[:, others[g].capabilities.index(capability)]
-            for capability, (others, _) in runs.items()
-        ]
-        stacked.append(
-            dataclasses.replace(table, capabilities=tuple(runs), score_NCK=np.stack(columns, axis=1))
-        )
-    return stacked, [one for _, theirs in runs.values() for one in theirs]
 
 
 class _Draws:

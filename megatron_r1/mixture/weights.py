@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import linprog
 
 from megatron_r1.config import MixConfig
 from megatron_r1.records import ScoreTable
@@ -168,79 +169,29 @@ def worst_case_weights(
         )
     scale_C = best_C * weight_C / weight_C.max()
     part_GC = rho_GC[:, asked] / scale_C[asked]
-    low_G, room_G = within.lower_G, within.upper_G - within.lower_G
-    sources, count = part_GC.shape
-    # Unknowns: w - lower, what is left to upper, t less a number that it surely exceeds, surplus above t.
-    least = float(part_GC.min())
-    total = np.concatenate([np.ones(sources), np.zeros(sources + 1 + count)])
-    upper = np.hstack([np.eye(sources), np.eye(sources), np.zeros((sources, 1 + count))])
-    gains = np.hstack([part_GC.T, np.zeros((count, sources)), -np.ones((count, 1)), -np.eye(count)])
-    a = np.vstack([total, upper, gains])
-    b = np.concatenate([[1 - low_G.sum()], room_G, least - low_G @ part_GC])
-    x = maximise(np.eye(a.shape[1])[2 * sources], a, b)
+    # Unknowns: w and t. Both are around 1.
+    minus_gain = np.hstack([-part_GC.T, np.ones((part_GC.shape[1], 1))])
+    limits = [*zip(within.lower_G, within.upper_G, strict=True), (None, None)]
+    least = maximise(np.append(np.zeros(len(rho_GC)), 1.0), minus_gain, limits)[-1]
     # Now t is fixed, less rounding, and the sum counts.
-    slack = 1e-9 * max(1.0, abs(x[2 * sources]))
-    b[1 + sources :] += x[2 * sources] - slack
-    a[:, 2 * sources] = 0
+    limits[-1] = (least - 1e-9 * max(1.0, least - float(part_GC.min())), None)
     joint_G = rho_GC @ weight_C
     joint_G = joint_G / max(float(np.abs(joint_G).max()), 1e-300)
-    gain = np.concatenate([joint_G, np.zeros(sources + 1 + count)])
-    weight_G = np.clip(low_G + maximise(gain, a, b)[:sources], low_G, within.upper_G)
+    weight_G = maximise(np.append(joint_G, 0.0), minus_gain, limits)[:-1]
+    weight_G = np.clip(weight_G, within.lower_G, within.upper_G)
     return np.asarray(weight_G / weight_G.sum())
 
 
-_ZERO = 1e-9
-"""Below this a coefficient is rounding; scale the program so that its numbers are around 1."""
-
-
-def maximise(gain_N: np.ndarray, a_MN: np.ndarray, b_M: np.ndarray) -> np.ndarray:
-    """x that maximises gain x subject to A x = b and x >= 0, float64 [N].
-
-    The steepest column enters, by Bland's rule the first one where the last pivot moved nothing, so it
-    cannot cycle. A pivot costs M (M + N) operations: made for some hundred variables.
-    Raises ValueError where no x fits, or the gain has no bound.
-    """
-    rows, columns = a_MN.shape
-    sign_M = np.where(b_M < 0, -1.0, 1.0)
-    tableau = np.hstack([a_MN * sign_M[:, None], np.eye(rows), (b_M * sign_M)[:, None]])
-    basis = np.arange(columns, columns + rows)
-    # First phase: a slack for each row, all driven to 0.
-    _climb(tableau, basis, np.concatenate([np.zeros(columns), -np.ones(rows)]), columns)
-    if tableau[basis >= columns, -1].sum() > _ZERO * max(1.0, float(np.abs(b_M).max())):
-        raise ValueError("the linear program has no solution")
-    for row in np.flatnonzero(basis >= columns):
-        candidates = np.flatnonzero(np.abs(tableau[row, :columns]) > _ZERO)
-        # Without one the row says nothing that the others do not.
-        if len(candidates):
-            _pivot(tableau, basis, int(row), int(candidates[0]))
-    _climb(tableau, basis, np.concatenate([gain_N, np.zeros(rows)]), columns)
-    x = np.zeros(columns + rows)
-    x[basis] = tableau[:, -1]
-    return x[:columns]
-
-
-def _climb(tableau: np.ndarray, basis: np.ndarray, gain: np.ndarray, columns: int) -> None:
-    """Pivot until no column among the first `columns` raises the gain."""
-    moved = True
-    while True:
-        reduced = gain[:columns] - gain[basis] @ tableau[:, :columns]
-        entering = np.flatnonzero(reduced > _ZERO)
-        if not len(entering):
-            return
-        # After a pivot that moved nothing the first column that helps, lest pivots go round in a circle.
-        chosen = int(np.argmax(reduced)) if moved else int(entering[0])
-        column = tableau[:, chosen]
-        limits = np.flatnonzero(column > _ZERO)
-        if not len(limits):
-            raise ValueError("the linear program's gain has no bound")
-        ratio = tableau[limits, -1] / column[limits]
-        moved = bool(ratio.min() > 0)
-        tied = limits[ratio <= ratio.min() + 1e-15]
-        _pivot(tableau, basis, int(tied[np.argmin(basis[tied])]), chosen)
-
-
-def _pivot(tableau: np.ndarray, basis: np.ndarray, row: int, column: int) -> None:
-    tableau[row] /= tableau[row, column]
-    others = np.arange(len(tableau)) != row
-    tableau[others] -= np.outer(tableau[others, column], tableau[row])
-    basis[row] = column
+def maximise(
+    gain_N: np.ndarray, a_MN: np.ndarray, limits: Sequence[tuple[float | None, float | None]]
+) -> np.ndarray:
+    """x that maximises gain x, float64 [N], where A x <= 0, all of x but the last sum to 1, and each lies
+    within its limits (None: without). Raises ValueError where no x fits, or the gain has no bound."""
+    # HiGHS's own tolerance is 1e-7; this is its least.
+    exact = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    sum_N = np.append(np.ones(len(gain_N) - 1), 0.0)[None]
+    answer = linprog(-gain_N, a_MN, np.zeros(len(a_MN)), sum_N, [1.0], limits, "highs", options=exact)
+    if answer.status:
+        reasons = {2: " has no solution", 3: "'s gain has no bound"}
+        raise ValueError(f"the linear program{reasons.get(answer.status, answer.message)}")
+    return np.asarray(answer.x)

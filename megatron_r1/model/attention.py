@@ -40,12 +40,8 @@ class SdpaAttention(MegatronModule):
     def __init__(
         self,
         config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: Any = None,
         **_: Any,
     ):

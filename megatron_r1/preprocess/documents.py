@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import require, suggest_path
 from megatron_r1.system.files import sha256
 
 try:
@@ -96,8 +95,8 @@ def digest(source: Input) -> str:
     """SHA-256 of its file; of several, SHA-256 of their SHA-256 in order."""
     if isinstance(source, Lines) and source.read_digest:
         return source.read_digest
-    found = [sha256(path) for path in source.files]
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+    hashes = [sha256(path) for path in source.files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Lines(Input):
@@ -150,24 +149,20 @@ def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
         # Not the zstandard package: its reader takes a truncated file for a complete one.
-        arrow = _library("pyarrow", f"reading {path}")
+        arrow = require("pyarrow", f"reading {path}")
         return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd"), 1 << 20)
     return raw
-
-
-def _library(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ValueError(f"{what} needs {package} ({error}): pip install {package}") from None
 
 
 class _Table(Input):
     """Rows, told apart by number; a range of bytes is the rows at that share of them."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        rows, total = self._open(keys), max(1, self.size)
+        (columns, rows), total = self._open(), max(1, self.size)
+        for key in keys:
+            if key not in columns:
+                has = ", ".join(columns)
+                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first = 1
         for table in self._tables(keys, start, end) if start < end else ():
@@ -178,29 +173,22 @@ class _Table(Input):
                 yield Piece(self.name, number, first, part, position)
                 first += len(part)
 
-    def _open(self, keys: Sequence[str]) -> int:
-        """Number of rows; ValueError where a key is no column."""
+    def _open(self) -> tuple[list[str], int]:
+        """Columns and number of rows."""
         raise NotImplementedError
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         """Rows [start, end) as Arrow tables or batches."""
         raise NotImplementedError
 
-    def _check(self, keys: Sequence[str], columns: Sequence[str]) -> None:
-        for key in keys:
-            if key not in columns:
-                has = ", ".join(columns)
-                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
-
 
 class Parquet(_Table):
     def __init__(self, path: Path):
         super().__init__(str(path), [path])
 
-    def _open(self, keys: Sequence[str]) -> int:
+    def _open(self) -> tuple[list[str], int]:
         with self._file() as file:
-            self._check(keys, file.schema_arrow.names)
-            return int(file.metadata.num_rows)
+            return file.schema_arrow.names, file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         with self._file() as file:
@@ -215,7 +203,7 @@ class Parquet(_Table):
                     yield batch.slice(lo, hi - lo)
 
     def _file(self) -> Any:
-        library = _library("pyarrow.parquet", f"reading {self.name}")
+        library = require("pyarrow.parquet", f"reading {self.name}")
         try:
             return library.ParquetFile(self.name)
         except ValueError as error:
@@ -229,9 +217,8 @@ class Dataset(_Table):
         super().__init__(name, [Path(part["filename"]) for part in dataset.cache_files])
         self._dataset = dataset
 
-    def _open(self, keys: Sequence[str]) -> int:
-        self._check(keys, self._dataset.column_names)
-        return len(self._dataset)
+    def _open(self) -> tuple[list[str], int]:
+        return self._dataset.column_names, len(self._dataset)
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         dataset = self._dataset.select_columns(list(keys)).with_format("arrow")
@@ -268,7 +255,7 @@ def _load_dataset(name: str) -> Any:
 
 
 def _loaded(function: str, name: str, *args: Any, **options: Any) -> Any:
-    library = _library("datasets", f"reading {name}")
+    library = require("datasets", f"reading {name}")
     try:
         return getattr(library, function)(*args, **options)
     except (OSError, ValueError) as error:
@@ -280,7 +267,7 @@ def _rows(table: Any) -> list[dict[str, Any]]:
     try:
         return table.to_pylist()
     except UnicodeDecodeError:
-        arrow = importlib.import_module("pyarrow")
+        arrow = require("pyarrow", "reading a table")
         # One broken text must not cost its neighbours: bytes, which are judged one by one.
         broken = [arrow.binary() if arrow.types.is_string(f.type) else f.type for f in table.schema]
         broken = [arrow.large_binary() if arrow.types.is_large_string(t) else t for t in broken]
@@ -293,12 +280,12 @@ def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[in
     index, count = shard or (0, 1)
     total = sum(source.size for source in inputs)
     start, end = total * index // count, total * (index + 1) // count
-    found, before = [], 0
+    ranges, before = [], 0
     for source in inputs:
         size = source.size
-        found.append((min(max(start - before, 0), size), min(max(end - before, 0), size)))
+        ranges.append((min(max(start - before, 0), size), min(max(end - before, 0), size)))
         before += size
-    return found
+    return ranges
 
 
 def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:

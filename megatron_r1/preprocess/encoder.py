@@ -9,7 +9,7 @@ in 2048, chosen by its hash, is compared as well, and a difference stops the run
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -53,9 +53,9 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts, one after the other, and how many each has, [texts]. utf8: the texts again."""
-        found = self.tokenizer.encode_batch(texts)
-        lengths = np.array([len(tokens) for tokens in found], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(found), np.int64, count=int(lengths.sum())), lengths
+        rows = self.tokenizer.encode_batch(texts)
+        lengths = np.array([len(tokens) for tokens in rows], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(rows), np.int64, count=int(lengths.sum())), lengths
 
 
 class Gigatoken(Encoder):
@@ -97,12 +97,13 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
     reference = Encoder(tokenizer)
     if mode == "reference":
         return reference, f"{reference.name}, as asked for"
-    model = tokenizer.fast_model()
-    if model is None:
-        return reference, f"{reference.name}, gigatoken is not used for {tokenizer.kind}"
     try:
+        model = tokenizer.fast_model()
+        if model is None:
+            return reference, f"{reference.name}, gigatoken is not used for {tokenizer.kind}"
         fast = Gigatoken(tokenizer, model)
-        texts = [*HARD, *_with_specials(tokenizer), *sample]
+        specials = [f"{special}a {special} b\n{special}{special}" for special in tokenizer.specials()[:64]]
+        texts = [*HARD, *specials, *sample]
         flat, lengths = fast.encode_batch(texts, [text.encode() for text in texts])
         for text, tokens in zip(texts, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
             if tokens.tolist() != tokenizer.encode(text):
@@ -113,18 +114,13 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
         raise
     # A panic in Rust is no Exception.
     except BaseException as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {said[:200]}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {reason[:200]}"
     size = sum(len(text) for text in texts)
     return (
         fast,
         f"{fast.name}, whose tokens equal {reference.name}'s on {len(texts)} texts, {size} characters",
     )
-
-
-def _with_specials(tokenizer: Tokenizer) -> Iterator[str]:
-    for special in tokenizer.specials()[:64]:
-        yield f"{special}a {special} b\n{special}{special}"
 
 
 def _memory() -> int:

@@ -15,7 +15,17 @@ import numpy as np
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
 from megatron_r1.data.provenance import SUFFIX
 from megatron_r1.preprocess.documents import Input, digest, identity, open_input
-from megatron_r1.preprocess.store import Stored, alone, finish, finished, refuse_empty, shard_prefix
+from megatron_r1.preprocess.store import (
+    Stored,
+    alone,
+    look,
+    refuse_empty,
+    rejects_of,
+    shard_prefix,
+    tell,
+    write_pair,
+)
+from megatron_r1.run.stage import Standing
 from megatron_r1.system.terminal import say
 
 _ENVIRONMENT = (
@@ -59,14 +69,13 @@ def merge(
         raise ValueError(
             f"reject_limit={reject_limit}, {len(json_keys)} keys: take a key and no negative limit"
         )
-    output_prefix, began = Path(output_prefix), time.monotonic()
-    sidecars = {}
-    with contextlib.nullcontext() if check else alone(with_suffix(output_prefix, ".partial"), log):
+    output, began = Path(output_prefix), time.monotonic()
+    sidecars: dict[str, dict[str, Any]] = {}
+    read: dict[str, str] = {}
+    with contextlib.nullcontext() if check else alone(with_suffix(output, ".partial"), log):
         for key in json_keys:
-            shards = shards_of(output_prefix, key)
+            shards, prefix = shards_of(output, key), with_suffix(output, f"_{key}_document")
             about = _common(shards)
-            prefix = with_suffix(output_prefix, f"_{key}_document")
-            rejects = with_suffix(output_prefix, f"_{key}_rejects.jsonl")
             count = sum(sum(sidecar["rejected"].values()) for _, sidecar in shards)
             if count > reject_limit:
                 raise ValueError(
@@ -77,28 +86,28 @@ def merge(
                 documents, tokens = (sum(s[what] for _, s in shards) for what in ("documents", "tokens"))
                 log(f"output {prefix}.bin: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")
                 continue
+            read |= {str(shard): sidecar["bin_sha256"] for shard, sidecar in shards}
             sources = [_again(source) for source in about["inputs"]]
-            found = [source for source in sources if source is not None]
-            said = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
-            done = finished(prefix, said, found)
-            if done is not None:
+            decides = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
+            standing, sidecar = look(prefix, decides, [source for source in sources if source is not None])
+            if standing is Standing.DONE:
                 log(f"already done: {prefix}.bin")
-                sidecars[str(prefix)] = done
+                sidecars[str(prefix)] = sidecar
                 continue
             for entry, source in zip(about["inputs"], sources, strict=True):
                 entry["sha256"] = None if source is None else digest(source)
             before = np.zeros(len(sources), dtype=np.int64)
             parts = []
             for shard, sidecar in shards:
-                dataset, quoted = (
-                    IndexedDataset(shard),
-                    with_suffix(str(shard).removesuffix("_document"), "_rejects.jsonl"),
-                )
+                dataset = IndexedDataset(shard)
                 origins = np.load(with_suffix(shard, SUFFIX), mmap_mode="r" if len(dataset) else None)
-                parts.append(Stored(dataset.tokens, dataset.lengths, origins, quoted, before.tolist()))
+                rejects = rejects_of(shard)
+                parts.append(Stored(dataset.tokens, dataset.lengths, origins, rejects, before.tolist()))
                 before += sidecar["lines"]
-            refuse_empty(parts, key, rejects, about["inputs"])
-            sidecars[str(prefix)] = finish(parts, prefix, rejects, about, began, log)
+            refuse_empty(parts, key, prefix, about["inputs"])
+            sidecars[str(prefix)] = write_pair(parts, prefix, about, began, log)
+        if not check:
+            tell(output, "merge", sidecars, read)
     return sidecars
 
 
@@ -131,17 +140,8 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """What the sidecar of the merged pair says; ValueError where two shards differ in it."""
-    own = (
-        "tool",
-        "shard",
-        "lines",
-        "merged_seed",
-        "encoder",
-        "documents",
-        "tokens",
-        "rejected",
-        "bin_sha256",
-    )
+    own = {"tool", "shard", "lines", "merged_seed", "encoder"}
+    own |= {"documents", "tokens", "rejected", "bin_sha256"}
     described = []
     for _, sidecar in shards:
         about = {k: v for k, v in sidecar.items() if k not in own} | {"seed": sidecar["merged_seed"]}

@@ -10,16 +10,17 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, map_array, with_suffix
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, with_suffix
 from megatron_r1.data.provenance import ORIGIN, SUFFIX
 from megatron_r1.preprocess.documents import Input, digest, identity
+from megatron_r1.run.stage import Standing, finish, read, standing
 from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing
 from megatron_r1.system.terminal import Progress
 
@@ -44,27 +45,49 @@ def alone(work: Path, log: Callable[[str], None]) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def finished(prefix: Path, about: dict[str, Any], sources: Sequence[Input]) -> dict[str, Any] | None:
-    """The sidecar, if it says that this request has been answered and the pair is whole."""
+def look(prefix: Path, about: dict[str, Any], sources: Sequence[Input]) -> tuple[Standing, dict[str, Any]]:
+    """Where the pair of a request stands, and its sidecar (empty where none can be read)."""
+    path = with_suffix(prefix, ".json")
+    sidecar = read(path) or {}
+    before = sidecar.get("inputs")
+    same = (
+        isinstance(before, list) and len(before) == len(sources) and all(map(_is_as_it_was, sources, before))
+    )
+    ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
+    # A damaged sidecar is of no request.
+    theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
+    return standing(theirs, ours, lambda: _is_whole(prefix, sidecar)), sidecar
+
+
+def _is_as_it_was(source: Input, before: dict[str, Any]) -> bool:
+    """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
+    now = identity(source)
+    return now.items() <= before.items() or (
+        now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
+    )
+
+
+def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
     try:
-        sidecar = json.loads(with_suffix(prefix, ".json").read_text(encoding="utf-8"))
         dataset = IndexedDataset(prefix)
-        if {k: sidecar[k] for k in about} != about or not with_suffix(prefix, SUFFIX).is_file():
-            return None
-        if (sidecar["documents"], sidecar["tokens"]) != (dataset.num_documents, len(dataset.tokens)):
-            return None
-        if len(sidecar["inputs"]) != len(sources):
-            return None
-        for source, before in zip(sources, sidecar["inputs"], strict=True):
-            now = identity(source)
-            # Only a file that moved or was touched is read again.
-            if now != {k: before[k] for k in now} and (
-                now["bytes"] != before["bytes"] or digest(source) != before["sha256"]
-            ):
-                return None
-        return sidecar
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return False
+    counts = sidecar.get("documents"), sidecar.get("tokens")
+    return counts == (dataset.num_documents, len(dataset.tokens)) and with_suffix(prefix, SUFFIX).is_file()
+
+
+def tell(output: Path, stage: str, sidecars: dict[str, dict[str, Any]], inputs: dict[str, str]) -> None:
+    """The ledger line beside the outputs, of all keys together. inputs: besides those in the sidecars."""
+    sources = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
+    # Those of a shard are hashed when it is merged: other shards read them, too.
+    hashed = {source["path"]: source["sha256"] for source in sources if source["sha256"]}
+    finish(
+        output.parent,
+        f"{stage} {output.name}",
+        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
+        inputs={**inputs, **hashed},
+        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
+    )
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:
@@ -98,54 +121,47 @@ class Stored:
     whole: tuple[Path, str] | None = None
     """The file of the tokens, where it may become the .bin as it is, and its SHA-256."""
 
-    @staticmethod
-    def of_journal(stem: Path, dtype: np.dtype[Any], sha256: str | None) -> Stored:
-        """sha256: of the tokens, where their order is final."""
-        lengths = np.fromfile(with_suffix(stem, ".lengths"), dtype=np.int32)
-        path = with_suffix(stem, ".tokens")
-        tokens = map_array(path, dtype, 0, int(lengths.sum(dtype=np.int64)))
-        origins = map_array(with_suffix(stem, ".origins"), ORIGIN, 0, len(lengths))
-        whole = None if sha256 is None else (path, sha256)
-        return Stored(tokens, lengths, origins, with_suffix(stem, ".rejects"), None, whole)
 
-    def quoted(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        if self.rejects.is_file():
-            with open(self.rejects, "rb") as stream:
-                for line in stream:
-                    found = json.loads(line)
-                    if self.lines_before is not None:
-                        found["line"] += self.lines_before[names.index(found["file"])]
-                    yield found
+def rejects_of(prefix: Path) -> Path:
+    """Where the rejects of a pair are written, if it has any."""
+    return Path(f"{str(prefix).removesuffix('_document')}_rejects.jsonl")
 
 
-def refuse_empty(
-    parts: Sequence[Stored], key: str, rejects_path: Path, inputs: Sequence[dict[str, Any]]
-) -> None:
+def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequence[dict[str, Any]]) -> None:
     """ValueError where no document is left, with the rejects written to say why."""
     if any(len(part.lengths) for part in parts):
         return
-    names = [source["path"] for source in inputs]
-    rejects = [found for part in parts for found in part.quoted(names)]
+    rejects, path = list(_rejects(parts, inputs)), rejects_of(prefix)
     if not rejects:
-        raise ValueError(f"no document in {', '.join(names)}: nothing is written")
-    with replacing(rejects_path) as stream:
-        for line in _rejected(rejects):
-            stream.write(line)
+        names = ", ".join(source["path"] for source in inputs)
+        raise ValueError(f"no document in {names}: nothing is written")
+    with replacing(path) as stream:
+        stream.write(b"".join(map(_line, rejects)))
     first = rejects[0]
     raise ValueError(
         f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}, the first "
-        f"{first['file']}:{first['line']}: {first['reason']}; all are in {rejects_path}"
+        f"{first['file']}:{first['line']}: {first['reason']}; all are in {path}"
     )
 
 
-def _rejected(rejects: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    return (json.dumps(found, ensure_ascii=False).encode() + b"\n" for found in rejects)
+def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those of all parts, in input order, with their lines in the whole input."""
+    names = [source["path"] for source in inputs]
+    for part in parts:
+        for line in part.rejects.open("rb") if part.rejects.is_file() else ():
+            found = json.loads(line)
+            if part.lines_before is not None:
+                found["line"] += part.lines_before[names.index(found["file"])]
+            yield found
 
 
-def finish(
+def _line(found: dict[str, Any]) -> bytes:
+    return json.dumps(found, ensure_ascii=False).encode() + b"\n"
+
+
+def write_pair(
     parts: Sequence[Stored],
     prefix: Path,
-    rejects_path: Path,
     about: dict[str, Any],
     began: float,
     log: Callable[[str], None],
@@ -153,23 +169,21 @@ def finish(
     """Bring one key's documents into their final order; then all its files take their names.
 
     Tokens that are in that order already, in one file, are not copied. began: `time.monotonic()` of the run.
+    Returns the sidecar.
     """
     dtype = np.dtype(about["dtype"])
     lengths = np.concatenate([part.lengths for part in parts])
-    names = [source["path"] for source in about["inputs"]]
-    reasons = Counter(r["reason"].split(":")[0] for part in parts for r in part.quoted(names))
+    reasons = Counter(found["reason"].split(":")[0] for found in _rejects(parts, about["inputs"]))
     sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
+    rejects_path = rejects_of(prefix)
     with contextlib.ExitStack() as files:
         # They take their names in the opposite order, the sidecar last.
         said = files.enter_context(replacing(sidecar))
         origins = files.enter_context(replacing(origins_path))
         quoted = files.enter_context(replacing(rejects_path)) if reasons else None
         writer = files.enter_context(IndexedWriter(prefix, dtype))
-        shape = {
-            "descr": np.lib.format.dtype_to_descr(ORIGIN),
-            "fortran_order": False,
-            "shape": (len(lengths),),
-        }
+        kind = np.lib.format.dtype_to_descr(ORIGIN)
+        shape = {"descr": kind, "fortran_order": False, "shape": (len(lengths),)}
         np.lib.format.write_array_header_1_0(origins, shape)
         whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
         if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
@@ -198,9 +212,8 @@ def finish(
             on_disk(origins)
         if quoted is not None:
             with naming(rejects_path):
-                for part in parts:
-                    for line in _rejected(part.quoted(names)):
-                        quoted.write(line)
+                for found in _rejects(parts, about["inputs"]):
+                    quoted.write(_line(found))
                 on_disk(quoted)
 
         def forget_earlier() -> None:

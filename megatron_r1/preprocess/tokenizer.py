@@ -8,20 +8,15 @@ as the characters it is made of and never becomes the special token, so that no 
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
-import importlib
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
-from megatron_r1.system.errors import suggest_path
-from megatron_r1.system.files import replacing
+from megatron_r1.system.errors import require, suggest, suggest_path
 
 
 class Tokenizer(Protocol):
@@ -72,17 +67,8 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
     FileNotFoundError for no model.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}"
-        raise ValueError(f"unknown tokenizer kind {kind!r}; {hint}")
+        raise ValueError(f"unknown tokenizer kind {kind!r}{suggest(kind, KINDS)}")
     return KINDS[kind](Path(model))
-
-
-def _library(name: str, kind: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"{kind} needs the package {name} ({error}): pip install {name}") from None
 
 
 def _existing(model: Path, kind: str) -> Path:
@@ -103,7 +89,7 @@ class SentencePiece(Tokenizer):
     library = "sentencepiece"
 
     def __init__(self, model: Path):
-        library = _library("sentencepiece", self.kind)
+        library = require("sentencepiece", self.kind)
         self.model_bytes = _existing(model, self.kind).read_bytes()
         try:
             self._model = library.SentencePieceProcessor(model_proto=self.model_bytes)
@@ -137,7 +123,7 @@ class HuggingFace(Tokenizer):
     library = "tokenizers"
 
     def __init__(self, model: Path):
-        library = _library("tokenizers", self.kind)
+        library = require("tokenizers", self.kind)
         path = _hf_file(model, "tokenizer.json")
         if path is None:
             raise FileNotFoundError(
@@ -162,17 +148,17 @@ class HuggingFace(Tokenizer):
         # A bare tokenizer.json does not say which token ends a text; these names leave no doubt.
         names += ["<|end_of_text|>", "<|endoftext|>", "</s>"]
         for token in names:
-            found = self._model.token_to_id(token)
-            if token and found is not None:
-                return int(found)
+            number = self._model.token_to_id(token)
+            if token and number is not None:
+                return int(number)
         raise ValueError(f"{model} names no eos_token; add tokenizer_config.json with one beside it")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_utf8(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
-        return [e.ids for e in found]
+        encodings = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode(list(tokens), skip_special_tokens=False)
@@ -200,7 +186,7 @@ def _hf_file(model: Path, name: str) -> Path | None:
         return model / name if (model / name).is_file() else None
     if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
         _existing(model, "HuggingFaceTokenizer")
-    hub = _library("huggingface_hub", "HuggingFaceTokenizer")
+    hub = require("huggingface_hub", "HuggingFaceTokenizer")
     try:
         return Path(hub.hf_hub_download(str(model), name))
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
@@ -242,7 +228,7 @@ class TikToken(Tokenizer):
     library = "tiktoken"
 
     def __init__(self, model: Path):
-        library = _library("tiktoken", self.kind)
+        library = require("tiktoken", self.kind)
         self.model_bytes = _existing(model, self.kind).read_bytes()
         ranks: dict[bytes, int] = {}
         try:
@@ -291,38 +277,15 @@ class TikToken(Tokenizer):
         return sorted(self._specials, key=self._specials.__getitem__)
 
     def fast_model(self) -> str | None:
-        return _tokenizer_json(self._ranks, _LLAMA3_SPLIT)
+        return self.tokenizer_json()
 
-
-def _tokenizer_json(ranks: dict[bytes, int], split: str) -> str:
-    """Ranks as a byte-level BPE in Hugging Face's format: a merge for each pair whose union has a rank."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-    def word(token: bytes) -> str:
-        return "".join([letters[byte] for byte in token])
-
-    merges: list[tuple[int, int, int, bytes, bytes]] = []
-    for token, rank in ranks.items():
-        for i in range(1, len(token)):
-            left, right = ranks.get(token[:i]), ranks.get(token[i:])
-            if left is not None and right is not None:
-                merges.append((rank, left, right, token[:i], token[i:]))
-    merges.sort()
-    split_by = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
-        "type": "BPE",
-        # A piece that is a token stays one, even where no merges lead to it.
-        "ignore_merges": True,
-        "vocab": {word(token): rank for token, rank in ranks.items()},
-        "merges": [[word(left), word(right)] for *_, left, right in merges],
-    }
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split_by, to_bytes]}
-    parts = {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": to_bytes}
-    return json.dumps({**parts, "normalizer": None, "post_processor": None, "model": model})
+    def tokenizer_json(self, specials: Sequence[str] = ()) -> str:
+        """The ranks as a tokenizer.json, with `specials` as the tokens after them."""
+        library = require("transformers.convert_slow_tokenizer", "a tokenizer.json of tiktoken ranks")
+        converter = library.TikTokenConverter(pattern=_LLAMA3_SPLIT, extra_special_tokens=specials)
+        # Its own reader keeps a copy of each file by path, and would give the ranks of an earlier one.
+        converter.load_tiktoken_bpe = lambda _: self._ranks
+        return converter.converted().to_str()
 
 
 KINDS = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}
@@ -335,85 +298,3 @@ def _utf8(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"lone surrogate {text[error.start]!r} at character {error.start}") from None
     return text
-
-
-def train_sentencepiece(
-    inputs: Sequence[str | Path],
-    output: str | Path,
-    vocab_size: int,
-    json_key: str = "text",
-    max_bytes: int = 30_000_000,
-) -> int:
-    """Train a BPE model on JSONL texts and write it; returns the bytes of text it has seen.
-
-    Of each input an equal share of `max_bytes` is taken, lines picked by their hash, so that the same
-    files give the same model. Text survives a round trip exactly (spaces, tabs, newlines, any Unicode,
-    by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits stand alone.
-    Errors: FileNotFoundError, ValueError for a bad line or for a vocabulary the text cannot fill.
-    """
-    trainer = _library("sentencepiece", SentencePiece.kind).SentencePieceTrainer
-    model, seen = io.BytesIO(), 0
-    mistakes: list[Exception] = []
-
-    def pieces() -> Iterator[str]:
-        nonlocal seen
-        try:
-            for path in inputs:
-                for text in _sample(Path(path), json_key, max_bytes // len(inputs)):
-                    seen += len(text.encode())
-                    yield from _by_lines(text, 4000)
-        except Exception as error:
-            # The trainer would turn it into a RuntimeError of its own.
-            mistakes.append(error)
-
-    try:
-        trainer.train(
-            sentence_iterator=pieces(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            # Indentation as one token.
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 24,
-            # Part of the model's bytes: fixed, so that they do not depend on the machine.
-            num_threads=4,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].split("] ")[-1]
-        mistakes.append(ValueError(f"vocab_size {vocab_size} does not fit {seen} bytes of text: {detail}"))
-    if mistakes:
-        raise mistakes[0]
-    with replacing(output) as stream:
-        stream.write(model.getvalue())
-    return seen
-
-
-def _sample(path: Path, json_key: str, max_bytes: int) -> Iterator[str]:
-    share = min(1.0, max_bytes / max(1, path.stat().st_size))
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little") >= share * 2**64:
-                continue
-            try:
-                yield _utf8(str(json.loads(line)[json_key]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: no text under {json_key!r} ({error!r})") from None
-
-
-def _by_lines(text: str, limit: int) -> Iterable[str]:
-    """Cut at line ends into pieces of about `limit` characters: the trainer holds a piece as one sentence."""
-    piece, length = [], 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        length += len(line)
-        if length >= limit:
-            yield "".join(piece)
-            piece, length = [], 0
-    if piece:
-        yield "".join(piece)

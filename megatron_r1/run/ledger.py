@@ -34,11 +34,11 @@ def append(
     inputs: Hashes | None = None,
     outputs: Hashes | None = None,
 ) -> None:
-    """Add a line to `directory`/ledger.jsonl.
+    """Add a line to `directory`/ledger.jsonl. Stages call `run.stage.finish`.
 
-    `seconds` is by default the age of this process, so that imports count as they should; device-hours
-    are seconds x devices. A stage that ran again replaces nothing: the last line of a stage is the one
-    that finished, earlier ones are what was spent besides.
+    `seconds` is by default the age of this process, so that imports count. Device-hours are seconds x
+    devices. A stage that ran again replaces nothing: its last line is of the launch that finished, earlier
+    lines are what was spent besides.
     """
     if seconds is None:
         seconds = time.time() - process_start()
@@ -64,13 +64,6 @@ def append(
         file.write(b"" if whole else b"\n")
         file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         file.flush()
-
-
-def append_new(directory: Path, stage: str, *, outputs: Hashes, **facts: Any) -> None:
-    """`append`, unless a line of this stage tells of the same outputs: then they were found, not made."""
-    told = any(line["stage"] == stage and line.get("outputs") == dict(outputs) for line in read(directory))
-    if not told:
-        append(directory, stage, outputs=outputs, **facts)
 
 
 def process_start() -> float:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_r1.run.stage import Standing, read, standing
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import RunLock, owner_environment
 
@@ -30,6 +31,10 @@ class Stage:
     files: Sequence[Path] = ()
     """Files it reads besides what earlier stages left: when they change, it runs again."""
     environment: dict[str, str] = field(default_factory=dict)
+
+    def is_there(self) -> bool:
+        """Whether all outputs are there."""
+        return all(path.exists() for path in self.outputs)
 
 
 class PipelineError(ValueError):
@@ -49,22 +54,16 @@ def run(directory: Path, stages: Sequence[Stage]) -> None:
         for file in stage.files:
             chain.update(file.read_bytes())
         stamp = directory / "stages" / f"{stage.name.replace(' ', '_')}.json"
-        if _done(stamp, chain.hexdigest(), stage.outputs):
+        made, inputs = (read(stamp) or {}).get("inputs"), chain.hexdigest()
+        if standing({"inputs": made}, {"inputs": inputs}, stage.is_there) is Standing.DONE:
             print(f"{title}: done before", flush=True)
             continue
         print(f"{title}: {_short(stage.command)}", flush=True)
         seconds = _call(stage)
-        write_text(stamp, json.dumps({"inputs": chain.hexdigest(), "seconds": seconds}))
+        write_text(stamp, json.dumps({"inputs": inputs, "seconds": seconds}))
         print(f"{title}: {seconds:.0f} s\n", flush=True)
     print(f"all {len(stages)} stages done, {time.monotonic() - began:.0f} s this time", flush=True)
     lock.release()
-
-
-def _done(stamp: Path, inputs: str, outputs: Sequence[Path]) -> bool:
-    try:
-        return json.loads(stamp.read_text())["inputs"] == inputs and all(p.exists() for p in outputs)
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _call(stage: Stage) -> float:
@@ -86,8 +85,7 @@ def _call(stage: Stage) -> float:
             f"The same command again goes on from here"
         )
     # A tool that was asked to stop (SIGTERM) saves and ends with 0.
-    absent = [str(path) for path in stage.outputs if not path.exists()]
-    if absent:
+    if absent := [str(path) for path in stage.outputs if not path.exists()]:
         raise PipelineError(
             f"stage {stage.name} ended before its end: {', '.join(absent)} is not there yet. "
             f"The same command again goes on from here"

@@ -1,11 +1,13 @@
-"""What a user may have meant by a name that is not there."""
+"""Wordings that several rooms share: what a user may have meant, and a package that is missing."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 _FEW = 16
 
@@ -13,9 +15,8 @@ _FEW = 16
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean gcide?`, or the known names, where they are few and none resembles the word."""
     known = list(known)
-    found = difflib.get_close_matches(word, known, n=1)
-    if found:
-        return f"; did you mean {found[0]}?"
+    if matches := difflib.get_close_matches(word, known, n=1):
+        return f"; did you mean {matches[0]}?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= _FEW else ""
 
 
@@ -30,10 +31,21 @@ def suggest_path(path: Path) -> str:
         beside = os.listdir(missing.parent)
     except OSError:
         return ""
-    found = difflib.get_close_matches(missing.name, beside, n=3)
-    rest = path.relative_to(missing)
+    matches = [missing.parent / name for name in difflib.get_close_matches(missing.name, beside, n=3)]
     # Of several that resemble it, one in which the rest is there.
-    whole = [missing.parent / name / rest for name in found]
-    there = [candidate for candidate in whole if candidate.exists()]
-    there += [missing.parent / name for name in found]
-    return f"; did you mean {there[0]}?" if there else ""
+    complete = [match / path.relative_to(missing) for match in matches]
+    best = [candidate for candidate in complete if candidate.exists()] + matches
+    return f"; did you mean {best[0]}?" if best else ""
+
+
+def require(module: str, user: str, install: str = "") -> ModuleType:
+    """Import `module` of an optional package, which `user` needs. ValueError: what to install.
+
+    `install`: the argument of `pip install`, if it is not the package itself.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).split(".")[0]
+        message = f"{user} needs the package {package} ({error}): pip install {install or package}"
+        raise ValueError(message) from None

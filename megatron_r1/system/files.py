@@ -59,7 +59,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
         raise
     finally:
-        # A disk that is full is so when the buffer goes, too; the first error has said it.
+        # On a full disk flushing the buffer fails, too; the first error is the one that is raised.
         with suppress(OSError):
             stream.close()
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -23,6 +22,11 @@ _EVERY = 10.0
 def say(line: str) -> None:
     """What a person should see beside the results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the launch's first, which speaks for all; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
@@ -41,9 +45,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -57,9 +59,7 @@ class Progress:
             now = time.monotonic()
             if now - self._last >= _EVERY or self.done == self.total:
                 self._last = now
-                print(
-                    f"{self.name}: {self.line()}{' | ' + note if note else ''}", file=sys.stderr, flush=True
-                )
+                say(f"{self.name}: {self.line()}{' | ' + note if note else ''}")
 
     def line(self) -> str:
         """`120/200 steps, 1.9 steps/s, 42 s left`."""
@@ -96,9 +96,8 @@ def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
 
 def announce_torch(run: str) -> None:
     """Say, once a launch and before torch is imported, what the silence is that follows."""
-    if os.environ.get("RANK", "0") == "0":
-        line = f"{run}: configuration checked; loading torch, which takes some seconds"
-        print(line, file=sys.stderr, flush=True)
+    if is_first_rank():
+        say(f"{run}: configuration checked; loading torch, which takes some seconds")
 
 
 @contextmanager
@@ -111,14 +110,15 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError, RunBusyError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if is_first_rank():
+            say(f"error: {error}")
+        else:
             # Most mistakes are every rank's, and the first one says them; the launcher ends this one
             # before it repeats them, unless the mistake is its alone.
             time.sleep(3)
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+            say(f"[rank {os.environ['RANK']}] error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        if is_first_rank():
+            say("interrupted; the same command goes on from here")
         sys.exit(130)

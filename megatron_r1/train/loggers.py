@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from megatron_r1.config import TrainConfig
 from megatron_r1.run.layout import RunDir
+from megatron_r1.system.errors import require
 
 
 class Logger(Protocol):
@@ -27,13 +28,7 @@ def build_loggers(run: RunDir, train: TrainConfig) -> list[Logger]:
 
 class _WeightsAndBiases:
     def __init__(self, run: RunDir, project: str):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                f"train.wandb_project={project} needs the package wandb; install it, or leave the field out: "
-                f"TensorBoard has the same figures"
-            ) from None
+        wandb = require("wandb", f"train.wandb_project={project}", "wandb, or leave the field out")
         # One run of theirs for one of ours, however often it was resumed.
         name = run.root.name
         self._run = wandb.init(project=project, name=name, id=name, dir=run.root, resume="allow")
@@ -49,16 +44,15 @@ class _ExperimentManager:
     """The loggers that `exp_manager` attaches to a Lightning trainer, which trains nothing here."""
 
     def __init__(self, run: RunDir, given: Mapping[str, Any]):
-        try:
-            from lightning.pytorch import Trainer
-            from lightning.pytorch.plugins.environments import LightningEnvironment
-            from nemo.utils.exp_manager import exp_manager
-        except ImportError as error:
-            raise ValueError(
-                f"train.exp_manager needs NeMo ({error}): pip install 'megatron_r1[nemo]', "
-                f"or leave the field out"
-            ) from None
-        trainer = Trainer(
+        nemo, lightning, environments = (
+            require(module, "train.exp_manager", "'megatron_r1[nemo]', or leave the field out")
+            for module in (
+                "nemo.utils.exp_manager",
+                "lightning.pytorch",
+                "lightning.pytorch.plugins.environments",
+            )
+        )
+        trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
             logger=False,
@@ -66,7 +60,7 @@ class _ExperimentManager:
             enable_progress_bar=False,
             enable_model_summary=False,
             # This rank alone, whatever launched it: only the first rank logs.
-            plugins=[LightningEnvironment()],
+            plugins=[environments.LightningEnvironment()],
         )
         ours = {
             "exp_dir": str(run.root / "nemo"),
@@ -74,7 +68,7 @@ class _ExperimentManager:
             "use_datetime_version": False,
             "create_checkpoint_callback": False,
         }
-        exp_manager(trainer, {**ours, **given})
+        nemo.exp_manager(trainer, {**ours, **given})
         self._loggers = trainer.loggers
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:

@@ -24,11 +24,12 @@ from megatron_r1.parallel import (
     process_groups,
 )
 from megatron_r1.records import TrainState
-from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.ledger import process_start
+from megatron_r1.run.stage import finish
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
-from megatron_r1.system.terminal import Progress, say
+from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
 from megatron_r1.train.batches import FaultTolerantBatches, micro_batches, rank_samples
 from megatron_r1.train.evaluate import Evaluation
@@ -60,7 +61,7 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     data = data or open_data(config, launched())
     data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
     if resume.is_finished(config, data):
-        if launched()[0] == 0:
+        if is_first_rank():
             print("\n".join(resume.describe_start(config, data)), flush=True)
         return
     exit_when_orphaned()
@@ -121,7 +122,7 @@ class Trainer:
         """Steps whose windows the disk has been asked for."""
         self.log: MetricsLog | None = None
         self.rank_log = RankLog(run.rank_log(context.rank))
-        self.began = ledger.process_start()
+        self.began = process_start()
 
     def train(self) -> None:
         """To the end of the recipe, or until a rank is asked to stop. Before an error that all ranks know
@@ -197,7 +198,7 @@ class Trainer:
             steps = self.state.step - first
             path = self.run.checkpoints / f"step_{self.state.step:08d}"
             written = [ref.path for ref in checkpoint_files.found(self.run.checkpoints) if ref.step > first]
-            ledger.append(
+            finish(
                 self.run.root,
                 f"train {span.name}",
                 devices=self.context.world_size,
@@ -205,6 +206,7 @@ class Trainer:
                 seconds=time.time() - self.began,
                 inputs={**self.files, **self.identities, **self.origin},
                 outputs={str(saved): checkpoint_files.identity(saved) for saved in written},
+                again=True,
             )
             self.origin = {str(path): checkpoint_files.identity(path)}
             stops = self.stopping and self.state.step < self.last_step

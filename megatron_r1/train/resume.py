@@ -15,6 +15,7 @@ from megatron_r1.data.open import OpenData
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
+from megatron_r1.run.stage import finish
 from megatron_r1.train.metrics import read
 from megatron_r1.train.schedule import late_edits, phase_spans
 
@@ -104,7 +105,7 @@ def record_killed_launches(config: Config, step: int) -> None:
         # One that was damaged since stands in nobody's way.
         with suppress(ValueError, IndexError):
             seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
-        ledger.append(
+        finish(
             run.root,
             f"train {span.name}",
             devices=mine[-1].get("ranks", 1),
@@ -112,6 +113,7 @@ def record_killed_launches(config: Config, step: int) -> None:
             seconds=sum(line["seconds"] + line.get("saving_seconds", 0.0) for line in mine),
             inputs={sources[name].prefix: found for name, found in seen.items() if name in sources},
             outputs={str(path): checkpoint_files.identity(path) for path in outputs},
+            again=True,
         )
 
 

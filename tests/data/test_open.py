@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
 from megatron_r1.data.open import OpenData, open_data
-from tests.launch import TINY_MODEL, write_corpus
+from tests.launch import TINY_MODEL, start, write_corpus
 
 
 def sidecar(prefix: Path, fingerprint: str, vocab_size: int) -> None:
@@ -155,3 +157,27 @@ def test_a_source_that_is_not_there_is_planned_by_its_tokens(words: list[str]) -
         open_data(config_io.load([*words, "data.sources.b.prefix=nowhere/b"]), use="plan")
     with pytest.raises(ConfigError, match=r"nowhere/b\.idx does not exist"):
         open_data(config)
+
+
+def test_ranks_without_torchrun_all_find_damage(words: list[str], tmp_path: Path) -> None:
+    """Nobody ends the others when one alone does; the others would wait ten minutes for it to join them."""
+    index = tmp_path / "a.idx"
+    damaged = bytearray(index.read_bytes())
+    # A length in the second rank's part of the index.
+    damaged[34 + 4 * 15] += 1
+    index.write_bytes(damaged)
+    IndexedDataset(tmp_path / "a", share=(0, 2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    command = [sys.executable, "tools/train.py", *words]
+    processes = [
+        start(command, log, RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank, log in enumerate(logs)
+    ]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [2, 2]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(f"{index} is damaged at offset" in log.read_text() for log in logs)

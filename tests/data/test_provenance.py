@@ -12,7 +12,8 @@ import xxhash
 from megatron_r1.data.indexed import IndexedDataset
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess.preprocess import preprocess
-from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 
 KIND = "SentencePieceTokenizer"
 TEXTS = [f"Document {i}: {'words and  spaces ' * (i % 7)}\n\tline {i * i}" for i in range(200)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Llama4TextConfig, LlamaConfig
+from transformers import AutoConfig
 
 from megatron_r1.config import ModelConfig, RopeScaling
 from megatron_r1.export import config as hf_config
@@ -28,11 +28,17 @@ LLAMA4 = {
 }
 
 
-@pytest.mark.parametrize("theirs", [LlamaConfig, Llama4TextConfig], ids=["llama", "llama4_text"])
-def test_defaults_are_those_of_the_classes(theirs: Any) -> None:
-    ours = dict(hf_config.DEFAULTS[theirs.model_type])
-    assert ours.pop("rope_theta") == theirs.default_theta
-    assert ours == {f.name: f.default for f in dataclasses.fields(theirs) if f.name in ours}
+@pytest.mark.parametrize("base", [LLAMA, LLAMA4], ids=["llama", "llama4_text"])
+def test_what_a_file_lacks_is_as_transformers_takes_it(base: dict[str, Any]) -> None:
+    theirs = AutoConfig.for_model(**base)
+    ours = hf_config.from_hf(base)
+    assert (ours.context, ours.model.rms_norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert ours.model.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert (ours.model.num_query_groups, ours.model.head_dim, ours.model.init_std) == (
+        theirs.num_key_value_heads,
+        theirs.head_dim,
+        theirs.initializer_range,
+    )
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["llama4_text", "llama"])

@@ -4,24 +4,59 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as protocol
 from transformers import AutoTokenizer
 
 from megatron_r1.export.tokenizer import tokenizer_files
-from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.preprocess.test_tokenizer import CODE, HARD
 
 TEXTS = [Path(__file__).read_text(), *HARD]
+SPECIALS = ("<s>", "</s>", "<unk>", "<0x41>", "<|end_of_text|>", "<|reserved_special_token_3|>")
+
+
+def drawn_texts(count: int) -> list[str]:
+    """Random strings: code, repeated letters, spaces, digits, any Unicode, names of special tokens."""
+    draw = random.Random(0)
+    letters = [
+        "ab",
+        " \n",
+        "\t \r\n",
+        "0123456789.,-",
+        "<>s/unk|_",
+        "aßé한漢字🙂\u200d\u2028\u00a0\x00",
+        CODE,
+    ]
+
+    def one() -> str:
+        some = "".join(draw.choices(draw.choice(letters), k=draw.randrange(40)))
+        start = draw.randrange(len(TEXTS[0]))
+        code = TEXTS[0][start : start + draw.randrange(80)]
+        any_letters = "".join(chr(draw.randrange(0xD800)) for _ in range(draw.randrange(8)))
+        repeated = some[:4] * draw.randrange(20)
+        return draw.choice(["{0}{1}", "{1}{4}{1}", "{2}", "{3}", "{4}{0}", "{3}{2}{4}"]).format(
+            some, code, any_letters, repeated, draw.choice(SPECIALS)
+        )
+
+    return [one() for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sentencepiece")
-    words = [CODE + f"# {n} {n * n} item\n" for n in range(300)]
+    words = [CODE + f"# {n} {n * n} item <{n}>\n" for n in range(300)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     train_sentencepiece([folder / "text.jsonl"], folder / "sp.model", vocab_size=370)
+    # "s>" as a token: after "<" the two are the characters of <s>, and must not become it.
+    proto = protocol.ModelProto.FromString((folder / "sp.model").read_bytes())  # type: ignore[attr-defined]
+    last = max(i for i, piece in enumerate(proto.pieces) if len(piece.piece) == 2)
+    proto.pieces[last].piece = "s>"
+    (folder / "sp.model").write_bytes(proto.SerializeToString())
     return folder / "sp.model"
 
 
@@ -44,6 +79,8 @@ def test_transformers_gives_the_same_tokens(
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     # Ours takes a special token's name in a document as text, as this option does.
     plain = {"add_special_tokens": False, "split_special_tokens": True}
+    drawn = drawn_texts(2000)
+    assert theirs(drawn, **plain)["input_ids"] == ours.encode_batch(drawn)
     assert [theirs.encode(text, **plain) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
     assert [theirs.decode(ours.encode(text)) for text in TEXTS] == TEXTS
     assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
@@ -68,8 +105,6 @@ def test_nemo_s_hugging_face_tokenizer_gives_the_same_tokens(sentencepiece: Path
 
 
 def test_a_normalising_sentencepiece_model_is_refused(sentencepiece: Path, tmp_path: Path) -> None:
-    from sentencepiece import sentencepiece_model_pb2 as protocol
-
     proto = protocol.ModelProto.FromString(sentencepiece.read_bytes())  # type: ignore[attr-defined]
     proto.normalizer_spec.add_dummy_prefix = True
     (tmp_path / "sp.model").write_bytes(proto.SerializeToString())

@@ -1,7 +1,9 @@
-"""Adam's second moment from a checkpoint, against the optimizer that saved it, in every layout."""
+"""Adam's second moment against the optimizer that saved it, in every layout; a new curvature."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import torch
 
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
-from megatron_r1.config import OptimizerConfig, ParallelConfig
-from megatron_r1.influence.curvature import adam_scale, precondition
+from megatron_r1.config import Config, OptimizerConfig, ParallelConfig
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.curvature import CURVATURES, adam_scale
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.parameters import Directions
+from megatron_r1.influence.score import compute_influence
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.train.optimizer import build_optimizer, set_schedule
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
+from tests.influence.test_score import changed, copied, tables
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -75,7 +82,7 @@ def _score(path: Path, parallel: ParallelConfig) -> np.ndarray:
         gpt = tiny.build(parallel)
         load_checkpoint(path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
-        precondition("adam", v, path, gpt)
+        CURVATURES["adam"]().apply(v, tiny.engine(gpt, context), path, [])
         return tiny.scores(gpt, context, v, tiny.windows())[0]
 
 
@@ -90,3 +97,33 @@ def test_a_checkpoint_without_an_optimizer_is_refused(saved: Any) -> None:
     bare = saved[0].parent / "bare" / saved[0].name
     with pytest.raises(RankFailedError, match=r"no optimizer state, which influence\.curvature=adam needs"):
         on_ranks(1, _scale, bare, ParallelConfig())
+
+
+class Halves:
+    """H = 2: all that a curvature needs."""
+
+    def apply(
+        self, directions: Directions, engine: Engine, checkpoint: Path, sources: Sequence[Examples]
+    ) -> None:
+        assert list(sources) == []
+        for direction in directions.values():
+            direction /= 2
+
+
+def _scored_with(name: str, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CURVATURES, "halves", Halves)
+        compute_influence(changed(config, influence={"curvature": name}))
+
+
+def test_a_new_curvature_is_a_class_and_a_line(trained: Config, tmp_path: Path) -> None:
+    scores, norms = {}, {}
+    for name in ("identity", "halves"):
+        config = changed(copied(trained, tmp_path / name), influence={"steps": [4], "examples": 4})
+        on_ranks(1, _scored_with, name, config)
+        scores[name] = tables(config)[0].score_NCK
+        manifest = json.loads((tmp_path / name / "run/influence/step_00000004/a/manifest.json").read_text())
+        assert manifest["influence"]["curvature"] == name
+        norms[name] = np.array(list(manifest["direction_norms"].values()))
+    assert np.array_equal(scores["halves"], scores["identity"] / 2)
+    assert np.array_equal(norms["halves"], norms["identity"] / 2)

@@ -13,7 +13,6 @@ from megatron_r1.config import ParallelConfig
 from megatron_r1.influence.gradients import Scorer
 from megatron_r1.influence.methods import WgradDot, dot_with_directions
 from megatron_r1.influence.parameters import parameter_names, select
-from megatron_r1.influence.passes import mean_gradient
 from megatron_r1.parallel import process_groups
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
@@ -104,7 +103,7 @@ def _sum_over_examples() -> tuple[np.ndarray, np.ndarray]:
         gpt, rows = tiny.build(), tiny.windows()
         v = tiny.directions(gpt, context)
         found = tiny.scores(gpt, context, v, rows)[0]
-        g = mean_gradient(gpt, gpt, tiny.batches(rows, 4), 3, 4, tiny.SEQ, len(rows), v)
+        g = tiny.engine(gpt, context, 4).mean_gradient(tiny.Windows(rows))
         return found.sum(0), len(rows) * sum((g[n] * v[n]).flatten(1).sum(1) for n in g).numpy()
 
 

@@ -15,10 +15,9 @@ from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
 from megatron_r1.influence import kfac
-from megatron_r1.influence import kfac as drawn_labels
-from megatron_r1.influence.kfac import DrawnPasses, draw
-from megatron_r1.influence.methods import Directions
-from megatron_r1.influence.parameters import EMBEDDING
+from megatron_r1.influence.curvature import CURVATURES
+from megatron_r1.influence.engine import Engine, draw
+from megatron_r1.influence.parameters import EMBEDDING, Directions
 from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.records import Batch, TrainState
 from tests.distributed import RankFailedError, on_ranks
@@ -48,28 +47,24 @@ def _windows() -> list[np.ndarray]:
 
 
 def _apply(kind: str, v: Directions, gpt: Any, context: ParallelContext) -> None:
-    def sources() -> Iterator[tuple[Iterator[Batch], int]]:
-        for rows in _windows():
-            rank, ranks = context.data_rank, context.data_size
-            yield tiny.batches(rows, MICRO_BATCH, rank, ranks), tiny.passes(len(rows), MICRO_BATCH, ranks)
-
-    kfac.apply_inverse(kind, v, DrawnPasses(gpt, gpt, sources, sum(ROWS), MICRO_BATCH, tiny.SEQ, 5, context))
+    sources = [tiny.Windows(rows) for rows in _windows()]
+    CURVATURES[kind]().apply(v, tiny.engine(gpt, context, MICRO_BATCH), Path(), sources)
 
 
 def _record_labels() -> list[Batch]:
     """The batches of the passes to come, their labels as drawn."""
     seen: list[Batch] = []
-    run = drawn_labels.run_passes
+    run = Engine.run
 
-    def watched(model: Any, batches: Iterator[Batch], *others: Any) -> None:
+    def watched(engine: Engine, batches: Iterator[Batch], *others: Any) -> None:
         def kept() -> Iterator[Batch]:
             for batch in batches:
                 seen.append(batch)
                 yield batch
 
-        run(model, kept(), *others)
+        run(engine, kept(), *others)
 
-    drawn_labels.run_passes = watched  # this fork's own
+    Engine.run = watched  # type: ignore[method-assign]  # this fork's own
     return seen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
-from megatron_r1.config import ParallelConfig
-from megatron_r1.influence.methods import Ghost, LowRank, Method, correlation, truncated
+from megatron_r1.config import InfluenceConfig, ParallelConfig
+from megatron_r1.influence.curvature import CURVATURES
+from megatron_r1.influence.methods import METHODS, Ghost, LowRank, Method, correlation, truncated
 from megatron_r1.influence.parameters import parameter_names
-from megatron_r1.influence.projection import Projected, Projection, build_projection, projected_directions
+from megatron_r1.influence.plan import FIELDS
+from megatron_r1.influence.projection import Projected, Projection, projected_directions
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from tests.distributed import on_ranks
@@ -35,7 +38,8 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
         ref = save_checkpoint(checkpoints, gpt, None, TrainState(), tiny.MODEL, "one", "")
         load_checkpoint(ref.path, gpt, None, tiny.MODEL)
         v = tiny.directions(gpt, context)
-        projection = build_projection(parameter_names(tiny.MODEL.num_layers), v, 4, 5, context)
+        shard = context.tensor_rank, context.tensor_size
+        projection = Projection(parameter_names(tiny.MODEL.num_layers), v, 4, 5, shard)
         projected_CP = projected_directions(projection, v, 3, gpt)
         methods: dict[str, Method] = {
             "ghost": Ghost(v, 3, tiny.SEQ),
@@ -56,6 +60,13 @@ def _measured(parallel: ParallelConfig, checkpoints: Path) -> Found:
 @pytest.fixture(scope="module")
 def alone(weights: Path) -> Found:
     return on_ranks(1, _measured, ParallelConfig(), weights)[0]
+
+
+def test_the_configuration_names_every_method_and_curvature() -> None:
+    hints = get_type_hints(InfluenceConfig)
+    assert set(get_args(hints["method"])) == METHODS.keys()
+    assert set(get_args(hints["curvature"])) - {"auto"} == CURVATURES.keys()
+    assert FIELDS.keys() <= METHODS.keys() | CURVATURES.keys()
 
 
 def test_exact_methods_agree(alone: Found) -> None:
@@ -117,8 +128,8 @@ def test_inner_products_of_projections_have_their_mean_and_variance() -> None:
     v += 0.5 * g
     found = []
     for seed in range(4000):
-        projection = Projection({name: (10, 15)}, {name: 2}, k, seed, (0, 1), torch.device("cpu"))
-        kept = projection.of_directions({name: torch.stack([g, v])}, 2)
+        directions = {name: torch.stack([g, v])}
+        kept = Projection([name], directions, k, seed).of_directions(directions, 2)
         found.append(float(kept[0] @ kept[1]))
     g, v = g.double(), v.double()
 

@@ -32,7 +32,7 @@ def _asked(config: Config, output: Path, capabilities: list[str]) -> None:
     def refused(*_: Any) -> None:
         raise AssertionError("an example passed through the model")
 
-    score_module.score = refused  # type: ignore[assignment]  # this fork's own
+    score_module.score_examples = refused  # type: ignore[assignment]  # this fork's own
     query_influence(open_query(config, output, capabilities), output)
 
 

@@ -17,20 +17,24 @@ import pytest
 import torch
 
 from megatron_r1 import backend, config_io
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.indexed import IndexedDataset, open_corpus
+from megatron_r1.data.indexed import IndexedDataset, identity_of, open_corpus
 from megatron_r1.data.windows import choose
+from megatron_r1.influence import engine as engine_module
 from megatron_r1.influence import score as score_module
+from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
-from megatron_r1.influence.plan import estimate, lay_plan
+from megatron_r1.influence.plan import estimate, examples_left, lay_plan
 from megatron_r1.influence.score import compute_influence
 from megatron_r1.influence.store import ScoreStore, read_scores
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.ledger import read as read_ledger
+from megatron_r1.system.files import sha256
 from tests import launch
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
@@ -93,7 +97,7 @@ def test_done_work_answers_at_once(whole: Config, capfd: pytest.CaptureFixture[s
 
 
 def _scored_without_a_model(config: Config) -> None:
-    score_module.build_model = None  # type: ignore[assignment]  # this fork's own
+    engine_module.build_model = None  # type: ignore[assignment]  # this fork's own
     compute_influence(config)
 
 
@@ -144,14 +148,14 @@ def test_killed_and_started_again_gives_the_same_bits(whole: Config, trained: Co
 
 def _probing_sets_passed(config: Config) -> int:
     """How many mean gradients a start computes."""
-    count, original = 0, score_module.mean_gradient
+    count, original = 0, Engine.mean_gradient
 
     def counted(*args: Any) -> Any:
         nonlocal count
         count += 1
         return original(*args)
 
-    score_module.mean_gradient = counted  # this fork's own
+    Engine.mean_gradient = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
     return count
 
@@ -218,12 +222,33 @@ def test_changed_inputs_are_refused_by_name(
 def test_other_weights_are_refused(whole: Config, tmp_path: Path) -> None:
     shutil.copytree(whole.train.run, tmp_path / "run")
     config = changed(whole, train={"run": str(tmp_path / "run")})
-    file = next((tmp_path / "run/checkpoints/step_00000002").glob("*.distcp"))
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    first, last = (tmp_path / f"run/checkpoints/step_0000000{step}" for step in (2, 4))
+    shutil.rmtree(first)
+    shutil.copytree(last, first)
     with pytest.raises(RankFailedError, match="other inputs: weights"):
         on_ranks(1, compute_influence, config)
+
+
+def test_scores_of_an_earlier_version_are_read_and_not_continued(whole: Config, tmp_path: Path) -> None:
+    """Format 2 has the same scores, and hashes that cannot be compared."""
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    for path in (tmp_path / "run/influence").glob("*/*/manifest.json"):
+        former = {**json.loads(path.read_text()), "format": 2, "weights": "w", "data": {"hash": "d"}}
+        path.write_text(json.dumps(former))
+    config = changed(whole, train={"run": str(tmp_path / "run")})
+    for former, now in zip(tables(config), tables(whole), strict=True):
+        assert np.array_equal(former.score_NCK, now.score_NCK)
+    message = r"a holds scores of an earlier version \(format 2, where 3 .* or use another train\.run"
+    with pytest.raises(RankFailedError, match=message):
+        on_ranks(1, compute_influence, config)
+    with pytest.raises(ValueError, match=message):
+        examples_left(lay_plan(config))
+    path.write_text('{"format": 1}')
+    with pytest.raises(ValueError, match="has format 1, where 2 and 3 are known; score again"):
+        tables(config)
+    path.write_text("[")
+    with pytest.raises(ValueError, match="is damaged"):
+        tables(config)
 
 
 def test_a_source_that_appears_later_is_scored_and_the_rest_is_kept(
@@ -251,9 +276,6 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         influence={
             "steps": [2, 3],
             "directions": {"x": f"{tmp_path}/x", "loss": f"{tmp_path}/x"},
-            "examples": 0,
-            "seed": -1,
-            "micro_batch": 0,
             "norms": True,
             "layers": ["linears"],
         },
@@ -265,9 +287,6 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "has [2, 4]",
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
         "influence.directions.loss: the name of a column of exported scores",
-        "influence.seed=-1 must not be negative",
-        "influence.examples=0 must be positive",
-        "influence.micro_batch=0 must be positive",
         "set parallel.context=1",
         "influence.layers='linears' selects no parameter; near: linear",
     ):
@@ -329,8 +348,17 @@ def test_manifests_hold_what_the_scores_came_from(whole: Config) -> None:
     path = Path(whole.train.run) / "influence/step_00000002/a/manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["capabilities"] == ["code", "math"] and manifest["step"] == 2
-    assert len(manifest["weights"]) == len(manifest["data"]["hash"]) == 64
-    assert manifest["directions"].keys() == {"code", "math"}
+    ref = Path(whole.train.run) / "checkpoints/step_00000002"
+    assert manifest["weights"] == checkpoint_files.identity(ref)
+    assert manifest["data"]["hash"] == identity_of(whole.data.sources["a"].prefix)
+    assert whole.influence is not None
+    probes = {name: identity_of(prefix) for name, prefix in whole.influence.directions.items()}
+    assert manifest["directions"] == probes
+    # The ledger has the same.
+    (line, _) = read_ledger(Path(whole.train.run))
+    assert line["inputs"][str(ref)] == manifest["weights"]
+    assert {manifest["data"]["hash"], *probes.values()} < set(line["inputs"].values())
+    assert line["outputs"][str(path.parent)] == sha256(path.parent / "scores.npy")
 
 
 def test_tensor_parallel_scores_a_run_alike(whole: Config, trained: Config, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ import torch
 from megatron_r1 import backend
 from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
-from megatron_r1.config import ModelConfig, ParallelConfig
-from megatron_r1.data.loader import whole_batch
-from megatron_r1.influence.gradients import Scorer, score
-from megatron_r1.influence.methods import Directions, Method, WgradDot
-from megatron_r1.influence.passes import mean_gradient, named_parameters, squared_norm, weigh
+from megatron_r1.config import InfluenceConfig, ModelConfig, ParallelConfig
+from megatron_r1.data.windows import Examples
+from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.gradients import score_examples
+from megatron_r1.influence.methods import Method, WgradDot
+from megatron_r1.influence.parameters import Directions, named_parameters, split_axis, squared_norm
 from megatron_r1.model.gpt import build_model
-from megatron_r1.parallel import ParallelContext, process_groups, sum_over
-from megatron_r1.records import Batch, TrainState
+from megatron_r1.parallel import ParallelContext, process_groups
+from megatron_r1.records import TrainState
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -52,42 +52,30 @@ def build(parallel: ParallelConfig | None = None, precision: str = "fp32") -> An
     return gpt.bfloat16() if precision == "bf16" else gpt
 
 
-def batches(window_NS: np.ndarray, micro_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """This rank's micro-batches, the last one filled up with rows that do not count."""
-    for first in range(rank * micro_batch, _up(len(window_NS), micro_batch * ranks), micro_batch * ranks):
-        row_B = first + np.arange(micro_batch)
-        real_B = row_B < len(window_NS)
-        batch = whole_batch(window_NS[np.where(real_B, row_B, 0)], real_B * SEQ, np.zeros(micro_batch), None)
-        yield weigh(batch, np.full(micro_batch, 1 / SEQ))
+class Windows(Examples):
+    """Rows that lie in no corpus."""
+
+    def __init__(self, window_NS: np.ndarray):
+        n = len(window_NS)
+        self.seq_length, self._window_NS = SEQ, window_NS
+        self.length_N = self._labels_P = np.full(n, SEQ)
+        self._example_P, self._first_N1 = np.arange(n), np.arange(n + 1)
+        self._set_P = np.zeros(n, np.int64)
+
+    def rows(self, piece_B: np.ndarray) -> np.ndarray:
+        return self._window_NS[piece_B]
 
 
-def passes(rows: int, micro_batch: int, ranks: int = 1) -> int:
-    return _up(rows, micro_batch * ranks) // (micro_batch * ranks)
+def engine(gpt: Any, context: ParallelContext, micro_batch: int = 3) -> Engine:
+    influence = InfluenceConfig(directions={}, micro_batch=micro_batch, seed=5)
+    return Engine(gpt, gpt, context, influence, SEQ)
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def directions(gpt: Any, context: ParallelContext, micro_batch: int = 3) -> Directions:
+def directions(gpt: Any, context: ParallelContext) -> Directions:
     """Of three probing sets of different sizes."""
-    found = []
-    for c, rows in enumerate((5, 6, 7)):
-        probe = windows(rows, seed=100 + c)
-        rank, ranks = context.data_rank, context.data_size
-        found.append(
-            mean_gradient(
-                gpt,
-                gpt,
-                batches(probe, micro_batch, rank, ranks),
-                passes(rows, micro_batch, ranks),
-                micro_batch,
-                SEQ,
-                rows,
-                named_parameters(gpt),
-            )
-        )
-    return {name: torch.stack([f[name] for f in found]) for name in found[0]}
+    probes = (Windows(windows(rows, seed=100 + c)) for c, rows in enumerate((5, 6, 7)))
+    gradients = [engine(gpt, context).mean_gradient(probe) for probe in probes]
+    return {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
 
 
 def scores(
@@ -101,16 +89,7 @@ def rows(
     gpt: Any, context: ParallelContext, method: Method, window_NS: np.ndarray, micro_batch: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
     """A method's [N, X], and losses [N], of all rows, on every rank."""
-    rank, ranks = context.data_rank, context.data_size
-    count = passes(len(window_NS), micro_batch, ranks)
-    with Scorer(gpt, method) as scorer:
-        found = batches(window_NS, micro_batch, rank, ranks)
-        score_NC, loss_N = score(gpt, scorer, found, count, micro_batch, SEQ)
-    mine = torch.cat([score_NC, loss_N[:, None]], 1).view(count, micro_batch, -1)
-    out = mine.new_zeros(count, ranks, *mine.shape[1:])
-    out[:, rank] = mine
-    together = sum_over("tokens", out).flatten(0, 2)[: len(window_NS)].numpy()
-    return together[:, :-1], together[:, -1]
+    return score_examples(engine(gpt, context, micro_batch), method, Windows(window_NS))
 
 
 def layout(
@@ -123,6 +102,8 @@ def layout(
     """
     with process_groups(parallel) as context:
         gpt = build(parallel, precision)
+        for name, p in named_parameters(gpt).items():
+            assert getattr(p, "tensor_model_parallel", False) == (split_axis(name) is not None), name
         if checkpoints is not None:
             ref = save_checkpoint(checkpoints, gpt, None, TrainState(), MODEL, "one", "")
             load_checkpoint(ref.path, gpt, None, MODEL)

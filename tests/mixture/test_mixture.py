@@ -66,7 +66,7 @@ def test_the_trainer_reads_what_is_written(config: Config, tmp_path: Path) -> No
     mixture, used = make_mixture(config)
     assert config.mix is not None
     (tmp_path / "config.yaml").write_text(config_io.dump(config))
-    write(mixture, used, config.mix, tmp_path / "mix.yaml", 16)
+    write(mixture, used, config, tmp_path / "mix.yaml")
     merged = config_io.load([f"{tmp_path}/config.yaml", f"{tmp_path}/mix.yaml"])
     assert merged.phase_weights("two") == pytest.approx(mixture.weights)
     assert merged.phase_weights("one") == config.phase_weights("one")
@@ -81,7 +81,7 @@ def test_the_trainer_reads_what_is_written(config: Config, tmp_path: Path) -> No
     text = table(mixture)
     assert text.splitlines()[2].split()[:2] == ["a", "50.0%"] and "two" in text.splitlines()[0]
     first = (tmp_path / "mix.yaml").read_bytes(), (tmp_path / "mix.json").read_bytes()
-    write(*make_mixture(config), config.mix, tmp_path / "mix.yaml", 16)
+    write(*make_mixture(config), config, tmp_path / "mix.yaml")
     assert first == ((tmp_path / "mix.yaml").read_bytes(), (tmp_path / "mix.json").read_bytes())
 
 

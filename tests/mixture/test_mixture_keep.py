@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import yaml
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config, DataConfig, MixConfig, PhaseConfig, SourceConfig, TrainConfig
-from megatron_r1.data.indexed import open_corpus, with_suffix
+from megatron_r1.data.indexed import identity_of, open_corpus
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.open import open_data
-from megatron_r1.influence.store import fingerprint_of
+from megatron_r1.influence.store import dataset_identity
 from megatron_r1.mixture.files import table, write
 from megatron_r1.mixture.masks import _overlap
 from megatron_r1.mixture.mixture import make_mixture
@@ -65,7 +66,7 @@ def score(
             capabilities=["x", "y"],
             influence={"unit": unit},
             seq_length=SEQ,
-            data={"hash": fingerprint_of([with_suffix(prefix, s) for s in (".bin", ".idx")])},
+            data={"hash": identity_of(prefix)},
         )
 
 
@@ -78,7 +79,7 @@ def made(config: Config, output: Path) -> Config:
     """The configuration that trains what make_mix writes."""
     mixture, used = make_mixture(config)
     assert config.mix is not None
-    write(mixture, used, config.mix, output, SEQ)
+    write(mixture, used, config, output)
     (output.parent / "base.yaml").write_text(config_io.dump(config))
     return config_io.load([f"{output.parent}/base.yaml", str(output)])
 
@@ -184,6 +185,14 @@ def test_scores_of_other_windows_or_data_are_refused(config: Config, tmp_path: P
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=32))
     with pytest.raises(ValueError, match=r"windows of 16 tokens, data.seq_length=32 cuts others"):
         make_mixture(longer)
+    before = make_mixture(config)[0]
+    for path in tmp_path.glob("run/influence/*/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        former = {"hash": dataset_identity(tmp_path / manifest["source"], 2)}
+        assert former != manifest["data"]
+        path.write_text(json.dumps({**manifest, "format": 2, "data": former}))
+    # Of an earlier version, they are held against the dataset as it knew it.
+    assert make_mixture(config)[0].weights == before.weights
     launch.write_corpus(tmp_path / "b", 41, seed=9)
     with pytest.raises(ValueError, match="b has changed since b was scored"):
         make_mixture(config)

@@ -59,7 +59,7 @@ def test_each_capability_is_its_own_runs(config: Config, tmp_path: Path) -> None
     np.testing.assert_allclose(mixture.rho_GC, true_GC)
     assert mixture.weights == pytest.approx({"a": 0.5, "b": 0.5})
     assert config.mix is not None
-    write(mixture, used, config.mix, tmp_path / "mix.yaml", 16)
+    write(mixture, used, config, tmp_path / "mix.yaml")
     behind = json.loads((tmp_path / "mix.json").read_text())["scores"]
     runs = [
         f"{tmp_path}/{run}/influence/step_000000{step}/{g}" for run in "yx" for g in "ab" for step in STEPS

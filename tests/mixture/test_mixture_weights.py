@@ -192,11 +192,48 @@ def test_a_capability_that_all_serve_leaves_the_rest_to_the_sum() -> None:
     assert found[2] == pytest.approx(0, abs=1e-6)
 
 
+def best_vertices(rho_GC: np.ndarray, within: Bounds) -> tuple[float, float]:
+    """The greatest least gain, and the greatest sum of gains with it: over every corner of the program."""
+    sources, count = rho_GC.shape
+    unit = np.eye(sources + 1)
+    # Unknowns w and t; each row times them is at most its limit.
+    rows = np.vstack([np.hstack([-rho_GC.T, np.ones((count, 1))]), unit[:-1], -unit[:-1]])
+    most = np.concatenate([np.zeros(count), within.upper_G, -within.lower_G])
+    total = np.append(np.ones(sources), 0.0)
+    corners = []
+    for held in itertools.combinations(range(len(rows)), sources):
+        a, b = np.vstack([total, rows[list(held)]]), np.append(1.0, most[list(held)])
+        if abs(np.linalg.det(a)) > 1e-12:
+            corner = np.linalg.solve(a, b)
+            if (rows @ corner <= most + 1e-12).all():
+                corners.append(corner)
+    least = max(corner[-1] for corner in corners)
+    return least, max((c[:-1] @ rho_GC).sum() for c in corners if c[-1] >= least - 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_worst_case_weights_are_the_program_s_best_corner(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    sources, count = int(draw.integers(2, 5)), int(draw.integers(1, 4))
+    within = between(sources, 0.2 / sources, min(1.0, 2.5 / sources))
+    rho_GC = draw.normal(0.5, 1, (sources, count))
+    best_C = best_gains(rho_GC, within)
+    if (best_C < 0.05).any():
+        return
+    # In shares of the best gain, which are the program's own numbers.
+    share_GC = rho_GC / best_C
+    gain_C = worst_case_weights(share_GC, np.full(count, 1 / count), within, "xyz"[:count]) @ share_GC
+    least_gain, sum_of_gains = best_vertices(share_GC, within)
+    # The sum may gain by what the least gain may lose.
+    assert gain_C.min() == pytest.approx(least_gain, abs=1.01e-9 * max(1, least_gain - share_GC.min()))
+    assert gain_C.sum() > sum_of_gains - 1e-10
+
+
 def test_linear_programs_without_solution_or_bound_are_refused() -> None:
     with pytest.raises(ValueError, match="no solution"):
-        maximise(np.ones(2), np.array([[1.0, 1.0], [1.0, 1.0]]), np.array([1.0, 2.0]))
+        maximise(np.ones(2), np.zeros((0, 2)), [(2.0, 3.0), (0.0, None)])
     with pytest.raises(ValueError, match="no bound"):
-        maximise(np.ones(2), np.array([[1.0, -1.0]]), np.array([1.0]))
+        maximise(np.ones(2), np.zeros((0, 2)), [(0.0, 1.0), (0.0, None)])
     # A row said twice is no harm.
-    x = maximise(np.array([1.0, 2.0]), np.array([[1.0, 1.0], [2.0, 2.0]]), np.array([1.0, 2.0]))
-    np.testing.assert_allclose(x, [0, 1])
+    x = maximise(np.array([1.0, 2.0, 0.0]), np.array([[1.0, -1.0, 0.0]] * 2), [(0, 1), (0, 1), (0, 0)])
+    np.testing.assert_allclose(x, [0, 1, 0])

@@ -30,7 +30,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def attention(group: object = None) -> SdpaAttention:
     config = SimpleNamespace(attention_dropout=0.0)
-    return SdpaAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group))
+    return SdpaAttention(config, pg_collection=SimpleNamespace(cp=group))
 
 
 def oracle(query: Tensor, key: Tensor, value: Tensor, segment_BS: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess import documents
 from megatron_r1.preprocess.documents import cut, open_input
 from megatron_r1.preprocess.preprocess import preprocess
-from megatron_r1.preprocess.tokenizer import train_sentencepiece
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

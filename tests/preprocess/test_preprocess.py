@@ -21,13 +21,13 @@ import pytest
 
 from megatron_r1.data import indexed
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
-from megatron_r1.preprocess import documents, store
-from megatron_r1.preprocess import preprocess as preprocess_module
+from megatron_r1.preprocess import documents, journal, store
 from megatron_r1.preprocess.documents import Piece
 from megatron_r1.preprocess.encoder import Encoder
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.store import document_order
-from megatron_r1.preprocess.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from megatron_r1.preprocess.workers import encode_piece
 from megatron_r1.system import files as run_dir
 
@@ -295,13 +295,14 @@ def test_pair_of_another_tool_is_not_overwritten(tmp_path, model):
 
 KILLED = """
 import os, signal, sys
-from megatron_r1.preprocess import documents, preprocess as module, store
+from megatron_r1.preprocess import documents, journal as module, store
+from megatron_r1.preprocess.preprocess import preprocess
 documents.PIECE_DOCUMENTS = 16
 where, pieces, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
 # Two pieces a commit.
 module.COMMIT_BYTES, module.COMMIT_SECONDS = 3000, 1e9
 if where == "encoding":
-    add = module._Journal.add
+    add = module.Journal.add
     def kill(journal, encoded):
         if journal.pieces == int(pieces):
             # As if killed within a write: more tokens than the journal knows of, and half a line.
@@ -311,7 +312,7 @@ if where == "encoding":
             journal._log.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         add(journal, encoded)
-    module._Journal.add = kill
+    module.Journal.add = kill
 else:
     finalize = store.IndexedWriter.finalize
     def kill(*given):
@@ -319,7 +320,7 @@ else:
         os.kill(os.getpid(), signal.SIGKILL)
     store.IndexedWriter.finalize = kill
 source, out, model = sys.argv[4:]
-module.preprocess([source], out, "SentencePieceTokenizer", model, append_eod=True, seed=seed)
+preprocess([source], out, "SentencePieceTokenizer", model, append_eod=True, seed=seed)
 """
 
 
@@ -414,7 +415,7 @@ def test_disk_full_at_any_moment_names_a_file_and_loses_nothing(tmp_path, model,
     source = jsonl(tmp_path / "in.jsonl", ["", *TEXTS])
     room = [1 << 40]
     for module, name in (
-        (preprocess_module, "_open"),
+        (journal, "_open"),
         (indexed, "open_exclusive"),
         (run_dir, "open_exclusive"),
     ):

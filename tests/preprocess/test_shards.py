@@ -18,7 +18,7 @@ from megatron_r1.preprocess import documents
 from megatron_r1.preprocess.documents import cut, open_input
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.shards import merge, parse_shard
-from megatron_r1.preprocess.tokenizer import train_sentencepiece
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 KIND = "SentencePieceTokenizer"

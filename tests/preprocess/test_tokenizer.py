@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 
 CODE = (
     'def f(x: int) -> str:\n\treturn  f"{x!r:>10}"   \n\n\nclass A:\n    """Doc."""\n\n    y = 1234567890\n'
@@ -159,7 +160,7 @@ def test_fingerprint_tells_kinds_and_models_apart(sentencepiece, huggingface, ti
     [
         ("TiktokenTokenizer", "did you mean TikTokenizer?"),
         ("Llama2Tokenizer", "did you mean"),
-        ("zzz", "use one of SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer"),
+        ("zzz", "known: SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer"),
     ],
 )
 def test_unknown_kind_suggests_a_near_one(kind, hint):

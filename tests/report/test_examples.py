@@ -13,7 +13,8 @@ import pytest
 from megatron_r1 import config_io
 from megatron_r1.config import SourceConfig
 from megatron_r1.data.indexed import IndexedWriter
-from megatron_r1.preprocess.tokenizer import SentencePiece, train_sentencepiece
+from megatron_r1.preprocess.tokenizer import SentencePiece
+from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from megatron_r1.records import ScoreTable
 from megatron_r1.report import examples, load, summary
 

@@ -17,17 +17,6 @@ def test_a_line_says_what_the_stage_read_made_and_cost(tmp_path: Path) -> None:
     assert line["device_hours"] == 2 * 168
 
 
-def test_outputs_that_were_found_and_not_made_add_no_line(tmp_path: Path) -> None:
-    for made in ("1", "1", "2"):
-        ledger.append_new(tmp_path, "tokenize", seconds=1.0, outputs={"x": made})
-    ledger.append_new(tmp_path, "another", seconds=1.0, outputs={"x": "2"})
-    assert [(line["stage"], line["outputs"]["x"]) for line in ledger.read(tmp_path)] == [
-        ("tokenize", "1"),
-        ("tokenize", "2"),
-        ("another", "2"),
-    ]
-
-
 def test_lineage_follows_hashes_through_the_ledgers_beside_the_inputs(tmp_path: Path) -> None:
     text, tokens, run = (tmp_path / name for name in ("text", "tokens", "run"))
     ledger.append(text, "gather", seconds=1.0, outputs={str(text / "a.jsonl"): "A"})

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_r1.system.process import allocator_environment
 
 SCRIPT = (
-    "import os, sys; from megatron_r1.cli import keep_freed_memory; keep_freed_memory(); "
+    "import os, sys; from megatron_r1.system.process import keep_freed_memory; keep_freed_memory(); "
     "print(os.environ.get('GLIBC_TUNABLES'), *sys.argv[1:])"
 )
 

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.model.divergence import kl_divergence
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch
-from megatron_r1.train.objective import Distillation
+from megatron_r1.train.objective import Distillation, kl_divergence
 from tests.distributed import on_ranks
 from tests.influence import tiny
 

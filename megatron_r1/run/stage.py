@@ -1,0 +1,140 @@
+"""A stage of the work: whether it is done, may go on, or is refused; and its line in a ledger.
+
+A stage reads files and makes files. Its request names all that decides the result, in nested dictionaries
+of JSON values. The stage keeps the request beside the result, in a file that is written last. A new stage:
+
+    def fold(text: Path, output: Path, width: int) -> None:
+        request = {"format": 1, "text": sha256(text), "width": width}
+        if answered(output / "manifest.json", request) is None:
+            write_text(output / "folded.txt", textwrap.fill(text.read_text(), width))
+            answer(output / "manifest.json", request, [output / "folded.txt"])
+        made = {str(output / "folded.txt"): sha256(output / "folded.txt")}
+        finish(output, "fold", inputs={str(text): request["text"]}, outputs=made)
+
+Ledgers, data plans and score manifests know things by the same identities, so that a result can be followed
+to its text: a file by its SHA-256, a dataset by `data.indexed.identity_of`, a checkpoint by
+`checkpoint.files.identity`, a tokenizer by its fingerprint, scores by the SHA-256 of scores.npy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.run import ledger
+from megatron_r1.run.ledger import Hashes
+from megatron_r1.system.files import sha256, write_json
+
+Request = Mapping[str, Any]
+"""All that decides a stage's result, by name."""
+
+
+class Standing(Enum):
+    """Where a stage stands."""
+
+    NEW = "nothing is there"
+    OTHER = "the result of another request is there"
+    GO_ON = "a part of the result is there"
+    DONE = "the whole result is there"
+
+
+def standing(
+    theirs: Request | None,
+    ours: Request,
+    whole: Callable[[], bool],
+    refusal: str | None = None,
+    way_out: str = "",
+    notes: Collection[str] = (),
+) -> Standing:
+    """Compare the request whose result is there (None: nothing is there) with ours.
+
+    `whole`: whether all of the result is there, asked only of our request's. `notes`: first-level keys that
+    decide nothing. Where a stage must not replace the result of another request, `refusal` is the beginning
+    of the ValueError that this raises, and `way_out` what a user may do instead of restoring what differs.
+    """
+    if theirs is None:
+        return Standing.NEW
+    if changed := differences(theirs, ours, notes):
+        if refusal is None:
+            return Standing.OTHER
+        raise ValueError(f"{refusal}: {', '.join(changed)}. Restore these, or {way_out}")
+    return Standing.DONE if whole() else Standing.GO_ON
+
+
+def differences(theirs: Request, ours: Request, notes: Collection[str] = ()) -> list[str]:
+    """What differs between two requests, `key.of.it (value there, value here)` each."""
+    there, here = _flat(theirs), _flat(ours)
+    return [
+        f"{key} ({there.get(key, 'nothing')!s:.20} there, {here.get(key, 'nothing')!s:.20} here)"
+        for key in dict.fromkeys([*here, *there])
+        if key.split(".")[0] not in notes and there.get(key) != here.get(key)
+    ]
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {k: v for key, leaf in tree.items() for k, v in _flat(leaf, f"{path}.{key}".lstrip(".")).items()}
+
+
+def read(record: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where the file is missing or damaged."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
+    """The manifest that `answer` has written, if it is of this request and its files are as they were."""
+    found = read(manifest) or {}
+
+    def whole() -> bool:
+        files = found.get("files", {manifest.name: None})
+        paths = {manifest.parent / name: digest for name, digest in files.items()}
+        return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
+
+    return found if standing(found.get("request"), request, whole) is Standing.DONE else None
+
+
+def answer(manifest: Path, request: Request, files: Iterable[Path], **facts: Any) -> dict[str, Any]:
+    """Write the manifest of a result, beside its files: request, facts, SHA-256 of each file."""
+    found = {"request": request, **facts, "files": {path.name: sha256(path) for path in files}}
+    write_json(manifest, found)
+    return found
+
+
+def require_empty(target: Path) -> None:
+    """Raise ValueError where a folder to write is a file or holds something."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; name another, or remove it")
+
+
+def finish(
+    directory: Path,
+    name: str,
+    *,
+    inputs: Hashes,
+    outputs: Hashes,
+    tokens: int = 0,
+    devices: int = 1,
+    seconds: float | None = None,
+    again: bool = False,
+) -> None:
+    """Add the line of a finished stage to `directory`/ledger.jsonl; paths -> identities.
+
+    `seconds`: default: the age of this process. A result that was found and not made has its line already:
+    where a line of this name has the same outputs, none is added. `again`: add it all the same, of stages
+    whose time counts each time.
+    """
+    if not again and any(
+        line["stage"] == name and line.get("outputs") == outputs for line in ledger.read(directory)
+    ):
+        return
+    ledger.append(
+        directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs
+    )
