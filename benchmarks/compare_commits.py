@@ -66,9 +66,12 @@ MEASURED = {
 ANY = math.inf
 ALLOWED = {
     r".*/ledger\.jsonl:\d+/(inputs|outputs)/.*": (ANY, "identities in ledger lines"),
-    r".*/influence/.*/manifest\.json:(format|weights|data|directions)\b.*": (ANY, "identities in manifests"),
+    r".*/influence/.*/manifest\.json:(format|weights|data|directions|influence/curvature_sources)\b.*": (
+        ANY,
+        "identities in manifests",
+    ),
     r".*/probes/manifest\.json:request\b.*": (ANY, "identities in manifests"),
-    r".*/mix\w*\.json:scores/.*/(weights|data)\b.*": (ANY, "identities in mix.json"),
+    r".*/mix\w*\.json:scores/.*/(format|weights|data)\b.*": (ANY, "identities in mix.json"),
     r".*(/plan\.json:|/megatron_r1\.json:plan/)data\b.*": (ANY, "identities in plans"),
     r".*/megatron_r1\.json:(files/.*|checksum)": (
         ANY,

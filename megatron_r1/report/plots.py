@@ -404,8 +404,8 @@ def epochs(reading: Reading) -> Panels:
     shown, ink = {"field": "epochs", "type": "quantitative", "format": ".3~g"}, alt.value(INK)
     text = redraw(bars, "text align: left, dx: 8", x="edge:Q", text=shown, color=ink)
     ticks = redraw(bars, "tick", x="control:Q", color=ink)
-    one = draw([{"epochs": 1}] if max(edges.values()) > 0.4 else [], "rule color: var(--ink)", x="epochs:Q")
-    return [panel([one, bars, text, ticks], height=24 * len(shades))]
+    one = [draw([{"epochs": 1}], "rule color: var(--ink)", x="epochs:Q")] if max(edges.values()) > 0.4 else []
+    return [panel([*one, bars, text, ticks], height=24 * len(shades))]
 
 
 def checkpoints(run: Run, saved: summary.Checkpoints) -> Panels:

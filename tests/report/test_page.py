@@ -97,7 +97,7 @@ def test_names_that_mean_something_in_markup_are_escaped(tmp_path: Path) -> None
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_tool_writes_the_page_and_every_figure_and_table_as_pictures(whole: Path) -> None:
