@@ -27,7 +27,7 @@ FLOOR = {
 # What the plan of the house allows. A number above it is written behind, and only ever lowered.
 # The plan: 5, 12, 450, 5, 20, no circle, 9,500.
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 12, 450, 5, 20
-CODE = 9_770
+CODE = 9_760
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 
