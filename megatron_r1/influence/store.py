@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import Standing, standing
 from megatron_r1.system.errors import require, suggest_path
-from megatron_r1.system.files import replacing, sync, write_text
+from megatron_r1.system.files import json_bytes, replacing, sha256, sync
 from megatron_r1.system.terminal import Progress
 
 FORMAT = 3
@@ -129,13 +129,9 @@ class ScoreStore:
         check_inputs(directory, inputs)
         if not directory.exists():
             n = len(example_N)
-            results = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
-            tokens, examples = length_N.astype(np.int32), example_N.astype(np.int64)
-            written = np.zeros(n, bool)
-            _lay_out(
-                directory, inputs, {**results, "tokens": tokens, "examples": examples, "written": written}
-            )
-        self.directory = directory
+            arrays = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
+            arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
+            _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
         self._results = {name: np.load(directory / f"{name}.npy", mmap_mode="r+") for name in shapes}
         self._written = np.load(directory / "written.npy", mmap_mode="r+")
 
@@ -143,8 +139,8 @@ class ScoreStore:
         """Whether any of the rows [first, last) is still to be computed."""
         return not bool(self._written[first:last].all())
 
-    def write(self, first: int, results: Mapping[str, np.ndarray]) -> None:
-        """Fill the rows from `first` on; those already there stay as they are."""
+    def write(self, first: int, results: Mapping[str, np.ndarray]) -> int:
+        """Fill the rows from `first` on, but those already written. Returns how many are new."""
         rows = np.arange(first, first + len(results["scores"]))
         new = ~np.asarray(self._written[rows])
         for name, array in self._results.items():
@@ -152,6 +148,7 @@ class ScoreStore:
             array.flush()
         self._written[rows] = True
         self._written.flush()
+        return int(new.sum())
 
 
 def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -160,11 +157,16 @@ def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np
     temporary.mkdir(parents=True)
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
-    write_text(temporary / "manifest.json", json.dumps(inputs, indent=1, ensure_ascii=False) + "\n")
+    (temporary / "manifest.json").write_bytes(json_bytes(inputs))
     for path in temporary.iterdir():
         sync(path)
     os.rename(temporary, directory)
     sync(directory.parent)
+
+
+def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
+    """Directory of scores -> their identity, the hash of scores.npy."""
+    return {str(directory): sha256(directory / "scores.npy") for directory in directories}
 
 
 def rows_written(directory: Path) -> int:
