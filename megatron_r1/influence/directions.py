@@ -54,12 +54,15 @@ _DECIDING = ("probe_examples", "seed", "loss", "layers")
 class CheckpointDirections:
     """The weights of one checkpoint, and v_c of every capability there.
 
-    Every rank of the launch calls the same methods. Raises ValueError where a direction is zero or not finite.
+    Every rank of the launch calls the same methods. Raises ValueError for a direction that is zero or not
+    finite.
     """
 
     directions: Directions
     norms: dict[str, float]
     """Capability -> |v_c|."""
+    seconds: float
+    """Time of the directions."""
     windows_passed: int = 0
     """Windows of the probing sets whose gradients were not in the cache."""
     pass_seconds: float = 0.0
@@ -71,6 +74,7 @@ class CheckpointDirections:
         self._curvature = CURVATURES[job.curvature]()
         self._cache = DirectionCache(job.work, self._parts[0], engine.context)
         load_checkpoint(ref.path, engine.gpt, None, job.work.config.model)
+        start = time.monotonic()
         probes, label = job.work.data.directions, f"directions of step {ref.step}"
         with Progress(label, job.work.probe_windows(), "windows", show=engine.context.leads) as bar:
             gradients = [self._mean_gradient(probe, bar) for probe in probes]
@@ -81,6 +85,7 @@ class CheckpointDirections:
             probe.name: squared_norm({n: v[c] for n, v in self.directions.items()}, engine.gpt) ** 0.5
             for c, probe in enumerate(probes)
         }
+        self.seconds = time.monotonic() - start
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> Gradient:
         cached = gradient = self._cache.load(probe.name)
@@ -119,8 +124,10 @@ class CheckpointDirections:
             windows = self._engine.examples(part.corpus, number_N)
             own_N = torch.zeros(len(shared_N), dtype=torch.float64)
             own_N[torch.from_numpy(shared_N)] = self._own_products(windows, self._curvature)
+        # M, at least 2 where an example is shared.
         size_C = torch.tensor([len(self._work.probing(probe)) for probe in self._work.data.directions])
-        results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
+        without_NC = (size_C * results["scores"] - own_N[:, None]) / (size_C - 1)
+        results["scores"] = torch.where(torch.from_numpy(shared_NC), without_NC, results["scores"])
 
     def _own_products(self, windows: Examples, curvature: Identity) -> Tensor:
         """<H^-1 g, g> of each window, on every rank: float64 [N]. One pass of each by itself."""
@@ -138,7 +145,7 @@ class CheckpointDirections:
     def record(self, stage: str, passed: int, began: float) -> None:
         """Add a ledger line for the complete scores, and remove the cache. The first rank calls this.
 
-        `passed`: rows that passed through the model, beside the probing sets'.
+        `passed`: examples that passed through the model, without the probing sets.
         """
         self._cache.clear()
         config, data = self._work.config, self._work.data
@@ -199,12 +206,3 @@ class DirectionCache:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         shard = f"tensor_{self._context.tensor_rank}.pipeline_{self._context.pipeline_rank}"
         return self._root / digest / f"{shard}.pt"
-
-
-def without_own(score_NC: Tensor, own_N: Tensor, shared_NC: Tensor, size_C: Tensor) -> Tensor:
-    """Scores [N, C] with each example left out of the directions that hold it.
-
-    `own_N`: <H^-1 g, g>, used where any of `shared_NC` is true. `size_C`: M, at least 2 where shared.
-    """
-    left_NC = (size_C * score_NC - own_N[:, None]) / (size_C - 1)
-    return torch.where(shared_NC, left_NC, score_NC)

@@ -167,8 +167,7 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
     def also(data: OpenData) -> list[str]:
         return [
-            *_check_settings(influence, config),
-            *_check_probes(influence, data.directions, config.data.seq_length),
+            *_check_settings(influence, config, data.directions),
             *_check_places(influence, config, available),
             *check_copies(config.parallel, config.parallel.model_ranks() if ranks is None else ranks),
         ]
@@ -216,7 +215,7 @@ def examples_left(work: Work) -> int:
     return left
 
 
-def _check_settings(influence: InfluenceConfig, config: Config) -> list[str]:
+def _check_settings(influence: InfluenceConfig, config: Config, probes: Sequence[Corpus]) -> list[str]:
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
@@ -251,16 +250,13 @@ def _check_settings(influence: InfluenceConfig, config: Config) -> list[str]:
                 f"parallel.context={config.parallel.context}: influence.{name} needs whole sequences; set "
                 f"parallel.context=1, any layout reads the run's checkpoints"
             )
+    for probe in probes if influence.exclude_self else ():
+        if min(probe.windows(config.data.seq_length), influence.probe_examples or 2) < 2:
+            out.append(
+                f"influence.exclude_self: nothing is left of the one probing window of {probe.name} without "
+                f"it; raise influence.probe_examples, or set more documents aside"
+            )
     return out
-
-
-def _check_probes(influence: InfluenceConfig, probes: Sequence[Corpus], seq_length: int) -> list[str]:
-    return [
-        f"influence.exclude_self: nothing is left of the one probing window of {probe.name} without it; "
-        f"raise influence.probe_examples, or set more documents aside"
-        for probe in probes
-        if influence.exclude_self and min(probe.windows(seq_length), influence.probe_examples or 2) < 2
-    ]
 
 
 def _check_places(influence: InfluenceConfig, config: Config, available: Sequence[int]) -> list[str]:

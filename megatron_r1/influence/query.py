@@ -60,7 +60,7 @@ def open_query(config: Config, output: Path, capabilities: Sequence[str] | None 
 
 
 def query_influence(job: Job, output: Path) -> None:
-    """Write the answers that are left of an `open_query`. Every rank of the launch calls this, in any layout."""
+    """Write the missing answers of an `open_query`. Every rank of the launch calls this, in any layout."""
     if not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
@@ -101,7 +101,7 @@ def _ask(job: Job, engine: Engine, ref: CheckpointRef) -> None:
     """Every source at one checkpoint."""
     began = time.time()
     at = CheckpointDirections(engine, job, ref)
-    method = METHODS[job.work.influence.method].build(at.directions, engine)
+    method = METHODS[job.work.influence.method](at.directions, engine)
     if engine.context.leads:
         for part in job.parts[ref.step]:
             _write(part, at.norms, method)

@@ -61,7 +61,7 @@ def compute_influence(config: Config, work: Work | None = None) -> None:
 
 
 def open_job(config: Config, work: Work | None = None) -> Job:
-    """Identify the checkpoints. Raises ConfigError or ValueError for datasets or checkpoints that do not fit."""
+    """Identify the checkpoints. Raises ConfigError or ValueError where they or the datasets do not fit."""
     # Interleaving only speeds up training. Its checkpoints load without.
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, virtual_pipeline=1))
     work = dataclasses.replace(work or lay_plan(config), config=config)
@@ -109,18 +109,16 @@ class Scoring:
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, later: int, bar: Progress) -> None:
         """`examples`: left at this checkpoint. `later`: left at those after it."""
-        start = time.monotonic()
         at = CheckpointDirections(self.engine, self.job, ref)
-        seconds = time.monotonic() - start
         about = ""
         if at.windows_passed:
             hours = at.pass_seconds / at.windows_passed * (examples + later) / 3600
             about = f", about {hours:.3g} h on {self.context.world_size} devices"
         self.context.announce(
             f"step {ref.step}: {len(at.norms)} directions from {self.work.probe_windows()} windows in "
-            f"{seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}"
+            f"{at.seconds:.1f} s; {examples:,} examples here, {later:,} at later checkpoints{about}"
         )
-        method = METHODS[self.work.influence.method].build(at.directions, self.engine)
+        method = METHODS[self.work.influence.method](at.directions, self.engine)
         if isinstance(method, LowRank):
             self._compare(method, at.directions, ref.step)
         for part in self.job.parts[ref.step]:

@@ -136,7 +136,7 @@ def _clipped(share: np.ndarray, low: np.ndarray, high: np.ndarray, total: float)
 
 
 def best_gains(rho_GC: np.ndarray, within: Bounds) -> np.ndarray:
-    """Greatest gain of a mixture within bounds for each capability alone, [C]. Fills the best sources first."""
+    """Greatest gain of a mixture within bounds for each capability alone, [C]. Best sources fill first."""
     best = []
     for rho_G in rho_GC.T:
         order = np.argsort(-rho_G, kind="stable")
