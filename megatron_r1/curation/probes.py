@@ -31,8 +31,9 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish
-from megatron_r1.system.errors import suggest, suggest_path
+from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.terminal import Progress, say
 
@@ -103,9 +104,10 @@ def curate_probes(
     if not 0 <= fraction <= 0.5:
         raise ValueError(f"fraction={fraction} to set aside; it must be between 0 and 0.5")
     of_capability = _capability_of_sources(sources, capabilities)
+    corpora = [open_corpus(name, prefix) for name, prefix in sources.items()]
     request = {
         "format": FORMAT,
-        "sources": {name: _describe_source(prefix) for name, prefix in sources.items()},
+        "sources": {n: {"prefix": str(p), "identity": identity_of(p)} for n, p in sources.items()},
         "capabilities": {name: list(members) for name, members in capabilities.items()},
         "tokens_per_source": tokens_per_source,
         "fraction": fraction,
@@ -120,8 +122,8 @@ def curate_probes(
         return manifest
     need = int(2 * tokens_per_source * SLACK)
     opened = [
-        _open(name, prefix, of_capability.get(name), fraction, need, max_document_tokens)
-        for name, prefix in sources.items()
+        _divide(corpus, of_capability.get(corpus.name), fraction, need, max_document_tokens)
+        for corpus in corpora
     ]
     _check_tokenizers(opened, end_documents)
     report = {source.name: source.report() for source in opened}
@@ -188,20 +190,9 @@ def _capability_of_sources(
     return of_capability
 
 
-def _describe_source(prefix: str | Path) -> dict[str, str]:
-    """The request's entry. Raises FileNotFoundError where a file of the pair is missing."""
-    for path in (with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; run tools/preprocess_data.py first{suggest_path(path)}"
-            )
-    return {"prefix": str(prefix), "identity": identity_of(prefix)}
-
-
-def _open(
-    name: str, prefix: str | Path, capability: str | None, fraction: float, need: int, cap: int
-) -> _Source:
-    corpus, sidecar = open_corpus(name, prefix), read_sidecar(prefix) or {}
+def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, cap: int) -> _Source:
+    """Set the last documents of a corpus aside: `fraction` of its tokens, and `need` tokens for its sets."""
+    name, prefix, sidecar = corpus.name, corpus.prefix, read_sidecar(corpus.prefix) or {}
     if sidecar and sidecar.get("seed") is None:
         raise ValueError(
             f"source {name}: {prefix} keeps its input order, so its last documents are no random sample; "

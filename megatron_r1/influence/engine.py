@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -171,15 +171,11 @@ class Engine:
         sums = {
             name: torch.zeros_like(p, dtype=torch.float32) for name, p in mine.items() if name in self.names
         }
-        hooks = [
-            p.register_post_accumulate_grad_hook(partial(_add_and_free, sums.get(name)))
-            for name, p in mine.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, p in mine.items():
+                add = partial(_add_and_free, sums.get(name))
+                hooks.enter_context(p.register_post_accumulate_grad_hook(add))
             run_passes(self.model, batches, passes, micro_batch, self.seq_length)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, gradient in sums.items():
             complete_gradient(mine[name], gradient)
         return sums
@@ -218,12 +214,10 @@ class Engine:
                 label_N = draw(logits_SBV.flatten(0, 1), uniform_SB.flatten(), group)
                 batch.labels_BS[:, part] = label_N.view_as(uniform_SB).T
 
-        hooks = [self.gpt.output_layer.register_forward_hook(write)] if self.gpt.post_process else []
-        try:
+        with ExitStack() as hooks:
+            if self.gpt.post_process:
+                hooks.enter_context(self.gpt.output_layer.register_forward_hook(write))
             yield batches()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _add_and_free(total: Tensor | None, p: Parameter) -> None:

@@ -16,6 +16,7 @@ Where the model is split, the products add up:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,7 +71,7 @@ class Scorer:
         self.gpt, self.method = gpt, method
         self.sums: list[RowSums] = []
         """One for each micro-batch, in the order of the forward passes."""
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
         self._required = [p for p in gpt.parameters() if p.requires_grad]
 
     def __enter__(self) -> Scorer:
@@ -86,7 +87,7 @@ class Scorer:
             covered.add(name)
             # The graph begins at the embedding, whether it counts or not.
             if name in self.method.names or rule == self._embedding:
-                self._hooks.append(module.register_forward_hook(partial(rule, name=name)))
+                self._hooks.enter_context(module.register_forward_hook(partial(rule, name=name)))
         if rest := sorted(set(names.values()) - covered):
             self.__exit__()
             raise ValueError(
@@ -98,9 +99,7 @@ class Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.close()
         for p in self._required:
             p.requires_grad_(True)
 

@@ -197,14 +197,13 @@ def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     From the eigenvectors of V^T V or V V^T: a singular value decomposition of a vocabulary's matrix would
     cost more than the scores.
     """
-    left, right = [], []
+    factors = []
     for direction_OI in direction_COI:
         outputs, inputs = direction_OI.shape
         wide = direction_OI if inputs <= outputs else direction_OI.T
         vectors = torch.linalg.eigh((wide.T @ wide).double()).eigenvectors[:, -rank:].to(wide.dtype)
-        factors = (wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors)
-        left.append(factors[0])
-        right.append(factors[1])
+        factors.append((wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors))
+    left, right = zip(*factors, strict=True)
     return torch.cat(left, 1).contiguous(), torch.cat(right, 1).contiguous()
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
+from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import resolve
 from megatron_r1.influence.directions import CheckpointDirections
 from megatron_r1.influence.engine import Engine
@@ -130,16 +130,14 @@ class Scoring:
     def _compare(self, low_rank: LowRank, directions: Directions, step: int) -> None:
         """Raises ValueError where truncated directions do not order examples as the whole ones do."""
         influence, parts = self.work.influence, self.job.parts[step]
-
-        def scores(method: Method) -> Tensor:
-            score_NC = []
-            for part in parts:
-                examples = self.engine.examples(part.corpus, part.example_N, influence.unit)
-                last = min(-(-_COMPARED // len(parts)), len(examples))
-                score_NC.append(score_examples(self.engine, method, examples, 0, last)[0])
-            return torch.from_numpy(np.concatenate(score_NC)[:_COMPARED])
-
-        low_NC, exact_NC = scores(low_rank), scores(WgradDot(directions, len(influence.directions)))
+        each = -(-_COMPARED // len(parts))
+        sets = [(part.corpus, part.example_N[:each]) for part in parts]
+        examples = Examples(sets, self.engine.seq_length, influence.unit)
+        methods = low_rank, WgradDot(directions, self.engine.capabilities)
+        low_NC, exact_NC = (
+            torch.from_numpy(score_examples(self.engine, method, examples)[0][:_COMPARED])
+            for method in methods
+        )
         least = correlation(low_NC, exact_NC).min().item()
         self.context.announce(
             f"step {step}: directions of rank {influence.rank}, correlation {least:.6f} with exact scores on "

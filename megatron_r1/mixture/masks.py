@@ -119,14 +119,11 @@ def _and_before(mask: KeepMask, path: str) -> KeepMask:
 
 def _overlap(a_N2: np.ndarray, b_N2: np.ndarray) -> np.ndarray:
     """The tokens in a stretch of both: int64 [n, 2]. Each list is ascending, its stretches apart."""
-    first = np.searchsorted(b_N2[:, 1], a_N2[:, 0], side="right")
-    last = np.searchsorted(b_N2[:, 0], a_N2[:, 1], side="left")
-    pairs = [
-        (max(begin, int(b_N2[j, 0])), min(end, int(b_N2[j, 1])))
-        for (begin, end), lo, hi in zip(a_N2.tolist(), first.tolist(), last.tolist(), strict=True)
-        for j in range(lo, hi)
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    edge_M = np.unique(np.concatenate((a_N2, b_N2)))
+    # A token lies in a stretch where an odd number of the list's ends are at or before it.
+    inside_2M = [np.searchsorted(list_N2.ravel(), edge_M, side="right") % 2 == 1 for list_N2 in (a_N2, b_N2)]
+    begin = np.flatnonzero(inside_2M[0] & inside_2M[1])
+    return np.stack((edge_M[begin], edge_M[begin + 1]), axis=1)
 
 
 def mask_files(
