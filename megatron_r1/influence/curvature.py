@@ -27,7 +27,6 @@ from megatron_r1.influence.parameters import (
     Directions,
     Gradient,
     local_names,
-    named_parameters,
     sum_over_shards,
     whole_shape,
 )
@@ -82,16 +81,13 @@ def _has_moments(checkpoint: Path) -> bool:
 def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
     """sqrt(v / (1 - beta2^t)) + eps of each parameter: float32, this rank's shard, from any layout.
 
-    The optimizer's state is saved as whole parameters, so that it reads as the weights do. Raises ValueError
-    where the checkpoint holds none.
+    The optimizer's state is saved as whole parameters and loads as the weights do. Raises ValueError where
+    the checkpoint holds none.
     """
-    places, mine = gpt.sharded_state_dict(), named_parameters(gpt)
-    wanted = {
-        name: make_sharded_optimizer_tensor(
-            places[local], torch.empty_like(mine[name], dtype=torch.float32), _KEY
-        )
-        for name, local in local_names(gpt).items()
-    }
+    places, wanted = gpt.sharded_state_dict(), {}
+    for name, local in local_names(gpt).items():
+        moments = torch.empty_like(gpt.get_parameter(local), dtype=torch.float32)
+        wanted[name] = make_sharded_optimizer_tensor(places[local], moments, _KEY)
     if not _has_moments(checkpoint):
         raise ValueError(
             f"{checkpoint} holds no optimizer state, which influence.curvature=adam needs; use identity"

@@ -72,36 +72,33 @@ class Scorer:
         self.sums: list[RowSums] = []
         """One for each micro-batch, in the order of the forward passes."""
         self._hooks = ExitStack()
-        self._required = [p for p in gpt.parameters() if p.requires_grad]
 
     def __enter__(self) -> Scorer:
         names = {id(p): name for name, p in named_parameters(self.gpt).items()}
         covered: set[str] = set()
         for module in self.gpt.modules():
-            rule = self._rule(module)
-            if rule is None:
-                continue
-            # The head of a stage that holds the embedding, too, has no weight of its own.
-            tied = module.weight is None
-            name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
-            covered.add(name)
-            # The graph begins at the embedding, whether it counts or not.
-            if name in self.method.names or rule == self._embedding:
-                self._hooks.enter_context(module.register_forward_hook(partial(rule, name=name)))
+            if rule := self._rule(module):
+                # The head of a stage that also holds the embedding has no weight of its own.
+                tied = module.weight is None
+                name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
+                covered.add(name)
+                # The graph begins at the embedding, whether it counts or not.
+                if name in self.method.names or rule == self._embedding:
+                    self._hooks.enter_context(module.register_forward_hook(partial(rule, name=name)))
         if rest := sorted(set(names.values()) - covered):
             self.__exit__()
             raise ValueError(
                 f"no rule for the gradient of {', '.join(rest[:4])}: scoring knows megatron-core's own "
                 f"parallel layers and RMSNorm without biases, not Transformer Engine's"
             )
-        for p in self._required:
-            p.requires_grad_(False)
+        for p in self.gpt.parameters():
+            if p.requires_grad:
+                self._hooks.callback(p.requires_grad_)
+                p.requires_grad_(False)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
-        for p in self._required:
-            p.requires_grad_(True)
 
     def begin(self, batch: Batch) -> Tensor:
         """Start a micro-batch, whose passes add to new sums. Returns the buffer of its losses, [B]."""

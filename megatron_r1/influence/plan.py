@@ -185,12 +185,11 @@ def _unknown_ids(work: Work) -> list[str]:
     Each rank checks its part of the examples.
     """
     (rank, ranks), config = launched(), work.config
+    seq_length, vocab_size = config.data.seq_length, config.model.vocab_size
     sets = [(corpus, work.chosen(corpus), work.influence.unit) for corpus in work.data.corpora]
     sets += [(probe, work.probing(probe), "window") for probe in work.data.directions]
     mistakes = [
-        Examples([(corpus, number_N[rank::ranks])], config.data.seq_length, unit).unknown_id(
-            config.model.vocab_size
-        )
+        Examples([(corpus, number_N[rank::ranks])], seq_length, unit).unknown_id(vocab_size)
         for corpus, number_N, unit in sets
         if corpus.tokenizer_hash is None
     ]

@@ -40,20 +40,16 @@ def open_query(config: Config, output: Path, capabilities: Sequence[str] | None 
     """
     if RunDir(output).config.exists() or RunDir(output).checkpoints.exists():
         raise ValueError(f"--output {output} is a training run; name a directory for the answers alone")
-    if config.influence is not None:
-        if config.influence.method != "projected":
+    if influence := config.influence:
+        if influence.method != "projected":
+            raise ValueError(f"influence.method={influence.method} stores no projections; use projected")
+        known = influence.directions
+        if unknown := [name for name in capabilities or () if name not in known]:
             raise ValueError(
-                f"influence.method={config.influence.method} stores no projections; use projected"
+                f"--capabilities {unknown}: not in influence.directions, which has {list(known)}"
             )
-        given = config.influence.directions
-        if unknown := [name for name in capabilities or () if name not in given]:
-            raise ValueError(
-                f"--capabilities {unknown}: not in influence.directions, which has {list(given)}"
-            )
-        asked = {name: given[name] for name in capabilities or given}
-        config = dataclasses.replace(
-            config, influence=dataclasses.replace(config.influence, directions=asked)
-        )
+        asked = {name: known[name] for name in capabilities or known}
+        config = dataclasses.replace(config, influence=dataclasses.replace(influence, directions=asked))
     job = open_job(config)
     parts = {step: [_answers(part, output) for part in scored] for step, scored in job.parts.items()}
     return dataclasses.replace(job, parts=parts)

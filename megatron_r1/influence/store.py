@@ -199,9 +199,7 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     """
     by_step: dict[int, list[Scored]] = {}
     for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
-        manifest = read_manifest(path.parent)
-        assert manifest is not None
-        if only is None or manifest["source"] in only:
+        if (manifest := read_manifest(path.parent)) and (only is None or manifest["source"] in only):
             by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
     sources = {s.manifest["source"]: s.manifest["position"] for step in by_step.values() for s in step}
     complete = [
@@ -225,24 +223,18 @@ def read_scores(run: Path, only: Collection[str] | None = None) -> list[ScoreTab
     tables = []
     for source, checkpoints in scored(run, only).items():
         first = checkpoints[0]
-        example_N = first.array("examples")
+        capabilities, example_N = first.manifest["capabilities"], first.array("examples")
         for other in checkpoints[1:]:
-            same = other.manifest["capabilities"] == first.manifest["capabilities"]
+            same = other.manifest["capabilities"] == capabilities
             if not same or not np.array_equal(other.array("examples"), example_N):
                 raise ValueError(
                     f"{other.directory} holds other capabilities or examples than {first.directory}; "
                     f"remove one of the two checkpoints and score again"
                 )
-        tables.append(
-            ScoreTable(
-                source=source,
-                capabilities=tuple(first.manifest["capabilities"]),
-                steps=tuple(s.step for s in checkpoints),
-                example_N=example_N,
-                length_N=first.array("tokens"),
-                score_NCK=np.stack([s.array("scores") for s in checkpoints], axis=2),
-            )
-        )
+        steps = tuple(s.step for s in checkpoints)
+        length_N = first.array("tokens")
+        score_NCK = np.stack([s.array("scores") for s in checkpoints], axis=2)
+        tables.append(ScoreTable(source, tuple(capabilities), steps, example_N, length_N, score_NCK))
     return tables
 
 
