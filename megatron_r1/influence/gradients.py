@@ -218,7 +218,8 @@ def _add_cross_terms(scorer: Scorer) -> None:
         head_BSD, look_up_BSD = sums.head_BSD, sums.look_up_BSD
         # The first stage has the look-up's gradient, the last one the head's, those between them none.
         if head_BSD is None and look_up_BSD is not None:
-            head_BSD = torch.zeros_like(look_up_BSD, dtype=torch.float32)
+            # Contiguous, as the last stage's is.
+            head_BSD = torch.zeros(look_up_BSD.shape, device=look_up_BSD.device)
         if head_BSD is not None:
             sum_over("embedding", head_BSD)
         if head_BSD is not None and look_up_BSD is not None:
