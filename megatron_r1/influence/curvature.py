@@ -27,7 +27,6 @@ from megatron_r1.influence.parameters import (
     Directions,
     Gradient,
     local_names,
-    named_parameters,
     sum_over_shards,
     whole_shape,
 )
@@ -39,29 +38,25 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 
 _KEY = "optimizer.state.exp_avg_sq"
 _DAMPING = 0.1
-"""DataInf's, of the mean square of a parameter's gradients."""
+"""DataInf's share of the mean square of a parameter's gradients."""
 
 
 class Curvature(Protocol):
-    def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
-    ) -> None:
-        """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
+    def apply(self, directions: Directions, engine: Engine, checkpoint: Path, sets: list[Examples]) -> None:
+        """v_c <- H^-1 v_c in place, on this rank's shard. Every rank of the launch calls this.
 
-        `checkpoint`: whose weights `engine` holds. `sources`: the windows of each source that H is measured
-        on; empty unless the curvature's fields in `influence.plan.FIELDS` hold `curvature_examples`. Raises
+        `engine` holds the weights of `checkpoint`. `sets`: the windows of each source that H is measured on,
+        empty unless the curvature's fields in `influence.plan.FIELDS` hold `curvature_examples`. Raises
         ValueError where checkpoint or windows do not give H.
         """
 
 
 class Identity:
     def diagonal(self, checkpoint: Path, gpt: Any) -> Gradient:
-        """Of H, whose other elements are 0; empty where H = 1. `influence.exclude_self` divides by it."""
+        """Diagonal of H, whose other elements are 0. Empty where H = 1. `exclude_self` divides by it."""
         return {}
 
-    def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
-    ) -> None:
+    def apply(self, directions: Directions, engine: Engine, checkpoint: Path, sets: list[Examples]) -> None:
         for name, scale in self.diagonal(checkpoint, engine.gpt).items():
             if name in directions:
                 directions[name] /= scale
@@ -73,7 +68,7 @@ class Adam(Identity):
 
 
 def resolve(kind: str, checkpoints: list[Path]) -> str:
-    """The curvature that "auto" means: one for all checkpoints, or their scores could not be summed."""
+    """The curvature that "auto" stands for. Sums of scores need the same one at all checkpoints."""
     if kind != "auto":
         return kind
     return "adam" if all(_has_moments(path) for path in checkpoints) else "identity"
@@ -86,16 +81,13 @@ def _has_moments(checkpoint: Path) -> bool:
 def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
     """sqrt(v / (1 - beta2^t)) + eps of each parameter: float32, this rank's shard, from any layout.
 
-    The optimizer's state is saved as whole parameters, so that it reads as the weights do. Raises ValueError
-    where the checkpoint holds none.
+    The optimizer's state is saved as whole parameters and loads as the weights do. Raises ValueError where
+    the checkpoint holds none.
     """
-    places, mine = gpt.sharded_state_dict(), named_parameters(gpt)
-    wanted = {
-        name: make_sharded_optimizer_tensor(
-            places[local], torch.empty_like(mine[name], dtype=torch.float32), _KEY
-        )
-        for name, local in local_names(gpt).items()
-    }
+    places, wanted = gpt.sharded_state_dict(), {}
+    for name, local in local_names(gpt).items():
+        moments = torch.empty_like(gpt.get_parameter(local), dtype=torch.float32)
+        wanted[name] = make_sharded_optimizer_tensor(places[local], moments, _KEY)
     if not _has_moments(checkpoint):
         raise ValueError(
             f"{checkpoint} holds no optimizer state, which influence.curvature=adam needs; use identity"
@@ -113,14 +105,12 @@ class DataInf:
         lambda_l  = 0.1 / (n d_l) sum_i |g_il|^2                              d_l numbers in parameter l
         H_l^-1 v ~ 1 / (n lambda_l) sum_i ( v - <g_il, v> / (lambda_l + |g_il|^2) g_il )
 
-    over the gradients g_i of n examples. Each is one pass of a single example, twice: once for lambda, once
-    for the sum. Whole gradients exist for one example at a time.
+    over the gradients g_i of n examples. Each example passes by itself, once for lambda and once for the sum.
+    Whole gradients exist for one example at a time.
     """
 
-    def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
-    ) -> None:
-        names, examples = list(directions), sum(map(len, sources))
+    def apply(self, directions: Directions, engine: Engine, checkpoint: Path, sets: list[Examples]) -> None:
+        names, examples = list(directions), sum(map(len, sets))
         shapes = (whole_shape(n, v.shape[1:], engine.context.tensor_size) for n, v in directions.items())
         size_L = torch.tensor([torch.Size(shape).numel() for shape in shapes], device=backend.device())
 
@@ -135,13 +125,13 @@ class DataInf:
             return products(gradient, {name: g[None] for name, g in gradient.items()}, 1)[:, 0]
 
         total_L = torch.zeros(len(names), dtype=torch.float64, device=backend.device())
-        for gradient in engine.example_gradients(*sources):
+        for gradient in engine.example_gradients(*sets):
             total_L += squares(gradient)
         damping_L = _DAMPING * sum_over("data", total_L) / (examples * size_L)
         check_gradients("datainf", dict(zip(names, damping_L.tolist(), strict=True)), examples)
         capabilities = len(next(iter(directions.values()), ()))
         sums = {name: torch.zeros_like(direction) for name, direction in directions.items()}
-        for gradient in engine.example_gradients(*sources):
+        for gradient in engine.example_gradients(*sets):
             dot_LC = products(gradient, directions, capabilities)
             share_LC = (dot_LC / (damping_L + squares(gradient))[:, None]).float()
             for share_C, (name, total) in zip(share_LC, sums.items(), strict=True):

@@ -1,19 +1,19 @@
 """Directions of a checkpoint: v_c = H^-1 (1/M) sum_z g_z over the M windows z of a probing set P_c.
 
-Mean gradients are on disk while the checkpoint is scored, so that a killed launch does not cost them:
+Mean gradients are on disk while the checkpoint is scored. A launch after a kill reads them:
 
     RUN/influence/step_N/.directions/HASH/tensor_0.pipeline_0.pt    this rank's shard, float32
 
-The hash is of everything that decides a gradient's bits, the layout included; H is applied after reading. The
+The hash is of everything that decides a gradient's bits, the layout included. H is applied after reading. The
 files are removed when the checkpoint's scores are complete. Three directions are as large as an optimizer's
 state.
 
-An example that lies in a probing set may be scored against the direction without it
-(`influence.exclude_self`). Without the window x, the direction gives
+`influence.exclude_self` scores an example of a probing set against the direction without that example.
+Without the window x, the direction gives
 
     <v_c^{-x}, g_x> = (M <v_c, g_x> - <H^-1 g_x, g_x>) / (M - 1)
 
-exactly, where H is diagonal and measured on something else: none, or Adam's second moment.
+exactly, for an H that is diagonal and not measured on these windows: identity, or Adam's second moment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
+from megatron_r1.checkpoint.files import identity
+from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import CURVATURES, Identity
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import Directions, Gradient, squared_norm
-from megatron_r1.influence.plan import Part, Work, measured_on_examples
+from megatron_r1.influence.plan import Job, Part, Work, measured_on_examples
+from megatron_r1.influence.store import hashes_of
 from megatron_r1.parallel import ParallelContext, sum_over
 from megatron_r1.records import CheckpointRef, Corpus
+from megatron_r1.run.stage import finish
 from megatron_r1.system.files import replacing
 from megatron_r1.system.terminal import Progress
 
@@ -45,42 +48,47 @@ from megatron_r1.system.terminal import Progress
 from megatron.core import parallel_state
 
 _DECIDING = ("probe_examples", "seed", "loss", "layers")
-"""Of the manifest's section `influence`."""
+"""Fields of the manifest's section `influence` that decide a gradient."""
 
 
 class CheckpointDirections:
-    """Builds v_c of every capability at one checkpoint; every rank of the launch calls the same methods.
+    """The weights of one checkpoint, and v_c of every capability there.
 
-    `engine` holds the checkpoint's weights, `parts` are what is scored at it.
+    Every rank of the launch calls the same methods. Raises ValueError for a direction that is zero or not
+    finite.
     """
 
+    directions: Directions
+    norms: dict[str, float]
+    """Capability -> |v_c|."""
+    seconds: float
+    """Time of the directions."""
     windows_passed: int = 0
     """Windows of the probing sets whose gradients were not in the cache."""
     pass_seconds: float = 0.0
     """Time of their passes."""
 
-    def __init__(self, engine: Engine, work: Work, curvature: str, ref: CheckpointRef, parts: Sequence[Part]):
-        self.ref, self._engine, self._work, self._parts = ref, engine, work, parts
-        self._curvature = CURVATURES[curvature]()
-        self._measured = measured_on_examples(curvature)
-        self.cache = DirectionCache(work, parts[0], engine.context)
-
-    def build(self) -> tuple[Directions, list[float]]:
-        """v_c of every capability, and their norms. Raises ValueError where one is zero or not finite."""
-        engine, work = self._engine, self._work
-        label, total = f"directions of step {self.ref.step}", work.probe_windows()
-        with Progress(label, total, "windows", show=engine.context.leads) as bar:
-            gradients = [self._mean_gradient(probe, bar) for probe in work.probes]
-        directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
-        self._curvature.apply(directions, engine, self.ref.path, self._sources())
-        norm_C = [
-            squared_norm({name: v[c] for name, v in directions.items()}, engine.gpt) ** 0.5
-            for c in range(len(gradients))
-        ]
-        return directions, norm_C
+    def __init__(self, engine: Engine, job: Job, ref: CheckpointRef):
+        """Load the checkpoint's weights into `engine` and compute the directions."""
+        self._engine, self._work, self._ref, self._parts = engine, job.work, ref, job.parts[ref.step]
+        self._curvature = CURVATURES[job.curvature]()
+        self._cache = DirectionCache(job.work, self._parts[0], engine.context)
+        load_checkpoint(ref.path, engine.gpt, None, job.work.config.model)
+        start = time.monotonic()
+        probes, label = job.work.data.directions, f"directions of step {ref.step}"
+        with Progress(label, job.work.probe_windows(), "windows", show=engine.context.leads) as bar:
+            gradients = [self._mean_gradient(probe, bar) for probe in probes]
+        self.directions = {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
+        measured_on = self._sources() if measured_on_examples(job.curvature) else []
+        self._curvature.apply(self.directions, engine, ref.path, measured_on)
+        self.norms = {
+            probe.name: squared_norm({n: v[c] for n, v in self.directions.items()}, engine.gpt) ** 0.5
+            for c, probe in enumerate(probes)
+        }
+        self.seconds = time.monotonic() - start
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> Gradient:
-        cached = gradient = self.cache.load(probe.name)
+        cached = gradient = self._cache.load(probe.name)
         if gradient is None:
             windows, start = self._engine.examples(probe, self._work.probing(probe)), time.monotonic()
             gradient = self._engine.mean_gradient(windows, bar.advance)
@@ -89,17 +97,15 @@ class CheckpointDirections:
         square = squared_norm(gradient, self._engine.gpt)
         if not 0 < square < float("inf"):
             raise ValueError(
-                f"the direction of {probe.name} at step {self.ref.step} is "
+                f"the direction of {probe.name} at step {self._ref.step} is "
                 f"{'not finite' if square else 'zero'}; look at that checkpoint and at {probe.prefix}"
             )
         if cached is None:
-            self.cache.save(probe.name, gradient)
+            self._cache.save(probe.name, gradient)
         return gradient
 
     def _sources(self) -> list[Examples]:
-        """Of all sources alike, the windows that H is measured on: so many, evenly spaced."""
-        if not self._measured:
-            return []
+        """The windows of each source that H is measured on: the same number of each, evenly spaced."""
         share = -(-self._work.influence.curvature_examples // len(self._parts))
         out = []
         for part in self._parts:
@@ -108,7 +114,7 @@ class CheckpointDirections:
         return out
 
     def leave_out(self, results: dict[str, Tensor], part: Part, first: int, shared_NC: np.ndarray) -> None:
-        """Take the examples from `first` on out of the directions that hold them, in `results`."""
+        """Correct scores in `results`: leave each example from `first` on out of directions that hold it."""
         assert isinstance(self._curvature, Identity), "influence.exclude_self is checked"
         shared_N = np.asarray(shared_NC.any(1))
         if "norms" in results and type(self._curvature) is Identity:
@@ -118,13 +124,15 @@ class CheckpointDirections:
             windows = self._engine.examples(part.corpus, number_N)
             own_N = torch.zeros(len(shared_N), dtype=torch.float64)
             own_N[torch.from_numpy(shared_N)] = self._own_products(windows, self._curvature)
-        size_C = torch.tensor([len(self._work.probing(probe)) for probe in self._work.probes])
-        results["scores"] = without_own(results["scores"], own_N, torch.from_numpy(shared_NC), size_C)
+        # M, at least 2 where an example is shared.
+        size_C = torch.tensor([len(self._work.probing(probe)) for probe in self._work.data.directions])
+        without_NC = (size_C * results["scores"] - own_N[:, None]) / (size_C - 1)
+        results["scores"] = torch.where(torch.from_numpy(shared_NC), without_NC, results["scores"])
 
     def _own_products(self, windows: Examples, curvature: Identity) -> Tensor:
         """<H^-1 g, g> of each window, on every rank: float64 [N]. One pass of each by itself."""
         engine, context = self._engine, self._engine.context
-        root = {name: scale.sqrt_() for name, scale in curvature.diagonal(self.ref.path, engine.gpt).items()}
+        root = {name: scale.sqrt_() for name, scale in curvature.diagonal(self._ref.path, engine.gpt).items()}
         mine_P = [
             squared_norm({name: g / root[name] if root else g for name, g in gradient.items()}, engine.gpt)
             for gradient in engine.example_gradients(windows)
@@ -134,12 +142,32 @@ class CheckpointDirections:
         all_PR[:, context.data_rank] = all_PR.new_tensor(mine_P) / context.context_size
         return sum_over("tokens", all_PR).flatten()[: len(windows)].cpu()
 
+    def record(self, stage: str, passed: int, began: float) -> None:
+        """Add a ledger line for the complete scores, and remove the cache. The first rank calls this.
+
+        `passed`: examples that passed through the model, without the probing sets.
+        """
+        self._cache.clear()
+        config, data = self._work.config, self._work.data
+        finish(
+            Path(config.train.run),
+            f"{stage} step {self._ref.step}",
+            devices=self._engine.context.world_size,
+            tokens=(passed + self._work.probe_windows()) * config.data.seq_length,
+            seconds=time.time() - began,
+            inputs={str(self._ref.path): identity(self._ref.path)} | data.identities,
+            outputs=hashes_of(part.directory for part in self._parts),
+            again=True,
+        )
+
 
 class DirectionCache:
-    """Of one checkpoint. Every rank of the launch calls the same methods; they share the directory."""
+    """Mean gradients of one checkpoint on disk. Every rank of the launch calls the same methods.
+
+    `part`: any source's at that checkpoint.
+    """
 
     def __init__(self, work: Work, part: Part, context: ParallelContext):
-        """`part`: any of the checkpoint's."""
         inputs, parallel = part.inputs, work.config.parallel
         self._root = part.directory.parent / ".directions"
         self._context, self._hashes = context, inputs["directions"]
@@ -147,22 +175,22 @@ class DirectionCache:
             **{name: inputs[name] for name in ("weights", "seq_length", "eod", "precision")},
             **{name: inputs["influence"][name] for name in _DECIDING},
             "layout": [parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence],
-            # Which rows are added up together.
+            # These decide which rows are added up together.
             "batch": [work.influence.micro_batch, context.data_size],
         }
 
     def load(self, capability: str) -> Gradient | None:
-        """This rank's shard; None on all ranks if one of them has no file."""
+        """This rank's shard. None on all ranks if one of them has no file."""
         path = self._path(capability)
-        there = torch.tensor(int(path.is_file()), device=backend.device())
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-        if not there.item():
+        exists = torch.tensor(int(path.is_file()), device=backend.device())
+        dist.all_reduce(exists, dist.ReduceOp.MIN)
+        if not exists.item():
             return None
         cached: Gradient = torch.load(path, map_location=backend.device(), weights_only=True)
         return cached
 
     def save(self, capability: str, gradient: Gradient) -> None:
-        """Write the shard, on the first of the ranks that hold the same one."""
+        """Write the shard. The first of the ranks that hold the same one writes it."""
         if self._context.data_rank == 0 and parallel_state.get_context_parallel_rank() == 0:
             path = self._path(capability)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +198,7 @@ class DirectionCache:
                 torch.save({name: t.cpu() for name, t in gradient.items()}, stream)
 
     def clear(self) -> None:
-        """Remove the files; one rank calls this when the scores are complete."""
+        """Remove the files. One rank calls this."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _path(self, capability: str) -> Path:
@@ -178,12 +206,3 @@ class DirectionCache:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         shard = f"tensor_{self._context.tensor_rank}.pipeline_{self._context.pipeline_rank}"
         return self._root / digest / f"{shard}.pt"
-
-
-def without_own(score_NC: Tensor, own_N: Tensor, shared_NC: Tensor, size_C: Tensor) -> Tensor:
-    """Scores [N, C] with each example left out of the directions that hold it.
-
-    `own_N`: <H^-1 g, g>, read where any of `shared_NC` is true. `size_C`: M, at least 2 where shared.
-    """
-    left_NC = (size_C * score_NC - own_N[:, None]) / (size_C - 1)
-    return torch.where(shared_NC, left_NC, score_NC)

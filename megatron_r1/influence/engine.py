@@ -1,15 +1,15 @@
 """A model on this rank, its examples, and forward and backward passes over them.
 
-What is differentiated is, of each row, the sum of its label losses times the batch's loss mask. The mask
-carries each label's weight (`weigh`): an example's loss may be a mean or a sum, and may be spread over
-several rows or over the ranks that share a sequence.
+The loss of a row is the sum of its label losses times the batch's loss mask. The mask carries each label's
+weight (`weigh`). An example's loss may be a mean or a sum. It may be spread over several rows, or over the
+ranks that share a sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -37,18 +37,18 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 _PLACES = 64
-"""Places of the sequence whose probabilities exist, in float64, at a time."""
+"""Places of the sequence whose probabilities, in float64, are in memory at a time."""
 
 
 def weigh(batch: Batch, label_weight_B: np.ndarray) -> Batch:
-    """The batch whose labels in row b count with a weight; on the device, cut to this rank's tokens."""
+    """The batch with a weight for each row's labels, on the device, cut to this rank's tokens."""
     weight_B1 = torch.from_numpy(label_weight_B.astype(np.float32))[:, None]
     return on_device(dataclasses.replace(batch, loss_mask_BS=batch.loss_mask_BS * weight_B1))
 
 
 Begin = Callable[[Batch], Tensor]
-"""Called with each micro-batch before its forward pass; returns a buffer, [B], to which each row's weighted
-loss is added on the last pipeline stage."""
+"""Called with each micro-batch before its forward pass. Returns a buffer, [B]. The last pipeline stage adds
+each row's weighted loss to it."""
 
 
 def run_passes(
@@ -91,7 +91,7 @@ class Engine:
     """Every rank of the launch calls the same methods."""
 
     model: Any
-    """What the schedule calls: `gpt`, wrapped for its precision."""
+    """`gpt`, wrapped for its precision. The schedule calls it."""
     gpt: Any
     context: ParallelContext
     influence: InfluenceConfig
@@ -112,12 +112,16 @@ class Engine:
 
     @cached_property
     def names(self) -> list[str]:
-        """Parameters that count, of the whole model."""
+        """Names of the whole model's parameters that count."""
         return select(self.influence.layers, self.gpt.config.num_layers)
 
     @property
+    def capabilities(self) -> int:
+        return len(self.influence.directions)
+
+    @property
     def rows_per_pass(self) -> int:
-        """Of all ranks together."""
+        """Rows of all ranks together."""
         return self.influence.micro_batch * self.context.data_size
 
     def examples(self, corpus: Corpus, number_N: np.ndarray, unit: Unit = "window") -> Examples:
@@ -131,62 +135,57 @@ class Engine:
         for batch, length_B in example_batches(examples, (first, last), size, self.context, self.eod):
             yield weigh(batch, 1 / length_B if self.influence.loss == "mean" else np.ones(size))
 
-    def run(self, batches: Iterator[Batch], passes: int, begin: Begin | None = None) -> None:
-        """See `run_passes`."""
-        run_passes(self.model, batches, passes, self.influence.micro_batch, self.seq_length, begin)
-
     def mean_gradient(
         self, windows: Examples, advance: Callable[[int], object] = lambda count: None
     ) -> Gradient:
-        """Gradient of the mean of the windows' losses; the same on all data-parallel ranks.
+        """Gradient of the mean of the windows' losses, the same on all data-parallel ranks.
 
         `advance` is called with the number of windows of each pass.
         """
-        mine = named_parameters(self.gpt)
-        sums = {
-            name: torch.zeros_like(p, dtype=torch.float32) for name, p in mine.items() if name in self.names
-        }
-        hooks = [
-            p.register_post_accumulate_grad_hook(partial(_add_and_free, sums.get(name)))
-            for name, p in mine.items()
-        ]
 
         def counted() -> Iterator[Batch]:
             for number, batch in enumerate(self.batches(windows)):
                 advance(min(self.rows_per_pass, len(windows) - number * self.rows_per_pass))
                 yield batch
 
-        try:
-            self.run(counted(), windows.passes(0, len(windows), self.rows_per_pass))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, gradient in sums.items():
-            complete_gradient(mine[name], gradient)
-            sum_over("tokens", gradient).div_(len(windows))
-        return sums
+        passes = windows.passes(0, len(windows), self.rows_per_pass)
+        gradient = self._summed_gradient(counted(), passes, self.influence.micro_batch)
+        for g in gradient.values():
+            sum_over("tokens", g).div_(len(windows))
+        return gradient
 
     def example_gradients(self, *sources: Examples) -> Iterator[Gradient]:
-        """Whole gradients of single windows' losses, this data-parallel rank's share of each source: as many
-        on every rank, with zeros at the end."""
-        mine, counted = named_parameters(self.gpt), set(self.names)
+        """Gradients of single windows' losses, this data-parallel rank's share of each source.
+
+        Every rank gets the same number of gradients. The last ones may be 0.
+        """
         for batch in chain.from_iterable(self.batches(windows, micro_batch=1) for windows in sources):
-            run_passes(self.model, iter([batch]), 1, 1, self.seq_length)
-            gradient = {}
-            for name, p in mine.items():
-                if name in counted:
-                    gradient[name] = (torch.zeros_like(p) if p.grad is None else p.grad).float()
-                    complete_gradient(p, gradient[name])
-                    sum_over("context", gradient[name])
-                p.grad = None
+            gradient = self._summed_gradient(iter([batch]), 1, 1)
+            for g in gradient.values():
+                sum_over("context", g)
             yield gradient
+
+    def _summed_gradient(self, batches: Iterator[Batch], passes: int, micro_batch: int) -> Gradient:
+        """Sum over this rank's rows and tokens, complete over tensor-parallel ranks and stages."""
+        mine = named_parameters(self.gpt)
+        sums = {
+            name: torch.zeros_like(p, dtype=torch.float32) for name, p in mine.items() if name in self.names
+        }
+        with ExitStack() as hooks:
+            for name, p in mine.items():
+                add = partial(_add_and_free, sums.get(name))
+                hooks.enter_context(p.register_post_accumulate_grad_hook(add))
+            run_passes(self.model, batches, passes, micro_batch, self.seq_length)
+        for name, gradient in sums.items():
+            complete_gradient(mine[name], gradient)
+        return sums
 
     @contextmanager
     def drawn_labels(self, windows: Examples, source: int) -> Iterator[Iterator[Batch]]:
         """The batches of one source, each label drawn from the model's prediction during the forward pass.
 
-        Labels follow from `influence.seed`, the source's number and the window's place: the same at every
-        call and in every layout.
+        Labels follow from `influence.seed`, the source's number and the window's place. They are the same at
+        every call and in every layout.
         """
         batch: Batch
         uniform_BS: Tensor
@@ -215,12 +214,10 @@ class Engine:
                 label_N = draw(logits_SBV.flatten(0, 1), uniform_SB.flatten(), group)
                 batch.labels_BS[:, part] = label_N.view_as(uniform_SB).T
 
-        hooks = [self.gpt.output_layer.register_forward_hook(write)] if self.gpt.post_process else []
-        try:
+        with ExitStack() as hooks:
+            if self.gpt.post_process:
+                hooks.enter_context(self.gpt.output_layer.register_forward_hook(write))
             yield batches()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _add_and_free(total: Tensor | None, p: Parameter) -> None:
@@ -233,8 +230,8 @@ def _add_and_free(total: Tensor | None, p: Parameter) -> None:
 def draw(logits_NV: Tensor, uniform_N: Tensor, group: Any) -> Tensor:
     """A label for each token from softmax(logits), by its inverse distribution function: int64 [N].
 
-    `logits_NV`: this rank's consecutive shard of the vocabulary; `uniform_N` in [0, 1), the same on all ranks
-    of the tensor-parallel `group`, and so is the result.
+    `logits_NV`: this rank's consecutive shard of the vocabulary. `uniform_N` in [0, 1), the same on all ranks
+    of the tensor-parallel `group`. The result is the same on all of them, too.
     """
     logits_NV = logits_NV.double()
     max_N = logits_NV.amax(1)

@@ -1,25 +1,28 @@
 """Influence of examples, exact to first order, from one forward and backward pass (Eq. 2).
 
-A capability's direction v_c is held as a tensor for each parameter of this rank's shard. Hooks on the
-layers of megatron-core's GPTModel hand inputs and output gradients to a `Method` (influence/methods.py),
-so that no example's whole gradient ever exists. Every parameter that `influence.layers` selects counts:
-linear layers, norm weights, and the tied embedding by both of its uses against the one summed direction.
+A capability's direction v_c is a tensor for each parameter of this rank's shard. Hooks on the layers of
+megatron-core's GPTModel hand inputs and output gradients to a `Method` (influence/methods.py). No example's
+whole gradient ever exists. Every parameter that `influence.layers` selects counts: linear layers, norm
+weights and the tied embedding, whose two uses are scored against one direction.
 
-Where the model is split, the products add up: over the tensor-parallel ranks for parameters that are
-sharded (or whose gradients are partial sums, as the norms' under sequence parallelism), once for
-replicated ones, over the pipeline stages for all, and over the ranks that share a sequence.
+Where the model is split, the products add up:
+
+    over tensor-parallel ranks    for sharded parameters, and for norm weights under sequence parallelism
+    once                          for replicated parameters
+    over pipeline stages          for all parameters
+    over context-parallel ranks   for all parameters
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import backend
@@ -42,68 +45,63 @@ from megatron.core.tensor_parallel import (
 
 @dataclass
 class RowSums:
-    """What one micro-batch has gathered so far on this rank, X numbers an example."""
+    """Sums of one micro-batch so far on this rank, X numbers an example."""
 
     tokens_BS: Tensor
     sharded_BX: Tensor
-    """float64: products with parameters of which every tensor-parallel rank has its own part."""
+    """float64: products with sharded parameters."""
     replicated_BX: Tensor
     """float64: products that every tensor-parallel rank computes alike."""
     loss_B: Tensor
-    """float64: weighted loss of each row; zero but on the last pipeline stage."""
+    """float64: weighted loss of each row. 0 before the last pipeline stage."""
     head_BSD: Tensor | None = None
-    """For norms: at each place, the row of the head's gradient that belongs to the token there."""
+    """For norms: at each place, the head's gradient of the row of the token there, float32."""
     look_up_BSD: Tensor | None = None
-    """For norms: at each place, the gradient of the token looked up there; 0 where another rank has it."""
+    """For norms: at each place, the look-up's gradient of the same row. 0 where another rank has the row."""
 
 
 class Scorer:
-    """Collects products of micro-batches from hooks on the model; a context manager.
+    """Context manager that collects products of micro-batches from hooks on the model.
 
-    Within it no parameter requires a gradient, so that no weight gradient but ours is computed. Raises
-    ValueError where a parameter that counts belongs to no layer it knows.
+    Within it no parameter requires a gradient, so that autograd computes no weight gradients. Raises
+    ValueError where a parameter belongs to a layer that the scorer does not know.
     """
 
     def __init__(self, gpt: Any, method: Method):
         self.gpt, self.method = gpt, method
         self.sums: list[RowSums] = []
-        """One for each micro-batch, in the order of their forward passes."""
-        self._hooks: list[Any] = []
-        self._required = [p for p in gpt.parameters() if p.requires_grad]
+        """One for each micro-batch, in the order of the forward passes."""
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Scorer:
         names = {id(p): name for name, p in named_parameters(self.gpt).items()}
         covered: set[str] = set()
         for module in self.gpt.modules():
-            rule = self._rule(module)
-            if rule is None:
-                continue
-            # The head of a stage that holds the embedding, too, has no weight of its own.
-            tied = module.weight is None
-            name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
-            covered.add(name)
-            # The graph begins at the embedding, whether it counts or not.
-            if name in self.method.names or rule == self._embedding:
-                self._hooks.append(module.register_forward_hook(partial(rule, name=name)))
+            if rule := self._rule(module):
+                # The head of a stage that also holds the embedding has no weight of its own.
+                tied = module.weight is None
+                name = names[id(self.gpt.shared_embedding_or_output_weight() if tied else module.weight)]
+                covered.add(name)
+                # The graph begins at the embedding, whether it counts or not.
+                if name in self.method.names or rule == self._embedding:
+                    self._hooks.enter_context(module.register_forward_hook(partial(rule, name=name)))
         if rest := sorted(set(names.values()) - covered):
             self.__exit__()
             raise ValueError(
                 f"no rule for the gradient of {', '.join(rest[:4])}: scoring knows megatron-core's own "
                 f"parallel layers and RMSNorm without biases, not Transformer Engine's"
             )
-        for p in self._required:
-            p.requires_grad_(False)
+        for p in self.gpt.parameters():
+            if p.requires_grad:
+                self._hooks.callback(p.requires_grad_)
+                p.requires_grad_(False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for p in self._required:
-            p.requires_grad_(True)
+        self._hooks.close()
 
     def begin(self, batch: Batch) -> Tensor:
-        """Start a micro-batch: its forward and backward pass add to new sums. Returns its losses, [B]."""
+        """Start a micro-batch, whose passes add to new sums. Returns the buffer of its losses, [B]."""
         zeros = torch.zeros(
             len(batch.tokens_BS), self.method.width, dtype=torch.float64, device=backend.device()
         )
@@ -175,7 +173,8 @@ class Scorer:
 
 
 def _mine(tokens_BS: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Each token's row in this rank's shard of the embedding, 0 where it has none, and whether it has one."""
+    """Each token's row in this rank's shard of the embedding (0 for other shards' rows), and whether it is
+    one of this shard."""
     index_BS = tokens_BS - group.rank() * rows
     mine_BS = (index_BS >= 0) & (index_BS < rows)
     return torch.where(mine_BS, index_BS, 0), mine_BS
@@ -214,28 +213,24 @@ def score(
 
 
 def _add_cross_terms(scorer: Scorer) -> None:
-    """Add twice the product of the tied embedding's two gradients, which the norm of their sum holds."""
-    first = parallel_state.is_pipeline_first_stage()
+    """Add twice the product of the tied embedding's two gradients to the squared norm of their sum."""
     for sums in scorer.sums:
-        head_BSD = sums.head_BSD
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            if head_BSD is None:
-                if not first:
-                    continue
-                assert sums.look_up_BSD is not None
-                head_BSD = torch.empty(sums.look_up_BSD.shape, device=sums.look_up_BSD.device)
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(head_BSD, last, group=parallel_state.get_embedding_group())
-        if first:
-            assert head_BSD is not None and sums.look_up_BSD is not None
-            sums.sharded_BX[:, -1] += 2 * (head_BSD.double() * sums.look_up_BSD).sum((1, 2))
+        head_BSD, look_up_BSD = sums.head_BSD, sums.look_up_BSD
+        # The first stage has the look-up's gradient, the last one the head's, those between them none.
+        if head_BSD is None and look_up_BSD is not None:
+            # Contiguous, as the last stage's is.
+            head_BSD = torch.zeros(look_up_BSD.shape, device=look_up_BSD.device)
+        if head_BSD is not None:
+            sum_over("embedding", head_BSD)
+        if head_BSD is not None and look_up_BSD is not None:
+            sums.sharded_BX[:, -1] += 2 * (head_BSD.double() * look_up_BSD).sum((1, 2))
 
 
 def score_examples(
     engine: Engine, method: Method, examples: Examples, first: int = 0, last: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The method's rows [N, X] and mean label losses [N] of the examples [first, last), on every rank:
-    float64."""
+    """The method's rows [N, X] and mean label losses [N] of the examples [first, last): float64, on every
+    rank."""
     context, size = engine.context, engine.influence.micro_batch
     last = len(examples) if last is None else last
     passes = examples.passes(first, last, engine.rows_per_pass)

@@ -34,13 +34,12 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.data.windows import Examples
-from megatron_r1.influence.engine import Engine
+from megatron_r1.influence.engine import Engine, run_passes
 from megatron_r1.influence.gradients import Scorer
 from megatron_r1.influence.methods import Method
 from megatron_r1.influence.parameters import (
     EMBEDDING,
     Directions,
-    Gradient,
     complete_gradient,
     named_parameters,
     split_axis,
@@ -54,64 +53,46 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 _DAMPING = 0.1
-"""Of the mean eigenvalue of a layer."""
+"""Share of a layer's mean eigenvalue."""
 _AT_ONCE = 1 << 30
-"""Elements of factors that a rank holds at a time (or one layer's); further layers take further passes."""
+"""Elements of factors that a rank holds at a time (or one layer's). Further layers take further passes."""
 _BLOCK = 1 << 22
 """Elements of the examples' rotated gradients formed at a time."""
 _STRIPE = 8192
 """Columns of the head's gradient squared at a time."""
 
 Sides = tuple[Tensor, Tensor]
-"""Of a weight: what belongs to the axis X that tensor parallelism divides, whole, and to the other one, Y."""
+"""Factors or bases of a weight's two axes: X, which tensor parallelism divides, and Y. Both are whole."""
 Bases = dict[str, Sides]
 
 
 class Kfac:
     name = "kfac"
 
-    def apply(
-        self, directions: Directions, engine: Engine, checkpoint: Path, sources: list[Examples]
-    ) -> None:
-        """v_c <- H^-1 v_c in place, on this rank's shard; every rank of the launch calls this.
-
-        `sources`: the windows of each source that H is measured on. Raises ValueError where a parameter has
-        no gradient on any of them.
-        """
-        examples = sum(map(len, sources))
+    def apply(self, directions: Directions, engine: Engine, checkpoint: Path, sets: list[Examples]) -> None:
+        """See `curvature.Curvature`. Raises ValueError where a parameter has no gradient on any example."""
+        examples = sum(map(len, sets))
         for names in _groups(directions, engine.context):
             factors = _Factors({name: directions[name] for name in names}, engine)
-            _collect(factors, engine, sources)
+            _collect(factors, engine, sets)
             factors.finish(examples, engine.seq_length)
             bases = factors.sides
-            eigenvalues = self._eigenvalues(bases, _decompose(bases), engine, sources) | factors.norms
+            eigenvalues = _decompose(bases) | factors.norms
+            if self.name == "ekfac":
+                moments = _Moments({n: sides for n, sides in bases.items() if n != EMBEDDING}, engine.context)
+                _collect(moments, engine, sets)
+                for name, sum_XY in moments.squares_XY.items():
+                    eigenvalues[name] = sum_over("data", sum_XY).div_(examples)
             damping = {name: _DAMPING * whole_mean(name, value) for name, value in eigenvalues.items()}
             check_gradients(self.name, damping, examples)
             for name, value in eigenvalues.items():
                 divisor = value + damping[name]
-                if name in bases:
-                    directions[name] = _divided(name, directions[name], bases[name], divisor)
-                else:
-                    directions[name] = directions[name] / divisor
-
-    def _eigenvalues(
-        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
-    ) -> Gradient:
-        """L in the bases, this rank's rows. `products`: lambda_G lambda_A^T."""
-        return products
+                direction, basis = directions[name], bases.get(name)
+                directions[name] = _divided(name, direction, basis, divisor) if basis else direction / divisor
 
 
 class EKfac(Kfac):
     name = "ekfac"
-
-    def _eigenvalues(
-        self, bases: Bases, products: Gradient, engine: Engine, sources: list[Examples]
-    ) -> Gradient:
-        moments = _Moments({n: sides for n, sides in bases.items() if n != EMBEDDING}, engine.context)
-        _collect(moments, engine, sources)
-        for name, sum_XY in moments.squares_XY.items():
-            products[name] = sum_over("data", sum_XY).div_(sum(map(len, sources)))
-        return products
 
 
 def check_gradients(kind: str, damping: dict[str, float], examples: int) -> None:
@@ -123,16 +104,20 @@ def check_gradients(kind: str, damping: dict[str, float], examples: int) -> None
         )
 
 
-def _collect(collector: _Collector, engine: Engine, sources: list[Examples]) -> None:
+def _collect(collector: _Collector, engine: Engine, sets: list[Examples]) -> None:
     """Hand `collector` inputs and output gradients of layers, from passes with drawn labels."""
-    for number, windows in enumerate(sources):
+    size, seq_length = engine.influence.micro_batch, engine.seq_length
+    for number, windows in enumerate(sets):
+        passes = windows.passes(0, len(windows), engine.rows_per_pass)
         with engine.drawn_labels(windows, number) as batches, Scorer(engine.gpt, collector) as scorer:
-            engine.run(batches, windows.passes(0, len(windows), engine.rows_per_pass), scorer.begin)
+            run_passes(engine.model, batches, passes, size, seq_length, scorer.begin)
 
 
 def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[str]]:
-    """Groups of names whose factors are in memory at a time; the same number on every rank, because the
-    stages of a pipeline run their passes together."""
+    """Groups of names whose factors are in memory at a time.
+
+    Every rank has the same number of groups, because the stages of a pipeline run their passes together.
+    """
     groups: list[list[str]] = [[]]
     held = 0
     # The embedding's factors are summed over two stages: in the same group on both.
@@ -150,7 +135,7 @@ def _groups(directions: Directions, context: ParallelContext) -> Iterator[list[s
 
 
 class _Collector(Method):
-    """Sums over all examples, where a method has a row for each."""
+    """Receives a method's inputs, but sums over all examples. No example has a row."""
 
     squares = False
     width = 1
@@ -232,8 +217,8 @@ class _Factors(_Collector):
 
 
 class _Moments(_Collector):
-    """The second pass, of linear layers: squares of each example's gradient in the layer's own basis, this
-    rank's rows."""
+    """The second pass: squares of each example's gradient of a linear layer in its own basis, this rank's
+    rows."""
 
     def __init__(self, bases: Bases, context: ParallelContext):
         self.names = frozenset(bases)
@@ -274,8 +259,8 @@ def _mine(size: int, rank: int | None = None) -> slice:
 def _decompose(sides: Bases) -> dict[str, Tensor]:
     """Factors -> their eigenvectors, in place; products of eigenvalues [X, Y], this rank's rows, by name.
 
-    The embedding's first side is diagonal, and stays. The ranks of a stage share the work, and each gets the
-    same bits: vectors of nearly equal eigenvalues may be any.
+    The embedding's first side is diagonal and stays. The ranks of a stage share the work. Each gets the same
+    bits, because eigenvectors of nearly equal eigenvalues are arbitrary.
     """
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     factors = [factor for pair in sides.values() for factor in pair if factor.dim() == 2]
@@ -301,16 +286,14 @@ def _divided(name: str, direction: Tensor, basis: Sides, divisor_XY: Tensor) -> 
     first = split_axis(name) == 0
     v_CXY = (direction if first else direction.transpose(1, 2)) @ right
     if left.dim() == 2:
-        v_CXY = _times(left.T, v_CXY)
-    v_CXY = v_CXY / divisor_XY
-    if left.dim() == 2:
-        v_CXY = _times(left, v_CXY)
-    v_CXY = v_CXY @ right.T
+        v_CXY = _times(left, _times(left.T, v_CXY) / divisor_XY) @ right.T
+    else:
+        v_CXY = (v_CXY / divisor_XY) @ right.T
     return v_CXY if first else v_CXY.transpose(1, 2).contiguous()
 
 
 def _times(matrix_XX: Tensor, v_CXY: Tensor) -> Tensor:
-    """M v, where of v and of the result each tensor-parallel rank holds its own rows."""
+    """M v. Each tensor-parallel rank holds its own rows of v and of the result."""
     group = parallel_state.get_tensor_model_parallel_group()
     columns = matrix_XX[:, _mine(len(matrix_XX))]
     out = v_CXY

@@ -1,12 +1,15 @@
-"""How products of an example's gradient with the directions are computed: one interface, `Method`.
+"""Products of an example's gradient with the directions. All methods have one interface, `Method`.
 
-Each hook of the scorer hands a method what passes one layer: inputs and output gradients, of this rank's
-shard. The method adds to a row of numbers for each example whatever sums over layers, tensor-parallel
-ranks, stages and tokens; `results` reads the finished rows. `WgradDot` is the default, and exact.
+The scorer's hooks hand a method the inputs and output gradients of each layer, of this rank's shard. The
+method adds to a row of numbers for each example. Rows are sums over layers, tensor-parallel ranks, stages and
+tokens. `results` reads the finished rows. `WgradDot` is the default, and exact.
+
+A new method is a class with these methods, a line in `METHODS`, and its name in `InfluenceConfig.method`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,12 +18,12 @@ from torch import Tensor
 
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import Directions
-from megatron_r1.influence.projection import Projected
+from megatron_r1.influence.projection import projected
 
 _BLOCK = 1 << 22
 """Elements of the per-example gradients formed at a time."""
 _CPU_BLOCK = 1 << 19
-"""Of one example's: dotted while the cache holds them and the directions'."""
+"""Elements of one example's gradient formed at a time on a CPU, whose cache holds them."""
 
 
 class Method(Protocol):
@@ -29,34 +32,27 @@ class Method(Protocol):
     names: frozenset[str]
     """Parameters that count, of this rank."""
     squares: bool
-    """Whether squared norms are wanted in the last column: no sum over ranks then, but of whole gradients."""
+    """Whether the last column holds squared norms. Norms need whole gradients, not sums over ranks."""
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        """Add what a weight [O, I] gives, whose gradient is sum_s g_sb a_sb^T."""
+        """Add the products of a weight [O, I], whose gradient is sum_s g_sb a_sb^T."""
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
-        """Add what an embedding gives: row `index` of its gradient is a sum of g, which is 0 elsewhere."""
+        """Add the products of an embedding. Row `index` of its gradient is a sum of g, other rows are 0."""
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
-        """Add what a norm weight [D] gives, whose gradient is sum_s g_sb, from sequence place `first` on."""
+        """Add the products of a norm weight [D], whose gradient is sum_s g_sb, from place `first` on."""
 
     def results(self, row_NX: Tensor) -> dict[str, Tensor]:
-        """Finished rows -> what the store keeps, by file name: `scores` [N, C] and more."""
-
-
-class MethodClass(Protocol):
-    """What `METHODS` holds."""
-
-    def build(self, directions: Directions, engine: Engine) -> Method:
-        """The method for these directions as `engine.influence` sets it; every rank of a model copy calls."""
+        """Finished rows -> arrays for the store, by file name: `scores` [N, C] and more."""
 
 
 def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squares: bool = False) -> Tensor:
     """Product of each example's gradient of one linear layer with C directions, float64 [B, C].
 
-    `a` are the layer's inputs and `g` the gradients of its outputs; <sum_s g_sb a_sb^T, V_c> is computed
-    over blocks of output rows. `squares`: the gradient's squared norm in one more column. Under tensor
-    parallelism all three are this rank's shard: sum over ranks.
+    `a` are the layer's inputs, `g` the gradients of its outputs. <sum_s g_sb a_sb^T, V_c> is computed over
+    blocks of output rows. `squares` adds a column: the gradient's squared norm. Under tensor parallelism all
+    tensors are this rank's shard, and the products are to be summed over ranks.
     """
     out_BX = a_SBI.new_zeros(a_SBI.shape[1], len(direction_COI) + squares, dtype=torch.float64)
     # A CPU's plain products are faster than its batched ones (cpu_products.py).
@@ -88,19 +84,15 @@ def _add_together(out_BX: Tensor, a_BSI: Tensor, g_BOS: Tensor, direction_COI: T
 
 
 class WgradDot:
-    """Each example's gradient of one layer is formed, dotted with the directions and dropped: exact.
+    """Exact: forms each example's gradient of one layer, dots it with the directions and drops it.
 
-    With `squares`, its squared norm too, from the same gradients (`results` gives `norms`).
+    `squares`: also the gradient's squared norm. `results` then gives `norms`.
     """
 
     def __init__(self, directions: Directions, capabilities: int, squares: bool = False):
         self.directions, self.capabilities, self.squares = directions, capabilities, squares
         self.names = frozenset(directions)
         self.width = capabilities + squares
-
-    @classmethod
-    def build(cls, directions: Directions, engine: Engine) -> Method:
-        return cls(directions, len(engine.influence.directions), engine.influence.norms)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         row_BX += dot_with_directions(a_SBI, g_SBO, self.directions[name], self.squares)
@@ -126,7 +118,7 @@ class WgradDot:
 
 
 def _squared_rows(index_BS: Tensor, g_BSD: Tensor) -> Tensor:
-    """Squared norm of each example's gradient of an embedding: equal indices add up first. [B]."""
+    """Squared norm of each example's gradient of an embedding, [B]. Equal indices add up first."""
     b, s, d = g_BSD.shape
     row = torch.arange(b, device=g_BSD.device)[:, None]
     key = index_BS * b + row
@@ -139,9 +131,9 @@ def _squared_rows(index_BS: Tensor, g_BSD: Tensor) -> Tensor:
 class Ghost:
     """Exact, token by token: of a linear layer, <g_s a_s^T, V_c> = g_s^T V_c a_s at each place s.
 
-    No example's gradient is formed, but each direction is multiplied with every token: dearer than `WgradDot`
-    where there are several directions. `per_token`: a row holds [S, C], and `results` gives `token_scores`,
-    which sum to the example's.
+    No example's gradient is formed, but each direction is multiplied with every token. With several
+    directions this is slower than `WgradDot`. `per_token`: a row holds [S, C], and `results` gives
+    `token_scores`, whose sums are the examples' scores.
     """
 
     squares = False
@@ -150,11 +142,6 @@ class Ghost:
         self.directions, self.capabilities, self.per_token = directions, capabilities, per_token
         self.names = frozenset(directions)
         self.width = seq_length * capabilities if per_token else capabilities
-
-    @classmethod
-    def build(cls, directions: Directions, engine: Engine) -> Method:
-        influence = engine.influence
-        return cls(directions, len(influence.directions), engine.seq_length, influence.per_token)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         for c, direction_OI in enumerate(self.directions[name]):
@@ -185,18 +172,18 @@ class Ghost:
 
 
 class LowRank(WgradDot):
-    """V_c ~ L_c R_c^T of rank `rank`, for this process's shard of each matrix: <sum_s g_s a_s^T, L_c R_c^T> =
-    sum_s <L_c^T g_s, R_c^T a_s>. Cheaper, and no longer exact but for norm weights and look-ups."""
+    """V_c ~ L_c R_c^T of rank `rank`, for this rank's shard of each matrix.
+
+        <sum_s g_s a_s^T, L_c R_c^T> = sum_s <L_c^T g_s, R_c^T a_s>
+
+    Faster than `WgradDot`. Only norm weights and look-ups are exact.
+    """
 
     def __init__(self, directions: Directions, capabilities: int, rank: int):
         super().__init__(directions, capabilities)
         self._factors = {
             name: truncated(direction, rank) for name, direction in directions.items() if direction.dim() == 3
         }
-
-    @classmethod
-    def build(cls, directions: Directions, engine: Engine) -> Method:
-        return cls(directions, len(engine.influence.directions), engine.influence.rank)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OR, right_IR = (factor.to(g_SBO.dtype) for factor in self._factors[name])
@@ -210,28 +197,28 @@ def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     From the eigenvectors of V^T V or V V^T: a singular value decomposition of a vocabulary's matrix would
     cost more than the scores.
     """
-    left, right = [], []
+    factors = []
     for direction_OI in direction_COI:
         outputs, inputs = direction_OI.shape
         wide = direction_OI if inputs <= outputs else direction_OI.T
         vectors = torch.linalg.eigh((wide.T @ wide).double()).eigenvectors[:, -rank:].to(wide.dtype)
-        factors = (wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors)
-        left.append(factors[0])
-        right.append(factors[1])
+        factors.append((wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors))
+    left, right = zip(*factors, strict=True)
     return torch.cat(left, 1).contiguous(), torch.cat(right, 1).contiguous()
 
 
-METHODS: dict[str, MethodClass] = {
-    "wgrad-dot": WgradDot,
-    "ghost": Ghost,
-    "lowrank": LowRank,
-    "projected": Projected,
+METHODS: dict[str, Callable[[Directions, Engine], Method]] = {
+    "wgrad-dot": lambda v, engine: WgradDot(v, engine.capabilities, engine.influence.norms),
+    "ghost": lambda v, engine: Ghost(v, engine.capabilities, engine.seq_length, engine.influence.per_token),
+    "lowrank": lambda v, engine: LowRank(v, engine.capabilities, engine.influence.rank),
+    "projected": projected,
 }
-"""By `influence.method`."""
+"""`influence.method` -> the method for directions v, as the engine's configuration sets it. Every rank of a
+model copy calls it."""
 
 
 def correlation(score_NC: Tensor, exact_NC: Tensor) -> Tensor:
-    """Pearson's over examples, for each capability: [C]. 0 where one does not vary."""
+    """Pearson's over examples, for each capability: [C]. 0 where one of the two is constant."""
     x_NC, y_NC = score_NC - score_NC.mean(0), exact_NC - exact_NC.mean(0)
     scale_C = x_NC.norm(dim=0) * y_NC.norm(dim=0)
     return torch.where(scale_C > 0, (x_NC * y_NC).sum(0) / scale_C, 0.0)

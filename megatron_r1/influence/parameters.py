@@ -1,11 +1,11 @@
-"""The model's parameters under parallelism: names, shards, the tied copy, and how parts add up.
+"""The model's parameters under parallelism: names, shards, the tied copy, and sums over ranks.
 
-Names are megatron-core's, with layers numbered through the whole model whatever the pipeline. The tied
-embedding is one parameter under one name; scores sum its two uses, look-up and head.
+Names are megatron-core's, with layers numbered through the whole model in every pipeline layout. The tied
+embedding is one parameter under one name. Scores sum its two uses, look-up and head.
 
 Tensor parallelism shards matrices and replicates norm weights (`split_axis`). A pipeline's first and last
-stage hold a copy each of the tied embedding, and sums over the model count the first stage's. The functions
-that take tensors import torch when they are called: `select` serves `--check`, which runs without torch.
+stage each hold a copy of the tied embedding. Sums over the model count the first stage's. `select` serves
+`--check`, which runs without torch, so functions on tensors import torch when they are called.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ _KINDS = {"all": ("*",), "linear": tuple(f"*.{name}" for name in _LINEAR), "embe
 
 
 def parameter_names(num_layers: int) -> list[str]:
-    """Every parameter of a model, in no particular layout."""
+    """Names of a model's parameters, the same in every layout."""
     layers = [f"decoder.layers.{n}.{name}" for n in range(num_layers) for name in (*_LINEAR, *_NORMS)]
     return [EMBEDDING, *layers, "decoder.final_layernorm.weight"]
 
 
 def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
-    """Names that "all", "linear" (the layers' matrices), "embedding" or globs over names select.
+    """Names selected by "all", "linear" (the layers' matrices), "embedding" or globs over names.
 
-    Raises ValueError, with near names, for a word that selects nothing.
+    Raises ValueError, with similar names, for a glob that selects nothing.
     """
     names = parameter_names(num_layers)
     chosen: set[str] = set()
-    words = [layers] if isinstance(layers, str) else list(layers)
-    if not words:
+    globs = [layers] if isinstance(layers, str) else list(layers)
+    if not globs:
         raise ValueError("influence.layers is empty; use all, linear, embedding or names")
-    for word in words:
-        matches = {name for glob in _KINDS.get(word, (word,)) for name in fnmatch.filter(names, glob)}
+    for given in globs:
+        matches = {name for glob in _KINDS.get(given, (given,)) for name in fnmatch.filter(names, glob)}
         if not matches:
-            near = difflib.get_close_matches(word, [*_KINDS, *names], n=3, cutoff=0.4) or names[:3]
+            near = difflib.get_close_matches(given, [*_KINDS, *names], n=3, cutoff=0.4) or names[:3]
             raise ValueError(
-                f"influence.layers={word!r} selects no parameter; near: {', '.join(near)}. Globs are matched "
-                f"against whole names: *mlp*, decoder.layers.0.*"
+                f"influence.layers={given!r} selects no parameter; near: {', '.join(near)}. Globs are "
+                f"matched against whole names: *mlp*, decoder.layers.0.*"
             )
         chosen |= matches
     return [name for name in names if name in chosen]
 
 
 def split_axis(name: str) -> int | None:
-    """The axis that tensor parallelism divides; None: every rank has all."""
+    """The axis that tensor parallelism divides. None: every rank has the whole parameter."""
     if name.endswith("norm.weight"):
         return None
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
@@ -88,7 +88,7 @@ def shard_of_axis(name: str, axis: int, whole_XK: np.ndarray, rank: int, ranks: 
 
 
 def local_names(gpt: Any) -> dict[str, str]:
-    """Name in the whole model -> name in this rank's GPTModel, of each of its parameters."""
+    """Name in the whole model -> name in this rank's GPTModel, for each of its parameters."""
     numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
     out = {}
     for local, _ in gpt.named_parameters():
@@ -113,16 +113,20 @@ def sharded_and_replicated(tensors: Mapping[str, Tensor], gpt: Any) -> tuple[Gra
 
 
 def sum_over_model(sharded: Tensor, replicated: Tensor) -> Tensor:
-    """Sum over the ranks of a model copy of numbers from sharded and from replicated parameters; the same on
-    all of them."""
+    """Sum of numbers from sharded and from replicated parameters over the ranks of a model copy.
+
+    The result is the same on all of these ranks.
+    """
     from megatron_r1.parallel import sum_over
 
     return sum_over("pipeline", sum_over("tensor", sharded) + replicated)
 
 
 def sum_over_shards(part_LX: Tensor, names: Sequence[str]) -> Tensor:
-    """Sums over tensor-parallel ranks of numbers from each of the parameters `names`, replicated ones counted
-    once."""
+    """Sums of numbers of each of the parameters `names` over tensor-parallel ranks.
+
+    Replicated parameters count once.
+    """
     from megatron.core import parallel_state as ps
 
     from megatron_r1.parallel import sum_over
@@ -146,7 +150,7 @@ def whole_mean(name: str, shard: Tensor) -> float:
 
 
 def squared_norm(gradient: Gradient, gpt: Any) -> float:
-    """Of the whole model's gradient, from each rank's shard of it; the same on all ranks."""
+    """Squared norm of the whole model's gradient, from each rank's shard. The same on all ranks."""
     import torch
 
     from megatron_r1 import backend
@@ -161,7 +165,7 @@ def squared_norm(gradient: Gradient, gpt: Any) -> float:
 
 
 def complete_gradient(p: Parameter, gradient: Tensor) -> None:
-    """Add up, in place, what the ranks of a model copy hold in part."""
+    """Sum partial gradients over the ranks of a model copy, in place."""
     from megatron_r1.parallel import sum_over
 
     if getattr(p, "sequence_parallel", False):

@@ -1,4 +1,4 @@
-"""What there is to score: checkpoints x sources, their inputs' hashes, and how much is done. No torch."""
+"""The work of scoring: checkpoints x sources, the identities of their inputs, and progress. No torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from megatron_r1.data.windows import Examples, choose
 from megatron_r1.influence import store
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.store import COLUMNS
-from megatron_r1.records import Corpus
+from megatron_r1.records import CheckpointRef, Corpus
 from megatron_r1.run.layout import RunDir
-from megatron_r1.system.files import sha256
 
 _DECIDING = ("examples", "probe_examples", "seed", "unit", "loss", "norms", "method")
-"""Fields of InfluenceConfig that decide what is stored."""
+"""Fields of InfluenceConfig that decide the stored results."""
 FIELDS = {
     "ghost": ("per_token",),
     "lowrank": ("rank",),
     "projected": ("projection",),
     **dict.fromkeys(("datainf", "kfac", "ekfac"), ("curvature_examples",)),
 }
-"""Further ones, by method or curvature. Here and not at the classes, which need torch."""
+"""Further fields, by method or curvature. They stand here because the classes need torch."""
 
 
 def measured_on_examples(curvature: str) -> bool:
@@ -54,41 +53,23 @@ class Part:
         return len(self.example_N) - store.rows_written(self.directory)
 
 
-def scores_of(parts: Sequence[Part]) -> dict[str, str]:
-    """Directory of scores -> hash of them, for the ledger."""
-    return {str(part.directory): sha256(part.directory / "scores.npy") for part in parts}
-
-
 @dataclass(frozen=True)
 class Work:
     config: Config
     influence: InfluenceConfig
     data: OpenData
+    """Sources (`corpora`) and probing sets (`directions`)."""
     steps: list[int]
-
-    @property
-    def sources(self) -> list[Corpus]:
-        return self.data.corpora
-
-    @property
-    def probes(self) -> list[Corpus]:
-        """Probing sets, one a capability, in order."""
-        return self.data.directions
-
-    @property
-    def identities(self) -> dict[str, str]:
-        """Prefix -> identity of every dataset that is read."""
-        return self.data.identities
 
     def examples(self) -> int:
         """Examples to score at each checkpoint."""
-        return sum(len(self.chosen(corpus)) for corpus in self.sources)
+        return sum(len(self.chosen(corpus)) for corpus in self.data.corpora)
 
     def rows(self) -> int:
         """Rows of `seq_length` tokens that these examples are."""
         if self.influence.unit == "window":
             return self.examples()
-        lengths = (np.diff(document_starts(c))[self.chosen(c)] - 1 for c in self.sources)
+        lengths = (np.diff(document_starts(c))[self.chosen(c)] - 1 for c in self.data.corpora)
         return sum(int((-(-length_N // self.config.data.seq_length)).sum()) for length_N in lengths)
 
     def chosen(self, corpus: Corpus) -> np.ndarray:
@@ -101,9 +82,9 @@ class Work:
         return choose(probe, self.config.data.seq_length, self.influence.probe_examples, self.influence.seed)
 
     def shared(self, part: Part) -> np.ndarray:
-        """bool [N, C]: which examples lie in which probing set: the same window of the same pair of files."""
-        shared_NC = np.zeros((len(part.example_N), len(self.probes)), bool)
-        for c, probe in enumerate(self.probes):
+        """Examples to leave out of directions, bool [N, C]: the same window of the same pair of files."""
+        shared_NC = np.zeros((len(part.example_N), len(self.data.directions)), bool)
+        for c, probe in enumerate(self.data.directions if self.influence.exclude_self else ()):
             if part.inputs["directions"][probe.name] != part.inputs["data"]["hash"]:
                 continue
             # Without a sidecar the identity is of the index alone, which other tokens may have, too.
@@ -113,9 +94,7 @@ class Work:
         return shared_NC
 
     def probe_windows(self) -> int:
-        most = self.influence.probe_examples
-        windows = [c.windows(self.config.data.seq_length) for c in self.probes]
-        return sum(w if most is None else min(w, most) for w in windows)
+        return sum(len(self.probing(probe)) for probe in self.data.directions)
 
     def summary(self) -> str:
         """One line: how much there is, in examples and tokens."""
@@ -123,56 +102,63 @@ class Work:
         k, seq = len(self.steps), self.config.data.seq_length
         unit = "examples" if self.influence.unit == "window" else "documents"
         return (
-            f"{len(self.sources)} sources x up to {self.influence.examples} {unit} x {k} checkpoints = "
+            f"{len(self.data.corpora)} sources x up to {self.influence.examples} {unit} x {k} checkpoints = "
             f"{examples * k:,} examples, {self.rows() * k * seq:,} tokens; "
-            f"{len(self.probes)} directions from {probes} probing windows each checkpoint, "
+            f"{len(self.data.directions)} directions from {probes} probing windows each checkpoint, "
             f"{probes * k * seq:,} tokens"
         )
 
     def parts(self, step: int, weights: str, curvature: str) -> list[Part]:
         """Every source at one checkpoint. `weights`: the checkpoint's identity."""
-        influence = self.influence
-        layers = influence.layers
-        deciding = (*_DECIDING, *FIELDS.get(influence.method, ()), *FIELDS.get(curvature, ()))
-        deciding += ("exclude_self",) if influence.exclude_self else ()
-        identities = self.identities
-        directions = {c.name: identities[str(c.prefix)] for c in self.probes}
+        influence, data = self.influence, self.data
+        identities, layers = data.identities, influence.layers
+        fields = (*_DECIDING, *FIELDS.get(influence.method, ()), *FIELDS.get(curvature, ()))
+        fields += ("exclude_self",) if influence.exclude_self else ()
+        deciding = {name: getattr(influence, name) for name in fields} | {"curvature": curvature}
         # H is measured on all sources, in their order: another set of them is another H.
-        measured = {}
         if measured_on_examples(curvature):
-            every = [f"{c.name} {identities[str(c.prefix)][:16]} {c.documents}" for c in self.sources]
-            measured["curvature_sources"] = ", ".join(every)
+            every = [f"{c.name} {identities[str(c.prefix)][:16]} {c.documents}" for c in data.corpora]
+            deciding["curvature_sources"] = ", ".join(every)
+        deciding["layers"] = layers if isinstance(layers, str) else " ".join(layers)
         out = []
-        for position, corpus in enumerate(self.sources):
+        for position, corpus in enumerate(data.corpora):
             inputs = {
                 "format": store.FORMAT,
                 "step": step,
                 "source": corpus.name,
                 "position": position,
-                "capabilities": [c.name for c in self.probes],
+                "capabilities": [c.name for c in data.directions],
                 "weights": weights,
                 "data": {"hash": identities[str(corpus.prefix)], "documents": corpus.documents},
-                "directions": directions,
-                "influence": {
-                    **{name: getattr(influence, name) for name in deciding},
-                    "curvature": curvature,
-                    **measured,
-                    "layers": layers if isinstance(layers, str) else " ".join(layers),
-                },
+                "directions": {c.name: identities[str(c.prefix)] for c in data.directions},
+                "influence": deciding,
                 "seq_length": self.config.data.seq_length,
-                "eod": self.data.eod,
+                "eod": data.eod,
                 "precision": self.config.train.precision,
             }
-            example_N = self.chosen(corpus)
             directory = store.directory_of(Path(self.config.train.run), step, corpus.name)
-            out.append(Part(step, corpus, example_N, directory, inputs))
+            out.append(Part(step, corpus, self.chosen(corpus), directory, inputs))
         return out
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work whose checkpoints were identified."""
+
+    work: Work
+    refs: list[CheckpointRef]
+    curvature: str
+    parts: dict[int, list[Part]]
+    """By step."""
+
+    def all_parts(self) -> list[Part]:
+        return [part for parts in self.parts.values() for part in parts]
 
 
 def lay_plan(config: Config, ranks: int | None = None) -> Work:
     """Open every dataset and find the checkpoints. Raises ConfigError with every mistake.
 
-    `ranks`: of the launch; None: those of one model copy.
+    `ranks`: ranks of the launch. None: those of one model copy.
     """
     influence = config.influence
     if influence is None:
@@ -181,8 +167,7 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
     def also(data: OpenData) -> list[str]:
         return [
-            *_check(influence, config),
-            *_check_probes(influence, data.directions, config.data.seq_length),
+            *_check_settings(influence, config, data.directions),
             *_check_places(influence, config, available),
             *check_copies(config.parallel, config.parallel.model_ranks() if ranks is None else ranks),
         ]
@@ -195,38 +180,41 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
 
 def _unknown_ids(work: Work) -> list[str]:
-    """Tokens that the model has no row for, in examples of datasets whose tokenizer no sidecar tells. Each
-    rank looks at its part of them."""
-    (rank, ranks), seq_length = launched(), work.config.data.seq_length
-    chosen = [(c, work.chosen(c), work.influence.unit) for c in work.sources]
-    found = [
-        Examples([(corpus, number_N[rank::ranks])], seq_length, unit).unknown_id(work.config.model.vocab_size)
-        for corpus, number_N, unit in (*chosen, *((c, work.probing(c), "window") for c in work.probes))
+    """Tokens that the model has no row for, in examples of datasets without a sidecar.
+
+    Each rank checks its part of the examples.
+    """
+    (rank, ranks), config = launched(), work.config
+    seq_length, vocab_size = config.data.seq_length, config.model.vocab_size
+    sets = [(corpus, work.chosen(corpus), work.influence.unit) for corpus in work.data.corpora]
+    sets += [(probe, work.probing(probe), "window") for probe in work.data.directions]
+    mistakes = [
+        Examples([(corpus, number_N[rank::ranks])], seq_length, unit).unknown_id(vocab_size)
+        for corpus, number_N, unit in sets
         if corpus.tokenizer_hash is None
     ]
-    return [mistake for mistake in found if mistake]
+    return [mistake for mistake in mistakes if mistake]
 
 
 def examples_left(work: Work) -> int:
-    """What is not scored yet. Raises ValueError where scores of other inputs are there.
+    """Examples that have no scores yet. Raises ValueError where scores of other inputs are there.
 
-    Which curvature "auto" is only the checkpoints tell: here it is what the scores were made with.
+    "auto" depends on the checkpoints. Here it stands for the curvature of the scores that are there.
     """
     run, left = RunDir(Path(work.config.train.run)), 0
     for step in work.steps:
         path = step_path(run.checkpoints, step)
-        weights = identity(path)
-        curvature = work.influence.curvature
+        curvature: str = work.influence.curvature
         manifests = run.influence.glob(f"{path.name}/*/manifest.json")
         if curvature == "auto" and (manifest := next(manifests, None)):
             curvature = json.loads(manifest.read_text())["influence"]["curvature"]
-        for part in work.parts(step, weights, curvature):
+        for part in work.parts(step, identity(path), curvature):
             store.check_inputs(part.directory, part.inputs)
             left += part.left()
     return left
 
 
-def _check(influence: InfluenceConfig, config: Config) -> list[str]:
+def _check_settings(influence: InfluenceConfig, config: Config, probes: Sequence[Corpus]) -> list[str]:
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
@@ -261,20 +249,17 @@ def _check(influence: InfluenceConfig, config: Config) -> list[str]:
                 f"parallel.context={config.parallel.context}: influence.{name} needs whole sequences; set "
                 f"parallel.context=1, any layout reads the run's checkpoints"
             )
+    for probe in probes if influence.exclude_self else ():
+        if min(probe.windows(config.data.seq_length), influence.probe_examples or 2) < 2:
+            out.append(
+                f"influence.exclude_self: nothing is left of the one probing window of {probe.name} without "
+                f"it; raise influence.probe_examples, or set more documents aside"
+            )
     return out
 
 
-def _check_probes(influence: InfluenceConfig, probes: Sequence[Corpus], seq_length: int) -> list[str]:
-    return [
-        f"influence.exclude_self: nothing is left of the one probing window of {probe.name} without it; "
-        f"raise influence.probe_examples, or set more documents aside"
-        for probe in probes
-        if influence.exclude_self and min(probe.windows(seq_length), influence.probe_examples or 2) < 2
-    ]
-
-
 def _check_places(influence: InfluenceConfig, config: Config, available: Sequence[int]) -> list[str]:
-    """Of scores, and of the checkpoints they are of."""
+    """Names that cannot be directories, and checkpoints that are not there."""
     mistakes = [
         f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
         for name in config.data.sources
@@ -288,22 +273,24 @@ def _check_places(influence: InfluenceConfig, config: Config, available: Sequenc
 
 
 def _available_steps(run: Path) -> list[int]:
-    """Checkpoints by their directories' names; whether they are whole is asked when they are read."""
+    """Checkpoints by their directories' names. `open_job` raises for incomplete ones."""
     names = (p.name.removeprefix("step_") for p in RunDir(run).checkpoints.glob("step_[0-9]*"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 PASS = 1.15
-"""Cost of exact scores of three capabilities, of a training pass (docs/influence.md)."""
+"""Cost of exact scores of three capabilities, in training passes over the same tokens (docs/influence.md)."""
 
 
 def estimate(config: Config, devices: int, peak_tflops: float, utilisation: float) -> str:
-    """The arithmetic in one line. Where datasets or checkpoints are not there yet, what is asked for counts
-    in full: every source has all its examples, and a probing set without `influence.probe_examples` is all of
-    the representative sets together.
+    """Device-hours of scoring and their arithmetic, in one line.
 
-    `peak_tflops`: of one device; `utilisation`: the share of it that the model's own operations get. Raises
-    ValueError where these are not positive, or neither steps nor checkpoints say how many checkpoints.
+    Datasets or checkpoints that are not there count in full: every source has all its examples, and a
+    probing set without `influence.probe_examples` is as large as all representative sets together.
+
+    `peak_tflops`: of one device. `utilisation`: share of it that the model's own operations get. Raises
+    ValueError where these are not positive, and where neither steps nor checkpoints give a number of
+    checkpoints.
     """
     influence = config.influence
     if influence is None:

@@ -1,4 +1,4 @@
-"""Gradients kept as small random projections, for later questions about other directions.
+"""Random projections of gradients, stored for later queries about other directions.
 
 Two-sided, as LoGra's: a layer's gradient G [O, I] is kept as A^T G B with random A [O, k] and B [I, k],
 entries normal with variance 1/k, so that the inner product of two projections has the inner product of
@@ -30,11 +30,11 @@ from megatron_r1.influence.parameters import (
 
 
 class Projection:
-    """Where each parameter's numbers are in a row, and its random matrices on this rank.
+    """Each parameter's columns in a row, and its random matrices on this rank.
 
-    `names`: every selected parameter, in the order of the whole model; `directions`: of this rank's shards.
-    Columns of parameters that are elsewhere stay 0. `shard`: tensor-parallel rank and ranks. Matrices follow
-    from seed, name and place in the whole parameter, so that every layout projects alike.
+    `names`: every selected parameter, in the order of the whole model. `directions`: of this rank's shards.
+    Columns of other ranks' parameters stay 0. `shard`: tensor-parallel rank and ranks. Matrices follow from
+    seed, name and place in the whole parameter, so that every layout projects alike.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Projection:
         return [side.to(dtype) for side in self._sides[name]]
 
     def of_directions(self, directions: Directions, capabilities: int) -> Tensor:
-        """Projections of this rank's shards, [C, P]: sum over the ranks that hold the others."""
+        """Projections of this rank's shards, [C, P]. Their sum over ranks is the whole model's."""
         out_CP = torch.zeros(capabilities, self.width, dtype=torch.float64, device=backend.device())
         for name, direction in directions.items():
             sides = self.sides(name, direction.dtype)
@@ -87,7 +87,7 @@ def projected_directions(
 
 
 class Projected:
-    """Keeps each example's projection (`projections`), and scores by it: unbiased, not exact."""
+    """Stores each example's projection (`projections`) and scores by it. Unbiased, not exact."""
 
     squares = False
 
@@ -96,14 +96,6 @@ class Projected:
         self.projection, self.names = projection, names
         self.width = projection.width
         self.direction_CP = direction_CP
-
-    @classmethod
-    def build(cls, directions: Directions, engine: Engine) -> Projected:
-        influence, context = engine.influence, engine.context
-        shard = context.tensor_rank, context.tensor_size
-        projection = Projection(engine.names, directions, influence.projection, influence.seed, shard)
-        direction_CP = projected_directions(projection, directions, len(influence.directions), engine.gpt)
-        return cls(projection, frozenset(directions), direction_CP)
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OK, right_IK = self.projection.sides(name, g_SBO.dtype)
@@ -125,3 +117,11 @@ class Projected:
     def results(self, row_NX: Tensor) -> dict[str, Tensor]:
         scores_NC = row_NX @ self.direction_CP.to(row_NX.device).T
         return {"scores": scores_NC, "projections": row_NX}
+
+
+def projected(directions: Directions, engine: Engine) -> Projected:
+    influence, context = engine.influence, engine.context
+    shard = context.tensor_rank, context.tensor_size
+    projection = Projection(engine.names, directions, influence.projection, influence.seed, shard)
+    direction_CP = projected_directions(projection, directions, engine.capabilities, engine.gpt)
+    return Projected(projection, frozenset(directions), direction_CP)

@@ -1,8 +1,8 @@
-"""Ask stored projections for other directions: no example passes through the model again (`projected`).
+"""Scores for other directions from stored projections (`projected`), without a pass over the examples.
 
-Only a new capability's probing set does, at each checkpoint. Its direction is projected as the examples'
-gradients were, and multiplied with projections.npy. The answers are a set of scores in a directory of their
-own, OUTPUT/influence/step_N/SOURCE/, in the store's format: what reads a run's scores reads them.
+Only a new capability's probing set passes through the model, at each checkpoint. Its direction is projected
+as the examples' gradients were, and multiplied with projections.npy. The answers are scores in a directory of
+their own, OUTPUT/influence/step_N/SOURCE/, in the store's format.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.config import Config
 from megatron_r1.influence.directions import CheckpointDirections
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.methods import METHODS, Method
-from megatron_r1.influence.plan import Part
-from megatron_r1.influence.score import Job, open_job, record_scored, rows_left
+from megatron_r1.influence.plan import Job, Part
+from megatron_r1.influence.score import open_job, rows_left
 from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint, read_manifest
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
@@ -34,34 +33,30 @@ _ROWS = 256
 
 
 def open_query(config: Config, output: Path, capabilities: Sequence[str] | None = None) -> Job:
-    """The work of asking a run's projections for `capabilities` (default: all of influence.directions).
+    """The work of scoring for `capabilities` (default: all of influence.directions) by a run's projections.
 
-    Raises ValueError where projections are missing or were made from other inputs, or where `output` is a
-    run or holds other answers.
+    Raises ValueError where projections are missing or of other inputs, and where `output` is a run or holds
+    other answers.
     """
     if RunDir(output).config.exists() or RunDir(output).checkpoints.exists():
         raise ValueError(f"--output {output} is a training run; name a directory for the answers alone")
-    if config.influence is not None:
-        if config.influence.method != "projected":
+    if influence := config.influence:
+        if influence.method != "projected":
+            raise ValueError(f"influence.method={influence.method} stores no projections; use projected")
+        known = influence.directions
+        if unknown := [name for name in capabilities or () if name not in known]:
             raise ValueError(
-                f"influence.method={config.influence.method} stores no projections; use projected"
+                f"--capabilities {unknown}: not in influence.directions, which has {list(known)}"
             )
-        given = config.influence.directions
-        if unknown := [name for name in capabilities or () if name not in given]:
-            raise ValueError(
-                f"--capabilities {unknown}: not in influence.directions, which has {list(given)}"
-            )
-        asked = {name: given[name] for name in capabilities or given}
-        config = dataclasses.replace(
-            config, influence=dataclasses.replace(config.influence, directions=asked)
-        )
+        asked = {name: known[name] for name in capabilities or known}
+        config = dataclasses.replace(config, influence=dataclasses.replace(influence, directions=asked))
     job = open_job(config)
     parts = {step: [_answers(part, output) for part in scored] for step, scored in job.parts.items()}
     return dataclasses.replace(job, parts=parts)
 
 
 def query_influence(job: Job, output: Path) -> None:
-    """Answer what is left of an `open_query`; every rank of the launch calls this, in any layout."""
+    """Write the missing answers of an `open_query`. Every rank of the launch calls this, in any layout."""
     if not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
@@ -76,14 +71,14 @@ def query_influence(job: Job, output: Path) -> None:
 
 
 def _answers(part: Part, output: Path) -> Part:
-    """The same examples, with a place for the answers.
+    """The part of the answers to a part with projections.
 
-    Raises ValueError unless the projections are whole and of the same inputs, and that place holds no other
-    answers.
+    Raises ValueError where the projections are incomplete or of other inputs, and where other answers are
+    in the answers' directory.
     """
     projected = part.directory
     if (theirs := read_manifest(projected)) is not None:
-        # Which directions were scored at first changes no projection.
+        # Projections do not depend on the directions that were scored at first.
         same = part.inputs | {key: theirs[key] for key in ("capabilities", "directions")}
         check_inputs(projected, same, "score in another train.run with influence.method=projected")
     if part.left() or not (projected / "projections.npy").is_file():
@@ -100,30 +95,23 @@ def _answers(part: Part, output: Path) -> Part:
 
 def _ask(job: Job, engine: Engine, ref: CheckpointRef) -> None:
     """Every source at one checkpoint."""
-    work, parts, began = job.work, job.parts[ref.step], time.time()
-    load_checkpoint(ref.path, engine.gpt, None, work.config.model)
-    at = CheckpointDirections(engine, work, job.curvature, ref, parts)
-    directions, norm_C = at.build()
-    method = METHODS[work.influence.method].build(directions, engine)
+    began = time.time()
+    at = CheckpointDirections(engine, job, ref)
+    method = METHODS[job.work.influence.method](at.directions, engine)
     if engine.context.leads:
-        named = dict(zip(work.influence.directions, norm_C, strict=True))
-        for part in parts:
-            _write(part, named, method)
-        tokens = work.probe_windows() * engine.seq_length
-        record_scored(job, at, "influence query", tokens, began, engine.context)
+        for part in job.parts[ref.step]:
+            _write(part, at.norms, method)
+        at.record("influence query", 0, began)
 
 
 def _write(part: Part, direction_norms: dict[str, float], method: Method) -> None:
-    """Projections times directions, in the float64 of the first scores."""
-    projected = Path(part.inputs["projected_in"])
-    there = {
-        name: np.load(projected / f"{name}.npy", mmap_mode="r")
-        for name in ("projections", "losses", "tokens")
-    }
+    """Projections times directions, in float64 as the first scores."""
+    projected, names = Path(part.inputs["projected_in"]), ("projections", "losses", "tokens")
+    stored = {name: np.load(projected / f"{name}.npy", mmap_mode="r") for name in names}
     shapes = {"scores": (len(direction_norms),), "losses": ()}
     inputs = {**part.inputs, "direction_norms": direction_norms}
-    store = ScoreStore(part.directory, inputs, part.example_N, there["tokens"], shapes)
+    store = ScoreStore(part.directory, inputs, part.example_N, stored["tokens"], shapes)
     for first in range(0, len(part.example_N), _ROWS):
-        row_NP = torch.from_numpy(there["projections"][first : first + _ROWS].astype(np.float64))
+        row_NP = torch.from_numpy(stored["projections"][first : first + _ROWS].astype(np.float64))
         scores = method.results(row_NP)["scores"].numpy().astype(np.float32)
-        store.write(first, {"scores": scores, "losses": there["losses"][first : first + _ROWS]})
+        store.write(first, {"scores": scores, "losses": stored["losses"][first : first + _ROWS]})

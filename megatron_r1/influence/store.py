@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,23 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import Standing, standing
 from megatron_r1.system.errors import require, suggest_path
-from megatron_r1.system.files import replacing, sync, write_text
+from megatron_r1.system.files import json_bytes, replacing, sha256, sync
 from megatron_r1.system.terminal import Progress
 
 FORMAT = 3
 _FORMER = 2
-"""Scores are the same; hashes of datasets and weights are of the files, not identities. It is read, never
-continued."""
+"""An earlier format with the same scores. Its hashes of datasets and weights are of files, not identities.
+Scores of this format are read, but not continued."""
 _NOTES = {"position", "direction_norms", "projected_in"}
-"""Of the manifest: what changes no score, or follows from what does."""
+"""Keys of the manifest that change no score, or follow from others."""
 _WHOLE = 1 << 26
 _SAMPLES, _SAMPLE = 1024, 1 << 16
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's size and contents; of a file above 64 MiB, of 1024 even samples of 64 KiB.
+    """Hash of a file's size and contents. A file above 64 MiB is sampled: 1024 even samples of 64 KiB.
 
-    Retrained weights differ in every sample; a corpus that was edited in one place differs in its index.
+    Retrained weights differ in every sample. A corpus that was edited in one place differs in its index.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -62,7 +62,7 @@ def fingerprint(path: Path) -> str:
 
 
 def dataset_identity(prefix: Path, form: int = FORMAT) -> str:
-    """What tells a dataset from any other, as a manifest of this format has it."""
+    """Identity of a dataset in manifests of format `form`."""
     if form == FORMAT:
         return identity_of(prefix)
     digest = hashlib.sha256()
@@ -76,7 +76,7 @@ def directory_of(run: Path, step: int, source: str) -> Path:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """What scores came from; None where there are none. Raises ValueError for a damaged or unknown one."""
+    """The manifest of a directory of scores, None without one. Raises ValueError if damaged or unknown."""
     path = directory / "manifest.json"
     if not path.is_file():
         return None
@@ -91,10 +91,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None = None) -> Standing:
-    """Where the scores of these inputs stand. Raises ValueError, naming what changed, where `directory` holds
-    scores of others, or of an earlier version, whose inputs cannot be compared.
+    """Standing of the scores of these inputs. `way_out`: advice of the error, by default to remove scores.
 
-    `way_out`: instead of removing them.
+    Raises ValueError where `directory` holds scores of other inputs, and names the differences. Raises
+    ValueError for scores of an earlier version, whose inputs cannot be compared.
     """
     manifest = read_manifest(directory)
     way_out = way_out or f"remove {directory.parent.parent}/step_* to score again, or use another train.run"
@@ -111,7 +111,7 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None
 
 
 class ScoreStore:
-    """The scores of one source at one checkpoint, while they are written. One process writes."""
+    """Writer of the scores of one source at one checkpoint. One process writes."""
 
     def __init__(
         self,
@@ -121,21 +121,17 @@ class ScoreStore:
         length_N: np.ndarray,
         shapes: Mapping[str, tuple[int, ...]],
     ):
-        """Open `directory`, or lay it out for these examples.
+        """Open `directory`, or create it for these examples.
 
-        `inputs` become the manifest; `shapes` are an example's in each file of results, float32. Raises
-        ValueError where the directory holds scores of others.
+        `inputs` become the manifest. `shapes`: shape of an example's entry in each file of results, float32.
+        Raises ValueError where the directory holds scores of other inputs.
         """
         check_inputs(directory, inputs)
         if not directory.exists():
             n = len(example_N)
-            results = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
-            tokens, examples = length_N.astype(np.int32), example_N.astype(np.int64)
-            written = np.zeros(n, bool)
-            _lay_out(
-                directory, inputs, {**results, "tokens": tokens, "examples": examples, "written": written}
-            )
-        self.directory = directory
+            arrays = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
+            arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
+            _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
         self._results = {name: np.load(directory / f"{name}.npy", mmap_mode="r+") for name in shapes}
         self._written = np.load(directory / "written.npy", mmap_mode="r+")
 
@@ -143,8 +139,8 @@ class ScoreStore:
         """Whether any of the rows [first, last) is still to be computed."""
         return not bool(self._written[first:last].all())
 
-    def write(self, first: int, results: Mapping[str, np.ndarray]) -> None:
-        """Fill the rows from `first` on; those already there stay as they are."""
+    def write(self, first: int, results: Mapping[str, np.ndarray]) -> int:
+        """Fill the rows from `first` on, but those already written. Returns how many are new."""
         rows = np.arange(first, first + len(results["scores"]))
         new = ~np.asarray(self._written[rows])
         for name, array in self._results.items():
@@ -152,6 +148,7 @@ class ScoreStore:
             array.flush()
         self._written[rows] = True
         self._written.flush()
+        return int(new.sum())
 
 
 def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -160,15 +157,20 @@ def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np
     temporary.mkdir(parents=True)
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
-    write_text(temporary / "manifest.json", json.dumps(inputs, indent=1, ensure_ascii=False) + "\n")
+    (temporary / "manifest.json").write_bytes(json_bytes(inputs))
     for path in temporary.iterdir():
         sync(path)
     os.rename(temporary, directory)
     sync(directory.parent)
 
 
+def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
+    """Directory of scores -> their identity, the hash of scores.npy."""
+    return {str(directory): sha256(directory / "scores.npy") for directory in directories}
+
+
 def rows_written(directory: Path) -> int:
-    """Examples that have their scores; 0 where nothing is."""
+    """Number of examples with scores, 0 without a directory."""
     path = directory / "written.npy"
     return int(np.load(path, mmap_mode="r").sum()) if path.is_file() else 0
 
@@ -197,20 +199,18 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     """
     by_step: dict[int, list[Scored]] = {}
     for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
-        manifest = read_manifest(path.parent)
-        assert manifest is not None
-        if only is None or manifest["source"] in only:
+        if (manifest := read_manifest(path.parent)) and (only is None or manifest["source"] in only):
             by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
-    sources = {s.manifest["source"]: s.manifest["position"] for found in by_step.values() for s in found}
-    whole = [
-        found
-        for found in by_step.values()
-        if len(found) == len(sources) and all(np.load(s.directory / "written.npy").all() for s in found)
+    sources = {s.manifest["source"]: s.manifest["position"] for step in by_step.values() for s in step}
+    complete = [
+        step
+        for step in by_step.values()
+        if len(step) == len(sources) and all(np.load(s.directory / "written.npy").all() for s in step)
     ]
     return {
-        name: [s for found in whole for s in found if s.manifest["source"] == name]
+        name: [s for step in complete for s in step if s.manifest["source"] == name]
         for name in sorted(sources, key=lambda name: (sources[name], name))
-        if whole
+        if complete
     }
 
 
@@ -221,26 +221,20 @@ def read_scores(run: Path, only: Collection[str] | None = None) -> list[ScoreTab
     Raises ValueError where checkpoints were scored for different capabilities or examples.
     """
     tables = []
-    for source, found in scored(run, only).items():
-        first = found[0]
-        example_N, length_N = first.array("examples"), first.array("tokens")
-        for other in found[1:]:
-            same = other.manifest["capabilities"] == first.manifest["capabilities"]
+    for source, checkpoints in scored(run, only).items():
+        first = checkpoints[0]
+        capabilities, example_N = first.manifest["capabilities"], first.array("examples")
+        for other in checkpoints[1:]:
+            same = other.manifest["capabilities"] == capabilities
             if not same or not np.array_equal(other.array("examples"), example_N):
                 raise ValueError(
                     f"{other.directory} holds other capabilities or examples than {first.directory}; "
                     f"remove one of the two checkpoints and score again"
                 )
-        tables.append(
-            ScoreTable(
-                source=source,
-                capabilities=tuple(first.manifest["capabilities"]),
-                steps=tuple(s.step for s in found),
-                example_N=example_N,
-                length_N=length_N,
-                score_NCK=np.stack([s.array("scores") for s in found], axis=2),
-            )
-        )
+        steps = tuple(s.step for s in checkpoints)
+        length_N = first.array("tokens")
+        score_NCK = np.stack([s.array("scores") for s in checkpoints], axis=2)
+        tables.append(ScoreTable(source, tuple(capabilities), steps, example_N, length_N, score_NCK))
     return tables
 
 
@@ -257,13 +251,14 @@ COLUMNS = {
 def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     """Write every complete score under `run`: a row for each (source, step, example). Returns how many.
 
-    Columns: step, source, example (window or document number), tokens (labels), loss (nats), norm where any
-    is stored (null elsewhere), and a float32 for each capability. A row group is one source at one step, and
-    no more is in memory. check: only count. `output` is whole or not there. Raises ValueError where nothing
-    is complete, where checkpoints were scored for different capabilities, or where pyarrow is missing.
+    Columns: step, source, example (window or document number), tokens (labels), loss (nats), and a float32
+    for each capability. A column norm is added where any norm is stored, and holds nulls for the others. A
+    row group is one source at one step, and no more is in memory. `check`: only count. `output` is whole or
+    not there. Raises ValueError where no scores are complete, where checkpoints were scored for different
+    capabilities, and where pyarrow is missing.
     """
     pyarrow, parquet = (require(module, "Parquet", "datasets") for module in ("pyarrow", "pyarrow.parquet"))
-    parts = [part for found in scored(run).values() for part in found]
+    parts = [part for checkpoints in scored(run).values() for part in checkpoints]
     if not parts:
         raise ValueError(
             f"{RunDir(run).influence}: no complete influence scores; see tools/compute_influence.py"
@@ -276,13 +271,12 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
                 f"{part.directory} holds scores for {part.manifest['capabilities']}, {parts[0].directory} "
                 f"for {capabilities}; a table has one set of columns: remove one of the two and score again"
             )
+    rows = sum(len(part.array("examples")) for part in parts)
     if check:
-        return sum(len(part.array("examples")) for part in parts)
-    with_norms = any((part.directory / "norms.npy").is_file() for part in parts)
+        return rows
+    with_norms = [part for part in parts if (part.directory / "norms.npy").is_file()]
     columns = {name: kind for name, kind in COLUMNS.items() if with_norms or name != "norm"}
-    columns |= dict.fromkeys(capabilities, "float32")
-    schema = pyarrow.schema(list(columns.items()))
-    rows = 0
+    schema = pyarrow.schema([*columns.items(), *((name, "float32") for name in capabilities)])
     with (
         replacing(output) as stream,
         parquet.ParquetWriter(stream, schema) as writer,
@@ -290,17 +284,15 @@ def write_parquet(run: Path, output: Path, check: bool = False) -> int:
     ):
         for part in parts:
             example_N, score_NC = part.array("examples"), part.array("scores")
-            norms = (part.directory / "norms.npy").is_file()
             values: dict[str, Any] = {
                 "step": np.full(len(example_N), part.step),
                 "source": [part.manifest["source"]] * len(example_N),
                 "example": example_N,
                 "tokens": part.array("tokens"),
                 "loss": part.array("losses"),
-                "norm": part.array("norms") if norms else [None] * len(example_N),
+                "norm": part.array("norms") if part in with_norms else [None] * len(example_N),
                 **{name: score_NC[:, c] for c, name in enumerate(capabilities)},
             }
-            writer.write_table(pyarrow.table({name: values[name] for name in columns}, schema))
-            rows += len(example_N)
+            writer.write_table(pyarrow.table({name: values[name] for name in schema.names}, schema))
             bar.advance()
     return rows

@@ -11,23 +11,22 @@ import numpy as np
 import yaml
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.influence.store import Scored
-from megatron_r1.mixture.masks import mask_files, save
+from megatron_r1.influence.store import Scored, hashes_of
+from megatron_r1.mixture.masks import mask_files
 from megatron_r1.mixture.mixture import Mixture
 from megatron_r1.run.stage import finish
-from megatron_r1.system.files import sha256, write_json, write_text
+from megatron_r1.system.files import replacing, sha256, write_json, write_text
 
-_BEHIND = ("format", "weights", "data")
-"""Of a score manifest: what tells the checkpoint and the dataset, as manifests of that format know them."""
+_IDENTITIES = ("format", "weights", "data")
+"""Entries of a score manifest that identify the checkpoint and the dataset."""
 
 
 def table(mixture: Mixture) -> str:
-    """Sources by rho: weight, the epochs they will take, what masks keep, rho per capability and their mean.
+    """Sources by rho: weight, epochs, share that masks keep, rho of each capability and their mean.
 
-    Below, the predicted gain of this mixture and its rivals for each capability, in the same columns.
+    Below, in the same columns, the predicted gain of this mixture and its rivals for each capability.
     """
-    mine = np.array([mixture.weights[name] for name in mixture.sources])
-    mixes = {"this mixture": mine, **mixture.rivals}
+    mixes = {"this mixture": np.array(list(mixture.weights.values())), **mixture.rivals}
     width = max(len(name) for name in (*mixture.sources, *mixes, "source"))
     kept = f"  {'kept':>6s}" if mixture.masks else ""
     columns = "  ".join(f"{c[:11]:>11s}" for c in (*mixture.capabilities, "together"))
@@ -42,16 +41,15 @@ def table(mixture: Mixture) -> str:
         weight, epochs = mixture.weights[name], mixture.epochs[name]
         share = f"  {mixture.masks[name].share:6.1%}" if mixture.masks else ""
         lines.append(f"{name:{width}s}  {weight:6.1%}  {epochs:6.2f}{share}  {values}")
-    weight_C = mixture.alpha_CK.sum(1)
     lines.append(
         "predicted gain per token, first order (least: the worst capability's share of its own best)"
     )
     for name, weight_G in mixes.items():
-        gain_C = mixture.gains(weight_G)
-        least = mixture.least_share(weight_G)
+        gain_C, least = mixture.gains(weight_G), mixture.least_share(weight_G)
+        values = _numbers([*gain_C, gain_C @ mixture.alpha_CK.sum(1)])
         share = "" if math.isnan(least) else f"{least:6.1%}"
         space = " " * (8 if mixture.masks else 0)
-        lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {_numbers([*gain_C, gain_C @ weight_C])}")
+        lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {values}")
     for mask in mixture.masks.values():
         lines.append(
             f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
@@ -65,10 +63,10 @@ def _numbers(values: list[Any]) -> str:
 
 
 def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) -> None:
-    """The phase for the trainer, beside it a .json with everything behind it, and `keep/` with the masks.
+    """Write the phase for the trainer, a .json beside it that explains the phase, and the masks in `keep/`.
 
-    Each file is whole or not there; the phase comes last, when all that it names is written. Then the run's
-    ledger gets a line. Raises ValueError for an `output` that the .json beside it would replace.
+    The phase is written last, after all files that it names. Then the run's ledger gets a line. Raises
+    ValueError for an `output` that the .json would replace.
     """
     mix, beside, masks = config.mix, output.with_suffix(".json"), mixture.masks
     assert mix is not None
@@ -80,7 +78,7 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
         phase["max_epochs"] = mixture.max_epochs
     if files:
         phase["keep"] = {name: str(path) for name, (path, _) in files.items()}
-    hashes = {str(s.directory): sha256(s.directory / "scores.npy") for s in used}
+    hashes = hashes_of(s.directory for s in used)
     report: dict[str, Any] = {
         "phase": mixture.phase,
         "mix": dataclasses.asdict(mix),
@@ -98,12 +96,18 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
             for g, name in enumerate(mixture.sources)
         },
         "scores": {
-            _name(s, mix): {"scores_sha256": hashes[str(s.directory)], **{k: s.manifest[k] for k in _BEHIND}}
+            _name(s, mix): {
+                "scores_sha256": hashes[str(s.directory)],
+                **{k: s.manifest[k] for k in _IDENTITIES},
+            }
             for s in used
         },
     }
     for path, content in files.values():
-        save(path, content)
+        # An earlier phase may refer to the same file.
+        if not path.is_file() or path.read_bytes() != content:
+            with replacing(path) as stream:
+                stream.write(content)
     write_json(beside, report)
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}
@@ -113,5 +117,5 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
 
 
 def _name(part: Scored, mix: MixConfig) -> str:
-    """STEP/SOURCE within the run, or the whole path where there are several runs."""
+    """STEP/SOURCE, or the whole path where there are several runs."""
     return str(part.directory) if mix.runs else f"{part.directory.parent.name}/{part.directory.name}"

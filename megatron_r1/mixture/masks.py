@@ -2,8 +2,8 @@
 
     D_t = { x : I(x; theta_t) > 0 },    I(x; theta_t) = sum_c alpha_c score_c(x; theta_t)
 
-theta_t is the current model: the last of the scored checkpoints. Examples that were not scored are kept by
-default, for Eq. 6 drops what is known not to help; `mix.keep_unscored: false` drops them.
+theta_t is the current model: the last of the scored checkpoints. Eq. 6 drops examples that are known not to
+help. Examples that were not scored are kept by default. `mix.keep_unscored: false` drops them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,21 +22,20 @@ from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, mask_
 from megatron_r1.influence.store import Scored, dataset_identity
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import Corpus, ScoreTable
-from megatron_r1.system.files import replacing
 
 
 @dataclass(frozen=True)
 class KeepMask:
-    """What one source may still draw."""
+    """Windows of one source that may still be drawn."""
 
     corpus: Corpus
     scored: int
     helpful: int
-    """Of the scored examples, those above the threshold."""
+    """Scored examples above the threshold."""
     windows: np.ndarray
     """bool [windows]."""
     stretch_N2: np.ndarray | None
-    """Of a mask over documents: tokens whose labels count (see data/keep.py)."""
+    """Tokens whose labels count, of a mask over documents (data/keep.py)."""
 
     @property
     def share(self) -> float:
@@ -46,8 +46,8 @@ class KeepMask:
 def joint_scores(tables: Sequence[ScoreTable], mix: MixConfig) -> list[np.ndarray]:
     """I(x; theta_t) of every table's examples at its last checkpoint, float64 [N] each.
 
-    `mix.scale: zscore` divides a capability's scores by their spread and leaves their zero where it is: an
-    example that helps still counts as one.
+    `mix.scale: zscore` divides a capability's scores by their spread. Their zero stays, so that a score keeps
+    its sign.
     """
     weight_C = checkpoint_weights(mix, tables[0].capabilities, tables[0].steps).sum(1)
     _, scale_CK = scale_of(tables, mix)
@@ -62,9 +62,9 @@ def make_masks(
     seq_length: int,
     before: Mapping[str, str],
 ) -> dict[str, KeepMask]:
-    """Source -> its mask. `before`: files that the phase names already; what they drop stays dropped.
+    """Source -> its mask. `before`: masks that the phase names already. All that they drop stays dropped.
 
-    Raises ValueError where the scores are of other windows or data, or where nothing helps any more.
+    Raises ValueError for scores of other windows or data, and where no example helps any more.
     """
     latest = {s.manifest["source"]: s.manifest for s in used if s.step == tables[0].steps[-1]}
     by_name = {corpus.name: corpus for corpus in corpora}
@@ -82,9 +82,9 @@ def make_masks(
         windows, stretch_N2 = kept, None
         if unit == "document":
             windows = np.ones(corpus.windows(seq_length), bool)
-        if unit == "document" and not kept.all():
-            stretch_N2 = kept_stretches(corpus, kept)
-            windows = kept_windows(stretch_N2, len(windows), seq_length)
+            if not kept.all():
+                stretch_N2 = kept_stretches(corpus, kept)
+                windows = kept_windows(stretch_N2, len(windows), seq_length)
         mask = KeepMask(corpus, len(table.example_N), helpful, windows, stretch_N2)
         if table.source in before:
             mask = _and_before(mask, before[table.source])
@@ -97,50 +97,42 @@ def make_masks(
     return masks
 
 
-def _check(corpus: Corpus, manifest: Mapping[str, object], unit: object, seq_length: int) -> None:
+def _check(corpus: Corpus, manifest: Mapping[str, Any], unit: str, seq_length: int) -> None:
     scored_with = manifest.get("seq_length", seq_length)
     if unit == "window" and scored_with != seq_length:
         raise ValueError(
             f"scores of {corpus.name} are of windows of {scored_with} tokens, data.seq_length={seq_length} "
             f"cuts others; score again at {seq_length}"
         )
-    data = manifest["data"]
-    assert isinstance(data, dict)
-    form = manifest["format"]
-    assert isinstance(form, int)
-    if data["hash"] != dataset_identity(corpus.prefix, form):
+    if manifest["data"]["hash"] != dataset_identity(corpus.prefix, manifest["format"]):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 
 
 def _and_before(mask: KeepMask, path: str) -> KeepMask:
-    """`mask`, less what the file drops."""
-    there = load_mask(mask.corpus.name, len(mask.windows), path)
-    bits = np.unpackbits(there.packed, count=len(mask.windows), bitorder="little").astype(bool)
-    windows, stretch_N2 = mask.windows & bits, mask.stretch_N2
-    if there.stretch_N2 is not None:
-        stretch_N2 = there.stretch_N2 if stretch_N2 is None else _overlap(stretch_N2, there.stretch_N2)
-    return dataclasses.replace(mask, windows=windows, stretch_N2=stretch_N2)
+    """The windows and labels that both `mask` and the mask in a file keep."""
+    earlier = load_mask(mask.corpus.name, len(mask.windows), path)
+    bits = np.unpackbits(earlier.packed, count=len(mask.windows), bitorder="little").astype(bool)
+    stretches = [s for s in (mask.stretch_N2, earlier.stretch_N2) if s is not None]
+    stretch_N2 = _overlap(*stretches) if len(stretches) == 2 else next(iter(stretches), None)
+    return dataclasses.replace(mask, windows=mask.windows & bits, stretch_N2=stretch_N2)
 
 
 def _overlap(a_N2: np.ndarray, b_N2: np.ndarray) -> np.ndarray:
-    """What lies in a stretch of both: int64 [n, 2]. Each list is ascending, its stretches apart."""
-    first = np.searchsorted(b_N2[:, 1], a_N2[:, 0], side="right")
-    last = np.searchsorted(b_N2[:, 0], a_N2[:, 1], side="left")
-    pairs = [
-        (max(begin, int(b_N2[j, 0])), min(end, int(b_N2[j, 1])))
-        for (begin, end), lo, hi in zip(a_N2.tolist(), first.tolist(), last.tolist(), strict=True)
-        for j in range(lo, hi)
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    """The tokens in a stretch of both: int64 [n, 2]. Each list is ascending, its stretches apart."""
+    edge_M = np.unique(np.concatenate((a_N2, b_N2)))
+    # A token lies in a stretch where an odd number of the list's ends are at or before it.
+    inside_2M = [np.searchsorted(list_N2.ravel(), edge_M, side="right") % 2 == 1 for list_N2 in (a_N2, b_N2)]
+    begin = np.flatnonzero(inside_2M[0] & inside_2M[1])
+    return np.stack((edge_M[begin], edge_M[begin + 1]), axis=1)
 
 
 def mask_files(
     masks: Mapping[str, KeepMask], directory: Path, seq_length: int
 ) -> dict[str, tuple[Path, bytes]]:
-    """Source -> where its mask belongs, SOURCE-HASH.npy or .npz, and what that file holds; without masks that
-    keep everything or nothing.
+    """Source -> path of its mask's file, SOURCE-HASH.npy or .npz, and the file's content.
 
-    The hash is of what the file says, so a file that an earlier phase refers to is never altered.
+    Masks that keep everything or nothing have no file. The hash is of the content, so that a file that an
+    earlier phase names is never altered.
     """
     out = {}
     for name, mask in masks.items():
@@ -149,11 +141,3 @@ def mask_files(
             suffix = ".npy" if mask.stretch_N2 is None else ".npz"
             out[name] = directory / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}", content
     return out
-
-
-def save(path: Path, content: bytes) -> None:
-    """A file that is there already and whole is left alone."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    with replacing(path) as stream:
-        stream.write(content)

@@ -1,7 +1,6 @@
 """The next phase from a run's scores: source weights (Eqs. 4, 5), keep masks (Eq. 6), epoch caps. No torch.
 
-The scores are read in scores.py, the weights themselves are in weights.py, the masks in masks.py, table and
-files in files.py.
+scores.py reads the scores, weights.py computes source weights, masks.py keep masks. files.py writes both.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import load_mask
 from megatron_r1.data.open import build_plan, open_data
 from megatron_r1.influence.store import Scored
@@ -32,7 +30,7 @@ from megatron_r1.records import Corpus
 
 @dataclass(frozen=True)
 class Mixture:
-    """A phase, and what it was computed from. Axis G: sources."""
+    """A phase and the numbers behind it. Axis G: sources."""
 
     phase: str
     sources: tuple[str, ...]
@@ -46,22 +44,22 @@ class Mixture:
     weights: dict[str, float]
     """By source: nonnegative, summing to 1."""
     best_C: np.ndarray
-    """The most that any mixture within the same bounds gains for each capability alone."""
+    """Greatest gain for each capability alone, of any mixture within the same bounds."""
     rivals: dict[str, np.ndarray]
-    """Other mixtures to compare with, [G]: "uniform", and "Eq. 5" where another objective was asked for."""
+    """Other mixtures to compare with, [G]: "uniform", and "Eq. 5" if `mix.objective` is another."""
     epochs: dict[str, float]
     """Passes over each source that the phase will take."""
     max_epochs: dict[str, float]
-    """Caps on passes over the whole plan, of the sources that have one."""
+    """Caps on passes over each source in the whole plan. Sources without a cap are left out."""
     masks: dict[str, KeepMask]
-    """By source; empty where no masks were asked for."""
+    """By source. Empty without `mix.keep`."""
 
     def gains(self, weight_G: np.ndarray) -> np.ndarray:
         """Predicted gain per token of a mixture for each capability, [C], to first order."""
         return np.asarray(weight_G @ self.rho_GC)
 
     def least_share(self, weight_G: np.ndarray) -> float:
-        """Of a mixture: the smallest share that an asked-for capability gets of its own best gain."""
+        """Smallest share of its own best gain that a capability of positive weight gets from a mixture."""
         asked = (self.alpha_CK.sum(1) > 0) & (self.best_C > 0)
         return float((self.gains(weight_G)[asked] / self.best_C[asked]).min()) if asked.any() else math.nan
 
@@ -69,8 +67,8 @@ class Mixture:
 def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     """The phase `mix.phase` from the run's scores, and the scores used. Writes nothing.
 
-    Raises ValueError where the scores are missing, not finite, or favour no source, and where no weights
-    fit the bounds.
+    Raises ValueError for scores that are missing, not finite or favour no source, and for bounds that no
+    weights fit.
     """
     mix = config.mix
     if mix is None:
@@ -86,7 +84,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     corpora = open_data(config, use="mix").corpora
     before = config.phases[mix.phase].keep
     masks = make_masks(tables, used, corpora, mix, config.data.seq_length, before) if mix.keep else {}
-    draws = _Draws(config, corpora, masks)
+    draws = _Draws(config, mix, corpora, masks)
     within = bounds(mix, draws.room())
     if mix.objective == "worst":
         weight_G = worst_case_weights(rho_GC, weight_C, within, capabilities)
@@ -115,52 +113,47 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
 
 
 class _Draws:
-    """What the data plan will draw in `mix.phase`. Phases after it change nothing there."""
+    """Draws of the data plan in `mix.phase`. Only the phases before it affect them."""
 
-    def __init__(self, config: Config, corpora: list[Corpus], masks: dict[str, KeepMask]) -> None:
-        assert config.mix is not None
-        names = list(config.phases)
-        earlier = names[: names.index(config.mix.phase)]
-        self._phase = config.phases[config.mix.phase]
-        self._batch = config.train.global_batch
-        self._start = sum(config.phase_steps(name) for name in earlier) * self._batch
-        self._samples = config.phase_steps(config.mix.phase) * self._batch
-        self._corpora, self._masks = corpora, masks
-        self._config = dataclasses.replace(config, phases={name: config.phases[name] for name in earlier})
+    def __init__(
+        self, config: Config, mix: MixConfig, corpora: list[Corpus], masks: dict[str, KeepMask]
+    ) -> None:
+        names, batch = list(config.phases), config.train.global_batch
+        earlier = {name: config.phases[name] for name in names[: names.index(mix.phase)]}
+        self._keep, self._masks = config.phases[mix.phase].keep, masks
+        self._start = sum(map(config.phase_steps, earlier)) * batch
+        self._samples = config.phase_steps(mix.phase) * batch
         self._windows = {c.name: c.windows(config.data.seq_length) for c in corpora}
-        self.caps = _caps(config.mix, self._phase.max_epochs, list(config.data.sources))
+        self._plan = build_plan(dataclasses.replace(config, phases=earlier), corpora)
+        self._used = self._plan.epochs(self._start)
+        self.caps = _caps(mix, config.phases[mix.phase].max_epochs, list(config.data.sources))
 
     def room(self) -> np.ndarray:
-        """Share of the phase that each source can fill before its cap, [G]; 0 where nothing may be drawn."""
-        used = self._plan().epochs(self._start)
+        """Share of the phase that each source can fill before its cap, [G]. 0 where nothing may be drawn."""
         room = []
         for name, windows in self._windows.items():
             if name in self._masks:
                 kept = int(self._masks[name].windows.sum())
-            elif name in self._phase.keep:
-                kept = load_mask(name, windows, self._phase.keep[name]).bitmap.kept
+            elif name in self._keep:
+                kept = load_mask(name, windows, self._keep[name]).bitmap.kept
             else:
                 kept = windows
-            left = (self.caps.get(name, math.inf) - used[name]) * kept if kept else 0.0
-            # A draw is whole; what the subtraction rounds away is not.
-            room.append(max(0.0, math.floor(left + 1e-6) if math.isfinite(left) else left) / self._samples)
+            left = (self.caps.get(name, math.inf) - self._used[name]) * kept if kept else 0.0
+            # Whole draws: the small term undoes the subtraction's rounding.
+            room.append(max(0.0, np.floor(left + 1e-6)) / self._samples)
         return np.array(room)
 
     def epochs(self, weights: dict[str, float]) -> dict[str, float]:
-        """Passes over each source that the phase takes with these weights."""
-        plan = self._plan()
+        """Passes over each source that the phase takes with these weights. Adds the phase to the plan."""
         masks = {name: mask.windows for name, mask in self._masks.items() if mask.windows.any()}
-        plan.add_phase(self._start, weights, self.caps or None, masks or self._phase.keep)
-        last = self._start + self._samples
+        self._plan.add_phase(self._start, weights, self.caps or None, masks or self._keep)
+        end = self._start + self._samples
         try:
-            plan.locate(last - 1)
+            self._plan.locate(end - 1)
         except IndexError as error:
             raise ValueError(f"phases: {error}") from None
-        before, after = plan.epochs(self._start), plan.epochs(last)
-        return {name: float(after[name] - before[name]) for name in self._windows}
-
-    def _plan(self) -> BlendPlan:
-        return build_plan(self._config, self._corpora)
+        after = self._plan.epochs(end)
+        return {name: float(after[name] - self._used[name]) for name in self._windows}
 
 
 def _caps(mix: MixConfig, phase: float | dict[str, float] | None, sources: list[str]) -> dict[str, float]:

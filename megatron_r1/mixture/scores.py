@@ -1,4 +1,4 @@
-"""Scores that a mixture is computed from: of one run or several, as gain per token or cosine. No torch."""
+"""The scores of one run or several that a mixture uses, as gain per token or as cosine. No torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 
 Selected = tuple[list[ScoreTable], list[Scored]]
-"""Sources in order, and their checkpoints: all of the first source, all of the second, ..."""
+"""A table for each source, in order, and their checkpoints: all of the first source, then of the second."""
 
 
 def select(config: Config) -> Selected:
     """Scores of the configured checkpoints (default: all that are scored) and sources, in order.
 
-    Of one run, or, where `mix.runs` says so, of each capability's own.
+    They are of train.run, or with `mix.runs` of each capability's own run.
     """
     assert config.mix is not None
     if not config.mix.runs:
@@ -35,8 +35,7 @@ def _of_run(run: Path, config: Config) -> Selected:
     if absent := [name for name in config.data.sources if name not in tables]:
         raise ValueError(f"{run}: no complete influence scores of {', '.join(absent)}; {again}")
     have = next(iter(tables.values())).steps
-    asked = tuple(sorted(set(config.influence.steps))) if config.influence else ()
-    steps = asked or have
+    steps = tuple(sorted(set(config.influence.steps if config.influence else ()))) or have
     if absent_steps := [s for s in steps if s not in have]:
         raise ValueError(f"{run}: no complete influence scores at steps {absent_steps}; {again}")
     assert config.mix is not None
@@ -55,17 +54,16 @@ def _of_run(run: Path, config: Config) -> Selected:
 
 
 _SAME = ("format", "source", "step", "data", "seq_length", "eod", "precision", "influence")
-"""Of manifests. Weights and directions are each run's own."""
+"""Entries of manifests that runs share. Weights and directions are each run's own."""
 
 
 def _stack(runs: Mapping[str, Selected]) -> Selected:
-    """Scores of several runs as one table, each capability by the model trained for it (Eq. 3): the column of
-    each capability from its run, in the order given.
+    """One table for each source, with each capability's column from the run trained for it (Eq. 3).
 
         score_c(x; theta_t) = <v_c, grad l(x)>, both gradients at the checkpoints of c's own run
 
-    Raises ValueError where a run was not scored for its capability, or where runs differ in sources,
-    examples, steps or in how they were scored.
+    Raises ValueError where a run was not scored for its capability, and where runs differ in sources,
+    examples, steps or the settings of scoring.
     """
     tables, used = next(iter(runs.values()))
     for capability, (others, theirs) in runs.items():
@@ -74,14 +72,16 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
                 f"mix.runs.{capability}: {theirs[0].directory} has scores for {list(others[0].capabilities)} "
                 f"only; score that run for {capability} with tools/compute_influence.py"
             )
-        examples = zip(tables, others, strict=True)
-        same = [np.array_equal(one.example_N, other.example_N) for one, other in examples]
-        differ = [] if all(same) else ["examples"]
+        pairs = zip(tables, others, strict=True)
+        same = all(np.array_equal(one.example_N, other.example_N) for one, other in pairs)
+        differ = [] if same else ["examples"]
         if others[0].steps != tables[0].steps:
             differ.append(f"steps ({list(tables[0].steps)} and {list(others[0].steps)})")
         else:
-            pairs = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
-            differ += [key for key in _SAME if any(one.get(key) != other.get(key) for one, other in pairs)]
+            manifests = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
+            differ += [
+                key for key in _SAME if any(one.get(key) != other.get(key) for one, other in manifests)
+            ]
         if differ:
             raise ValueError(
                 f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}; "
@@ -89,21 +89,19 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
             )
     stacked = []
     for g, table in enumerate(tables):
-        columns = [
-            others[g].score_NCK[:, others[g].capabilities.index(capability)]
-            for capability, (others, _) in runs.items()
-        ]
-        stacked.append(
-            dataclasses.replace(table, capabilities=tuple(runs), score_NCK=np.stack(columns, axis=1))
-        )
+        own = {capability: others[g] for capability, (others, _) in runs.items()}
+        columns = [t.score_NCK[:, t.capabilities.index(capability)] for capability, t in own.items()]
+        score_NCK = np.stack(columns, axis=1)
+        stacked.append(dataclasses.replace(table, capabilities=tuple(runs), score_NCK=score_NCK))
     return stacked, [one for _, theirs in runs.values() for one in theirs]
 
 
 def in_units(table: ScoreTable, checkpoints: Sequence[Scored], mix: MixConfig) -> ScoreTable:
-    """A source's table with its scores as `mix.scale` takes them. `checkpoints`: of it, in order.
+    """A source's table with its scores in the unit that `mix.scale` needs. `checkpoints`: its own, in order.
 
     Scores of summed losses are divided by the example's tokens, so that both losses give gains per token.
-    cosine: <v_c, g(x)> / (|v_c| |g(x)|), 0 where a gradient is 0. ValueError where no norms were stored.
+    cosine divides by both norms, <v_c, g(x)> / (|v_c| |g(x)|), and gives 0 where a gradient is 0. Raises
+    ValueError where no norms were stored.
     """
     parts = []
     for k, one in enumerate(checkpoints):

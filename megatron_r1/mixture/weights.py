@@ -4,9 +4,9 @@
     rho_g  = sum_{x in R_g} I(x) s(x) / sum_{x in R_g} s(x)          Eq. 5, s(x) tokens of x
     w_g    = max(rho_g, 0) / sum_h max(rho_h, 0)
 
-A score is a gain per token of training on x (units.py); the factor s(x) makes rho a mean over tokens, not
-over windows. alpha is a product of a weight per capability and one per checkpoint, each summing to 1, so
-that rho is the capabilities' weighted mean of rho_gc, a source's density for one capability.
+A score is a gain per token of training on x (`scores.in_units`). The factor s(x) makes rho a mean over
+tokens, not over windows. alpha is a product of a weight per capability and one per checkpoint, each summing
+to 1. Thus rho is the capabilities' weighted mean of rho_gc, a source's density for one capability.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from megatron_r1.config import MixConfig
 from megatron_r1.records import ScoreTable
 
 _NOTHING = 1e-12
-"""Shares below are rounding, and count 0."""
+"""Shares below this are rounding errors and count as 0."""
 _ROUNDING = 1e-9
-"""What a sum of shares may miss 1 by."""
+"""Tolerance of a sum of shares."""
 
 
 def checkpoint_weights(mix: MixConfig, capabilities: tuple[str, ...], steps: tuple[int, ...]) -> np.ndarray:
     """alpha of Eq. 4, [C, K], summing to 1. Raises ValueError for weights of unknown capabilities."""
-    time_K = np.array(steps, dtype=np.float64) if mix.checkpoint_weight == "step" else np.ones(len(steps))
-    if time_K.sum() == 0:
-        time_K = np.ones(len(steps))
+    by_step = mix.checkpoint_weight == "step" and any(steps)
+    time_K = np.array(steps, dtype=np.float64) if by_step else np.ones(len(steps))
     given = mix.capability_weight
     if unknown := [name for name in given if name not in capabilities]:
         raise ValueError(f"mix.capability_weight: {unknown} not scored; scored are {list(capabilities)}")
@@ -41,10 +40,10 @@ def checkpoint_weights(mix: MixConfig, capabilities: tuple[str, ...], steps: tup
 
 
 def scale_of(tables: Sequence[ScoreTable], mix: MixConfig) -> tuple[np.ndarray, np.ndarray]:
-    """What `mix.scale` takes from a capability's scores at a checkpoint, and divides them by: [C, K] each.
+    """Offset and divisor of a capability's scores at a checkpoint under `mix.scale`: [C, K] each.
 
-    Under zscore their mean and standard deviation over the tokens of all sources: no capability's scale
-    swallows another's, and 0 is the average token instead of no effect.
+    zscore takes their mean and standard deviation over the tokens of all sources. No capability then
+    outweighs another by its scale, and 0 is the average token instead of no effect.
     """
     shape = tables[0].score_NCK.shape[1:]
     if mix.scale != "zscore":
@@ -68,18 +67,17 @@ def densities(tables: Sequence[ScoreTable], mix: MixConfig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Least and greatest weight of every source, each [G]; at least one mixture lies within."""
+    """Least and greatest weight of every source, each [G]. At least one mixture lies within."""
 
     lower_G: np.ndarray
     upper_G: np.ndarray
 
 
 def bounds(mix: MixConfig, room_G: np.ndarray) -> Bounds:
-    """`mix.floor` and `mix.cap`, the latter lowered to `room_G`.
+    """`mix.floor` and `mix.cap`, both lowered to `room_G` where that is less.
 
-    room_G: the share of the phase's sequences that a source can fill before its epoch cap; 0 where nothing of
-    it may be drawn, infinite without a cap. Where a floor is above that, it gives way. Raises ValueError
-    where no weights fit.
+    `room_G`: share of the phase's sequences that a source can fill before its epoch cap. It is 0 where
+    nothing of the source may be drawn, and infinite without a cap. Raises ValueError where no weights fit.
     """
     upper_G = np.minimum(mix.cap, room_G)
     lower_G = np.minimum(mix.floor, upper_G)
@@ -128,9 +126,9 @@ def source_weights(rho_G: np.ndarray, within: Bounds) -> np.ndarray:
 
 
 def _clipped(share: np.ndarray, low: np.ndarray, high: np.ndarray, total: float) -> np.ndarray:
-    """clip(t share, low, high) with t such that the sum is `total`.
+    """clip(t share, low, high), with t such that the sum is `total`.
 
-    The sum is linear in t between the points where a weight leaves its lower or reaches its upper bound.
+    Between the points where a weight leaves its lower bound or reaches its upper one, the sum is linear in t.
     """
     knots = np.unique(np.concatenate([[0.0], low / share, high / share]))
     sums = np.array([np.clip(t * share, low, high).sum() for t in knots])
@@ -138,7 +136,7 @@ def _clipped(share: np.ndarray, low: np.ndarray, high: np.ndarray, total: float)
 
 
 def best_gains(rho_GC: np.ndarray, within: Bounds) -> np.ndarray:
-    """The most that a mixture within bounds can gain for each capability by itself, [C]: greedily."""
+    """Greatest gain of a mixture within bounds for each capability alone, [C]. Best sources fill first."""
     best = []
     for rho_G in rho_GC.T:
         order = np.argsort(-rho_G, kind="stable")
@@ -151,14 +149,14 @@ def best_gains(rho_GC: np.ndarray, within: Bounds) -> np.ndarray:
 def worst_case_weights(
     rho_GC: np.ndarray, weight_C: np.ndarray, within: Bounds, capabilities: Sequence[str]
 ) -> np.ndarray:
-    """The weights, [G], whose worst capability gains most: a linear program, beyond the paper.
+    """Weights, [G], that maximise the worst capability's gain: a linear program, beyond the paper.
 
         maximise t  subject to  sum_g w_g rho_gc >= t scale_c for all c,  sum w = 1,  lower <= w <= upper
 
-    scale_c is the most that any mixture within the bounds gains for c (`best_gains`), so t is the least share
-    of its own best that a capability gets. `weight_C` asks for more or less than an equal share; a
-    capability of weight 0 counts for nothing. Of several solutions the one of greatest weighted gain is
-    taken. Raises ValueError where a capability gains nothing from any mixture.
+    scale_c is the greatest gain for c of any mixture within the bounds (`best_gains`). Thus t is the least
+    share of its own best that a capability gets. `weight_C` asks for more or less than an equal share.
+    Capabilities of weight 0 do not count. Of several solutions the one of greatest weighted gain is taken.
+    Raises ValueError where a capability gains nothing from any mixture.
     """
     asked = weight_C > 0
     best_C = best_gains(rho_GC, within)
@@ -185,8 +183,11 @@ def worst_case_weights(
 def maximise(
     gain_N: np.ndarray, a_MN: np.ndarray, limits: Sequence[tuple[float | None, float | None]]
 ) -> np.ndarray:
-    """x that maximises gain x, float64 [N], where A x <= 0, all of x but the last sum to 1, and each lies
-    within its limits (None: without). Raises ValueError where no x fits, or the gain has no bound."""
+    """x that maximises gain x, float64 [N], within its limits (None: without a limit).
+
+    A x <= 0 holds, and all of x but the last sum to 1. Raises ValueError where no x fits or the gain has no
+    bound.
+    """
     # HiGHS's own tolerance is 1e-7; this is its least.
     exact = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
     sum_N = np.append(np.ones(len(gain_N) - 1), 0.0)[None]
