@@ -211,7 +211,7 @@ def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
 
 
 def _suggest_prefix(prefix: Path) -> str:
-    """`; did you mean ...?` with pairs beside a wrong prefix, whose names begin with its name or resemble it."""
+    """`; did you mean ...?` with the pairs whose names begin with a wrong prefix's name or resemble it."""
     stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
     longer = [stem for stem in stems if stem.startswith(prefix.name)]
     matches = longer or difflib.get_close_matches(prefix.name, stems, n=1)

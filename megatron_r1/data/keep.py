@@ -120,9 +120,11 @@ def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None
     if stretch_N2 is None:
         np.save(stream, packed)
     else:
-        numbers = {"seq_length": np.int64(seq_length), "count": np.int64(len(windows))}
-        corpus_id = np.array(identity_of(corpus.prefix))
-        np.savez(stream, windows=packed, stretches=stretch_N2, **numbers, corpus=corpus_id)
+        length, count = np.int64(seq_length), np.int64(len(windows))
+        made_for = np.array(identity_of(corpus.prefix))
+        np.savez(
+            stream, windows=packed, stretches=stretch_N2, seq_length=length, count=count, corpus=made_for
+        )
     return stream.getvalue()
 
 

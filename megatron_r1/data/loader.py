@@ -150,6 +150,6 @@ def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarra
 
 def _batch(*fields: np.ndarray | None, pin_memory: bool = False) -> Batch:
     """A batch on the CPU, from the fields of Batch in order. Contiguous arrays share their memory with it."""
-    arrays = [np.require(array, requirements="CW") for array in fields if array is not None]
+    arrays = [np.require(array, requirements=("C", "W")) for array in fields if array is not None]
     tensors = [torch.from_numpy(array) for array in arrays]
     return Batch(*[tensor.pin_memory() for tensor in tensors] if pin_memory else tensors)

@@ -1,4 +1,4 @@
-"""Which library encodes: gigatoken where its tokens are those of the reference, the reference otherwise.
+"""Choice of the library that encodes: gigatoken where its tokens equal the reference's, else the reference.
 
 gigatoken is a BPE in Rust that remembers the pieces it has seen, 15 to 100 times faster than the references
 (`tokenizers`, `tiktoken`). It is taken only where it gives the reference's very tokens on a sample: hard
@@ -45,7 +45,7 @@ HARD = (
 
 
 class Encoder:
-    """The reference: whatever library the tokenizer's kind has."""
+    """The reference: the library of the tokenizer's kind."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.name = tokenizer.library

@@ -28,7 +28,7 @@ LONGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one key of a piece became."""
+    """The documents and rejects of one key of a piece."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from piece to piece."""
+    """The settings of the first pass."""
 
     model: str | Path
     encoder: Encoder
@@ -51,9 +51,9 @@ class Job:
 
 
 def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod: bool) -> list[Encoded]:
-    """Tokens of each document of a piece, for each key. What is wrong with a document is a reject.
+    """Tokens of each document of a piece, for each key. A faulty document becomes a reject.
 
-    Raises ValueError only where the encoder's tokens are not the reference's.
+    Raises ValueError where the encoder's tokens are not the reference's.
     """
     columns = [_Column(key) for key in keys]
     for number, row in enumerate(piece.rows, piece.first):
@@ -77,7 +77,7 @@ def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod
 
 @dataclass
 class _Column:
-    """What a piece has under one key."""
+    """The texts and rejects of one key of a piece."""
 
     key: str
     texts: list[str] = field(default_factory=list)
@@ -92,27 +92,24 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
     origins = np.zeros(len(counts), dtype=ORIGIN)
     origins["hash"], origins["file"], origins["line"] = text_hashes(column.utf8), piece.input, column.lines
     if isinstance(encoder, Gigatoken):
-        chosen = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
+        compared = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
         ends = np.cumsum(counts)
-        for i in np.flatnonzero(chosen):
+        for i in np.flatnonzero(compared):
             if flat[ends[i] - counts[i] : ends[i]].tolist() != tokenizer.encode(column.texts[i]):
                 raise ValueError(
                     f"{piece.path}:{column.lines[i]}: {encoder.name} and {tokenizer.library} give other "
                     f"tokens; take --encoder reference for this input"
                 )
     lengths = np.where(counts, counts + append_eod, 0)
-    bad = (lengths == 0) | (lengths > LONGEST)
-    if bad.any():
-        for i in np.flatnonzero(bad):
-            length = lengths[i]
-            reason = "no tokens" if not length else f"{length} tokens, more than an index can say"
+    good = (lengths > 0) & (lengths <= LONGEST)
+    if not good.all():
+        for i in np.flatnonzero(~good):
+            reason = f"{lengths[i]} tokens, more than an index can say" if lengths[i] else "no tokens"
             excerpt = column.texts[i][:200].encode()
             column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
         column.rejects.sort(key=lambda rejected: rejected["line"])
-        ends = np.cumsum(counts)
-        good = [flat[ends[i] - counts[i] : ends[i]] for i in np.flatnonzero(~bad)]
-        flat = np.concatenate(good) if good else flat[:0]
-        origins, lengths = origins[~bad], lengths[~bad]
+        flat = flat[np.repeat(good, counts)]
+        origins, lengths = origins[good], lengths[good]
     if flat.dtype == np.uint32:
         # The same bits, or negative, which is caught next.
         flat = flat.view(np.int32)
