@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_r1.system.errors import require, suggest, suggest_path
 
@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     """The token that ends a document."""
     model_bytes: bytes
     """The model's file."""
+    _model: Any
+    """The package's own object."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without a token before or after it. ValueError for a lone surrogate."""
@@ -36,7 +38,8 @@ class Tokenizer(Protocol):
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(list(tokens))
 
     def specials(self) -> list[str]:
         """Strings that stand for special tokens elsewhere; in a document they are plain text."""
@@ -108,9 +111,6 @@ class SentencePiece(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One thread: preprocessing runs a process a core already.
         return self._model.encode([_utf8(t) for t in texts], num_threads=1)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens))
 
     def specials(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
@@ -263,11 +263,8 @@ class TikToken(Tokenizer):
                     cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
         return [text[lo:hi] for lo, hi in pairwise([*sorted(cuts), len(text)])]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens))
-
     def specials(self) -> list[str]:
-        return sorted(self._specials, key=self._specials.__getitem__)
+        return list(self._specials)
 
     def fast_model(self) -> str | None:
         return self.tokenizer_json()

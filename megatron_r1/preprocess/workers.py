@@ -8,9 +8,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -160,19 +161,16 @@ def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, 
         return
     # Spawned, not forked: the caller may hold threads or a device. Workers import no torch.
     context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[Piece, Future[list[Encoded]]]] = deque()
     fast_model = job.encoder.model if isinstance(job.encoder, Gigatoken) else None
     start = job.encoder.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, start)
+    submitted = ((piece, pool.submit(_work, piece)) for piece in pieces)
     try:
-        for piece in pieces:
-            waiting.append((piece, pool.submit(_work, piece)))
-            if len(waiting) > 3 * job.workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
+        waiting = deque(islice(submitted, 3 * job.workers))
         while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            waiting.extend(islice(submitted, 1))
+            piece, future = waiting.popleft()
+            yield piece, future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died, most often for want of memory; run again with fewer --workers to go on"

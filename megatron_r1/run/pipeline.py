@@ -1,6 +1,6 @@
-"""Run commands one after the other, each once: what is done stays done, what was cut off goes on.
+"""Run commands one after the other, each once. A pipeline that was cut off goes on where it ended.
 
-Every command resumes by itself; this only remembers which ones have finished, for which inputs.
+Every command resumes by itself. The pipeline only remembers which ones have finished, for which inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Stage:
     name: str
     command: Sequence[str]
     outputs: Sequence[Path]
-    """What it leaves; a stage whose outputs are gone runs again."""
+    """Files it leaves. A stage whose outputs are gone runs again."""
     files: Sequence[Path] = ()
     """Files it reads besides what earlier stages left: when they change, it runs again."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -95,5 +95,5 @@ def _call(stage: Stage) -> float:
 
 def _short(command: Sequence[str]) -> str:
     """The command as a reader would type it."""
-    words = " ".join("python" if word == sys.executable else word for word in command)
-    return words.replace("python -m torch.distributed.run", "torchrun")
+    typed = " ".join("python" if part == sys.executable else part for part in command)
+    return typed.replace("python -m torch.distributed.run", "torchrun")
