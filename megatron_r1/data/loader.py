@@ -6,6 +6,7 @@ The loader keeps nothing between batches, so any rank may ask for any samples in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Batches of windows of `seq_length` tokens. Tensors are on the CPU; moving them is the caller's.
 
@@ -32,15 +34,15 @@ class BatchLoader:
     ValueError where plan and corpora disagree or a stream is shorter than its corpus says.
     """
 
-    def __init__(
-        self,
-        plan: BlendPlan,
-        corpora: Sequence[Corpus],
-        seq_length: int,
-        eod: int | None = None,
-        pin_memory: bool = False,
-        vocab_size: int | None = None,
-    ) -> None:
+    plan: BlendPlan
+    corpora: InitVar[Sequence[Corpus]]
+    seq_length: int
+    eod: int | None = None
+    pin_memory: bool = False
+    vocab_size: int | None = None
+
+    def __post_init__(self, corpora: Sequence[Corpus]) -> None:
+        plan, seq_length = self.plan, self.seq_length
         if seq_length < 1:
             raise ValueError(f"seq_length={seq_length} must be at least 1")
         by_name = {corpus.name: corpus for corpus in corpora}
@@ -59,11 +61,6 @@ class BatchLoader:
                 f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
                 f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
             )
-        self.plan = plan
-        self.seq_length = seq_length
-        self.eod = eod
-        self.pin_memory = pin_memory
-        self.vocab_size = vocab_size
         self._corpora = [by_name[name] for name in plan.sources]
         self._streams = Streams()
         for corpus in self._corpora:

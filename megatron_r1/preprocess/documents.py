@@ -80,7 +80,8 @@ def open_input(name: str | Path) -> Input:
         return Dataset(str(name), _load_saved(path))
     if not path.is_file():
         raise FileNotFoundError(f"input {path} does not exist{suggest_path(path)}")
-    return Parquet(path) if path.suffix == ".parquet" else Lines(path)
+    kind = Parquet if path.suffix == ".parquet" else Lines
+    return kind(str(path), [path])
 
 
 def identity(source: Input) -> dict[str, Any]:
@@ -100,14 +101,12 @@ def digest(source: Input) -> str:
 class Lines(Input):
     """JSONL; the ending tells how it is packed."""
 
-    def __init__(self, path: Path):
-        super().__init__(str(path), [path])
-        self.packed = path.suffix in (".gz", ".zst")
-        self.read_digest = ""
-        """SHA-256 of a plain file, known once `pieces` has given all of it."""
+    read_digest = ""
+    """SHA-256 of a plain file, known once `pieces` has given all of it."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        if hi <= lo or (self.packed and lo > 0):
+        packed = self.name.endswith((".gz", ".zst"))
+        if hi <= lo or (packed and lo > 0):
             return
         with open(self.files[0], "rb", buffering=PIECE_BYTES) as raw, _unpacked(raw, self.name) as stream:
             if lo:
@@ -116,9 +115,9 @@ class Lines(Input):
                 raw.readline()
             first, at = 1, raw.tell()
             seen = hashlib.sha256()
-            whole = not self.packed and not lo and hi == self.size
-            while self.packed or at < hi:
-                want = PIECE_BYTES if self.packed else min(PIECE_BYTES, hi - at)
+            whole = not packed and not lo and hi == self.size
+            while packed or at < hi:
+                want = PIECE_BYTES if packed else min(PIECE_BYTES, hi - at)
                 try:
                     # The lines up to the one that brings them to `want` bytes; 0 would mean all.
                     rows = stream.readlines(want - 1) if want > 1 else [stream.readline()]
@@ -132,7 +131,7 @@ class Lines(Input):
                 at += len(read)
                 if first == 1 and not lo:
                     rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")
-                position = raw.tell() if self.packed else at
+                position = raw.tell() if packed else at
                 for some in range(0, len(rows), PIECE_DOCUMENTS):
                     part = rows[some : some + PIECE_DOCUMENTS]
                     yield Piece(self.name, number, first, part, position)
@@ -153,14 +152,13 @@ def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
 
 
 class _Table(Input):
-    """Rows, told apart by number; a range of bytes is the rows at that share of them."""
+    """Numbered rows. A range of bytes stands for the same share of the rows."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         (columns, rows), total = self._open(), max(1, self.size)
-        for key in keys:
-            if key not in columns:
-                has = ", ".join(columns)
-                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
+        if missing := [key for key in keys if key not in columns]:
+            has = ", ".join(columns)
+            raise ValueError(f"{self.name} has no column {missing[0]!r}; it has {has}: see --json-keys")
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first = 1
         for table in self._tables(keys, start, end) if start < end else ():
@@ -181,9 +179,6 @@ class _Table(Input):
 
 
 class Parquet(_Table):
-    def __init__(self, path: Path):
-        super().__init__(str(path), [path])
-
     def _open(self) -> tuple[list[str], int]:
         with self._file() as file:
             return file.schema_arrow.names, file.metadata.num_rows

@@ -79,17 +79,12 @@ def _call(stage: Stage) -> float:
             child.terminate()
             child.wait()
         raise
-    if status != 0:
-        raise PipelineError(
-            f"stage {stage.name} ended with status {status}; its message stands above. "
-            f"The same command again goes on from here"
-        )
     # A tool that was asked to stop (SIGTERM) saves and ends with 0.
-    if absent := [str(path) for path in stage.outputs if not path.exists()]:
-        raise PipelineError(
-            f"stage {stage.name} ended before its end: {', '.join(absent)} is not there yet. "
-            f"The same command again goes on from here"
-        )
+    absent = ", ".join(str(path) for path in stage.outputs if not path.exists())
+    if status or absent:
+        failed = f"with status {status}; its message stands above"
+        end = failed if status else f"before its end: {absent} is not there yet"
+        raise PipelineError(f"stage {stage.name} ended {end}. The same command again goes on from here")
     return time.monotonic() - start
 
 
