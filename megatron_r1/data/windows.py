@@ -36,11 +36,7 @@ _CHECKED_AT_ONCE = 1 << 22
 
 
 def unknown_id(
-    id_NS: np.ndarray,
-    vocab_size: int,
-    corpora: Sequence[Corpus],
-    source_N: Sequence[int] | np.ndarray,
-    start_N: Sequence[int] | np.ndarray,
+    id_NS: np.ndarray, vocab_size: int, corpora: Sequence[Corpus], source_N: np.ndarray, start_N: np.ndarray
 ) -> str | None:
     """A message about the first of these int64 ids that is outside the vocabulary, or None.
 
@@ -67,7 +63,7 @@ def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:
     last = max(0, len(tokens) - _STRETCH)
     for first in sorted({last * k // (_STRETCHES - 1) for k in range(_STRETCHES)}):
         id_1S = tokens[None, first : first + _STRETCH].astype(np.int64)
-        if mistake := unknown_id(id_1S, vocab_size, [corpus], [0], [first]):
+        if mistake := unknown_id(id_1S, vocab_size, [corpus], np.array([0]), np.array([first])):
             return [mistake]
     return []
 

@@ -27,7 +27,9 @@ from megatron_r1.system.terminal import Progress
 COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
 _SHOWN_MB = 1000
-"""Less is stored sooner than one could read of it."""
+"""Progress is shown from this size on. Less is stored in a moment."""
+Sidecar = dict[str, Any]
+"""The content of PREFIX.json, or of a part of it."""
 
 
 def shard_prefix(output_prefix: str | Path, index: int, count: int) -> Path:
@@ -45,9 +47,7 @@ def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def pair_standing(
-    prefix: Path, about: dict[str, Any], sources: Sequence[Input]
-) -> tuple[Standing, dict[str, Any]]:
+def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tuple[Standing, Sidecar]:
     """The standing of a request's pair, and its sidecar (empty where none can be read)."""
     path = with_suffix(prefix, ".json")
     sidecar = read(path) or {}
@@ -76,20 +76,15 @@ def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
     return counts == (dataset.num_documents, len(dataset.tokens)) and with_suffix(prefix, SUFFIX).is_file()
 
 
-def add_to_ledger(
-    output: Path, stage: str, sidecars: dict[str, dict[str, Any]], inputs: dict[str, str]
-) -> None:
+def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs: dict[str, str]) -> None:
     """Add a ledger line of all keys together, beside the outputs. inputs: besides those in the sidecars."""
     sources = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
     # Those of a shard are hashed when it is merged: other shards read them, too.
     hashed = {source["path"]: source["sha256"] for source in sources if source["sha256"]}
-    finish(
-        output.parent,
-        f"{stage} {output.name}",
-        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
-        inputs={**inputs, **hashed},
-        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
-    )
+    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
+    tokens = sum(sidecar["tokens"] for sidecar in sidecars.values())
+    name = f"{stage} {output.name}"
+    finish(output.parent, name, tokens=tokens, inputs={**inputs, **hashed}, outputs=outputs)
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:
@@ -162,12 +157,8 @@ def reject_line(rejected: dict[str, Any]) -> bytes:
 
 
 def write_pair(
-    parts: Sequence[Stored],
-    prefix: Path,
-    about: dict[str, Any],
-    began: float,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
+    parts: Sequence[Stored], prefix: Path, about: Sidecar, began: float, log: Callable[[str], None]
+) -> Sidecar:
     """Bring one key's documents into their final order; then all its files take their names.
 
     Tokens that are in that order already, in one file, are not copied. began: `time.monotonic()` of the run.

@@ -22,12 +22,8 @@ def train_tokenizer(
     sources = [open_input(name) for name in inputs]
     seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes)
     tokenizer = build_tokenizer(SentencePiece.kind, output)
-    finish(
-        Path(output).parent,
-        "train tokenizer",
-        inputs={source.name: digest(source) for source in sources},
-        outputs={output: tokenizer.fingerprint()},
-    )
+    digests, outputs = {source.name: digest(source) for source in sources}, {output: tokenizer.fingerprint()}
+    finish(Path(output).parent, "train tokenizer", inputs=digests, outputs=outputs)
     return tokenizer, seen
 
 
