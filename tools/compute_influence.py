@@ -30,8 +30,8 @@ def main() -> None:
             return
         config, work = config_io.load_with(options.config, lambda config: lay_plan(config, ranks))
         if options.check:
-            said = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
-            print(f"{config_io.dump(config)}\n{said}")
+            summary = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
+            print(f"{config_io.dump(config)}\n{summary}")
         else:
             announce_torch(config.train.run)
             from megatron_r1.influence.score import compute_influence

@@ -36,16 +36,16 @@ def main() -> None:
         convert = require("megatron_r1.export.convert", f"--to {args.to}", "-e '.[hf]'")
         done = "would write" if args.check else "wrote"
         if args.to == "megatron":
-            said = convert.to_megatron(args.source, args.target, args.precision, args.check)
-            print(f"{done} {args.target / 'step_00000000'}: {said}")
+            summary = convert.to_megatron(args.source, args.target, args.precision, args.check)
+            print(f"{done} {args.target / 'step_00000000'}: {summary}")
             return
         tokenizer = None
         if args.tokenizer_type:
             from megatron_r1.export.tokenizer import tokenizer_files
 
             tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-        said = convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer, args.check)
-        print(f"{done} {args.target}: {said}")
+        summary = convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer, args.check)
+        print(f"{done} {args.target}: {summary}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ from megatron_r1.curation.probes import curate_probes
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
-def pairs(words: list[str]) -> dict[str, str]:
-    """NAME=VALUE words; ValueError for others and for a name given twice."""
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name and equals and value) or name in found:
-            raise ValueError(f"{word!r} is not NAME=VALUE with a name of its own")
-        found[name] = value
-    return found
+def pairs(arguments: list[str]) -> dict[str, str]:
+    """The pairs of NAME=VALUE arguments. ValueError for another form, and for a name given twice."""
+    values: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not (name and equals and value) or name in values:
+            raise ValueError(f"{argument!r} is not NAME=VALUE with a name of its own")
+        values[name] = value
+    return values
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Which source, epoch and window global sample i is: the mixture as a function, not as arrays.
+"""The data plan: global sample i -> (source, epoch, window), computed on demand and never stored.
 
-The order is computed by `megatron_r1._csrc` (see csrc/plan.hpp); here are names, checks and epochs.
-plan_file.py writes a plan and compares two.
-The data position of a run is the number of consumed samples and nothing else, so any data-parallel size,
-micro-batch and restart sees the same global order.
+`megatron_r1._csrc` computes the order (csrc/plan.hpp). This file holds names, checks and epochs.
+`plan_file.py` writes a plan and compares two.
+The number of consumed samples is a run's whole data position. Every data-parallel size, micro-batch and
+restart therefore sees the same global order.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ MAX_SAMPLE = 2**62
 
 
 class Epochs(NamedTuple):
-    """How a source's draws fall into epochs, for as long as its mask stays the same."""
+    """A source's epochs from `first_draw` on, under one keep mask."""
 
     first_draw: int
-    """Draws of the source, over the whole plan, before the first epoch below."""
+    """Draws of the source, over the whole plan, before `first_epoch` begins."""
     first_epoch: int
     windows: int
     """Draws of one epoch: the windows kept."""
     used: Fraction
-    """Epochs drawn before `first_draw`, a closed one counting for the part of it that was drawn."""
+    """Epochs drawn before `first_draw`. An epoch that a change of mask closed counts by the part drawn."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One `add_phase`: the arguments as given, and what they meant."""
+    """One call of `add_phase`: its arguments, and values derived from them."""
 
     start: int
     weights: tuple[Number, ...]
@@ -55,7 +55,7 @@ class Phase:
 
 
 class BlendPlan:
-    """Sources and phases of weights -> the global order of windows, at random access.
+    """The global order of windows, at random access, from sources and phases of weights.
 
     `sources`: {name: windows of one epoch}, in order. `order="balanced"` holds every source within
     `deviation_bound()` samples of its share, in integer arithmetic; `order="megatron"` is the order of
@@ -73,14 +73,13 @@ class BlendPlan:
             raise ValueError("a plan needs at least one source: {name: windows}")
         if order not in ("balanced", "megatron"):
             raise ValueError(f'order={order!r} is unknown; use "balanced" or "megatron"')
-        self.sources = {name: _windows(name, windows) for name, windows in sources.items()}
+        self.sources = {name: _whole_windows(name, windows) for name, windows in sources.items()}
         self.seed = int(seed)
         self.order: Order = order
         self.shuffle = bool(shuffle)
         self.phases: tuple[Phase, ...] = ()
-        self._names = tuple(self.sources)
-        self._number = {name: k for k, name in enumerate(self._names)}
-        keys = np.array([_key(self.seed, name) for name in self._names], dtype=np.uint64)
+        self._index = {name: k for k, name in enumerate(self.sources)}
+        keys = np.array([_key(self.seed, name) for name in self.sources], dtype=np.uint64)
         self._native = NativePlan(order == "megatron", self.shuffle, keys)
 
     # -- building
@@ -106,11 +105,14 @@ class BlendPlan:
         start = self._check_start(start_sample)
         given = self._by_source(weights)
         caps = self._caps(max_epochs)
-        masks = self._masks(keep)
-        drawn = self._drawn_before(start)
+        masks = self._masks(keep or {})
+        try:
+            drawn = self._native.counts(start).tolist()
+        except IndexError as error:
+            raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
         epochs, unseen = self._epochs_from(drawn, masks)
         limit = [_limit(cap, at) for cap, at in zip(caps, epochs, strict=True)]
-        for name, weight, at in zip(self._names, given, epochs, strict=True):
+        for name, weight, at in zip(self.sources, given, epochs, strict=True):
             if weight and not at.windows:
                 why = "its keep mask keeps no window" if name in masks else "it has no window"
                 raise ValueError(f"source '{name}' has weight {weight} but {why}; give it weight 0")
@@ -119,17 +121,18 @@ class BlendPlan:
                 f"the phase at sample {start} draws nothing: every source with weight has already reached "
                 f"max_epochs={max_epochs}; raise it"
             )
+        # The native plan takes whole numbers for the balanced order and doubles for Megatron's.
+        unused = np.zeros(len(given))
         balanced = self.order == "balanced"
-        count = len(self._names)
         self._native.add_phase(
             start,
-            integer_weights(given) if balanced else np.zeros(count, np.uint64),
-            np.zeros(count) if balanced else np.array(given, dtype=np.float64),
+            integer_weights(given) if balanced else unused.astype(np.uint64),
+            unused if balanced else np.array(given, dtype=np.float64),
             np.array([at.windows for at in epochs], dtype=np.uint64),
             np.array(limit, dtype=np.uint64),
             np.array([at.first_draw for at in epochs], dtype=np.uint64),
             np.array([at.first_epoch for at in epochs], dtype=np.uint64),
-            [masks[name].bitmap if name in masks else None for name in self._names],
+            [masks[name].bitmap if name in masks else None for name in self.sources],
         )
         self.phases += (Phase(start, given, _plain(max_epochs), caps, masks, unseen, epochs),)
 
@@ -148,61 +151,51 @@ class BlendPlan:
     def _by_source(self, weights: Mapping[str, Number] | Sequence[Number] | np.ndarray) -> tuple[Number, ...]:
         if isinstance(weights, Mapping):
             self._check_names("weights", weights)
-            missing = [name for name in self._names if name not in weights]
-            if missing:
+            if missing := [name for name in self.sources if name not in weights]:
                 raise ValueError(
                     f"weights lack the sources {listed(missing)} and have {listed(weights)}; name every "
                     f"source and give weight 0 to leave one out"
                 )
-            values = [weights[name] for name in self._names]
-        else:
-            values = list(weights)
-            if len(values) != len(self._names):
-                raise ValueError(
-                    f"{len(values)} weights for the {len(self._names)} sources {listed(self._names)}"
-                )
-        given = tuple(map(_number, values))
-        for name, weight in zip(self._names, given, strict=True):
+            weights = [weights[name] for name in self.sources]
+        if len(weights) != len(self.sources):
+            raise ValueError(
+                f"{len(weights)} weights for the {len(self.sources)} sources {listed(self.sources)}"
+            )
+        given = tuple(map(_number, weights))
+        for name, weight in zip(self.sources, given, strict=True):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weight of '{name}' is {weight}; use a finite number, 0 or more")
         if not any(given):
             raise ValueError("all weights are 0; give at least one source a weight")
         return given
 
-    def _check_names(self, what: str, given: Mapping[str, Any]) -> None:
-        unknown = [name for name in given if name not in self._number]
-        if unknown:
+    def _check_names(self, argument: str, names: Iterable[str]) -> None:
+        if unknown := [name for name in names if name not in self.sources]:
             near = "".join(
                 f"; '{name}' is near '{match}'"
                 for name in unknown[:3]
-                for match in difflib.get_close_matches(str(name), self._names, n=1)
+                for match in difflib.get_close_matches(str(name), self.sources, n=1)
             )
             raise ValueError(
-                f"{what} name {listed(unknown)}, but the sources are {listed(self._names)}{near}"
+                f"{argument} name {listed(unknown)}, but the sources are {listed(self.sources)}{near}"
             )
 
     def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> tuple[Fraction | None, ...]:
-        if max_epochs is None:
-            return (None,) * len(self._names)
-        if isinstance(max_epochs, Mapping):
-            self._check_names("max_epochs", max_epochs)
-            by_name: Mapping[str, Number] = max_epochs
-        else:
-            by_name = dict.fromkeys(self._names, max_epochs)
-        for name, cap in by_name.items():
+        if not isinstance(max_epochs, Mapping):
+            max_epochs = dict.fromkeys(self.sources, math.inf if max_epochs is None else max_epochs)
+        self._check_names("max_epochs", max_epochs)
+        for name, cap in max_epochs.items():
             if not cap > 0:
                 raise ValueError(
                     f"max_epochs of '{name}' is {cap}; use a number above 0 (or give it weight 0)"
                 )
+        caps = [max_epochs.get(name, math.inf) for name in self.sources]
         # As the decimal that was written: 0.3 epochs of 10 windows are 3, though the double is below 0.3.
-        return tuple(
-            Fraction(str(by_name[name])) if by_name.get(name, math.inf) != math.inf else None
-            for name in self._names
-        )
+        return tuple(None if cap == math.inf else Fraction(str(cap)) for cap in caps)
 
-    def _masks(self, keep: Mapping[str, Mask] | None) -> dict[str, KeptWindows]:
-        self._check_names("keep", keep or {})
-        masks = {name: load_mask(name, self.sources[name], mask) for name, mask in (keep or {}).items()}
+    def _masks(self, keep: Mapping[str, Mask]) -> dict[str, KeptWindows]:
+        self._check_names("keep", keep)
+        masks = {name: load_mask(name, self.sources[name], mask) for name, mask in keep.items()}
         # A mask that keeps everything is no mask: it must not close an epoch.
         return {
             name: mask
@@ -210,29 +203,18 @@ class BlendPlan:
             if mask.stretch_N2 is not None or mask.bitmap.kept < self.sources[name]
         }
 
-    def _drawn_before(self, start: int) -> list[int]:
-        try:
-            return self._native.counts(start).tolist()
-        except IndexError as error:
-            raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
-
     def _epochs_from(
         self, drawn: list[int], masks: dict[str, KeptWindows]
     ) -> tuple[tuple[Epochs, ...], dict[str, int]]:
-        """Each source's epochs under these masks, and what a change of mask leaves unseen."""
-        if not self.phases:
-            fresh = (
-                Epochs(0, 0, masks[name].bitmap.kept if name in masks else windows, Fraction(0))
-                for name, windows in self.sources.items()
-            )
-            return tuple(fresh), {}
-        last = self.phases[-1]
-        epochs, unseen = list(last.epochs), {}
-        for name in sorted(last.keep.keys() | masks.keys()):
-            before, now = last.keep.get(name), masks.get(name)
+        """Each source's epochs under these masks, and the `unseen` of a phase that brings them."""
+        past: Mapping[str, KeptWindows] = self.phases[-1].keep if self.phases else {}
+        whole_sources = (Epochs(0, 0, windows, Fraction(0)) for windows in self.sources.values())
+        epochs, unseen = list(self.phases[-1].epochs if self.phases else whole_sources), {}
+        for name in sorted(past.keys() | masks.keys()):
+            before, now = past.get(name), masks.get(name)
             if before and now and before.sha256 == now.sha256:
                 continue
-            k = self._number[name]
+            k = self._index[name]
             old = epochs[k]
             whole, part = divmod(drawn[k] - old.first_draw, old.windows) if old.windows else (0, 0)
             if part:
@@ -264,13 +246,15 @@ class BlendPlan:
 
     def count(self, name: str, i: int) -> int:
         """Draws of the source among samples [0, i)."""
-        return int(self._native.count(self._source(name), i))
+        self._check_names("the question", [name])
+        return int(self._native.count(self._index[name], i))
 
     def position(self, name: str, j: int) -> int:
         """The global sample that is the source's j-th draw, from 0. IndexError if there is none."""
         if j < 0:
             raise IndexError(f"draws count from 0, got {j}")
-        at = int(self._native.position(self._source(name), j))
+        self._check_names("the question", [name])
+        at = int(self._native.position(self._index[name], j))
         if at < 0:
             raise IndexError(
                 f"the plan never makes draw {j} of '{name}': before it, its weight is 0 or max_epochs reached"
@@ -281,11 +265,11 @@ class BlendPlan:
         """Epochs of each source among samples [0, i)."""
         drawn = self._native.counts(i).tolist()
         if not self.phases:
-            return dict.fromkeys(self._names, 0.0)
+            return dict.fromkeys(self.sources, 0.0)
         phase = next(p for p in reversed(self.phases) if p.start <= i)
         return {
             name: float(at.used) + ((n - at.first_draw) / at.windows if at.windows else 0.0)
-            for name, n, at in zip(self._names, drawn, phase.epochs, strict=True)
+            for name, n, at in zip(self.sources, drawn, phase.epochs, strict=True)
         }
 
     def deviation_bound(self) -> float:
@@ -303,11 +287,6 @@ class BlendPlan:
         """Memory that the order takes, keep masks not counted."""
         return int(self._native.bytes)
 
-    def _source(self, name: str) -> int:
-        if name not in self._number:
-            self._check_names("the question", {name: None})
-        return self._number[name]
-
 
 def listed(names: Iterable[Any]) -> str:
     """Names in quotes, the first dozen of them."""
@@ -315,7 +294,7 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
 
 
-def _windows(name: str, windows: int) -> int:
+def _whole_windows(name: str, windows: int) -> int:
     if not name or not isinstance(name, str):
         raise ValueError(f"a source's name must be a non-empty string, got {name!r}")
     if windows != int(windows) or not 0 <= windows < MAX_SAMPLE:

@@ -1,4 +1,4 @@
-"""Megatron's `.bin`/`.idx` pairs, byte for byte, with every inconsistency found at opening. NumPy only.
+"""Megatron's `.bin`/`.idx` pairs, byte for byte. Opening a pair checks it completely.
 
 Layout of an index, little endian, no padding:
 
@@ -12,8 +12,8 @@ Layout of an index, little endian, no padding:
     ...     8 S    byte offset of each sequence in the .bin, int64
     ...     8 E    number of sequences before each document, int64; the first 0, the last S
 
-The `.bin` is the tokens of all sequences, one after the other. Here a document is one sequence; a pair
-made elsewhere may hold several sequences a document, and is read all the same.
+The `.bin` holds the tokens of all sequences, one after the other. In our own pairs a document is one
+sequence. Pairs from elsewhere may have several sequences a document, and can be read as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -37,16 +37,9 @@ from megatron_r1.system.files import naming, on_disk, open_exclusive, replacing,
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
-DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
+DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+"""Megatron's codes of integer types. 6 and 7 are floats, which are no tokens."""
+_CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 _CHECKED_AT_ONCE = 1 << 22
 _WRITTEN_AT_ONCE = 1 << 15
 _REDO = "make the pair again with tools/preprocess_data.py, or copy it again from where it is whole"
@@ -63,10 +56,10 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
 
 
 class IndexedDataset:
-    """A pair on disk, memory-mapped: nothing is read until it is used.
+    """A pair on disk, memory-mapped.
 
-    Raises FileNotFoundError where a file is missing, ValueError (file, offset, way out) where the two
-    contradict each other or themselves. Slices keep the mapping alive after this object is gone.
+    Raises FileNotFoundError where a file is missing. Raises ValueError, with file, offset and a way out,
+    where the files contradict each other or themselves. Slices keep the mapping alive after this object.
     """
 
     tokens: np.ndarray
@@ -80,15 +73,15 @@ class IndexedDataset:
     dtype: np.dtype[Any]
 
     def __init__(self, prefix: str | Path, share: tuple[int, int] | None = (0, 1)):
-        """`share`: (rank, ranks) where so many open it together and each checks a part of the index. None:
-        the index was checked before."""
+        """`share`: (rank, ranks) of the processes that open the pair together. Each checks a part of the
+        index. None: the index was checked before."""
         self.prefix = Path(prefix)
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
             if not path.is_file():
                 raise FileNotFoundError(
                     f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
-                    f"{_near(self.prefix)}"
+                    f"{_suggest_prefix(self.prefix)}"
                 )
         self._read_index()
         if share is not None:
@@ -115,10 +108,7 @@ class IndexedDataset:
         """Tokens of the documents before this one; `tokens_before(num_documents)` counts them all."""
         if not 0 <= document <= self.num_documents:
             raise ValueError(f"{self.prefix} has {self.num_documents} documents, not {document}")
-        sequence = int(self.documents[document])
-        if sequence == len(self):
-            return len(self.tokens)
-        return int(self.pointers[sequence]) // self.dtype.itemsize
+        return self._end(int(self.documents[document])) // self.dtype.itemsize
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document (all its sequences), without a copy."""
@@ -129,21 +119,25 @@ class IndexedDataset:
         with open(self._idx, "rb") as stream:
             head = stream.read(INDEX_START)
         if len(head) < INDEX_START:
-            self._refuse(self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there")
+            self._raise_damaged(
+                self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there"
+            )
         if head[:9] != HEADER:
-            self._refuse(self._idx, 0, f"it starts with {head[:9]!r} and not with {HEADER!r}")
+            self._raise_damaged(self._idx, 0, f"it starts with {head[:9]!r} and not with {HEADER!r}")
         version, code, sequences, entries = struct.unpack("<QBQQ", head[9:])
         if version != 1:
-            self._refuse(self._idx, 9, f"version {version}, where only 1 is known")
-        if code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
-            self._refuse(self._idx, 17, f"token type code {code} is not an integer type of Megatron's table")
+            self._raise_damaged(self._idx, 9, f"version {version}, where only 1 is known")
+        if code not in DTYPES:
+            self._raise_damaged(
+                self._idx, 17, f"token type code {code} is not an integer type of Megatron's table"
+            )
         self.dtype = np.dtype(DTYPES[code])
         if entries < 1:
-            self._refuse(self._idx, 26, "no document entry, where even an empty dataset has one")
+            self._raise_damaged(self._idx, 26, "no document entry, where even an empty dataset has one")
         expected = INDEX_START + 12 * sequences + 8 * entries
         if size != expected:
             also = " (multimodal pairs, with a mode a sequence, are not read)"
-            self._refuse(
+            self._raise_damaged(
                 self._idx,
                 min(size, expected),
                 f"{sequences} sequences and {entries} document entries need {expected} bytes and {size} are "
@@ -165,20 +159,22 @@ class IndexedDataset:
             lengths = self.lengths[lo:hi].astype(np.int64)
             if lengths.min() < 0:
                 i = lo + int(np.argmax(lengths < 0))
-                self._refuse(self._idx, lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}")
+                self._raise_damaged(
+                    self._idx, lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}"
+                )
             # Of each sequence, where the one before it ends.
             ends = np.concatenate(([self._end(lo)], (self.pointers[lo:hi] + item * lengths)[:-1]))
             wrong = np.flatnonzero(self.pointers[lo:hi] != ends)
             if len(wrong):
                 i = lo + int(wrong[0])
-                self._refuse(
+                self._raise_damaged(
                     self._idx,
                     pointers_at + 8 * i,
                     f"sequence {i} starts at byte {self.pointers[i]} of the .bin, but the lengths before it "
                     f"(offset {lengths_at} on) end at byte {ends[i - lo]}",
                 )
         if self.documents[0] != 0 or self.documents[-1] != n:
-            self._refuse(
+            self._raise_damaged(
                 self._idx,
                 documents_at,
                 f"documents span sequences {self.documents[0]} to {self.documents[-1]}, not 0 to {n}",
@@ -187,23 +183,24 @@ class IndexedDataset:
             falling = np.flatnonzero(np.diff(self.documents[lo : hi + 1]) < 0)
             if len(falling):
                 i = lo + int(falling[0]) + 1
-                self._refuse(self._idx, documents_at + 8 * i, f"document entry {i} is below the one before")
+                self._raise_damaged(
+                    self._idx, documents_at + 8 * i, f"document entry {i} is below the one before"
+                )
         size, end = self._bin.stat().st_size, self._end(n)
         if size != end:
-            what = "is truncated" if size < end else "is longer than its index says"
-            self._refuse(
-                self._bin, min(size, end), f"it {what}: {size} bytes, where {self._idx.name} says {end}"
+            fault = "is truncated" if size < end else "is longer than its index says"
+            self._raise_damaged(
+                self._bin, min(size, end), f"it {fault}: {size} bytes, where {self._idx.name} says {end}"
             )
 
-    def _end(self, sequence: int) -> int:
-        """Where in the .bin the sequences before this one end."""
-        before = sequence - 1
-        if before < 0:
+    def _end(self, sequences: int) -> int:
+        """The byte of the .bin at which its first sequences end."""
+        if not sequences:
             return 0
-        return int(self.pointers[before]) + int(self.lengths[before]) * self.dtype.itemsize
+        return int(self.pointers[sequences - 1]) + int(self.lengths[sequences - 1]) * self.dtype.itemsize
 
-    def _refuse(self, path: Path, offset: int, what: str) -> None:
-        raise ValueError(f"{path} is damaged at offset {offset}: {what}; {_REDO}")
+    def _raise_damaged(self, path: Path, offset: int, fault: str) -> NoReturn:
+        raise ValueError(f"{path} is damaged at offset {offset}: {fault}; {_REDO}")
 
 
 def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
@@ -213,12 +210,13 @@ def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
         yield lo, min(end, lo + _CHECKED_AT_ONCE)
 
 
-def _near(prefix: Path) -> str:
-    """Pairs beside a prefix that is none, whose names begin with its name or resemble it."""
+def _suggest_prefix(prefix: Path) -> str:
+    """`; did you mean ...?` with the pairs whose names begin with a wrong prefix's name or resemble it."""
     stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
     longer = [stem for stem in stems if stem.startswith(prefix.name)]
-    near = longer or difflib.get_close_matches(prefix.name, stems, n=1)
-    return f"; did you mean {' or '.join(str(prefix.parent / stem) for stem in near[:3])}?" if near else ""
+    matches = longer or difflib.get_close_matches(prefix.name, stems, n=1)
+    paths = " or ".join(str(prefix.parent / stem) for stem in matches[:3])
+    return f"; did you mean {paths}?" if paths else ""
 
 
 def map_array(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
@@ -230,28 +228,24 @@ def map_array(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.n
 
 
 class IndexedWriter:
-    """Write a pair document by document; memory grows by 4 bytes a document and nothing else.
+    """Writes a pair document by document. Memory grows by 4 bytes a document.
 
-    Files carry their names only after `finalize()`: the .bin first, the .idx last, so that a pair with
-    an .idx is whole. As a context manager it finalizes on success and leaves nothing after an error.
+    `finalize` gives the files their names: the .bin first, the .idx last, so that a pair with an .idx is
+    whole. As a context manager it finalizes on success and leaves nothing after an error.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype[Any] | type[np.generic]):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        codes = {np.dtype(t): code for code, t in DTYPES.items() if np.issubdtype(t, np.integer)}
-        if self.dtype not in codes:
-            raise ValueError(
-                f"dtype {self.dtype} holds no tokens; use one of {', '.join(str(d) for d in codes)}"
-            )
-        self._code = codes[self.dtype]
-        self._bounds = np.iinfo(self.dtype)
+        if self.dtype not in _CODES:
+            raise ValueError(f"dtype {self.dtype} holds no tokens; use one of {', '.join(DTYPES.values())}")
         self._lengths = array("i")
         self._hash = hashlib.sha256()
         self.num_tokens = 0
-        self._done = False
-        self._adopted: tuple[Path, str] | None = None
-        self._partial = with_suffix(prefix, ".bin.partial")
+        self._adopted_sha256 = ""
+        self._partial = self._whole = with_suffix(prefix, ".bin.partial")
+        """The file that is written; and the file that becomes the .bin, another one after `adopt`."""
+        self._temporary = {self._partial}
         self._stream = open_exclusive(self._partial)
 
     @property
@@ -261,7 +255,7 @@ class IndexedWriter:
     @property
     def sha256(self) -> str:
         """Hash of the .bin so far."""
-        return self._adopted[1] if self._adopted else self._hash.hexdigest()
+        return self._adopted_sha256 or self._hash.hexdigest()
 
     def add_document(self, tokens: np.ndarray) -> None:
         """Append one document, [T]; ValueError for a token that the dtype cannot hold."""
@@ -279,10 +273,10 @@ class IndexedWriter:
                 f"a document of {lengths.max()} tokens; an index holds up to {2**31 - 1}: split it"
             )
         if tokens.size and tokens.dtype != self.dtype:
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < self._bounds.min or high > self._bounds.max:
+            low, high, bounds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
+            if low < bounds.min or high > bounds.max:
                 raise ValueError(
-                    f"token {low if low < self._bounds.min else high} in documents {self.num_documents} to "
+                    f"token {low if low < bounds.min else high} in documents {self.num_documents} to "
                     f"{self.num_documents + len(lengths) - 1} of {self.prefix} does not fit {self.dtype}; "
                     f"take the dtype from best_dtype(vocab_size)"
                 )
@@ -297,10 +291,11 @@ class IndexedWriter:
     def adopt(self, path: Path, lengths: np.ndarray, sha256: str) -> bool:
         """Take a file with all the tokens, in order, as the .bin, without a copy.
 
-        path: on the same file system; it stays, as a second name of the same file. lengths: [documents].
-        sha256: of the file. False, and nothing is changed, where the file system knows no second names.
+        The file stays, as a second name (hard link) of the .bin; `path` must be on the same file system.
+        lengths: [documents]. sha256: of the file. Returns False, with nothing changed, where the file system
+        has no hard links.
         """
-        assert not self.num_documents and not self._adopted
+        assert not self.num_documents and not self._adopted_sha256
         tokens = int(lengths.sum(dtype=np.int64))
         assert path.stat().st_size == tokens * self.dtype.itemsize
         link = with_suffix(path, ".link")
@@ -311,23 +306,23 @@ class IndexedWriter:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
                 raise
             return False
-        self._adopted = link, sha256
+        self._whole, self._adopted_sha256 = link, sha256
+        self._temporary.add(link)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens = tokens
         return True
 
     def finalize(self, changing: Callable[[], None] = lambda: None) -> None:
-        """Write the index and give both files their names; `changing` is called between the two.
+        """Write the index, call `changing`, and give both files their names.
 
-        Until then nothing that was there has changed, and after it nothing can fail for want of space.
+        Before the call every earlier file is as it was. After it nothing can fail for want of space.
         """
-        assert not self._done
+        assert not self._stream.closed
         idx = with_suffix(self.prefix, ".idx")
         try:
-            whole = self._adopted[0] if self._adopted else self._partial
-            with naming(whole):
+            with naming(self._whole):
                 self._stream.flush()
-                sync(whole)
+                sync(self._whole)
             with replacing(idx) as stream:
                 for part in self._index():
                     stream.write(part)
@@ -337,8 +332,8 @@ class IndexedWriter:
                 # The old index goes before the new .bin comes: at no moment do two halves of different
                 # pairs stand together.
                 idx.unlink(missing_ok=True)
-                os.replace(whole, with_suffix(self.prefix, ".bin"))
-            self._done = True
+                os.replace(self._whole, with_suffix(self.prefix, ".bin"))
+                self._temporary.remove(self._whole)
         finally:
             self.close()
 
@@ -346,26 +341,22 @@ class IndexedWriter:
         """The bytes of the index, in parts that stay in the processor's cache."""
         lengths = np.asarray(self._lengths, dtype=np.int32)
         n = len(lengths)
-        yield HEADER + struct.pack("<QBQQ", 1, self._code, n, n + 1)
+        yield HEADER + struct.pack("<QBQQ", 1, _CODES[self.dtype], n, n + 1)
         yield lengths.astype("<i4", copy=False).data
-        base = 0
+        end = 0
         for lo in range(0, n, _WRITTEN_AT_ONCE):
-            ends = np.cumsum(lengths[lo : lo + _WRITTEN_AT_ONCE], dtype="<i8")
-            following = base + int(ends[-1])
-            ends -= lengths[lo : lo + _WRITTEN_AT_ONCE]
-            ends += base
-            ends *= self.dtype.itemsize
-            yield ends.data
-            base = following
+            some = lengths[lo : lo + _WRITTEN_AT_ONCE]
+            ends = end + np.cumsum(some, dtype="<i8")
+            end = int(ends[-1])
+            yield ((ends - some) * self.dtype.itemsize).data
         for lo in range(0, n + 1, _WRITTEN_AT_ONCE):
             yield np.arange(lo, min(n + 1, lo + _WRITTEN_AT_ONCE), dtype="<i8").data
 
     def close(self) -> None:
-        """Drop what was written, unless finalized."""
-        if not self._stream.closed and not (self._done and not self._adopted):
-            self._partial.unlink(missing_ok=True)
-            if self._adopted:
-                self._adopted[0].unlink(missing_ok=True)
+        """Delete what was written and not finalized."""
+        # Once closed, their names are free for another process.
+        for path in () if self._stream.closed else self._temporary:
+            path.unlink(missing_ok=True)
         # A disk that is full is so when the buffer goes, too; the first error has said it.
         with contextlib.suppress(OSError):
             self._stream.close()
@@ -374,7 +365,7 @@ class IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and not self._done:
+        if kind is None and not self._stream.closed:
             self.finalize()
         self.close()
 
@@ -397,7 +388,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 
 
 def identity_of(prefix: str | Path) -> str:
-    """What tells a pair from any other: its sidecar's hash of the tokens, or else the hash of its index."""
+    """The identity of a pair: its sidecar's hash of the tokens, or else the hash of its index."""
     sidecar = read_sidecar(prefix) or {}
     return str(sidecar.get("bin_sha256") or sha256(with_suffix(prefix, ".idx")))
 
@@ -412,12 +403,8 @@ def open_corpus(
     """
     dataset, sidecar = IndexedDataset(prefix, share), read_sidecar(prefix)
     if sidecar is not None:
-        found: dict[str, Any] = {
-            "documents": dataset.num_documents,
-            "tokens": len(dataset.tokens),
-            "dtype": dataset.dtype.name,
-        }
-        for key, value in found.items():
+        counts = {"documents": dataset.num_documents, "tokens": len(dataset.tokens)}
+        for key, value in {**counts, "dtype": dataset.dtype.name}.items():
             if sidecar.get(key) != value:
                 raise ValueError(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "

@@ -1,4 +1,4 @@
-"""Keep masks (Eq. 6): which windows of a source may be drawn, and which of their labels count.
+"""Keep masks (Eq. 6): the windows of a source that may be drawn, and the labels in them that count.
 
 A mask over windows is a `.npy` file: bool [windows], or packed to uint8 [ceil(windows / 8)] with window 0 in
 the lowest bit. A mask over documents is a `.npz` file that `save_documents` writes, for one sequence length:
@@ -55,24 +55,19 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
     stretch_N2 = seq_length = corpus = None
     count = windows
-    if isinstance(mask, np.ndarray):
-        bits = mask
-    else:
-        try:
-            found = np.load(mask, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                bits = found
-            else:
-                with found:
-                    bits, stretch_N2 = found["windows"], found["stretches"]
-                    seq_length, count = int(found["seq_length"]), int(found["count"])
-                    corpus = str(found["corpus"])
-                    where += f", for {count} windows of {seq_length} tokens,"
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
-                f"with megatron_r1.data.keep.save_documents"
-            ) from None
+    try:
+        bits = mask if isinstance(mask, np.ndarray) else np.load(mask, allow_pickle=False)
+        if not isinstance(bits, np.ndarray):
+            with bits as archive:
+                bits, stretch_N2 = archive["windows"], archive["stretches"]
+                seq_length, count = int(archive["seq_length"]), int(archive["count"])
+                corpus = str(archive["corpus"])
+                where += f", for {count} windows of {seq_length} tokens,"
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
+            f"with megatron_r1.data.keep.save_documents"
+        ) from None
     if count != windows:
         raise ValueError(f"{where} does not fit: the source has {windows} windows; make the mask again")
     if bits.dtype == np.bool_ and bits.shape == (windows,):
@@ -125,13 +120,10 @@ def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None
     if stretch_N2 is None:
         np.save(stream, packed)
     else:
+        length, count = np.int64(seq_length), np.int64(len(windows))
+        made_for = np.array(identity_of(corpus.prefix))
         np.savez(
-            stream,
-            windows=packed,
-            stretches=stretch_N2,
-            seq_length=np.int64(seq_length),
-            count=np.int64(len(windows)),
-            corpus=np.array(identity_of(corpus.prefix)),
+            stream, windows=packed, stretches=stretch_N2, seq_length=length, count=count, corpus=made_for
         )
     return stream.getvalue()
 

@@ -1,15 +1,15 @@
-"""Global samples -> batches: the plan says which windows, C++ reads them from the token files.
+"""Batches of global samples. The plan names their windows, and C++ reads these from the token files.
 
-Nothing is kept between batches, so any rank may ask for any samples in any order.
+The loader keeps nothing between batches, so any rank may ask for any samples in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_r1._csrc import Streams
 from megatron_r1.data.blend import BlendPlan
@@ -19,6 +19,7 @@ from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Batches of windows of `seq_length` tokens. Tensors are on the CPU; moving them is the caller's.
 
@@ -33,25 +34,34 @@ class BatchLoader:
     ValueError where plan and corpora disagree or a stream is shorter than its corpus says.
     """
 
-    def __init__(
-        self,
-        plan: BlendPlan,
-        corpora: Sequence[Corpus],
-        seq_length: int,
-        eod: int | None = None,
-        pin_memory: bool = False,
-        vocab_size: int | None = None,
-    ) -> None:
+    plan: BlendPlan
+    corpora: InitVar[Sequence[Corpus]]
+    seq_length: int
+    eod: int | None = None
+    pin_memory: bool = False
+    vocab_size: int | None = None
+
+    def __post_init__(self, corpora: Sequence[Corpus]) -> None:
+        plan, seq_length = self.plan, self.seq_length
         if seq_length < 1:
             raise ValueError(f"seq_length={seq_length} must be at least 1")
-        by_name = _matched(plan, corpora, seq_length)
-        self.plan = plan
-        self.seq_length = seq_length
-        self.eod = eod
-        self.pin_memory = pin_memory
-        self.vocab_size = vocab_size
+        by_name = {corpus.name: corpus for corpus in corpora}
+        if len(by_name) != len(corpora) or by_name.keys() != plan.sources.keys():
+            raise ValueError(
+                f"the corpora are {sorted(corpus.name for corpus in corpora)}, but the plan's sources are "
+                f"{sorted(plan.sources)}; give one corpus for each source"
+            )
+        differ = [
+            f"'{name}' has {by_name[name].windows(seq_length)} windows where the plan has {windows}"
+            for name, windows in plan.sources.items()
+            if by_name[name].windows(seq_length) != windows
+        ]
+        if differ:
+            raise ValueError(
+                f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
+                f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
+            )
         self._corpora = [by_name[name] for name in plan.sources]
-        self._number = {name: k for k, name in enumerate(plan.sources)}
         self._streams = Streams()
         for corpus in self._corpora:
             add_stream(self._streams, corpus)
@@ -68,39 +78,30 @@ class BatchLoader:
         )
         self._check_ids(tokens_BS, 0, source_N, window_N)
         self._check_ids(labels_BS[:, -1:], self.seq_length, source_N, window_N)
-        for row, stretch_N2 in self._masked(np.asarray(sample_N), source_N):
-            mask_labels(stretch_N2, int(window_N[row]), loss_mask_BS[row])
-        return Batch(
-            tokens_BS=self._tensor(tokens_BS),
-            labels_BS=self._tensor(labels_BS),
-            loss_mask_BS=self._tensor(loss_mask_BS),
-            position_BS=self._tensor(position_BS),
-            source_B=self._tensor(source_N.astype(np.int64)),
-            segment_BS=None if segment_BS is None else self._tensor(segment_BS),
-        )
+        self._mask_dropped_documents(np.asarray(sample_N), source_N, window_N, loss_mask_BS)
+        fields = tokens_BS, labels_BS, loss_mask_BS, position_BS, source_N.astype(np.int64), segment_BS
+        return _batch(*fields, pin_memory=self.pin_memory)
 
     def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
-        """Refuse ids, those from place `first` of each window on, that the model has no row for."""
-
+        """Raise ValueError for an id outside the vocabulary. `id_BS` begins at token `first` of a window."""
         if self.vocab_size is None:
             return
         place = self._corpora, source_N, window_N * self.seq_length + first
         if mistake := unknown_id(id_BS, self.vocab_size, *place):
             raise ValueError(mistake)
 
-    def _masked(self, sample_N: np.ndarray, source_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Rows whose source has a mask over documents in the sample's phase, with the tokens it keeps."""
+    def _mask_dropped_documents(
+        self, sample_N: np.ndarray, source_N: np.ndarray, window_N: np.ndarray, loss_mask_BS: np.ndarray
+    ) -> None:
+        """Clear the loss mask where the sample's phase drops the label's document."""
         phases = self.plan.phases
-        by_phase = [
-            {self._number[name]: mask.stretch_N2 for name, mask in phase.keep.items()} for phase in phases
-        ]
-        if not any(stretch_N2 is not None for masks in by_phase for stretch_N2 in masks.values()):
+        if not any(mask.stretch_N2 is not None for phase in phases for mask in phase.keep.values()):
             return
         phase_N = np.searchsorted([phase.start for phase in phases], sample_N, side="right") - 1
         for row, (phase, source) in enumerate(zip(phase_N.tolist(), source_N.tolist(), strict=True)):
-            stretch_N2 = by_phase[phase].get(source)
-            if stretch_N2 is not None:
-                yield row, stretch_N2
+            mask = phases[phase].keep.get(self._corpora[source].name)
+            if mask is not None and mask.stretch_N2 is not None:
+                mask_labels(mask.stretch_N2, int(window_N[row]), loss_mask_BS[row])
 
     def read_ahead(self, sample_N: np.ndarray) -> None:
         """Ask the kernel to read these samples' windows from disk; returns at once.
@@ -109,10 +110,6 @@ class BatchLoader:
         """
         source_N, _, window_N = self.plan.locate_many(sample_N)
         self._streams.will_need(source_N, window_N, self.seq_length)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self.pin_memory else tensor
 
 
 def example_batches(
@@ -123,53 +120,33 @@ def example_batches(
     eod: int | None,
     passes: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """This data-parallel rank's micro-batches of the examples [first, last) = `span`, on the CPU; and the
-    labels of each row's whole example, [B]. A row's `source_B` is the number of its set.
+    """This data-parallel rank's micro-batches of the examples [first, last) = `span`, on the CPU.
 
-    `passes`: how many, where the last ones are to hold no label; default: as many as there are labels.
+    Beside each batch comes the number of labels of each row's whole example, [B]. A row's `source_B` is the
+    number of its set. `passes`: number of batches, by default as many as hold labels; batches beyond these
+    hold none.
     """
-    found = examples.batches(*span, micro_batch, context.data_rank, context.data_size, passes)
-    for row_BS, labels_B, set_B, length_B in found:
+    rank, ranks = context.data_rank, context.data_size
+    for row_BS, labels_B, set_B, length_B in examples.batches(*span, micro_batch, rank, ranks, passes):
         yield whole_batch(row_BS, labels_B, set_B, eod), length_B
 
 
 def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarray, eod: int | None) -> Batch:
-    """Rows of tokens, int64 [N, S + 1], as a batch on the CPU; of each, so many leading labels count."""
+    """Rows of tokens, int64 [N, S + 1], as a batch on the CPU. The first `labels_N` labels of a row count."""
     tokens_NS, labels_NS = window_NS[:, :-1], window_NS[:, 1:]
     position_NS = np.broadcast_to(np.arange(tokens_NS.shape[1]), tokens_NS.shape)
     segment_NS = None
     if eod is not None:
         ends_NS = np.zeros_like(tokens_NS)
         ends_NS[:, 1:] = tokens_NS[:, :-1] == eod
-        segment_NS = ends_NS.cumsum(axis=1)
+        segment_NS = ends_NS.cumsum(axis=1, dtype=np.int32)
         position_NS = position_NS - np.maximum.accumulate(position_NS * ends_NS, axis=1)
     mask_NS = (np.arange(labels_NS.shape[1]) < labels_N[:, None]).astype(np.float32)
-    return Batch(
-        tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_NS)),
-        labels_BS=torch.from_numpy(np.ascontiguousarray(labels_NS)),
-        loss_mask_BS=torch.from_numpy(mask_NS),
-        position_BS=torch.from_numpy(np.array(position_NS)),
-        source_B=torch.from_numpy(source_N.astype(np.int64)),
-        segment_BS=None if segment_NS is None else torch.from_numpy(segment_NS.astype(np.int32)),
-    )
+    return _batch(tokens_NS, labels_NS, mask_NS, position_NS, source_N.astype(np.int64), segment_NS)
 
 
-def _matched(plan: BlendPlan, corpora: Sequence[Corpus], seq_length: int) -> dict[str, Corpus]:
-    """Corpora by name, checked against the plan's sources and their windows."""
-    by_name = {corpus.name: corpus for corpus in corpora}
-    if len(by_name) != len(corpora) or by_name.keys() != plan.sources.keys():
-        raise ValueError(
-            f"the corpora are {sorted(corpus.name for corpus in corpora)}, but the plan's sources are "
-            f"{sorted(plan.sources)}; give one corpus for each source"
-        )
-    differ = [
-        f"'{name}' has {by_name[name].windows(seq_length)} windows where the plan has {windows}"
-        for name, windows in plan.sources.items()
-        if by_name[name].windows(seq_length) != windows
-    ]
-    if differ:
-        raise ValueError(
-            f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
-            f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
-        )
-    return by_name
+def _batch(*fields: np.ndarray | None, pin_memory: bool = False) -> Batch:
+    """A batch on the CPU, from the fields of Batch in order. Contiguous arrays share their memory with it."""
+    arrays = [np.require(array, requirements=("C", "W")) for array in fields if array is not None]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return Batch(*[tensor.pin_memory() for tensor in tensors] if pin_memory else tensors)

@@ -1,6 +1,6 @@
-"""The only place that opens datasets for training, scoring, mixing and planning: configuration -> OpenData.
+"""Opening of datasets for training, scoring, mixing and planning. No other module opens them.
 
-Imports no torch, so that `--check` is quick.
+This file imports no torch, so that `--check` is quick.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_r1.config import Config, SourceConfig
 from megatron_r1.config_io import ConfigError
-from megatron_r1.data.blend import BlendPlan, Phase
+from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of, open_corpus, read_sidecar
 from megatron_r1.data.windows import sampled_mistakes
 from megatron_r1.records import Corpus
@@ -35,7 +35,7 @@ def launched() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class OpenData:
-    """Datasets that were opened and fit the configuration, and what follows from them."""
+    """Opened datasets that fit the configuration, with their data plan and identities."""
 
     corpora: list[Corpus]
     """Of data.sources, in order."""
@@ -55,9 +55,9 @@ class OpenData:
         do not fit, and for epoch caps that leave nothing to draw before the end."""
         config = self._config
         plan = build_plan(config, self.corpora)
-        last = sum(config.phase_steps(name) for name in config.phases) * config.train.global_batch - 1
+        steps = sum(map(config.phase_steps, config.phases))
         try:
-            plan.locate(last)
+            plan.locate(steps * config.train.global_batch - 1)
         except IndexError as error:
             raise ConfigError([f"phases: {error}"]) from None
         return plan
@@ -96,7 +96,7 @@ def open_data(
 
 
 class _Opener:
-    """Opens one dataset after the other, and collects what does not fit the configuration or the others."""
+    """Opens one dataset after the other, and collects the mistakes of all."""
 
     def __init__(self, config: Config, share: tuple[int, int], use: Use):
         self._config, self._share, self._use = config, share, use
@@ -107,22 +107,22 @@ class _Opener:
         self.absent: set[str] = set()
 
     def corpora(self, section: str, named: Mapping[str, SourceConfig | str]) -> list[Corpus]:
-        """Those that open, in order. `named`: a probing set by its prefix alone."""
+        """The datasets that could be opened, in order. `named`: a probing set is its prefix alone."""
         opened, seq_length = [], self._config.data.seq_length
         for name, source in named.items():
-            path = f"{section}.{name}"
+            path, aside = f"{section}.{name}", ""
+            if isinstance(source, str):
+                source, aside = SourceConfig(source), "; set more documents aside"
             try:
-                corpus = self._open(path, name, SourceConfig(source) if isinstance(source, str) else source)
-                found = [] if name in self.absent else self._unfit(path, corpus)
-            except (OSError, ValueError) as error:
-                self.mistakes.append(f"{path}: {error}")
-                continue
-            opened.append(corpus)
-            if corpus.tokens <= seq_length:
-                aside = "; set more documents aside" if isinstance(source, str) else ""
+                corpus = self._open(path, name, source)
                 short = f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}"
-                found.insert(0, short + aside)
-            self.mistakes += [f"{path}: {mistake}" for mistake in found]
+                mistakes = [short + aside] if corpus.tokens <= seq_length else []
+                if name not in self.absent:
+                    mistakes += self._mistakes_of(path, corpus)
+                opened.append(corpus)
+            except (OSError, ValueError) as error:
+                mistakes = [str(error)]
+            self.mistakes += [f"{path}: {mistake}" for mistake in mistakes]
         return opened
 
     def _open(self, path: str, name: str, source: SourceConfig) -> Corpus:
@@ -136,10 +136,10 @@ class _Opener:
             self.absent.add(name)
             return Corpus(name, Path(source.prefix), 0, source.tokens, "int32", None)
 
-    def _unfit(self, path: str, corpus: Corpus) -> list[str]:
-        """Tokens of two tokenizers, ids that the model has no row for, documents that no token ends."""
+    def _mistakes_of(self, path: str, corpus: Corpus) -> list[str]:
+        """Mistakes: tokens of two tokenizers, ids outside the vocabulary, documents without an end token."""
         sidecar, vocab_size = read_sidecar(corpus.prefix), self._config.model.vocab_size
-        out = [] if self._config.data.cross_documents else self._ends(corpus, sidecar)
+        out = [] if self._config.data.cross_documents else self._end_mistakes(corpus, sidecar)
         if sidecar is None or corpus.tokenizer_hash is None:
             return sampled_mistakes(corpus, vocab_size) + out
         made_with, tokens = corpus.tokenizer_hash, sidecar.get("vocab_size", 0)
@@ -157,16 +157,15 @@ class _Opener:
             )
         return out
 
-    def _ends(self, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
+    def _end_mistakes(self, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
         """Mistakes of a dataset whose documents must not attend to each other. Sets `eod`."""
         asked, prefix = self._config.data.eod, corpus.prefix
         if sidecar is None:
-            if asked is not None:
-                return []
-            return [
+            missing = (
                 f"{prefix} has no sidecar that names its end-of-document token, which "
                 f"data.cross_documents=false needs; set data.eod"
-            ]
+            )
+            return [missing] if asked is None else []
         eod = sidecar.get("eod")
         if not sidecar.get("append_eod") or not isinstance(eod, int):
             return [
@@ -199,24 +198,17 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
             plan.add_phase(start, weights, max_epochs=phase.max_epochs, keep=phase.keep)
         except (OSError, ValueError) as error:
             raise ConfigError([f"phases.{name}: {error}"]) from None
-        if mistakes := _mask_mistakes(f"phases.{name}.keep", config, plan.phases[-1]):
+        mistakes = []
+        for source, mask in plan.phases[-1].keep.items():
+            prefix = data.sources[source].prefix
+            if mask.seq_length not in (None, data.seq_length):
+                made = f"windows of {mask.seq_length} tokens, not data.seq_length={data.seq_length}"
+            elif mask.corpus is not None and mask.corpus != identity_of(prefix):
+                made = f"another dataset than {prefix}"
+            else:
+                continue
+            mistakes.append(f"phases.{name}.keep.{source}: {mask.path} was made for {made}; make it again")
+        if mistakes:
             raise ConfigError(mistakes)
         start += config.phase_steps(name) * config.train.global_batch
     return plan
-
-
-def _mask_mistakes(path: str, config: Config, phase: Phase) -> list[str]:
-    """Masks over documents that were made for another length or another dataset."""
-    out = []
-    for name, mask in phase.keep.items():
-        prefix = config.data.sources[name].prefix
-        if mask.seq_length not in (None, config.data.seq_length):
-            out.append(
-                f"{path}.{name}: {mask.path} was made for windows of {mask.seq_length} tokens, not "
-                f"data.seq_length={config.data.seq_length}; make it again"
-            )
-        elif mask.corpus is not None and mask.corpus != identity_of(prefix):
-            out.append(
-                f"{path}.{name}: {mask.path} was made for another dataset than {prefix}; make it again"
-            )
-    return out

@@ -1,13 +1,14 @@
-"""A data plan as text, its fingerprint, and what two plans disagree on, in words a user can act on."""
+"""A data plan as JSON text, its fingerprint, and the differences of two plans."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
+
+import numpy as np
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
 
@@ -29,7 +30,7 @@ def to_json(plan: BlendPlan, data: Mapping[str, str] | None = None) -> str:
                     f"give add_phase the path, so that the plan can refer to it"
                 )
         keep = {name: {"path": mask.path, "sha256": mask.sha256} for name, mask in phase.keep.items()}
-        given = {"start": phase.start, "weights": list(phase.weights), "max_epochs": phase.max_epochs}
+        given = {"start": phase.start, "weights": phase.weights, "max_epochs": phase.max_epochs}
         phases.append({**given, "keep": keep})
     text = {
         "format": FORMAT,
@@ -75,7 +76,7 @@ def from_json(text: str, samples: int | None = None) -> BlendPlan:
 
 
 def datasets_of(text: str) -> dict[str, str]:
-    """Source -> identity of its dataset, as `to_json` was given them; none in a plan without."""
+    """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities."""
     return dict(json.loads(text).get("data", {}))
 
 
@@ -89,9 +90,14 @@ def fingerprint(plan: BlendPlan) -> str:
 def check_extends(now: BlendPlan, before: BlendPlan, samples: int) -> None:
     """Check that the plan agrees with `before`, the one trained on, for all samples in [0, samples).
 
-    Raises ValueError that lists what changed. What `before` planned from `samples` on may differ.
+    Raises ValueError that lists the differences. The plans may differ from sample `samples` on.
     """
-    if changed := _changes(before, now, samples):
+    old, new = _head(before), _head(now)
+    changed = [f"{key} {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+    changed += _source_changes(before.sources, now.sources)
+    if tuple(before.sources) == tuple(now.sources):
+        changed += _phase_changes(before, now, samples)
+    if changed:
         raise ValueError(
             f"this plan differs from the one that drew the first {samples} samples: "
             f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
@@ -104,11 +110,10 @@ def _head(plan: BlendPlan) -> dict[str, Any]:
 
 
 def _identity(plan: BlendPlan, phase: Phase) -> dict[str, Any]:
-    """What of a phase decides the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
+    """The values of a phase that decide the order. 1 : 3 and 0.25 : 0.75 are the same balanced weights."""
     if plan.order == "balanced":
-        whole = integer_weights(phase.weights).tolist()
-        divisor = math.gcd(*whole)
-        weights = [weight // divisor for weight in whole]
+        whole_numbers = integer_weights(phase.weights)
+        weights = (whole_numbers // np.gcd.reduce(whole_numbers)).tolist()
     else:
         weights = [float(weight).hex() for weight in phase.weights]
     return {
@@ -119,21 +124,11 @@ def _identity(plan: BlendPlan, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
-    """Each difference that makes the samples [0, samples) of two plans differ, or may; none if they agree."""
-    old, new = _head(before), _head(now)
-    changed = [f"{what} {old[what]!r} -> {new[what]!r}" for what in old if old[what] != new[what]]
-    changed += _of_sources(before.sources, now.sources)
-    if tuple(before.sources) == tuple(now.sources):
-        changed += _of_phases(before, now, samples)
-    return changed
-
-
-def _of_phases(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
-    names = tuple(now.sources)
-    past, here = ([p for p in plan.phases if p.start < samples] for plan in (before, now))
+def _phase_changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
+    """Differences of the phases that begin before sample `samples`."""
+    old_phases, new_phases = ([p for p in plan.phases if p.start < samples] for plan in (before, now))
     changed: list[str] = []
-    for number, (old, new) in enumerate(zip_longest(past, here)):
+    for number, (old, new) in enumerate(zip_longest(old_phases, new_phases)):
         if old is None or new is None:
             gone = f"(start {old.start}) is gone" if old else f"is new but starts at sample {new.start}"
             changed.append(f"phase {number} {gone}")
@@ -141,22 +136,17 @@ def _of_phases(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]:
         if old.start != new.start:
             changed.append(f"phase {number} start {old.start} -> {new.start}")
         was, is_ = _identity(before, old), _identity(now, new)
-        if was["weights"] != is_["weights"]:
-            changed.append(f"phase {number} weights {_differing(names, old.weights, new.weights)}")
-        if was["max_epochs"] != is_["max_epochs"]:
-            caps = _differing(names, was["max_epochs"], is_["max_epochs"])
-            changed.append(f"phase {number} max_epochs {caps}")
-        if masks := [name for name in names if was["keep"].get(name) != is_["keep"].get(name)]:
+        shown = {"weights": (old.weights, new.weights), "max_epochs": (was["max_epochs"], is_["max_epochs"])}
+        for key, pair in shown.items():
+            if was[key] != is_[key]:
+                rows = [f"{name} {a} -> {b}" for name, a, b in zip(now.sources, *pair, strict=True) if a != b]
+                changed.append(f"phase {number} {key} {', '.join(rows[:12]) or 'in scale'}")
+        if masks := [name for name in now.sources if was["keep"].get(name) != is_["keep"].get(name)]:
             changed.append(f"phase {number} keep masks of {listed(masks)}")
     return changed
 
 
-def _differing(names: Sequence[str], before: Sequence[Any], now: Sequence[Any]) -> str:
-    rows = [f"{name} {a} -> {b}" for name, a, b in zip(names, before, now, strict=True) if a != b]
-    return ", ".join(rows[:12]) or "in scale"
-
-
-def _of_sources(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+def _source_changes(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
     if tuple(before) == tuple(now):
         return [
             f"source '{name}' windows {before[name]} -> {now[name]} (data.seq_length, documents, or its data)"
@@ -165,10 +155,9 @@ def _of_sources(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
         ]
     gone = [name for name in before if name not in now]
     new = [name for name in now if name not in before]
-    if len(before) == len(now) and gone:
-        pairs = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
-        if len(pairs) == len(gone):
-            return [f"source '{a}' renamed to '{b}'" for a, b in pairs]
+    moved = [(a, b) for a, b in zip(before, now, strict=False) if a != b]
+    if gone and len(before) == len(now) and len(moved) == len(gone):
+        return [f"source '{a}' renamed to '{b}'" for a, b in moved]
     changed = [f"source {listed(gone)} removed"] if gone else []
     changed += [f"source {listed(new)} added"] if new else []
     return changed or [f"sources reordered from {listed(before)} to {listed(now)}"]

@@ -1,7 +1,8 @@
-"""Windows and examples of one corpus, whichever are asked for, and the ids in them. No torch.
+"""Windows and documents of corpora as rows of tokens, and the search for ids outside the vocabulary.
 
 An example is a window of the token stream, or a document. A document is cut into pieces of `seq_length`
-labels, the last one filled up; a window is its own only piece. Pieces are what the model sees as rows.
+labels, the last one filled up with zeros. A window is one piece. The model sees each piece as a row.
+This file imports no torch.
 """
 
 from __future__ import annotations
@@ -35,15 +36,11 @@ _CHECKED_AT_ONCE = 1 << 22
 
 
 def unknown_id(
-    id_NS: np.ndarray,
-    vocab_size: int,
-    corpora: Sequence[Corpus],
-    source_N: Sequence[int] | np.ndarray,
-    start_N: Sequence[int] | np.ndarray,
+    id_NS: np.ndarray, vocab_size: int, corpora: Sequence[Corpus], source_N: np.ndarray, start_N: np.ndarray
 ) -> str | None:
-    """What to say of the first of these int64 ids that the model has no row for; None if it has all rows.
+    """A message about the first of these int64 ids that is outside the vocabulary, or None.
 
-    Row n are the tokens from `start_N[n]` on of the stream of `corpora[source_N[n]]`.
+    Row n holds the tokens from `start_N[n]` on of the stream of `corpora[source_N[n]]`.
     """
     # Read as unsigned, negative ids are large ones: one pass finds both.
     if not id_NS.size or int(id_NS.view(np.uint64).max()) < vocab_size:
@@ -57,16 +54,16 @@ def unknown_id(
 
 
 def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:
-    """The first id found that the model has no row for, where no sidecar says the vocabulary.
+    """A message about an id outside the vocabulary, for a dataset whose sidecar does not say its own.
 
-    Looks at the whole of a stream of up to a million tokens and at as many tokens, evenly spread, of a
-    longer one: what it misses, `BatchLoader` finds when it is drawn.
+    The search reads a whole stream of up to a million tokens, and as many tokens, evenly spread, of a longer
+    one. `BatchLoader` finds the others when it draws them.
     """
     tokens = _tokens(corpus)
     last = max(0, len(tokens) - _STRETCH)
     for first in sorted({last * k // (_STRETCHES - 1) for k in range(_STRETCHES)}):
         id_1S = tokens[None, first : first + _STRETCH].astype(np.int64)
-        if mistake := unknown_id(id_1S, vocab_size, [corpus], [0], [first]):
+        if mistake := unknown_id(id_1S, vocab_size, [corpus], np.array([0]), np.array([first])):
             return [mistake]
     return []
 
@@ -110,10 +107,10 @@ class Examples:
         self.seq_length = seq_length
         self._corpora = [corpus for corpus, _ in sets]
         self._streams = Streams()
-        self._documents: list[np.ndarray] | None = [] if unit == "document" else None
+        self._documents: list[np.ndarray] = []
         start, length = [], []
         for corpus, number_N in sets:
-            if self._documents is None:
+            if unit == "window":
                 add_stream(self._streams, corpus)
                 start.append(number_N * seq_length)
                 length.append(np.full(len(number_N), seq_length))
@@ -134,7 +131,7 @@ class Examples:
         self._set_P = set_N[self._example_P]
 
     def unknown_id(self, vocab_size: int) -> str | None:
-        """What to say of the first token in any of the examples that the model has no row for."""
+        """A message about the first token of the examples that is outside the vocabulary, or None."""
         at_once = max(1, _CHECKED_AT_ONCE // self.seq_length)
         for first in range(0, len(self._start_P), at_once):
             piece_B = np.arange(first, min(first + at_once, len(self._start_P)))
@@ -156,17 +153,16 @@ class Examples:
         ValueError where a file of windows has become shorter since, OSError where its disk fails.
         """
         set_B, start_B = self._set_P[piece_B], self._start_P[piece_B]
-        if self._documents is None:
-            return self._streams.whole_windows(
-                set_B.astype(np.int32), start_B // self.seq_length, self.seq_length
-            )
+        if not self._documents:
+            window_B = start_B // self.seq_length
+            return self._streams.whole_windows(set_B.astype(np.int32), window_B, self.seq_length)
         out = np.zeros((len(piece_B), self.seq_length + 1), np.int64)
         for row, number, start, labels in zip(out, set_B, start_B, self._labels_P[piece_B], strict=True):
             row[: labels + 1] = self._documents[number][start : start + labels + 1]
         return out
 
     def chunks(self, rows: int) -> list[tuple[int, int]]:
-        """Stretches of examples with at most so many rows, or with one example."""
+        """Ranges [first, last) of examples with at most so many rows, or with one example."""
         out, first = [], 0
         while first < len(self):
             # Of the examples that end within so many rows, the last one.
@@ -181,11 +177,11 @@ class Examples:
     def batches(
         self, first: int, last: int, micro_batch: int, rank: int, ranks: int, passes: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """This rank's micro-batches of the examples [first, last): rows, int64 [B, S + 1]; labels of each
-        row, [B], 0 where it only fills up; the row's set, [B]; and labels of its whole example, [B].
+        """This rank's micro-batches of the examples [first, last).
 
-        A piece is in the same batch, at the same place and beside the same rows, whatever was computed
-        before: so results do not depend on where an earlier start was cut off.
+        Each is: rows, int64 [B, S + 1]; the labels of each row, [B], 0 for padding rows; each row's set, [B];
+        the labels of each row's whole example, [B]. A piece always has the same place in the same batch, so
+        results do not depend on where an earlier start was cut off.
         """
         begin, end = int(self._first_N1[first]), int(self._first_N1[last])
         for number in range(passes or self.passes(first, last, micro_batch * ranks)):

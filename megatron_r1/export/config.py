@@ -27,6 +27,18 @@ _ONLY = {
 }
 """The one value that GPTModel has, where a class offers others."""
 
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "initializer_range": "init_std",
+}
+"""Keys of both classes -> fields of ModelConfig with the same value."""
+
 _ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -36,7 +48,7 @@ _ROPE_NEEDS = {
 
 @dataclass(frozen=True)
 class HfModel:
-    """What a config.json says."""
+    """The content of a config.json."""
 
     family: Family
     model: ModelConfig
@@ -56,25 +68,16 @@ def to_hf(model: ModelConfig, context: int, dtype: str, end_of_text: int | None 
             f"{_CLASS[family]} needs model.hidden_size={model.hidden_size} to be a multiple of "
             f"model.num_attention_heads={model.num_attention_heads}; with model.qk_norm it would not matter"
         )
+    fixed = ("hidden_act", "attention_bias", "attention_dropout", "tie_word_embeddings")
     config = {
         "architectures": [_CLASS[family]],
         "model_type": family,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
+        **{key: getattr(model, field) for key, field in _FIELDS.items()},
         "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": model.rms_norm_eps,
-        "initializer_range": model.init_std,
         "rope_theta": model.rotary_base,
         "rope_scaling": _rope_to_hf(model.rope_scaling),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        **{key: _ONLY[key] for key in fixed},
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "pad_token_id": None,
@@ -123,28 +126,20 @@ def from_hf(config: dict[str, Any]) -> HfModel:
             "GPTModel cannot represent this model:\n" + "\n".join(f"  {line}" for line in refused)
         )
     heads = has["num_attention_heads"]
-    return HfModel(
-        family,
-        ModelConfig(
-            num_layers=has["num_hidden_layers"],
-            hidden_size=has["hidden_size"],
-            ffn_hidden_size=has[ffn],
-            num_attention_heads=heads,
-            num_query_groups=has["num_key_value_heads"] or heads,
-            vocab_size=has["vocab_size"],
-            head_dim=has["head_dim"] or has["hidden_size"] // heads,
-            rotary_base=float(theta),
-            rope_scaling=scaling,
-            rms_norm_eps=has["rms_norm_eps"],
-            qk_norm=has.get("use_qk_norm", False),
-            init_std=has["initializer_range"],
-        ),
-        has["max_position_embeddings"],
+    has["num_key_value_heads"] = has["num_key_value_heads"] or heads
+    has["head_dim"] = has["head_dim"] or has["hidden_size"] // heads
+    model = ModelConfig(
+        **{field: has[key] for key, field in _FIELDS.items()},
+        ffn_hidden_size=has[ffn],
+        rotary_base=float(theta),
+        rope_scaling=scaling,
+        qk_norm=has.get("use_qk_norm", False),
     )
+    return HfModel(family, model, has["max_position_embeddings"])
 
 
 def _defaults(family: Family) -> dict[str, Any]:
-    """What the family's class takes a key for that its config.json lacks."""
+    """The values that the family's class takes for keys that a config.json lacks."""
     of_class = type(require("transformers", "reading a config.json").AutoConfig.for_model(family))
     fields = dataclasses.fields(of_class)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -152,7 +147,7 @@ def _defaults(family: Family) -> dict[str, Any]:
 
 
 def _layer_refusals(has: dict[str, Any]) -> list[str]:
-    """Layers without rotary embedding, with experts, or that see less than the context."""
+    """Messages about layers without rotary embedding, with experts, or that see less than the context."""
     layers, context = has["num_hidden_layers"], has["max_position_embeddings"]
     out = []
     window = has.get("sliding_window")
@@ -163,23 +158,15 @@ def _layer_refusals(has: dict[str, Any]) -> list[str]:
     interval = has["no_rope_layer_interval"]
     rotary = has["no_rope_layers"] or [int((n + 1) % interval != 0) for n in range(layers)]
     if not all(rotary[:layers]):
-        out.append(
-            f"no_rope_layers={has['no_rope_layers']}, no_rope_layer_interval={interval}: every layer must "
-            f"have rotary embedding"
-        )
-    step = has["interleave_moe_layer_step"]
-    experts = has["moe_layers"]
-    if experts is None:
-        experts = list(range(step - 1, layers, step)) if step else []
-    if experts:
-        out.append(
-            f"moe_layers={has['moe_layers']}, interleave_moe_layer_step={step}: no layer may have experts"
-        )
+        given = f"no_rope_layers={has['no_rope_layers']}, no_rope_layer_interval={interval}"
+        out.append(f"{given}: every layer must have rotary embedding")
+    step, experts = has["interleave_moe_layer_step"], has["moe_layers"]
+    # Without a list, every `step`-th layer has experts.
+    if experts or (experts is None and 0 < (step or 0) <= layers):
+        out.append(f"moe_layers={experts}, interleave_moe_layer_step={step}: no layer may have experts")
     kinds = has["layer_types"] or ["chunked_attention"]
-    out += [
-        f"layer_types: {kind!r} is not supported"
-        for kind in sorted({*kinds} - {"full_attention", "chunked_attention"})
-    ]
+    others = sorted({*kinds} - {"full_attention", "chunked_attention"})
+    out += [f"layer_types: {kind!r} is not supported" for kind in others]
     chunk = has["attention_chunk_size"]
     if "chunked_attention" in kinds and chunk is not None and chunk < context:
         out.append(f"attention_chunk_size={chunk}: shorter than max_position_embeddings={context}")
@@ -189,14 +176,12 @@ def _layer_refusals(has: dict[str, Any]) -> list[str]:
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    keys = ["rope_type", *_ROPE_NEEDS[scaling.rope_type]]
-    if scaling.rope_type == "llama3":
-        keys.append("original_max_position_embeddings")
-    return {key: getattr(scaling, key) for key in keys}
+    original = ["original_max_position_embeddings"] if scaling.rope_type == "llama3" else []
+    return {key: getattr(scaling, key) for key in ("rope_type", *_ROPE_NEEDS[scaling.rope_type], *original)}
 
 
 def _rope_from_hf(has: dict[str, Any], refused: list[str]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; adds to `refused` what cannot be represented."""
+    """Base and scaling. Adds a message to `refused` for each value that cannot be represented."""
     # transformers 5 writes one mapping, earlier ones rope_theta beside rope_scaling.
     field = "rope_scaling" if has.get("rope_scaling") else "rope_parameters"
     rope = has.get(field) or {}

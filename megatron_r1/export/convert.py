@@ -48,7 +48,7 @@ def to_hf(
     """Write the checkpoint `source`, of whatever layout, as a folder that `from_pretrained` reads.
 
     `context`: longest sequence, tokens; None: `data.seq_length` of the checkpoint's run. `precision`: of the
-    written weights; None: as they are stored. `check`: write nothing. Returns a line that says what it is.
+    written weights; None: as they are stored. `check`: write nothing. Returns a line that describes it.
     Takes one process and at most twice the memory of the weights. The folder appears whole or not at all.
     Raises ValueError for a damaged checkpoint, a `target` that holds something, or a tokenizer that does
     not fit.
@@ -64,10 +64,11 @@ def to_hf(
     precision = precision or _stored_precision(source)
     end_of_text = tokenizer.end_of_text if tokenizer else None
     config = hf_config.to_hf(model, context or _context(source), _TORCH_NAME[precision], end_of_text)
-    said = _said(model, precision, f"{config['model_type']}, {config['max_position_embeddings']} positions")
+    positions = f"{config['model_type']}, {config['max_position_embeddings']} positions"
+    summary = _summary(model, precision, positions)
     require_empty(target)
     if check:
-        return said
+        return summary
     with _appearing(target) as folder, process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
         load_checkpoint(source, gpt, None, model)
@@ -80,13 +81,13 @@ def to_hf(
             sync(folder / name)
     inputs = {str(source): checkpoint_files.identity(source)}
     finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_weights(target))
-    return said
+    return summary
 
 
 def to_megatron(source: Path, target: Path, precision: Precision | None = None, check: bool = False) -> str:
     """Write the weights of a Hugging Face folder as the checkpoint `target`/step_00000000.
 
-    Returns a line that says what they are. `check`: write nothing. `precision`: of the weights; None: bf16
+    Returns a line that describes the model. `check`: write nothing. `precision`: of the weights; None: bf16
     where they are stored so, else fp32. Raises ValueError naming every field and tensor that GPTModel has no
     place for, or for a `target` that holds something.
     """
@@ -101,20 +102,16 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     require_empty(target)
     model = described.model
     precision = precision or ("bf16" if hf.stored_dtype(source) == "BF16" else "fp32")
-    said = _said(model, precision, f"from {described.family}")
+    summary = _summary(model, precision, f"from {described.family}")
     if check:
-        return said
+        return summary
     with process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
         hf.load(hf.views(gpt, model, described.family), source)
         path = save_checkpoint(target, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}").path
-    finish(
-        target,
-        "convert from Hugging Face",
-        inputs=_weights(source),
-        outputs={str(path): checkpoint_files.identity(path)},
-    )
-    return said
+    outputs = {str(path): checkpoint_files.identity(path)}
+    finish(target, "convert from Hugging Face", inputs=_weights(source), outputs=outputs)
+    return summary
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -123,11 +120,9 @@ def _weights(folder: Path) -> dict[str, str]:
     return {str(folder): hashlib.sha256("".join(files).encode()).hexdigest()}
 
 
-def _said(model: ModelConfig, precision: str, more: str) -> str:
-    return (
-        f"{model.parameters():,} parameters, {model.num_layers} layers, vocabulary {model.vocab_size:,}, "
-        f"{precision}, {more}"
-    )
+def _summary(model: ModelConfig, precision: str, more: str) -> str:
+    size = f"{model.parameters():,} parameters, {model.num_layers} layers, vocabulary {model.vocab_size:,}"
+    return f"{size}, {precision}, {more}"
 
 
 def _empty_model(model: ModelConfig, precision: Precision) -> Any:
@@ -141,17 +136,11 @@ def _stored_precision(source: Path) -> Precision:
 
 
 def _context(source: Path) -> int:
-    """Longest sequence of the run that a checkpoint lies in."""
-    run = _run_of(source)
-    if run is None:
+    """Longest sequence of the run that a checkpoint RUN/checkpoints/step_N lies in."""
+    config = RunDir(source.resolve().parent.parent).config
+    if not config.is_file():
         raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
-    return yaml.safe_load(RunDir(run).config.read_text(encoding="utf-8"))["data"]["seq_length"]
-
-
-def _run_of(checkpoint_path: Path) -> Path | None:
-    """The run that a checkpoint RUN/checkpoints/step_N lies in."""
-    run = checkpoint_path.resolve().parent.parent
-    return run if RunDir(run).config.is_file() else None
+    return yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_length"]
 
 
 @contextmanager

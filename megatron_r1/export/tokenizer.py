@@ -22,24 +22,22 @@ class TokenizerFiles:
 
 
 def tokenizer_files(kind: str, model: str | Path) -> TokenizerFiles:
-    """What stands for `build_tokenizer(kind, model)` in a model's folder; it gives the same tokens.
+    """The files in a model's folder that give the same tokens as `build_tokenizer(kind, model)`.
 
     Raises ValueError for a SentencePiece model with a normalisation that is not this project's, and as
     `build_tokenizer` does.
     """
     tokenizer = build_tokenizer(kind, model)
     if isinstance(tokenizer, HuggingFace):
-        return TokenizerFiles(tokenizer.vocab_size, tokenizer.eod, _copies(Path(model), tokenizer))
-    if isinstance(tokenizer, TikToken):
-        described, end = tokenizer.tokenizer_json(tokenizer.specials()), tokenizer.decode([tokenizer.eod])
+        files = _copies(Path(model), tokenizer)
     else:
-        assert isinstance(tokenizer, SentencePiece)
-        described, end = _from_sentencepiece(Path(model))
-    return TokenizerFiles(
-        tokenizer.vocab_size,
-        tokenizer.eod,
-        {"tokenizer.json": described.encode(), "tokenizer_config.json": _settings(end)},
-    )
+        if isinstance(tokenizer, TikToken):
+            converted, end = tokenizer.tokenizer_json(tokenizer.specials()), tokenizer.decode([tokenizer.eod])
+        else:
+            assert isinstance(tokenizer, SentencePiece)
+            converted, end = _from_sentencepiece(Path(model))
+        files = {"tokenizer.json": converted.encode(), "tokenizer_config.json": _settings(end)}
+    return TokenizerFiles(tokenizer.vocab_size, tokenizer.eod, files)
 
 
 def _copies(model: Path, tokenizer: HuggingFace) -> dict[str, bytes]:

@@ -109,11 +109,10 @@ def load(views: Mapping[str, Tensor], directory: Path) -> None:
     wrong = [f"{name}: missing" for name in views if name not in files]
     wrong += [f"{name}: GPTModel has no place for it" for name in extra]
     opened = {file: safe_open(file, framework="pt") for file in {*files.values()}}
-    for name, view in views.items():
-        if name in files:
-            shape = opened[files[name]].get_slice(name).get_shape()
-            if shape != list(_shape(view)):
-                wrong.append(f"{name}: shape {shape}, expected {list(_shape(view))}")
+    for name in [name for name in views if name in files]:
+        shape, expected = opened[files[name]].get_slice(name).get_shape(), list(_shape(views[name]))
+        if shape != expected:
+            wrong.append(f"{name}: shape {shape}, expected {expected}")
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ValueError(f"{directory}: tensors do not fit config.json:\n  " + "\n  ".join(wrong[:10] + more))

@@ -1,4 +1,4 @@
-"""Inputs of preprocessing: where documents come from, in pieces of about a megabyte, and what may be wrong.
+"""Inputs of preprocessing: documents in pieces of about a megabyte, and the faults that reject a document.
 
     FILE.jsonl, also .gz, .zst      a document a line
     FILE.parquet                    a document a row
@@ -6,8 +6,8 @@
     hf:NAME[:SPLIT]                 a dataset by name or folder (`datasets.load_dataset`), by default split
     hf:NAME:CONFIGURATION:SPLIT     "train"; it is brought to the Hugging Face cache first, then read there
 
-A part of an input is a range of its bytes: a line or row belongs to the part in which it begins. Packed
-files cannot be entered in the middle and belong whole to the part that has their first byte.
+A part of an input is a range of its bytes. A line or row belongs to the part in which it begins. A packed
+file cannot be read from the middle, so it belongs whole to the part that has its first byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ except ImportError:
 PIECE_BYTES = 1 << 20
 PIECE_DOCUMENTS = 4096
 _ROWS_AT_ONCE = 1024
-_KEYS_SAID = 8
+_KEYS_SHOWN = 8
 
 
 def piece_rule() -> list[int]:
-    """Where pieces end: a journal kept under another rule cannot be continued."""
+    """The limits of a piece. A journal that was kept under other limits cannot be continued."""
     return [PIECE_BYTES, PIECE_DOCUMENTS]
 
 
@@ -57,7 +56,7 @@ class Piece:
 
 
 class Input:
-    """`name`: as the user wrote it. `files`: what it is made of."""
+    """`name`: as the user wrote it. `files`: all that it is read from."""
 
     def __init__(self, name: str, files: list[Path]):
         self.name, self.files = name, files
@@ -81,14 +80,14 @@ def open_input(name: str | Path) -> Input:
         return Dataset(str(name), _load_saved(path))
     if not path.is_file():
         raise FileNotFoundError(f"input {path} does not exist{suggest_path(path)}")
-    return Parquet(path) if path.suffix == ".parquet" else Lines(path)
+    kind = Parquet if path.suffix == ".parquet" else Lines
+    return kind(str(path), [path])
 
 
 def identity(source: Input) -> dict[str, Any]:
-    """What tells an input from another, without reading it."""
-    stats = [os.stat(path) for path in source.files]
-    newest = max((stat.st_mtime_ns for stat in stats), default=0)
-    return {"path": source.name, "bytes": sum(stat.st_size for stat in stats), "mtime_ns": newest}
+    """The identity of an input, without reading it."""
+    newest = max((path.stat().st_mtime_ns for path in source.files), default=0)
+    return {"path": source.name, "bytes": source.size, "mtime_ns": newest}
 
 
 def digest(source: Input) -> str:
@@ -102,14 +101,12 @@ def digest(source: Input) -> str:
 class Lines(Input):
     """JSONL; the ending tells how it is packed."""
 
-    def __init__(self, path: Path):
-        super().__init__(str(path), [path])
-        self.packed = path.suffix in (".gz", ".zst")
-        self.read_digest = ""
-        """SHA-256 of a plain file, known once `pieces` has given all of it."""
+    read_digest = ""
+    """SHA-256 of a plain file, known once `pieces` has given all of it."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        if hi <= lo or (self.packed and lo > 0):
+        packed = self.name.endswith((".gz", ".zst"))
+        if hi <= lo or (packed and lo > 0):
             return
         with open(self.files[0], "rb", buffering=PIECE_BYTES) as raw, _unpacked(raw, self.name) as stream:
             if lo:
@@ -118,9 +115,9 @@ class Lines(Input):
                 raw.readline()
             first, at = 1, raw.tell()
             seen = hashlib.sha256()
-            whole = not self.packed and not lo and hi == self.size
-            while self.packed or at < hi:
-                want = PIECE_BYTES if self.packed else min(PIECE_BYTES, hi - at)
+            whole = not packed and not lo and hi == self.size
+            while packed or at < hi:
+                want = PIECE_BYTES if packed else min(PIECE_BYTES, hi - at)
                 try:
                     # The lines up to the one that brings them to `want` bytes; 0 would mean all.
                     rows = stream.readlines(want - 1) if want > 1 else [stream.readline()]
@@ -134,7 +131,7 @@ class Lines(Input):
                 at += len(read)
                 if first == 1 and not lo:
                     rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")
-                position = raw.tell() if self.packed else at
+                position = raw.tell() if packed else at
                 for some in range(0, len(rows), PIECE_DOCUMENTS):
                     part = rows[some : some + PIECE_DOCUMENTS]
                     yield Piece(self.name, number, first, part, position)
@@ -155,14 +152,13 @@ def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
 
 
 class _Table(Input):
-    """Rows, told apart by number; a range of bytes is the rows at that share of them."""
+    """Numbered rows. A range of bytes stands for the same share of the rows."""
 
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         (columns, rows), total = self._open(), max(1, self.size)
-        for key in keys:
-            if key not in columns:
-                has = ", ".join(columns)
-                raise ValueError(f"{self.name} has no column {key!r}; it has {has}: see --json-keys")
+        if missing := [key for key in keys if key not in columns]:
+            has = ", ".join(columns)
+            raise ValueError(f"{self.name} has no column {missing[0]!r}; it has {has}: see --json-keys")
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first = 1
         for table in self._tables(keys, start, end) if start < end else ():
@@ -183,9 +179,6 @@ class _Table(Input):
 
 
 class Parquet(_Table):
-    def __init__(self, path: Path):
-        super().__init__(str(path), [path])
-
     def _open(self) -> tuple[list[str], int]:
         with self._file() as file:
             return file.schema_arrow.names, file.metadata.num_rows
@@ -228,9 +221,8 @@ class Dataset(_Table):
 
 def _load_saved(path: Path) -> Any:
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(
-            str(path / name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"]
-        )
+        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = ", ".join(str(path / name) for name in names)
         raise ValueError(f"input {path} has several splits; give one of {splits}")
     if not (path / "state.json").is_file():
         raise ValueError(
@@ -268,32 +260,30 @@ def _rows(table: Any) -> list[dict[str, Any]]:
         return table.to_pylist()
     except UnicodeDecodeError:
         arrow = require("pyarrow", "reading a table")
-        # One broken text must not cost its neighbours: bytes, which are judged one by one.
-        broken = [arrow.binary() if arrow.types.is_string(f.type) else f.type for f in table.schema]
-        broken = [arrow.large_binary() if arrow.types.is_large_string(t) else t for t in broken]
-        schema = arrow.schema([field.with_type(t) for field, t in zip(table.schema, broken, strict=True)])
-        return table.cast(schema).to_pylist()
+        # One broken text must not reject its neighbours: as bytes, each is checked by itself.
+        as_bytes = {arrow.string(): arrow.binary(), arrow.large_string(): arrow.large_binary()}
+        fields = [field.with_type(as_bytes.get(field.type, field.type)) for field in table.schema]
+        return table.cast(arrow.schema(fields)).to_pylist()
 
 
 def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[int, int]]:
     """The bytes [lo, hi) of each input that shard (i, n) reads: an equal share of all, in order."""
     index, count = shard or (0, 1)
-    total = sum(source.size for source in inputs)
-    start, end = total * index // count, total * (index + 1) // count
-    ranges, before = [], 0
-    for source in inputs:
-        size = source.size
-        ranges.append((min(max(start - before, 0), size), min(max(end - before, 0), size)))
-        before += size
+    sizes = [source.size for source in inputs]
+    start, end = sum(sizes) * index // count, sum(sizes) * (index + 1) // count
+    ranges = []
+    for size in sizes:
+        ranges.append((min(max(start, 0), size), min(max(end, 0), size)))
+        start, end = start - size, end - size
     return ranges
 
 
 def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
-    """A JSON line as an object; ValueError says what is wrong."""
+    """A JSON line as an object. Raises ValueError that says why a line is none."""
     if isinstance(row, dict):
         return row
     if orjson is not None:
-        # Twice as fast, and stricter: whatever it refuses is for the standard library to judge.
+        # Twice as fast, and stricter: the standard library decides about lines that it refuses.
         try:
             record = orjson.loads(row)
         except ValueError:
@@ -314,9 +304,9 @@ def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
-    """The text under a key, and its UTF-8; ValueError says what is wrong."""
+    """The text under a key, and its UTF-8. Raises ValueError that says why there is none."""
     if key not in record:
-        names = [repr(name) for name in record][:_KEYS_SAID] or ["none"]
+        names = [repr(name) for name in record][:_KEYS_SHOWN] or ["none"]
         raise ValueError(f"missing key {key!r}: there {'are' if len(names) > 1 else 'is'} {', '.join(names)}")
     text = record[key]
     if isinstance(text, bytes):
@@ -335,7 +325,7 @@ def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
 
 
 def reject(path: str, line: int, reason: str, row: bytes | dict[str, Any]) -> dict[str, Any]:
-    """What is written about a row that became no document."""
+    """The record of a row that became no document."""
     quoted = row if isinstance(row, bytes) else repr(row).encode("utf-8", "backslashreplace")
     excerpt = quoted[:200].decode("utf-8", "backslashreplace").rstrip("\r\n")
     return {"file": path, "line": line, "reason": reason, "excerpt": excerpt}

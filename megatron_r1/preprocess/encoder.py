@@ -1,4 +1,4 @@
-"""Which library encodes: gigatoken where its tokens are those of the reference, the reference otherwise.
+"""Choice of the library that encodes: gigatoken where its tokens equal the reference's, else the reference.
 
 gigatoken is a BPE in Rust that remembers the pieces it has seen, 15 to 100 times faster than the references
 (`tokenizers`, `tiktoken`). It is taken only where it gives the reference's very tokens on a sample: hard
@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatron_r1.preprocess.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ HARD = (
 
 
 class Encoder:
-    """The reference: whatever library the tokenizer's kind has."""
+    """The reference: the library of the tokenizer's kind."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.name = tokenizer.library
@@ -86,7 +86,7 @@ class Gigatoken(Encoder):
         return flat, np.diff(ends[np.append(0, np.cumsum(counts))])
 
     def _rows(self, utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all, and where those of each begin and end, [texts + 1]. On this thread alone."""
+        """Tokens of all texts, and where those of each begin and end, [texts + 1]. Takes one thread."""
         assert self._model is not None
         rows = self._model.encode_batch(list(utf8), parallel=False).layout
         return np.asarray(rows.content.data), np.asarray(rows.offsets.data)
@@ -116,17 +116,11 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {reason[:200]}"
-    size = sum(len(text) for text in texts)
-    return (
-        fast,
-        f"{fast.name}, whose tokens equal {reference.name}'s on {len(texts)} texts, {size} characters",
-    )
+    compared = f"{len(texts)} texts, {sum(map(len, texts))} characters"
+    return fast, f"{fast.name}, whose tokens equal {reference.name}'s on {compared}"
 
 
 def _memory() -> int:
-    """Bytes that this process holds for itself; 0 where the system does not say."""
-    try:
-        fields = Path("/proc/self/statm").read_text().split()
-        return (int(fields[1]) - int(fields[2])) * 4096
-    except OSError:
-        return 0
+    """Bytes of this process's memory, without what it shares where the system tells."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

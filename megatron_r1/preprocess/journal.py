@@ -1,4 +1,4 @@
-"""What the first pass has encoded, and how far it came: a killed run goes on from the last commit.
+"""Results of the first pass, committed in steps: a killed run goes on from the last commit.
 
 `PREFIX.partial/` holds four files a key, by the key's number, and the journal:
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_r1.data.indexed import map_array
 from megatron_r1.data.provenance import ORIGIN
-from megatron_r1.preprocess.store import Stored
+from megatron_r1.preprocess.store import Stored, reject_line
 from megatron_r1.preprocess.workers import Encoded
 from megatron_r1.system.files import naming
 
@@ -35,8 +35,8 @@ _KINDS = ("tokens", "lengths", "origins", "rejects")
 
 
 class Journal:
-    """Opened again with the same request, it cuts every file back to the last commit; with another, it begins
-    anew. hashed: keep a SHA-256 of each key's tokens."""
+    """Files of the first pass. Opened again with the same request, a journal cuts every file back to the last
+    commit; with another request it begins anew. hashed: keep a SHA-256 of each key's tokens."""
 
     def __init__(self, work: Path, keys: Sequence[str], request: dict[str, Any], hashed: bool):
         self.work, self.keys, self.pieces = work, keys, 0
@@ -79,18 +79,16 @@ class Journal:
         return Stored(tokens, lengths, origins, path["rejects"], None, whole)
 
     def add(self, encoded: list[Encoded]) -> None:
-        """A piece, of every key."""
+        """Write a piece: the documents of every key."""
         with naming(self.work):
-            for key, found in zip(self.keys, encoded, strict=True):
-                self._files[key, "tokens"].write(found.tokens.data)
-                self._files[key, "lengths"].write(found.lengths.data)
-                self._files[key, "origins"].write(found.origins.data)
-                for rejected in found.rejects:
-                    line = json.dumps(rejected, ensure_ascii=False)
-                    self._files[key, "rejects"].write(line.encode() + b"\n")
-                self._gathered += found.tokens.nbytes
+            for key, column in zip(self.keys, encoded, strict=True):
+                self._files[key, "tokens"].write(column.tokens.data)
+                self._files[key, "lengths"].write(column.lengths.data)
+                self._files[key, "origins"].write(column.origins.data)
+                self._files[key, "rejects"].writelines(map(reject_line, column.rejects))
+                self._gathered += column.tokens.nbytes
                 if self._hashes:
-                    self._hashes[key].update(found.tokens.data)
+                    self._hashes[key].update(column.tokens.data)
         self.pieces += 1
         # At once, and only now: what an interrupted call has written is cut off again.
         self._added = self.pieces, [stream.tell() for stream in self._files.values()]
@@ -98,7 +96,7 @@ class Journal:
             self.commit()
 
     def commit(self) -> None:
-        """What has been added stays."""
+        """Keep all that has been added, whatever happens to this process."""
         pieces, sizes = self._added
         if pieces > self._committed:
             with naming(self.work):

@@ -7,8 +7,9 @@ order (by seed and document number alone) into the final pair, with the origin o
 `.bin`. Neither workers nor interruptions change a byte of the result, and memory does not grow with the
 input, but for 40 bytes a document.
 
-What cannot become a document (bad JSON, no such key, no string, broken UTF-8, no tokens) is written with
-file and line to `PREFIX_KEY_rejects.jsonl`; more than `reject_limit` of them stop the run.
+A reject is a line or row that cannot become a document: bad JSON, no such key, no string, broken UTF-8, no
+tokens. Rejects are written with file and line to `PREFIX_KEY_rejects.jsonl`. More than `reject_limit` of them
+stop the run.
 
 Across nodes, shard i of n encodes an equal range of the inputs' bytes, in input order, into a pair of its
 own (`PREFIX_shard-i-of-n_KEY_document`). `merge` then makes the second pass over all of them: the result is
@@ -42,8 +43,16 @@ from megatron_r1.preprocess.documents import (
 )
 from megatron_r1.preprocess.encoder import choose
 from megatron_r1.preprocess.journal import Journal
-from megatron_r1.preprocess.store import Stored, alone, look, refuse_empty, shard_prefix, tell, write_pair
-from megatron_r1.preprocess.tokenizer import Tokenizer, build_tokenizer
+from megatron_r1.preprocess.store import (
+    Stored,
+    add_to_ledger,
+    exclusive,
+    pair_standing,
+    refuse_empty,
+    shard_prefix,
+    write_pair,
+)
+from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.workers import Job, encode_in_order
 from megatron_r1.run.stage import Standing
 from megatron_r1.system.terminal import Progress, say
@@ -54,7 +63,7 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 1 << 19
 
 
 class TooManyRejectsError(ValueError):
-    """More documents are bad than was said to be tolerated."""
+    """More documents are rejected than `reject_limit` allows."""
 
 
 def preprocess(
@@ -92,7 +101,17 @@ def preprocess(
     began, output = time.monotonic(), Path(output_prefix)
     sources = [open_input(name) for name in inputs]
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
-    about = _about(tokenizer, append_eod, seed)
+    # All that decides the bytes, beside the inputs.
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "tokenizer_type": tokenizer.kind,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "append_eod": append_eod,
+        "dtype": best_dtype(tokenizer.vocab_size).name,
+        "seed": seed,
+    }
     base = output
     if shard is not None:
         if not 0 <= shard[0] < shard[1]:
@@ -103,13 +122,17 @@ def preprocess(
         base = shard_prefix(output, *shard)
     prefixes = {key: with_suffix(base, f"_{key}_document") for key in json_keys}
     work = with_suffix(base, ".partial")
-    with contextlib.nullcontext() if check else alone(work, log):
-        there = {prefix: look(prefix, {**about, "key": key}, sources) for key, prefix in prefixes.items()}
+    with contextlib.nullcontext() if check else exclusive(work, log):
+        there = {p: pair_standing(p, {**about, "key": key}, sources) for key, p in prefixes.items()}
         done = {str(p): sidecar for p, (standing, sidecar) in there.items() if standing is Standing.DONE}
         states = {p: _state(p, standing, sidecar, work) for p, (standing, sidecar) in there.items()}
         if check:
-            for line in _outlook(sources, tokenizer, states):
-                log(line)
+            for source in sources:
+                log(f"input {source.name}: {source.size:,} bytes")
+            tokens = f"{tokenizer.vocab_size:,} tokens, stored as {about['dtype']}"
+            log(f"tokenizer {tokenizer.kind} {tokenizer.fingerprint()[:12]}: {tokens}")
+            for prefix, state in states.items():
+                log(f"output {prefix}.bin: {state}")
             return done
         if foreign := [prefix for prefix, state in states.items() if state == _FOREIGN]:
             raise ValueError(
@@ -150,7 +173,7 @@ def preprocess(
                 if not isinstance(error, TooManyRejectsError):
                     shutil.rmtree(work, ignore_errors=True)
                 raise
-        tell(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
+        add_to_ledger(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
     return done
 
 
@@ -158,7 +181,7 @@ _FOREIGN = "another tool's: is refused"
 
 
 def _state(prefix: Path, standing: Standing, sidecar: dict[str, Any], work: Path) -> str:
-    """What a run would do with an output."""
+    """The state of an output, and the consequence for a run."""
     if standing is Standing.DONE:
         return f"done before, {sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens"
     if standing is Standing.OTHER:
@@ -170,42 +193,18 @@ def _state(prefix: Path, standing: Standing, sidecar: dict[str, Any], work: Path
     return _FOREIGN if with_suffix(prefix, ".bin").exists() else "is written"
 
 
-def _outlook(sources: Sequence[Input], tokenizer: Tokenizer, states: dict[Path, str]) -> Iterator[str]:
-    """What a run would do, a line each for inputs, tokenizer and every output."""
-    for source in sources:
-        yield f"input {source.name}: {source.size:,} bytes"
-    dtype, fingerprint = best_dtype(tokenizer.vocab_size), tokenizer.fingerprint()[:12]
-    yield f"tokenizer {tokenizer.kind} {fingerprint}: {tokenizer.vocab_size:,} tokens, stored as {dtype}"
-    for prefix, state in states.items():
-        yield f"output {prefix}.bin: {state}"
-
-
-def _about(tokenizer: Tokenizer, append_eod: bool, seed: int | None) -> dict[str, Any]:
-    """What decides the bytes, beside the inputs."""
-    return {
-        "format": FORMAT,
-        "tokenizer_type": tokenizer.kind,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-        "append_eod": append_eod,
-        "dtype": best_dtype(tokenizer.vocab_size).name,
-        "seed": seed,
-    }
-
-
 def _sample(sources: Sequence[Input], ranges: Sequence[tuple[int, int]], keys: Sequence[str]) -> list[str]:
     """Documents from the beginning of each of the first inputs, to try an encoder on."""
-    found: list[str] = []
+    texts: list[str] = []
     for number, (source, (lo, hi)) in enumerate(zip(sources[:8], ranges, strict=False)):
         piece = next(source.pieces(number, keys, lo, hi), None)
         rows = piece.rows if piece else []
         for row in rows[:: max(1, 8 * len(rows) // _SAMPLE_DOCUMENTS)]:
             with contextlib.suppress(ValueError):
                 record = parse(row)
-                found += [text_of(record, key)[0][:65536] for key in keys]
-    ends = np.cumsum([len(text) for text in found])
-    return found[: int(np.searchsorted(ends, _SAMPLE_CHARACTERS)) + 1]
+                texts += [text_of(record, key)[0][:65536] for key in keys]
+    ends = np.cumsum([len(text) for text in texts])
+    return texts[: int(np.searchsorted(ends, _SAMPLE_CHARACTERS)) + 1]
 
 
 def _encode_all(
@@ -239,10 +238,10 @@ def _encode_all(
             journal.add(encoded)
             before, at = sum(sizes[: piece.input]), piece.position - ranges[piece.input][0]
             progress.advance((before + min(at, sizes[piece.input])) // 1_000_000 - progress.done)
-            for key, found in zip(job.keys, encoded, strict=True):
-                rejected[key] += len(found.rejects)
+            for key, column in zip(job.keys, encoded, strict=True):
+                rejected[key] += len(column.rejects)
                 if rejected[key] > job.reject_limit:
-                    last = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in found.rejects[-3:])
+                    last = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in column.rejects[-3:])
                     raise TooManyRejectsError(
                         f"more than {job.reject_limit} documents rejected for key {key!r}, the last {last}; "
                         f"mend the input or raise --reject-limit"

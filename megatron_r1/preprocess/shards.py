@@ -17,23 +17,24 @@ from megatron_r1.data.provenance import SUFFIX
 from megatron_r1.preprocess.documents import Input, digest, identity, open_input
 from megatron_r1.preprocess.store import (
     Stored,
-    alone,
-    look,
+    add_to_ledger,
+    exclusive,
+    pair_standing,
     refuse_empty,
     rejects_of,
     shard_prefix,
-    tell,
     write_pair,
 )
 from megatron_r1.run.stage import Standing
 from megatron_r1.system.terminal import say
 
 _ENVIRONMENT = (
-    ("RANK", "WORLD_SIZE", None),
+    ("RANK", "WORLD_SIZE", ""),
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", None),
+    ("SLURM_PROCID", "SLURM_NTASKS", ""),
 )
-"""Who we are and how many there are: torchrun, a SLURM job array, srun; with the number of the first."""
+"""Variables with this task's number, the number of tasks, and the first number, by default 0: of torchrun,
+a SLURM job array, srun."""
 
 
 def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -41,14 +42,13 @@ def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple
     if text == "env":
         for index, count, first in _ENVIRONMENT:
             if index in environment and count in environment:
-                offset = int(environment.get(first, "0")) if first else 0
-                return int(environment[index]) - offset, int(environment[count])
+                return int(environment[index]) - int(environment.get(first, "0")), int(environment[count])
         names = "; ".join(f"{index}, {count}" for index, count, _ in _ENVIRONMENT)
         raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({names})")
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
         raise ValueError(f"--shard {text}: write I/N with I from 0 to N-1, or env")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def merge(
@@ -72,7 +72,7 @@ def merge(
     output, began = Path(output_prefix), time.monotonic()
     sidecars: dict[str, dict[str, Any]] = {}
     read: dict[str, str] = {}
-    with contextlib.nullcontext() if check else alone(with_suffix(output, ".partial"), log):
+    with contextlib.nullcontext() if check else exclusive(with_suffix(output, ".partial"), log):
         for key in json_keys:
             shards, prefix = shards_of(output, key), with_suffix(output, f"_{key}_document")
             about = _common(shards)
@@ -89,7 +89,7 @@ def merge(
             read |= {str(shard): sidecar["bin_sha256"] for shard, sidecar in shards}
             sources = [_again(source) for source in about["inputs"]]
             decides = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
-            standing, sidecar = look(prefix, decides, [source for source in sources if source is not None])
+            standing, sidecar = pair_standing(prefix, decides, [source for source in sources if source])
             if standing is Standing.DONE:
                 log(f"already done: {prefix}.bin")
                 sidecars[str(prefix)] = sidecar
@@ -107,24 +107,22 @@ def merge(
             refuse_empty(parts, key, prefix, about["inputs"])
             sidecars[str(prefix)] = write_pair(parts, prefix, about, began, log)
         if not check:
-            tell(output, "merge", sidecars, read)
+            add_to_ledger(output, "merge", sidecars, read)
     return sidecars
 
 
 def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
     """Prefix and sidecar of each shard, in order. Errors: FileNotFoundError, ValueError for one of others."""
-    pattern = re.compile(
-        re.escape(output_prefix.name) + r"_shard-(\d+)-of-(\d+)_" + re.escape(f"{key}_document.json")
-    )
+    name, suffix = re.escape(output_prefix.name), re.escape(f"_{key}_document.json")
+    pattern = re.compile(rf"{name}_shard-\d+-of-(\d+){suffix}")
     folder = output_prefix.parent
-    names = [m for m in map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else []) if m]
-    counts = sorted({int(m[2]) for m in names})
+    matches = map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else [])
+    counts = sorted({int(match[1]) for match in matches if match})
     if len(counts) != 1:
-        what = (
-            f"shards of {' and of '.join(map(str, counts))}; remove one kind" if counts else "no shards there"
-        )
-        raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {what}")
-    found = []
+        kinds = f"shards of {' and of '.join(map(str, counts))}; remove one kind"
+        fault = kinds if counts else "no shards there"
+        raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {fault}")
+    shards = []
     for index in range(counts[0]):
         prefix = with_suffix(shard_prefix(output_prefix, index, counts[0]), f"_{key}_document")
         sidecar = read_sidecar(prefix)
@@ -134,12 +132,12 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
             )
         if sidecar["documents"] != IndexedDataset(prefix).num_documents:
             raise ValueError(f"{prefix}.json belongs to another pair; run --shard {index}/{counts[0]} again")
-        found.append((prefix, sidecar))
-    return found
+        shards.append((prefix, sidecar))
+    return shards
 
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-    """What the sidecar of the merged pair says; ValueError where two shards differ in it."""
+    """The sidecar of the merged pair without its counts. ValueError where two shards differ in it."""
     own = {"tool", "shard", "lines", "merged_seed", "encoder"}
     own |= {"documents", "tokens", "rejected", "bin_sha256"}
     described = []

@@ -1,6 +1,6 @@
 """The second pass: documents in their final order, with index, origins, rejects and sidecar beside them.
 
-Every file takes its name only when it is whole, the sidecar last: a pair with a sidecar is finished.
+Every file takes its name when it is whole, the sidecar last. A pair with a sidecar is therefore finished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from megatron_r1.system.terminal import Progress
 COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
 _SHOWN_MB = 1000
-"""Less is stored sooner than one could read of it."""
+"""Progress is shown from this size on. Less is stored in a moment."""
+Sidecar = dict[str, Any]
+"""The content of PREFIX.json, or of a part of it."""
 
 
 def shard_prefix(output_prefix: str | Path, index: int, count: int) -> Path:
@@ -35,8 +37,8 @@ def shard_prefix(output_prefix: str | Path, index: int, count: int) -> Path:
 
 
 @contextlib.contextmanager
-def alone(work: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """One process a prefix; a second one waits, and then finds the work done."""
+def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time write a prefix. A second one waits, and then finds the work done."""
     lock = work.with_name(work.name + ".lock")
     with open_exclusive(lock, lambda: log(f"waiting for another process that writes {work.with_suffix('')}")):
         try:
@@ -45,26 +47,24 @@ def alone(work: Path, log: Callable[[str], None]) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def look(prefix: Path, about: dict[str, Any], sources: Sequence[Input]) -> tuple[Standing, dict[str, Any]]:
-    """Where the pair of a request stands, and its sidecar (empty where none can be read)."""
+def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tuple[Standing, Sidecar]:
+    """The standing of a request's pair, and its sidecar (empty where none can be read)."""
     path = with_suffix(prefix, ".json")
     sidecar = read(path) or {}
     before = sidecar.get("inputs")
-    same = (
-        isinstance(before, list) and len(before) == len(sources) and all(map(_is_as_it_was, sources, before))
-    )
+    same = isinstance(before, list) and len(before) == len(sources) and all(map(_is_same, sources, before))
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
     theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
     return standing(theirs, ours, lambda: _is_whole(prefix, sidecar)), sidecar
 
 
-def _is_as_it_was(source: Input, before: dict[str, Any]) -> bool:
+def _is_same(source: Input, before: dict[str, Any]) -> bool:
     """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
     now = identity(source)
-    return now.items() <= before.items() or (
-        now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
-    )
+    if now.items() <= before.items():
+        return True
+    return now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
 
 
 def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
@@ -76,27 +76,24 @@ def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
     return counts == (dataset.num_documents, len(dataset.tokens)) and with_suffix(prefix, SUFFIX).is_file()
 
 
-def tell(output: Path, stage: str, sidecars: dict[str, dict[str, Any]], inputs: dict[str, str]) -> None:
-    """The ledger line beside the outputs, of all keys together. inputs: besides those in the sidecars."""
+def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs: dict[str, str]) -> None:
+    """Add a ledger line of all keys together, beside the outputs. inputs: besides those in the sidecars."""
     sources = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
     # Those of a shard are hashed when it is merged: other shards read them, too.
     hashed = {source["path"]: source["sha256"] for source in sources if source["sha256"]}
-    finish(
-        output.parent,
-        f"{stage} {output.name}",
-        tokens=sum(sidecar["tokens"] for sidecar in sidecars.values()),
-        inputs={**inputs, **hashed},
-        outputs={prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()},
-    )
+    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
+    tokens = sum(sidecar["tokens"] for sidecar in sidecars.values())
+    name = f"{stage} {output.name}"
+    finish(output.parent, name, tokens=tokens, inputs={**inputs, **hashed}, outputs=outputs)
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:
     """Number of the document stored at each place, [documents]: a permutation by seed; None: the identity."""
-    numbers = np.arange(documents, dtype=np.uint64)
     if seed is None:
-        return numbers.astype(np.int64)
+        return np.arange(documents)
     # SplitMix64 of the document's number: the same on every machine and NumPy version.
-    keys = numbers * np.uint64(_GAMMA) + np.uint64((seed * _MIX[0] + _GAMMA) % 2**64)
+    keys = np.arange(documents, dtype=np.uint64) * np.uint64(_GAMMA)
+    keys += np.uint64((seed * _MIX[0] + _GAMMA) % 2**64)
     for shift, factor in zip((30, 27), _MIX, strict=True):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable")
@@ -123,7 +120,7 @@ class Stored:
 
 
 def rejects_of(prefix: Path) -> Path:
-    """Where the rejects of a pair are written, if it has any."""
+    """The file of a pair's rejects, which is there if it has any."""
     return Path(f"{str(prefix).removesuffix('_document')}_rejects.jsonl")
 
 
@@ -136,7 +133,7 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
         names = ", ".join(source["path"] for source in inputs)
         raise ValueError(f"no document in {names}: nothing is written")
     with replacing(path) as stream:
-        stream.write(b"".join(map(_line, rejects)))
+        stream.writelines(map(reject_line, rejects))
     first = rejects[0]
     raise ValueError(
         f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}, the first "
@@ -145,27 +142,23 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
 
 
 def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Those of all parts, in input order, with their lines in the whole input."""
+    """The rejects of all parts, in input order, with line numbers of the whole input."""
     names = [source["path"] for source in inputs]
     for part in parts:
         for line in part.rejects.open("rb") if part.rejects.is_file() else ():
-            found = json.loads(line)
+            rejected = json.loads(line)
             if part.lines_before is not None:
-                found["line"] += part.lines_before[names.index(found["file"])]
-            yield found
+                rejected["line"] += part.lines_before[names.index(rejected["file"])]
+            yield rejected
 
 
-def _line(found: dict[str, Any]) -> bytes:
-    return json.dumps(found, ensure_ascii=False).encode() + b"\n"
+def reject_line(rejected: dict[str, Any]) -> bytes:
+    return json.dumps(rejected, ensure_ascii=False).encode() + b"\n"
 
 
 def write_pair(
-    parts: Sequence[Stored],
-    prefix: Path,
-    about: dict[str, Any],
-    began: float,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
+    parts: Sequence[Stored], prefix: Path, about: Sidecar, began: float, log: Callable[[str], None]
+) -> Sidecar:
     """Bring one key's documents into their final order; then all its files take their names.
 
     Tokens that are in that order already, in one file, are not copied. began: `time.monotonic()` of the run.
@@ -173,18 +166,18 @@ def write_pair(
     """
     dtype = np.dtype(about["dtype"])
     lengths = np.concatenate([part.lengths for part in parts])
-    reasons = Counter(found["reason"].split(":")[0] for found in _rejects(parts, about["inputs"]))
+    reasons = Counter(rejected["reason"].split(":")[0] for rejected in _rejects(parts, about["inputs"]))
     sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
     rejects_path = rejects_of(prefix)
     with contextlib.ExitStack() as files:
         # They take their names in the opposite order, the sidecar last.
-        said = files.enter_context(replacing(sidecar))
+        sidecar_file = files.enter_context(replacing(sidecar))
         origins = files.enter_context(replacing(origins_path))
-        quoted = files.enter_context(replacing(rejects_path)) if reasons else None
+        rejects_file = files.enter_context(replacing(rejects_path)) if reasons else None
         writer = files.enter_context(IndexedWriter(prefix, dtype))
-        kind = np.lib.format.dtype_to_descr(ORIGIN)
-        shape = {"descr": kind, "fortran_order": False, "shape": (len(lengths),)}
-        np.lib.format.write_array_header_1_0(origins, shape)
+        descr = np.lib.format.dtype_to_descr(ORIGIN)
+        header = {"descr": descr, "fortran_order": False, "shape": (len(lengths),)}
+        np.lib.format.write_array_header_1_0(origins, header)
         whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
         if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
             with naming(origins_path):
@@ -206,15 +199,14 @@ def write_pair(
             "bin_sha256": writer.sha256,
         }
         with naming(sidecar):
-            said.write(json_bytes(described))
-            on_disk(said)
+            sidecar_file.write(json_bytes(described))
+            on_disk(sidecar_file)
         with naming(origins_path):
             on_disk(origins)
-        if quoted is not None:
+        if rejects_file is not None:
             with naming(rejects_path):
-                for found in _rejects(parts, about["inputs"]):
-                    quoted.write(_line(found))
-                on_disk(quoted)
+                rejects_file.writelines(map(reject_line, _rejects(parts, about["inputs"])))
+                on_disk(rejects_file)
 
         def forget_earlier() -> None:
             sidecar.unlink(missing_ok=True)
@@ -234,7 +226,7 @@ def _in_order(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tokens, lengths and origins of consecutive documents in their final order, about COPY_TOKENS a time.
 
-    The tokens are good until the next are asked for.
+    The next turn overwrites the tokens.
     """
     order = document_order(len(lengths), seed)
     firsts = np.cumsum([0] + [len(part.lengths) for part in parts])
@@ -242,9 +234,8 @@ def _in_order(
     ends = np.cumsum(lengths[order], dtype=np.int64)
     # Plain views: a slice of one costs a fifth of that of an array.
     sources = [np.asarray(part.tokens).data for part in parts]
-    lo, room = 0, np.empty(0, dtype=dtype)
+    lo, base, room = 0, 0, np.empty(0, dtype=dtype)
     while lo < len(order):
-        base = int(ends[lo - 1]) if lo else 0
         hi = max(lo + 1, int(np.searchsorted(ends, base + COPY_TOKENS, side="right")))
         size = int(ends[hi - 1]) - base
         if size > len(room):
@@ -256,20 +247,18 @@ def _in_order(
         places = np.argsort(order[lo:hi])
         documents = order[lo:hi][places]
         bounds = np.searchsorted(documents, firsts)
-        for n, part in enumerate(parts):
+        for n, (part, source) in enumerate(zip(parts, sources, strict=True)):
             here = slice(bounds[n], bounds[n + 1])
-            found = part.origins[documents[here] - firsts[n]]
+            origins = part.origins[documents[here] - firsts[n]]
             if part.lines_before is not None:
-                found["line"] += np.array(part.lines_before, dtype=np.uint64)[found["file"]]
-            records[places[here]] = found
+                origins["line"] += np.array(part.lines_before, dtype=np.uint64)[origins["file"]]
+            records[places[here]] = origins
             first, length = starts[documents[here]], lengths[documents[here]]
             last = ends[lo + places[here]] - base
-            source = sources[n]
-            copies = zip((last - length).tolist(), last.tolist(), first.tolist(), strict=True)
-            for to, until, at in copies:
+            for to, until, at in zip((last - length).tolist(), last.tolist(), first.tolist(), strict=True):
                 into[to:until] = source[at : at + until - to]
         yield tokens, lengths[order[lo:hi]], records
-        lo = hi
+        lo, base = hi, int(ends[hi - 1])
 
 
 def _tool() -> str:

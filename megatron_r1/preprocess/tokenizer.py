@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_r1.system.errors import require, suggest, suggest_path
 
@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     """The token that ends a document."""
     model_bytes: bytes
     """The model's file."""
+    _model: Any
+    """The package's own object."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without a token before or after it. ValueError for a lone surrogate."""
@@ -36,13 +38,14 @@ class Tokenizer(Protocol):
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(list(tokens))
 
     def specials(self) -> list[str]:
         """Strings that stand for special tokens elsewhere; in a document they are plain text."""
 
     def parts(self, text: str) -> list[str]:
-        """What is encoded apart, with nothing merged across: the whole text but for rare limits."""
+        """The parts of a text that are encoded separately: one, unless it exceeds the library's limits."""
         return [text]
 
     def fast_model(self) -> str | None:
@@ -109,9 +112,6 @@ class SentencePiece(Tokenizer):
         # One thread: preprocessing runs a process a core already.
         return self._model.encode([_utf8(t) for t in texts], num_threads=1)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens))
-
     def specials(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
 
@@ -141,13 +141,11 @@ class HuggingFace(Tokenizer):
     def _find_eod(self, model: Path) -> int:
         names: list[str] = []
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            with_eos = _hf_file(model, name)
-            if with_eos is not None:
+            if with_eos := _hf_file(model, name):
                 token = json.loads(with_eos.read_text(encoding="utf-8")).get("eos_token")
                 names.append(token["content"] if isinstance(token, dict) else token or "")
         # A bare tokenizer.json does not say which token ends a text; these names leave no doubt.
-        names += ["<|end_of_text|>", "<|endoftext|>", "</s>"]
-        for token in names:
+        for token in (*names, "<|end_of_text|>", "<|endoftext|>", "</s>"):
             number = self._model.token_to_id(token)
             if token and number is not None:
                 return int(number)
@@ -179,11 +177,10 @@ class HuggingFace(Tokenizer):
 
 def _hf_file(model: Path, name: str) -> Path | None:
     """`name` within a folder, beside a tokenizer.json, or of a hub name (org/model); None: not there."""
-    if model.is_file():
-        path = model if name == "tokenizer.json" else model.parent / name
+    if model.exists():
+        folder = model if model.is_dir() else model.parent
+        path = model if model.is_file() and name == "tokenizer.json" else folder / name
         return path if path.is_file() else None
-    if model.is_dir():
-        return model / name if (model / name).is_file() else None
     if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
         _existing(model, "HuggingFaceTokenizer")
     hub = require("huggingface_hub", "HuggingFaceTokenizer")
@@ -211,7 +208,7 @@ _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
 
 def _may_have_long_run(text: str) -> bool:
-    """False only where no run is too long; much sooner found than where the runs are."""
+    """False only where no run is too long. This takes much less time than finding the runs."""
     # A run of two blocks' length holds a whole block, wherever it begins.
     block = _LONGEST_RUN // 2
     for lo in range(0, len(text) - block + 1, block):
@@ -254,10 +251,7 @@ class TikToken(Tokenizer):
         self.eod: int = self._specials["<|end_of_text|>"]
 
     def encode(self, text: str) -> list[int]:
-        parts = self.parts(_utf8(text))
-        if len(parts) == 1:
-            return self._model.encode_ordinary(text)
-        return [token for part in parts for token in self._model.encode_ordinary(part)]
+        return list(chain.from_iterable(map(self._model.encode_ordinary, self.parts(_utf8(text)))))
 
     def parts(self, text: str) -> list[str]:
         if len(text) <= _LONGEST_RUN:
@@ -267,14 +261,10 @@ class TikToken(Tokenizer):
             for start in sorted(cuts):
                 for run in _LONG_RUN.finditer(text, start, start + _LONGEST_TEXT):
                     cuts.update(range(run.start(), run.end(), _LONGEST_RUN)[1:])
-        bounds = [*sorted(cuts), len(text)]
-        return [text[lo:hi] for lo, hi in pairwise(bounds)]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens))
+        return [text[lo:hi] for lo, hi in pairwise([*sorted(cuts), len(text)])]
 
     def specials(self) -> list[str]:
-        return sorted(self._specials, key=self._specials.__getitem__)
+        return list(self._specials)
 
     def fast_model(self) -> str | None:
         return self.tokenizer_json()

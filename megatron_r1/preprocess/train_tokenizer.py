@@ -18,16 +18,12 @@ from megatron_r1.system.files import replacing
 def train_tokenizer(
     inputs: Sequence[str], output: str, vocab_size: int, json_key: str = "text", max_bytes: int = 30_000_000
 ) -> tuple[Tokenizer, int]:
-    """`train_sentencepiece`, with a ledger line; the tokenizer, and the bytes of text it has seen."""
+    """Call `train_sentencepiece` and add a ledger line. Returns the tokenizer and the bytes of text seen."""
     sources = [open_input(name) for name in inputs]
     seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes)
     tokenizer = build_tokenizer(SentencePiece.kind, output)
-    finish(
-        Path(output).parent,
-        "train tokenizer",
-        inputs={source.name: digest(source) for source in sources},
-        outputs={output: tokenizer.fingerprint()},
-    )
+    digests, outputs = {source.name: digest(source) for source in sources}, {output: tokenizer.fingerprint()}
+    finish(Path(output).parent, "train tokenizer", inputs=digests, outputs=outputs)
     return tokenizer, seen
 
 
@@ -105,12 +101,11 @@ def _sample(path: Path, json_key: str, max_bytes: int) -> Iterator[tuple[str, in
 
 def _by_lines(text: str, limit: int) -> Iterable[str]:
     """Cut at line ends into pieces of about `limit` characters: the trainer holds a piece as one sentence."""
-    piece, length = [], 0
+    piece = ""
     for line in text.splitlines(keepends=True):
-        piece.append(line)
-        length += len(line)
-        if length >= limit:
-            yield "".join(piece)
-            piece, length = [], 0
+        piece += line
+        if len(piece) >= limit:
+            yield piece
+            piece = ""
     if piece:
-        yield "".join(piece)
+        yield piece

@@ -8,9 +8,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ LONGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one key of a piece became."""
+    """The documents and rejects of one key of a piece."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -40,7 +41,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from piece to piece."""
+    """The settings of the first pass."""
 
     model: str | Path
     encoder: Encoder
@@ -51,9 +52,9 @@ class Job:
 
 
 def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod: bool) -> list[Encoded]:
-    """Tokens of each document of a piece, for each key. What is wrong with a document is a reject.
+    """Tokens of each document of a piece, for each key. A faulty document becomes a reject.
 
-    Raises ValueError only where the encoder's tokens are not the reference's.
+    Raises ValueError where the encoder's tokens are not the reference's.
     """
     columns = [_Column(key) for key in keys]
     for number, row in enumerate(piece.rows, piece.first):
@@ -77,7 +78,7 @@ def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod
 
 @dataclass
 class _Column:
-    """What a piece has under one key."""
+    """The texts and rejects of one key of a piece."""
 
     key: str
     texts: list[str] = field(default_factory=list)
@@ -92,27 +93,24 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
     origins = np.zeros(len(counts), dtype=ORIGIN)
     origins["hash"], origins["file"], origins["line"] = text_hashes(column.utf8), piece.input, column.lines
     if isinstance(encoder, Gigatoken):
-        chosen = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
+        compared = origins["hash"][:, :4].copy().view("<u4").ravel() % COMPARED == 0
         ends = np.cumsum(counts)
-        for i in np.flatnonzero(chosen):
+        for i in np.flatnonzero(compared):
             if flat[ends[i] - counts[i] : ends[i]].tolist() != tokenizer.encode(column.texts[i]):
                 raise ValueError(
                     f"{piece.path}:{column.lines[i]}: {encoder.name} and {tokenizer.library} give other "
                     f"tokens; take --encoder reference for this input"
                 )
     lengths = np.where(counts, counts + append_eod, 0)
-    bad = (lengths == 0) | (lengths > LONGEST)
-    if bad.any():
-        for i in np.flatnonzero(bad):
-            length = lengths[i]
-            reason = "no tokens" if not length else f"{length} tokens, more than an index can say"
+    good = (lengths > 0) & (lengths <= LONGEST)
+    if not good.all():
+        for i in np.flatnonzero(~good):
+            reason = f"{lengths[i]} tokens, more than an index can say" if lengths[i] else "no tokens"
             excerpt = column.texts[i][:200].encode()
             column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
         column.rejects.sort(key=lambda rejected: rejected["line"])
-        ends = np.cumsum(counts)
-        good = [flat[ends[i] - counts[i] : ends[i]] for i in np.flatnonzero(~bad)]
-        flat = np.concatenate(good) if good else flat[:0]
-        origins, lengths = origins[~bad], lengths[~bad]
+        flat = flat[np.repeat(good, counts)]
+        origins, lengths = origins[good], lengths[good]
     if flat.dtype == np.uint32:
         # The same bits, or negative, which is caught next.
         flat = flat.view(np.int32)
@@ -163,19 +161,16 @@ def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, 
         return
     # Spawned, not forked: the caller may hold threads or a device. Workers import no torch.
     context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[Piece, Future[list[Encoded]]]] = deque()
     fast_model = job.encoder.model if isinstance(job.encoder, Gigatoken) else None
     start = job.encoder.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, start)
+    submitted = ((piece, pool.submit(_work, piece)) for piece in pieces)
     try:
-        for piece in pieces:
-            waiting.append((piece, pool.submit(_work, piece)))
-            if len(waiting) > 3 * job.workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
+        waiting = deque(islice(submitted, 3 * job.workers))
         while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            waiting.extend(islice(submitted, 1))
+            piece, future = waiting.popleft()
+            yield piece, future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died, most often for want of memory; run again with fewer --workers to go on"

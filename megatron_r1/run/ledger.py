@@ -1,8 +1,8 @@
-"""One JSON line per stage: what went in, what came out, and what it cost (appendix D.3).
+"""The ledger: one JSON line per stage with its inputs, outputs and cost (appendix D.3).
 
-A run's own stages are in RUN/ledger.jsonl. What is made for any run (tokenizers, tokens, probing sets) is
-told in a ledger.jsonl beside it; there `lineage` finds the stages that a run stands on, by the hashes of
-what it has read.
+A run's own stages are in RUN/ledger.jsonl. Stages that serve any run (tokenizers, tokens, probing sets) have
+a ledger.jsonl beside their outputs. `lineage` finds the stages that a run depends on, by the hashes of its
+inputs.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ def append(
             fcntl.flock(file, fcntl.LOCK_EX)
         size = os.fstat(file.fileno()).st_size
         whole = not size or os.pread(file.fileno(), 1, size - 1) == b"\n"
-        # What a full disk or a crash has cut short stays a line of its own.
-        file.write(b"" if whole else b"\n")
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        # A line that a full disk or a crash has cut short stays a line of its own.
+        file.write((b"" if whole else b"\n") + json.dumps(line, ensure_ascii=False).encode() + b"\n")
         file.flush()
 
 
@@ -72,7 +71,7 @@ def process_start() -> float:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Every line, in order; what a crash cut short, and what is no stage, is left out."""
+    """Every line, in order, without lines that a crash cut short and lines that are no stage."""
     path = run / "ledger.jsonl"
     lines = read_jsonl(path)[0] if path.is_file() else []
     needed = {"stage", "finished", "seconds", "devices", "device_hours", "tokens"}
@@ -80,38 +79,41 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def lineage(root: Path) -> list[dict[str, Any]]:
-    """Stages told beside what the stages of `root` have read, that made it, and so on; the oldest first."""
-    told: dict[Path, list[dict[str, Any]]] = {root.resolve(): []}
-    found: list[dict[str, Any]] = []
+    """Lines of the stages that made the inputs of `root`'s stages, and so on back, the oldest first.
+
+    The lines are searched in the ledgers beside the inputs.
+    """
+    ledgers: dict[Path, list[dict[str, Any]]] = {root.resolve(): []}
+    made: list[dict[str, Any]] = []
     readers = read(root)
     while readers:
-        inputs = [item for line in readers for item in _hashes(line, "inputs")]
-        for folder in {Path(path).resolve().parent for path, _ in inputs} - told.keys():
-            told[folder] = read(folder)
+        inputs = [item for line in readers for item in _hashes(line, "inputs").items()]
+        for folder in {Path(path).resolve().parent for path, _ in inputs} - ledgers.keys():
+            ledgers[folder] = read(folder)
         wanted = {value for _, value in inputs}
-        candidates = [line for lines in told.values() for line in lines if line not in found]
-        readers = [line for line in candidates if wanted & {value for _, value in _hashes(line, "outputs")}]
-        found = readers + found
-    return sorted(found, key=lambda line: str(line["finished"]))
+        candidates = [line for lines in ledgers.values() for line in lines if line not in made]
+        readers = [line for line in candidates if wanted & {*_hashes(line, "outputs").values()}]
+        made = readers + made
+    return sorted(made, key=lambda line: str(line["finished"]))
 
 
-def _hashes(line: dict[str, Any], side: str) -> list[tuple[str, str]]:
-    """Nothing of a line that an earlier version wrote without hashes."""
-    told = line.get(side)
-    return list(told.items()) if isinstance(told, dict) else []
+def _hashes(line: dict[str, Any], side: str) -> dict[str, str]:
+    """Path -> hash. Empty for a line that an earlier version wrote without hashes."""
+    hashes = line.get(side)
+    return hashes if isinstance(hashes, dict) else {}
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSON-lines file, and how many of its lines are none, but for a last one cut short."""
+    """The objects of a JSON-lines file, and the number of its other lines, a last one cut short left out."""
     out, damaged = [], 0
     with open(path, "rb") as file:
         for line in file:
             try:
-                found = json.loads(line)
+                value = json.loads(line)
             except ValueError:
-                found = None
-            if isinstance(found, dict):
-                out.append(found)
+                value = None
+            if isinstance(value, dict):
+                out.append(value)
             elif line.endswith(b"\n"):
                 damaged += 1
     return out, damaged

@@ -1,6 +1,6 @@
-"""Run commands one after the other, each once: what is done stays done, what was cut off goes on.
+"""Run commands one after the other, each once. A pipeline that was cut off goes on where it ended.
 
-Every command resumes by itself; this only remembers which ones have finished, for which inputs.
+Every command resumes by itself. The pipeline only remembers which ones have finished, for which inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Stage:
     name: str
     command: Sequence[str]
     outputs: Sequence[Path]
-    """What it leaves; a stage whose outputs are gone runs again."""
+    """Files it leaves. A stage whose outputs are gone runs again."""
     files: Sequence[Path] = ()
     """Files it reads besides what earlier stages left: when they change, it runs again."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -79,21 +79,16 @@ def _call(stage: Stage) -> float:
             child.terminate()
             child.wait()
         raise
-    if status != 0:
-        raise PipelineError(
-            f"stage {stage.name} ended with status {status}; its message stands above. "
-            f"The same command again goes on from here"
-        )
     # A tool that was asked to stop (SIGTERM) saves and ends with 0.
-    if absent := [str(path) for path in stage.outputs if not path.exists()]:
-        raise PipelineError(
-            f"stage {stage.name} ended before its end: {', '.join(absent)} is not there yet. "
-            f"The same command again goes on from here"
-        )
+    absent = ", ".join(str(path) for path in stage.outputs if not path.exists())
+    if status or absent:
+        failed = f"with status {status}; its message stands above"
+        end = failed if status else f"before its end: {absent} is not there yet"
+        raise PipelineError(f"stage {stage.name} ended {end}. The same command again goes on from here")
     return time.monotonic() - start
 
 
 def _short(command: Sequence[str]) -> str:
     """The command as a reader would type it."""
-    words = " ".join("python" if word == sys.executable else word for word in command)
-    return words.replace("python -m torch.distributed.run", "torchrun")
+    typed = " ".join("python" if part == sys.executable else part for part in command)
+    return typed.replace("python -m torch.distributed.run", "torchrun")

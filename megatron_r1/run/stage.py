@@ -65,7 +65,7 @@ def standing(
 
 
 def differences(theirs: Request, ours: Request, notes: Collection[str] = ()) -> list[str]:
-    """What differs between two requests, `key.of.it (value there, value here)` each."""
+    """The differences of two requests, each as `key.of.it (value there, value here)`."""
     there, here = _flat(theirs), _flat(ours)
     return [
         f"{key} ({there.get(key, 'nothing')!s:.20} there, {here.get(key, 'nothing')!s:.20} here)"
@@ -83,29 +83,29 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 def read(record: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where the file is missing or damaged."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        value = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
     """The manifest that `answer` has written, if it is of this request and its files are as they were."""
-    found = read(manifest) or {}
+    content = read(manifest) or {}
 
     def whole() -> bool:
-        files = found.get("files", {manifest.name: None})
+        files = content.get("files", {manifest.name: None})
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
 
-    return found if standing(found.get("request"), request, whole) is Standing.DONE else None
+    return content if standing(content.get("request"), request, whole) is Standing.DONE else None
 
 
 def answer(manifest: Path, request: Request, files: Iterable[Path], **facts: Any) -> dict[str, Any]:
     """Write the manifest of a result, beside its files: request, facts, SHA-256 of each file."""
-    found = {"request": request, **facts, "files": {path.name: sha256(path) for path in files}}
-    write_json(manifest, found)
-    return found
+    content = {"request": request, **facts, "files": {path.name: sha256(path) for path in files}}
+    write_json(manifest, content)
+    return content
 
 
 def require_empty(target: Path) -> None:
@@ -131,9 +131,8 @@ def finish(
     where a line of this name has the same outputs, none is added. `again`: add it all the same, of stages
     whose time counts each time.
     """
-    if not again and any(
-        line["stage"] == name and line.get("outputs") == outputs for line in ledger.read(directory)
-    ):
+    lines = [] if again else ledger.read(directory)
+    if any(line["stage"] == name and line.get("outputs") == outputs for line in lines):
         return
     ledger.append(
         directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs
