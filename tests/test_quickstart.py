@@ -114,7 +114,8 @@ def test_a_mixture_is_followed_by_hashes_to_its_text(whole: Path) -> None:
     for where, found in behind.items():
         manifest = json.loads((whole / "influence" / where / "manifest.json").read_text())
         assert found["weights"] == manifest["weights"] and found["data"] == manifest["data"]
-        weights, data, probes = manifest["weights"], manifest["data"]["hash"], manifest["directions"].values()
+        weights, data = manifest["weights"], manifest["data"]["hash"]
+        probes = [of["hash"] for of in manifest["directions"].values()]
         scored = maker[found["scores_sha256"]]
         assert scored["stage"] == f"influence step {manifest['step']}"
         assert found["scores_sha256"] in read(mixed) and {weights, data, *probes} <= read(scored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,8 @@ class Work:
         """Examples to leave out of directions, bool [N, C]: the same window of the same pair of files."""
         shared_NC = np.zeros((len(part.example_N), len(self.data.directions)), bool)
         for c, probe in enumerate(self.data.directions if self.influence.exclude_self else ()):
-            if part.inputs["directions"][probe.name] != part.inputs["data"]["hash"]:
-                continue
-            # Without a sidecar the identity is of the index alone, which other tokens may have, too.
-            one, other = (store.fingerprint(with_suffix(c.prefix, ".bin")) for c in (probe, part.corpus))
-            if one == other:
+            data, direction = part.inputs["data"], part.inputs["directions"][probe.name]
+            if (direction["hash"], direction["bytes"]) == (data["hash"], data["bytes"]):
                 shared_NC[:, c] = np.isin(part.example_N, self.probing(probe))
         return shared_NC
 
@@ -107,6 +105,20 @@ class Work:
             f"{len(self.data.directions)} directions from {probes} probing windows each checkpoint, "
             f"{probes * k * seq:,} tokens"
         )
+
+    @cached_property
+    def tokens(self) -> dict[Path, dict[str, str]]:
+        """Prefix -> identity of each dataset, and a fingerprint of its .bin as it is now.
+
+        An identity comes from the sidecar or the index, and does not see a .bin that was changed under it.
+        """
+        return {
+            c.prefix: {
+                "hash": self.data.identities[str(c.prefix)],
+                "bytes": store.fingerprint(with_suffix(c.prefix, ".bin")),
+            }
+            for c in (*self.data.corpora, *self.data.directions)
+        }
 
     def parts(self, step: int, weights: str, curvature: str) -> list[Part]:
         """Every source at one checkpoint. `weights`: the checkpoint's identity."""
@@ -129,8 +141,8 @@ class Work:
                 "position": position,
                 "capabilities": [c.name for c in data.directions],
                 "weights": weights,
-                "data": {"hash": identities[str(corpus.prefix)], "documents": corpus.documents},
-                "directions": {c.name: identities[str(c.prefix)] for c in data.directions},
+                "data": {**self.tokens[corpus.prefix], "documents": corpus.documents},
+                "directions": {c.name: self.tokens[c.prefix] for c in data.directions},
                 "influence": deciding,
                 "seq_length": self.config.data.seq_length,
                 "eod": data.eod,

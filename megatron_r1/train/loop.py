@@ -47,9 +47,10 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     """
     data = data or open_data(config, launched())
     data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
-    if resume.is_finished(config, data):
+    if resume.is_finished(config):
+        lines = resume.describe_start(config, data)
         if is_first_rank():
-            print("\n".join(resume.describe_start(config, data)), flush=True)
+            print("\n".join(lines), flush=True)
         return
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
@@ -102,7 +103,7 @@ class Trainer:
     def _resume(self, data: OpenData, identities: Mapping[str, str]) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
         train, model = self.config.train, self.config.model
-        last = resume.last_checkpoint(self.config)
+        _, last = resume.standing(self.config)
         if last is None and train.init_weights:
             path = Path(train.init_weights)
             load_weights(path, self.training.gpt, self.training.optimizer, model)

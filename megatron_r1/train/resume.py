@@ -19,27 +19,28 @@ from megatron_r1.records import CheckpointRef
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import Hashes
-from megatron_r1.run.stage import finish
+from megatron_r1.run.stage import Standing, finish
 from megatron_r1.system.files import write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import read
 from megatron_r1.train.schedule import epochs_by_phase, late_edits, phase_spans
 
 
-def last_checkpoint(config: Config) -> CheckpointRef | None:
-    """The run's newest complete checkpoint."""
+def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
+    """Where the run stands by its newest complete checkpoint, and that checkpoint.
+
+    `check_past` tells whether the checkpoint is this recipe's.
+    """
     saved = checkpoint_files.complete_checkpoints(RunDir(Path(config.train.run)).checkpoints)
-    return saved[-1] if saved else None
+    if not saved:
+        return Standing.NEW, None
+    finished = saved[-1].step >= phase_spans(config)[-1].end
+    return Standing.DONE if finished else Standing.GO_ON, saved[-1]
 
 
-def is_finished(config: Config, data: OpenData) -> bool:
-    """Whether the last checkpoint is the recipe's end. Raises ValueError if it is another recipe's."""
-    last = last_checkpoint(config)
-    if last is None or last.step < phase_spans(config)[-1].end:
-        return False
-    check_past(last.path, config, data, data.identities)
-    checkpoint_files.check_model(last.path, config.model)
-    return True
+def is_finished(config: Config) -> bool:
+    """Whether the run has come to its recipe's end."""
+    return standing(config)[0] is Standing.DONE
 
 
 def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[str, str]) -> None:
@@ -82,13 +83,13 @@ def edits(config: Config, step: int) -> list[str]:
 
 def describe_start(config: Config, data: OpenData) -> list[str]:
     """Lines that say where training would begin. Raises ValueError if the recipe does not fit the run."""
-    run, last, end = config.train.run, last_checkpoint(config), phase_spans(config)[-1].end
+    run, end, (state, last) = config.train.run, phase_spans(config)[-1].end, standing(config)
     if last is None:
         begins = config.train.init_from or config.train.init_weights
         return [f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
     check_past(last.path, config, data, data.identities)
     checkpoint_files.check_model(last.path, config.model)
-    if last.step >= end:
+    if state is Standing.DONE:
         return [f"{run}: finished before, at {last.path}", *edits(config, end)]
     return [f"{run}: goes on from {last.path}, {end - last.step:,} steps to go", *edits(config, last.step)]
 

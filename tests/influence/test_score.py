@@ -353,12 +353,31 @@ def test_manifests_hold_what_the_scores_came_from(whole: Config) -> None:
     assert manifest["data"]["hash"] == identity_of(whole.data.sources["a"].prefix)
     assert whole.influence is not None
     probes = {name: identity_of(prefix) for name, prefix in whole.influence.directions.items()}
-    assert manifest["directions"] == probes
+    assert {name: of["hash"] for name, of in manifest["directions"].items()} == probes
     # The ledger has the same.
     (line, _) = read_ledger(Path(whole.train.run))
     assert line["inputs"][str(ref)] == manifest["weights"]
     assert {manifest["data"]["hash"], *probes.values()} < set(line["inputs"].values())
     assert line["outputs"][str(path.parent)] == sha256(path.parent / "scores.npy")
+
+
+def test_tokens_changed_under_their_index_are_noticed(whole: Config, tmp_path: Path) -> None:
+    """No sidecar tells them, and the index is the same."""
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{whole.data.sources['a'].prefix}{suffix}", tmp_path / f"a{suffix}")
+    config = dataclasses.replace(
+        changed(whole, train={"run": str(tmp_path / "run")}),
+        data=dataclasses.replace(
+            whole.data, sources={**whole.data.sources, "a": SourceConfig(str(tmp_path / "a"))}
+        ),
+    )
+    assert examples_left(lay_plan(config)) == 0
+    tokens = np.fromfile(tmp_path / "a.bin", np.uint16)
+    tokens[[0, 1]] = tokens[[1, 0]] + 1
+    tokens.tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"a holds scores of other inputs: data\.bytes"):
+        examples_left(lay_plan(config))
 
 
 def test_tensor_parallel_scores_a_run_alike(whole: Config, trained: Config, tmp_path: Path) -> None:
