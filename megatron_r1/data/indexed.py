@@ -136,13 +136,10 @@ class IndexedDataset:
             self._raise_damaged(self._idx, 26, "no document entry, where even an empty dataset has one")
         expected = INDEX_START + 12 * sequences + 8 * entries
         if size != expected:
-            also = " (multimodal pairs, with a mode a sequence, are not read)"
-            self._raise_damaged(
-                self._idx,
-                min(size, expected),
-                f"{sequences} sequences and {entries} document entries need {expected} bytes and {size} are "
-                f"there{also if size == expected + sequences else ''}",
-            )
+            needs = f"{sequences} sequences and {entries} document entries need {expected} bytes"
+            multimodal = size == expected + sequences
+            also = " (multimodal pairs, with a mode a sequence, are not read)" if multimodal else ""
+            self._raise_damaged(self._idx, min(size, expected), f"{needs} and {size} are there{also}")
         self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
@@ -167,18 +164,12 @@ class IndexedDataset:
             wrong = np.flatnonzero(self.pointers[lo:hi] != ends)
             if len(wrong):
                 i = lo + int(wrong[0])
-                self._raise_damaged(
-                    self._idx,
-                    pointers_at + 8 * i,
-                    f"sequence {i} starts at byte {self.pointers[i]} of the .bin, but the lengths before it "
-                    f"(offset {lengths_at} on) end at byte {ends[i - lo]}",
-                )
+                start = f"sequence {i} starts at byte {self.pointers[i]} of the .bin"
+                end = f"the lengths before it (offset {lengths_at} on) end at byte {ends[i - lo]}"
+                self._raise_damaged(self._idx, pointers_at + 8 * i, f"{start}, but {end}")
         if self.documents[0] != 0 or self.documents[-1] != n:
-            self._raise_damaged(
-                self._idx,
-                documents_at,
-                f"documents span sequences {self.documents[0]} to {self.documents[-1]}, not 0 to {n}",
-            )
+            span = f"sequences {self.documents[0]} to {self.documents[-1]}"
+            self._raise_damaged(self._idx, documents_at, f"documents span {span}, not 0 to {n}")
         for lo, hi in _pieces(len(self.documents), part, parts):
             falling = np.flatnonzero(np.diff(self.documents[lo : hi + 1]) < 0)
             if len(falling):
@@ -186,12 +177,11 @@ class IndexedDataset:
                 self._raise_damaged(
                     self._idx, documents_at + 8 * i, f"document entry {i} is below the one before"
                 )
-        size, end = self._bin.stat().st_size, self._end(n)
-        if size != end:
-            fault = "is truncated" if size < end else "is longer than its index says"
-            self._raise_damaged(
-                self._bin, min(size, end), f"it {fault}: {size} bytes, where {self._idx.name} says {end}"
-            )
+        size, expected = self._bin.stat().st_size, self._end(n)
+        if size != expected:
+            fault = "is truncated" if size < expected else "is longer than its index says"
+            sizes = f"{size} bytes, where {self._idx.name} says {expected}"
+            self._raise_damaged(self._bin, min(size, expected), f"it {fault}: {sizes}")
 
     def _end(self, sequences: int) -> int:
         """The byte of the .bin at which its first sequences end."""

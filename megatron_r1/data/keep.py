@@ -84,9 +84,8 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
     if stretch_N2 is not None:
         digest.update(stretch_N2.tobytes())
-    return KeptWindows(
-        Keep(windows, packed), packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus
-    )
+    bitmap = Keep(windows, packed)
+    return KeptWindows(bitmap, packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus)
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:

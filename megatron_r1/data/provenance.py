@@ -65,6 +65,5 @@ def read_provenance(prefix: str | Path) -> Provenance:
             f"{path} belongs to another pair: {records.shape} records of {records.dtype}, where the pair has "
             f"{documents} documents; make the pair again"
         )
-    sidecar = read_sidecar(prefix) or {}
-    inputs = [entry["path"] for entry in sidecar.get("inputs", [])]
+    inputs = [entry["path"] for entry in (read_sidecar(prefix) or {}).get("inputs", [])]
     return Provenance(records["hash"], records["file"], records["line"], inputs)

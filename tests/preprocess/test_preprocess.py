@@ -475,7 +475,7 @@ def test_second_run_at_once_waits_and_finds_the_work_done(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     said: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        with store.alone(tmp_path / "out.partial", said.append):
+        with store.exclusive(tmp_path / "out.partial", said.append):
             second = pool.submit(run, source, tmp_path / "out", model)
             time.sleep(0.3)
             assert not second.done()
