@@ -28,7 +28,7 @@ FLOOR = {
 # The plan: 5, 12, 450, 5, 20, no circle, 9,500.
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 19, 450, 4, 25
 CIRCLES: list[str] = []
-CODE = 10_720
+CODE = 10_748
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 

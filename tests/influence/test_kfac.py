@@ -15,7 +15,6 @@ from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
 from megatron_r1.influence import kfac
-from megatron_r1.influence import kfac
 from megatron_r1.influence.curvature import CURVATURES
 from megatron_r1.influence.engine import draw
 from megatron_r1.influence.parameters import EMBEDDING, Directions
