@@ -23,8 +23,8 @@ from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, identity_of, open_corpus
 from megatron_r1.data.windows import choose
-from megatron_r1.influence import engine as engine_module
 from megatron_r1.influence import directions
+from megatron_r1.influence import engine as engine_module
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
