@@ -23,8 +23,8 @@ from megatron_r1.config import Config, ParallelConfig, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedDataset, identity_of, open_corpus
 from megatron_r1.data.windows import choose
+from megatron_r1.influence import directions
 from megatron_r1.influence import engine as engine_module
-from megatron_r1.influence import score as score_module
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
@@ -105,7 +105,7 @@ def _killed_at(config: Config, write: int, half: bool) -> None:
     """Score until the store is to be written for the nth time; `half`: rows are there, their flags not."""
     count, original = 0, ScoreStore.write
 
-    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> None:
+    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> int:
         nonlocal count
         count += 1
         if count == write:
@@ -113,7 +113,7 @@ def _killed_at(config: Config, write: int, half: bool) -> None:
                 store._results["scores"][first : first + 3] = results["scores"][:3]
                 store._results["scores"].flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        original(store, first, results)
+        return original(store, first, results)
 
     ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
@@ -123,10 +123,10 @@ def _counted(config: Config) -> int:
     """Rows computed by a start."""
     rows, original = 0, ScoreStore.write
 
-    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> None:
+    def counted(store: ScoreStore, first: int, results: dict[str, np.ndarray]) -> int:
         nonlocal rows
         rows += len(results["scores"])
-        original(store, first, results)
+        return original(store, first, results)
 
     ScoreStore.write = counted  # type: ignore[method-assign]  # this fork's own
     compute_influence(config)
@@ -324,14 +324,14 @@ def test_weights_that_are_not_finite_write_nothing(trained: Config, tmp_path: Pa
 
 
 def _with_nan_weights(config: Config) -> None:
-    load = score_module.load_checkpoint
+    load = directions.load_checkpoint
 
     def damaged(path: Path, gpt: Any, optimizer: Any, model: Any) -> Any:
         state = load(path, gpt, optimizer, model)
         next(gpt.parameters()).data.fill_(float("nan"))
         return state
 
-    score_module.load_checkpoint = damaged  # this fork's own
+    directions.load_checkpoint = damaged  # this fork's own
     compute_influence(config)
 
 
