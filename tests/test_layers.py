@@ -24,10 +24,9 @@ FLOOR = {
     }.items()
     for room in rooms
 }
-# What the plan of the house allows. A number above it is written behind, and only ever lowered.
-# The plan: 5, 12, 450, 5, 20, no circle, 9,500.
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 12, 450, 5, 20
-CODE = 9_760
+"""Most files at the top level and in a room, lines of a file, files below 60 lines, imports of one file."""
+CODE = 9_410
 """Lines of code proper; an issue that adds to the product raises this by what it adds."""
 
 
