@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,10 +105,8 @@ def test_influence_takes_the_checkpoints_of_the_mixture_that_was_made(whole: Pat
 def test_agreement_by_hand(whole: Path) -> None:
     scores = summary.scores(load.read_all(whole))
     assert scores is not None
-    same = [
-        dataclasses.replace(t, score_NCK=t.score_NCK[:, :, [0, 0]], steps=(50, 75)) for t in scores.tables
-    ]
-    assert summary.agreement(dataclasses.replace(scores, tables=same)) == [(50, 75, pytest.approx([1.0] * 6))]
+    same = [replace(t, score_NCK=t.score_NCK[:, :, [0, 0]], steps=(50, 75)) for t in scores.tables]
+    assert summary.agreement(replace(scores, tables=same)) == [(50, 75, pytest.approx([1.0] * 6))]
     assert summary.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
     # Ties share their mean rank: ranks 1.5, 1.5, 3 against 1, 2, 3.
     assert summary.spearman([5, 5, 9], [1, 2, 3]) == pytest.approx(np.sqrt(0.75))
@@ -146,33 +144,25 @@ def test_checkpoints_with_what_was_measured_at_them_and_why_they_stay(whole: Pat
     reading = load.read_all(whole)
     saved = summary.checkpoints(reading)
     assert [one.path.name for one in saved.partial] == [".step_00000120.tmp", "step_00000075"]
-    rows = {
-        row[0].text: [cell.text for cell in row[1:]] for row in tables.checkpoints(reading.run, saved).rows
-    }
-    assert rows["100"][:2] == ["410\xa0k", "uniform"] and rows["100"][-2:] == ["scored", "end of uniform"]
-    assert (
-        rows["110"][3] == "–"
-        and rows["110"][2].startswith("40.")
-        and list(rows) == ["50", "100", "110", "175"]
-    )
+    rows = [[cell.text for cell in row] for row in tables.checkpoints(reading.run, saved).rows]
+    assert [row[0] for row in rows] == ["50", "100", "110", "175"]
+    assert (rows[1][1:3], rows[1][-2:]) == (["410\xa0k", "uniform"], ["scored", "end of uniform"])
+    assert rows[2][3].startswith("40.") and rows[2][4] == "–"
 
 
 def test_why_a_checkpoint_is_kept_is_what_retention_goes_by(run: Path) -> None:
     config = load.read_run(run).config
-    train = dataclasses.replace(config.train, keep_last=1, keep_every=40, keep_spaced=2)
+    train = replace(config.train, keep_last=1, keep_every=40, keep_spaced=2)
     assert config.influence is not None
-    config = dataclasses.replace(
-        config, train=train, influence=dataclasses.replace(config.influence, steps=[60])
-    )
+    config = replace(config, train=train, influence=replace(config.influence, steps=[60]))
     why = {step: summary.pinned_as(config, step) for step in (30, 40, 50, 60, 100, 138, 175)}
     assert (why[30], why[40], why[50]) == ("", "train.keep_every", "train.keep_spaced")
     assert (why[60], why[100], why[175]) == ("influence.steps", "end of uniform", "end of influence")
 
 
 def test_the_control_s_command_is_one_that_the_trainer_reads(run: Path) -> None:
-    config = config_io.load(
-        summary.control_command(load.read_run(run)).partition("tools/train.py ")[2].split()
-    )
+    command = summary.control_command(load.read_run(run))
+    config = config_io.load(command.partition("tools/train.py ")[2].split())
     assert config.train.run == str(run / "control")
     assert config.train.init_from == str(run / "checkpoints" / "step_00000100")
     assert config.phases["influence"].weights == "uniform"
