@@ -74,13 +74,11 @@ class Report:
         """In the order of the page. Those with nothing to show are left out."""
         reading, run, scores = self.reading, self.reading.run, self.scores
         train = summary.launch(run, "train")
-        missing: dict[str, Any]
         yield Figure("loss", plots.loss(reading))
         yield Figure("sources", plots.loss_by_source(reading))
         if self.ends is not None:
-            alone = {"missing": "no control", "command": summary.control_command(run)}
-            missing = {} if reading.control else alone
-            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], **missing)
+            alone = ("", "") if reading.control else ("no control", summary.control_command(run))
+            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], *alone)
         elif run.config.data.probes:
             yield Figure("heldout", missing="not measured", command=train)
         else:
@@ -98,11 +96,11 @@ class Report:
             yield Figure("predicted", plots.predicted(reading, scores))
             tokenizer = examples.find_tokenizer(reading)
             again = f"python tools/report.py {run.root} --tokenizer MODEL"
-            missing = {} if tokenizer else {"missing": "no tokenizer", "command": again}
-            yield Figure("examples", extremes=examples.extremes(reading, scores, tokenizer), **missing)
+            missing = ("", "") if tokenizer else ("no tokenizer", again)
+            yield Figure("examples", (), (), *missing, examples.extremes(reading, scores, tokenizer))
         mix = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
-        missing = {"missing": "one phase", "command": mix} if len(run.phases) == 1 else {}
-        yield Figure("mixture", plots.mixture(reading), **missing)
+        missing = ("one phase", mix) if len(run.phases) == 1 else ("", "")
+        yield Figure("mixture", plots.mixture(reading), (), *missing)
         yield Figure("mixture-over-time", plots.mixture_over_time(reading))
         yield Figure("epochs", plots.epochs(reading))
         yield Figure("schedule", plots.schedule(reading))

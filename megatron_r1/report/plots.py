@@ -27,6 +27,7 @@ COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["color
 }
 """Name -> colour in light and in dark mode."""
 INK, CONTROL = "var(--ink)", "var(--control)"
+NATS = "nats per token"
 Rows = list[dict[str, Any]]
 Panels = list[Any]
 """Layer charts. Altair's own types say more than mypy can follow."""
@@ -121,7 +122,7 @@ def curves(
     run: Run,
     drawn: Sequence[Curve],
     title: str = "",
-    unit: str = "nats per token",
+    unit: str = NATS,
     *,
     smoothed: bool = False,
     span: Sequence[float] = (),
@@ -194,9 +195,7 @@ def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> l
     return out
 
 
-def over_steps(
-    reading: Reading, name: str, title: str = "", unit: str = "nats per token", **look: Any
-) -> Panels:
+def over_steps(reading: Reading, name: str, title: str = "", unit: str = NATS, **look: Any) -> Panels:
     """A metric of every step, of both arms; nothing where there is none."""
     if not (drawn := arms(reading, name)):
         return []
@@ -298,10 +297,8 @@ def predicted(reading: Reading, scores: summary.Scores) -> Panels:
     out, free, shades = [], {"zero": False, "padding": 16}, colors(reading.run.domains)
     for c, capability in enumerate(scores.capabilities):
         impact = reading.measured_impact.get(capability, {})
-        pairs = {s.source: (float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources}
-        rows: Rows = [
-            {"source": s, "score": x, "impact": y} for s, (x, y) in pairs.items() if np.isfinite(x + y)
-        ]
+        pairs = [(s.source, float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources]
+        rows: Rows = [{"source": s, "score": x, "impact": y} for s, x, y in pairs if np.isfinite(x + y)]
         # Of fewer than three sources there is no rank correlation to speak of.
         if len(rows) < 3:
             continue

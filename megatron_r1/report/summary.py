@@ -272,8 +272,7 @@ def overhead(costs: list[StageCost]) -> dict[str, float] | None:
 def ranks(run: Run) -> int | None:
     """Devices of the last training stage."""
     trained = [f"train {phase}" for phase in run.config.phases]
-    devices = [line["devices"] for line in run.stages if line["stage"] in trained]
-    return devices[-1] if devices else None
+    return next((line["devices"] for line in reversed(run.stages) if line["stage"] in trained), None)
 
 
 def launch(run: Run, tool: str, *overrides: str) -> str:

@@ -14,6 +14,7 @@ import yaml
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.records import CAPABILITIES, ScoreTable, TrainState
+from megatron_r1.report import load, summary
 from megatron_r1.run import ledger
 from tests.mixture import mixture_scores
 
@@ -125,6 +126,12 @@ def change(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     for line in lines:
         edit(line)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def scores_of(root: Path) -> summary.Scores:
+    scores = summary.scores(load.read_all(root))
+    assert scores is not None
+    return scores
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.report import load, plots, summary
 from megatron_r1.report.page import Report
 
-from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, write_scores
+from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, scores_of, write_scores
 
 
 def rows(panel: Any, layer: int | None = None) -> list[dict[str, Any]]:
@@ -69,6 +69,7 @@ def test_long_curves_are_thinned_and_keep_their_extremes(run: Path) -> None:
     long = replace(reading.run, columns=columns, last=last)
     found = rows(plots.loss(replace(reading, run=long))[0], 0)
     assert len(found) < 500 and max(row["value"] for row in found) == 9.0
+    assert {found[0]["tokens"], max(row["tokens"] for row in found)} == {TOKENS, steps[-1] * TOKENS}
 
 
 def test_a_steps_draws_are_what_its_line_has_more_than_the_line_before(run: Path) -> None:
@@ -111,8 +112,7 @@ def test_sources_at_their_cap_are_named(run: Path) -> None:
 
 
 def test_histograms_count_examples_and_strokes_are_the_means(whole: Path) -> None:
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     panel = plots.histograms(load.read_all(whole), scores)[0]
     for source in scores.sources:
         bars = [row for row in rows(panel, 1) if row["source"] == source.source]
@@ -122,8 +122,7 @@ def test_histograms_count_examples_and_strokes_are_the_means(whole: Path) -> Non
 
 
 def test_predicted_says_the_rank_correlation_and_leaves_out_what_is_too_few(whole: Path) -> None:
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     impact = {
         "code": {s.source: 0.1 * s.mean_C[0] for s in scores.sources},
         "math": {s.source: -0.1 * s.mean_C[1] for s in scores.sources},

@@ -17,12 +17,10 @@ from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import load, summary, tables
 from megatron_r1.run import ledger
 
-from .conftest import SOURCES, TOKENS, change, make_arm, make_scores, save
+from .conftest import SOURCES, TOKENS, change, make_arm, make_scores, save, scores_of
 
 
-def test_columns_are_the_lines_and_what_is_damaged_is_left_out(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_the_lines_that_can_be_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(run, lambda line: line.update(loss=float("nan")) if line["step"] == 3 else None)
     path = run / "metrics.jsonl"
     path.write_text("{\n" + path.read_text() + '{"step": 176')
@@ -33,13 +31,6 @@ def test_columns_are_the_lines_and_what_is_damaged_is_left_out(
     assert len(found.points("loss")[0]) == 174 and len(found.columns["rank_me"]) == 175
     assert found.points("rank_me")[1].tolist() == [12.5, 15, 17.5, 20, 22.5, 25, 27.5]
     assert found.measured("probe_nll") == list(CAPABILITIES)
-
-
-def test_thin_keeps_the_spike_and_both_ends() -> None:
-    values = np.ones(10_000)
-    values[7_331] = 9.0
-    at, kept = summary.thin((np.arange(10_000.0), values), 100)
-    assert len(kept) <= 110 and kept[at == 7_331] == [9.0] and (at[0], at[-1]) == (0, 9_999)
 
 
 def test_smoothing_does_not_mix_phases(run: Path) -> None:
@@ -80,8 +71,7 @@ def test_influence_weighs_as_the_mixture_does(
     monkeypatch.setattr(f"{draws}.room", lambda draws: np.full(len(SOURCES), np.inf))
     monkeypatch.setattr(f"{draws}.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config_io.load([str(whole / "config.yaml")]))
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     found = {s.source: s for s in scores.sources}
     assert np.allclose([found[name].joint for name in mixture.sources], mixture.rho_G)
     assert np.allclose([found[name].mean_C for name in mixture.sources], mixture.rho_GC)
@@ -93,8 +83,7 @@ def test_influence_takes_the_checkpoints_of_the_mixture_that_was_made(whole: Pat
     made = {"capabilities": list(CAPABILITIES), "steps": [100], "alpha": [[0.5], [0.25], [0.25]]}
     weights = dict(zip(CAPABILITIES, (0.5, 0.25, 0.25), strict=True))
     (whole / "mix.json").write_text(json.dumps(made | {"mix": {"capability_weight": weights}}))
-    scores, table = summary.scores(load.read_all(whole)), make_scores()[0]
-    assert scores is not None
+    scores, table = scores_of(whole), make_scores()[0]
     found = next(s for s in scores.sources if s.source == table.source)
     mean_C = table.score_NCK[:, :, 2].mean(0)
     assert np.allclose(found.mean_C, mean_C, rtol=1e-5)
@@ -103,8 +92,7 @@ def test_influence_takes_the_checkpoints_of_the_mixture_that_was_made(whole: Pat
 
 
 def test_agreement_by_hand(whole: Path) -> None:
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     same = [replace(t, score_NCK=t.score_NCK[:, :, [0, 0]], steps=(50, 75)) for t in scores.tables]
     assert summary.agreement(replace(scores, tables=same)) == [(50, 75, pytest.approx([1.0] * 6))]
     assert summary.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
