@@ -65,10 +65,12 @@ def test_cards_say_what_the_data_say(whole: Path) -> None:
         "Not complete: .step_00000175.tmp (being written",
         "Saving held the first rank up for 35 s, 33.3 % of its time.",
         "measuring influence 19 %, other 13 %, training 48 %, its control 21 %",
-        "−0.200 −4.0 %, one run, no interval",
         "learning_rate 0.004 0.002 0.002",
     ):
         assert said in text
+    # In the card and again in the figure; no difference stands without it.
+    for difference in ("−0.200 −4.0 %", "−0.080 ", "+0.040 "):
+        assert len(re.findall(rf"{re.escape(difference)}[^,]*, one run, no interval", text)) == 2
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(run: Path) -> None:

@@ -44,6 +44,10 @@ def test_curves_carry_the_measurements_and_the_control_begins_at_the_fork(pair: 
     assert control[0][1] == ours[100 * TOKENS]
     assert control[-1][1] - ours[175 * TOKENS] == pytest.approx(0.2, abs=1e-5)
     assert min(row["tokens"] for row in rows(panels[3])) == 100 * TOKENS
+    # The control has no count of tokens before its first step, only its phase's share so far.
+    forked = load.read_run(pair / "control")
+    assert forked.first["step"] == 101
+    assert summary.drawn(forked)[0][3] == pytest.approx(forked.first["mix_actual"])
 
 
 def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run: Path) -> None:
@@ -88,12 +92,6 @@ def test_a_steps_draws_are_what_its_line_has_more_than_the_line_before(run: Path
     assert {row["to"] for row in found if row["source"] == "gcide"} <= {n * TOKENS for n in range(61)}
     for row in found:
         assert row["high"] - row["low"] == pytest.approx(row["share"], abs=1e-5)
-
-
-def test_a_run_that_forks_off_another_begins_with_what_its_phase_has_drawn(pair: Path) -> None:
-    control = load.read_run(pair / "control")
-    assert control.first["step"] == 101
-    assert summary.drawn(control)[0][3] == pytest.approx(control.first["mix_actual"])
 
 
 def test_bars_are_targets_and_strokes_what_was_drawn_instead(run: Path) -> None:

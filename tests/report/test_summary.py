@@ -51,18 +51,8 @@ def test_a_control_that_is_behind_is_compared_where_both_were_measured(pair: Pat
     assert summary.fork(reading) == 100 * TOKENS
 
 
-def test_a_difference_says_that_it_has_no_interval(pair: Path) -> None:
-    ends = summary.held_out(load.read_all(pair))
-    assert ends is not None
-    rows = [row[-1] for row in tables.held_out(ends[1]).rows]
-    assert [cell.text for cell in rows] == ["−0.200", "−0.080", "+0.040"]
-    assert all(cell.small.endswith("one run, no interval") for cell in rows)
-
-
 @pytest.mark.parametrize("scale", ["raw", "zscore"])
-def test_influence_weighs_as_the_mixture_does(
-    whole: Path, scale: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_weigh_as_in_the_mixture(whole: Path, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (whole / "config.yaml").read_text().replace("scale: raw", f"scale: {scale}")
     (whole / "config.yaml").write_text(text)
     # The data plan needs the datasets; what the mixture makes of the scores does not.
