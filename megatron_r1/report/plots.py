@@ -115,7 +115,7 @@ class Curve:
     name: str
     points: Points
     color: str
-    dashed: bool = False
+    """The control's is also drawn dashed."""
 
 
 def curves(
@@ -155,7 +155,7 @@ def curves(
         x=tokens(since, 1.01 * last),
         y=number("value", span or padded(min(every), max(every))),
         color=named("name", {c.name: c.color for c in order}, legend),
-        strokeDash=named("name", {c.name: [5, 4] if c.dashed else [1, 0] for c in order}, legend),
+        strokeDash=named("name", {c.name: [5, 4] if c.color == CONTROL else [1, 0] for c in order}, legend),
     )
     raw, value = (base.transform_filter(f"datum.kind == '{kind}'") for kind in ("raw", "value"))
     layers = [redraw(raw, "line strokeWidth: 1, opacity: 0.28, clip: true")] if smoothed else []
@@ -191,7 +191,7 @@ def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> l
             at, values = np.append(own[0][before], at), np.append(own[1][before], values)
         late = at >= since
         if late.any():
-            out.append(Curve(arm, (at[late], values[late]), CONTROL if out else color, bool(out)))
+            out.append(Curve(arm, (at[late], values[late]), CONTROL if out else color))
     return out
 
 
