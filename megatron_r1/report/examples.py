@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,16 +80,11 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
         if tokenizer.fingerprint() != wanted:
             raise ValueError(f"--tokenizer {reading.tokenizer} is not the one that made the datasets")
         return tokenizer
-    for name in ("tokenizer.model", "tokenizer.json"):
-        path = reading.run.root / name
-        if kind not in KINDS or not path.is_file():
-            continue
-        try:
-            tokenizer = build_tokenizer(kind, path)
-        except (OSError, ValueError):
-            continue
-        if tokenizer.fingerprint() == wanted:
-            return tokenizer
+    for name in ("tokenizer.model", "tokenizer.json") if kind in KINDS else ():
+        with suppress(OSError, ValueError):
+            tokenizer = build_tokenizer(kind, reading.run.root / name)
+            if tokenizer.fingerprint() == wanted:
+                return tokenizer
     return None
 
 
@@ -114,12 +110,10 @@ def _place_and_text(reading: Reading, one: Example, tokenizer: Tokenizer | None)
     if end > len(dataset.tokens):
         raise ValueError(f"{prefix} has become shorter")
     place = f"tokens {begin:,} to {end:,}, document {document:,}"
-    try:
+    with suppress(FileNotFoundError, IndexError):
         origins = read_provenance(prefix)
         file = Path(origins.inputs[origins.files[document]]).name
         place += f", {file}, line {origins.lines[document]:,}"
-    except (FileNotFoundError, IndexError):
-        pass
     if tokenizer is None:
         return place, None
     text = tokenizer.decode(dataset.tokens[begin : min(end, begin + _TOKENS)].tolist())

@@ -7,7 +7,6 @@ import math
 import os
 from array import array
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +138,13 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
             values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
             for group in _GROUPS:
                 values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
-            for name, value in values.items():
-                column = columns.setdefault(name, array("d"))
-                column.extend(repeat(math.nan, steps - len(column)))
-                column.append(value)
+            for name in [name for name in values if name not in columns]:
+                columns[name] = array("d", [math.nan]) * steps
+            for name, column in columns.items():
+                column.append(values.get(name, math.nan))
             first, last[phase], steps = first or line, line, steps + 1
     if damaged:
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
-    for column in columns.values():
-        column.extend(repeat(math.nan, steps - len(column)))
     return {name: np.array(column) for name, column in columns.items()}, first, last
 
 

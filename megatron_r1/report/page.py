@@ -64,6 +64,7 @@ class Report:
     def __init__(self, reading: Reading):
         self.reading = reading
         self.saved = summary.checkpoints(reading)
+        self.complete = [one for one in self.saved if one.complete]
         self.scores = summary.scores(reading)
         self.costs = summary.stage_costs(reading)
         self.ends = summary.held_out(reading)
@@ -71,16 +72,13 @@ class Report:
 
     def _figures(self) -> Iterator[Figure]:
         """In the order of the page. Those with nothing to show are left out."""
-        reading, run, scores, saved = self.reading, self.reading.run, self.scores, self.saved
+        reading, run, scores = self.reading, self.reading.run, self.scores
         train = summary.launch(run, "train")
-        missing: dict[str, Any]
         yield Figure("loss", plots.loss(reading))
         yield Figure("sources", plots.loss_by_source(reading))
         if self.ends is not None:
-            missing = (
-                {} if reading.control else {"missing": "no control", "command": summary.control_command(run)}
-            )
-            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], **missing)
+            alone = ("", "") if reading.control else ("no control", summary.control_command(run))
+            yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], *alone)
         elif run.config.data.probes:
             yield Figure("heldout", missing="not measured", command=train)
         else:
@@ -98,18 +96,18 @@ class Report:
             yield Figure("predicted", plots.predicted(reading, scores))
             tokenizer = examples.find_tokenizer(reading)
             again = f"python tools/report.py {run.root} --tokenizer MODEL"
-            missing = {} if tokenizer else {"missing": "no tokenizer", "command": again}
-            yield Figure("examples", extremes=examples.extremes(reading, scores, tokenizer), **missing)
+            missing = ("", "") if tokenizer else ("no tokenizer", again)
+            yield Figure("examples", (), (), *missing, examples.extremes(reading, scores, tokenizer))
         mix = f"python tools/make_mix.py {RunDir(run.root).config} NEXT_PHASE.yaml mix.phase=NEXT_PHASE"
-        missing = {"missing": "one phase", "command": mix} if len(run.phases) == 1 else {}
-        yield Figure("mixture", plots.mixture(reading), **missing)
+        missing = ("one phase", mix) if len(run.phases) == 1 else ("", "")
+        yield Figure("mixture", plots.mixture(reading), (), *missing)
         yield Figure("mixture-over-time", plots.mixture_over_time(reading))
         yield Figure("epochs", plots.epochs(reading))
         yield Figure("schedule", plots.schedule(reading))
         yield Figure("phases", tables=[tables.phases(reading)])
-        if saved.complete:
-            listed = [tables.checkpoints(run, saved)]
-            yield Figure("checkpoints", plots.checkpoints(run, saved), listed, command=train)
+        if self.complete:
+            listed = [tables.checkpoints(run, self.complete)]
+            yield Figure("checkpoints", plots.checkpoints(run, self.saved), listed, command=train)
         else:
             yield Figure("checkpoints", missing="missing", command=train)
         if self.costs:
@@ -149,10 +147,9 @@ class Report:
             for number, drawing in enumerate(self.pictures(figure), 1):
                 name = f"{figure.anchor}{f'-{number}' if number > 1 else ''}.{kind}"
                 path = RunDir(self.reading.run.root).reports / name
+                png = kind == "png"
                 with replacing(path) as stream:
-                    stream.write(
-                        vl_convert.svg_to_png(drawing, scale=2) if kind == "png" else drawing.encode()
-                    )
+                    stream.write(vl_convert.svg_to_png(drawing, scale=2) if png else drawing.encode())
                 yield path
 
     def pictures(self, figure: Figure) -> Iterable[str]:
@@ -163,9 +160,8 @@ class Report:
             whole = alt.concat(*drawn, columns=figure.columns, title=alt.Title(figure.title, fontSize=18))
             spec = whole.resolve_scale(color="independent", strokeDash="independent").to_dict(validate=False)
             config = plots.PAGE["config"] | {"background": "var(--card)", "padding": 20}
-            yield vl_convert.vegalite_to_svg(
-                json.loads(_in_light(json.dumps(spec | {"config": config}))), _VEGA_LITE
-            )
+            light = json.loads(_in_light(json.dumps(spec | {"config": config})))
+            yield vl_convert.vegalite_to_svg(light, _VEGA_LITE)
         for table in figure.tables:
             yield _in_light(str(self.page.picture(table, figure.title)))
 

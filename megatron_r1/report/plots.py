@@ -5,6 +5,7 @@ Colours are CSS variables, so that one drawing serves light and dark. page.yaml 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["color
 }
 """Name -> colour in light and in dark mode."""
 INK, CONTROL = "var(--ink)", "var(--control)"
+NATS = "nats per token"
 Rows = list[dict[str, Any]]
 Panels = list[Any]
 """Layer charts. Altair's own types say more than mypy can follow."""
@@ -113,14 +115,14 @@ class Curve:
     name: str
     points: Points
     color: str
-    dashed: bool = False
+    """The control's is also drawn dashed."""
 
 
 def curves(
     run: Run,
     drawn: Sequence[Curve],
     title: str = "",
-    unit: str = "nats per token",
+    unit: str = NATS,
     *,
     smoothed: bool = False,
     span: Sequence[float] = (),
@@ -153,7 +155,7 @@ def curves(
         x=tokens(since, 1.01 * last),
         y=number("value", span or padded(min(every), max(every))),
         color=named("name", {c.name: c.color for c in order}, legend),
-        strokeDash=named("name", {c.name: [5, 4] if c.dashed else [1, 0] for c in order}, legend),
+        strokeDash=named("name", {c.name: [5, 4] if c.color == CONTROL else [1, 0] for c in order}, legend),
     )
     raw, value = (base.transform_filter(f"datum.kind == '{kind}'") for kind in ("raw", "value"))
     layers = [redraw(raw, "line strokeWidth: 1, opacity: 0.28, clip: true")] if smoothed else []
@@ -187,16 +189,13 @@ def arms(reading: Reading, name: str, color: str = INK, since: float = 0.0) -> l
         if out and len(values):
             own, before = out[0].points, np.flatnonzero(out[0].points[0] < run.first["tokens"])[-1:]
             at, values = np.append(own[0][before], at), np.append(own[1][before], values)
-        if (at >= since).any():
-            out.append(
-                Curve(arm, (at[at >= since], values[at >= since]), CONTROL if out else color, bool(out))
-            )
+        late = at >= since
+        if late.any():
+            out.append(Curve(arm, (at[late], values[late]), CONTROL if out else color))
     return out
 
 
-def over_steps(
-    reading: Reading, name: str, title: str = "", unit: str = "nats per token", **look: Any
-) -> Panels:
+def over_steps(reading: Reading, name: str, title: str = "", unit: str = NATS, **look: Any) -> Panels:
     """A metric of every step, of both arms; nothing where there is none."""
     if not (drawn := arms(reading, name)):
         return []
@@ -222,9 +221,9 @@ def loss_by_source(reading: Reading) -> Panels:
     run, shades = reading.run, colors(reading.run.domains)
     measured = set(run.measured("loss_by_source"))
     drawn = [Curve(s, run.points(f"loss_by_source/{s}"), shades[s]) for s in shades if s in measured]
-    by_domain = {
-        run.domains[c.name]: [d for d in drawn if run.domains[d.name] == run.domains[c.name]] for c in drawn
-    }
+    by_domain: dict[str, list[Curve]] = {}
+    for c in drawn:
+        by_domain.setdefault(run.domains[c.name], []).append(c)
     span = late_span(run, [c.points for c in drawn]) if drawn else ()
     return [curves(run, members, domain, smoothed=True, span=span) for domain, members in by_domain.items()]
 
@@ -298,10 +297,8 @@ def predicted(reading: Reading, scores: summary.Scores) -> Panels:
     out, free, shades = [], {"zero": False, "padding": 16}, colors(reading.run.domains)
     for c, capability in enumerate(scores.capabilities):
         impact = reading.measured_impact.get(capability, {})
-        pairs = {s.source: (float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources}
-        rows: Rows = [
-            {"source": s, "score": x, "impact": y} for s, (x, y) in pairs.items() if np.isfinite(x + y)
-        ]
+        pairs = [(s.source, float(s.mean_C[c]), impact.get(s.source, np.nan)) for s in scores.sources]
+        rows: Rows = [{"source": s, "score": x, "impact": y} for s, x, y in pairs if np.isfinite(x + y)]
         # Of fewer than three sources there is no rank correlation to speak of.
         if len(rows) < 3:
             continue
@@ -331,16 +328,14 @@ def mixture(reading: Reading) -> Panels:
             off = phase == phases[-1] and abs(drew - share) >= 0.001
             row = {"source": s, "domain": run.domains[s], "phase": phase, "share": share}
             rows.append(row | {"drew": drew if off else None, "edge": max(share, drew) if off else share})
-    pale = named(
-        "phase", dict(zip(phases, [0.4, 1.0][-len(phases) :], strict=True)), {"symbolFillColor": INK}
-    )
+    opacity = dict(zip(phases, [0.4, 1.0][-len(phases) :], strict=True))
     bars = draw(
         rows,
         "bar",
         "source domain phase share:.2%",
         x=number("share", format="~%", title="share of sequences"),
         yOffset={"field": "phase", "type": "nominal", "sort": phases, "scale": {"paddingOuter": 0.12}},
-        opacity=pale,
+        opacity=named("phase", opacity, {"symbolFillColor": INK}),
         **source_rows(shades),
     )
     shown, ink = {"field": "share", "type": "quantitative", "format": ".1%"}, alt.value(INK)
@@ -354,23 +349,17 @@ def mixture_over_time(reading: Reading) -> Panels:
     run, shades = reading.run, colors(reading.run.domains)
     bands: Rows = []
     means: Rows = []
-    spans = [
-        (p, a, b, run.last[p]["mix_actual"]) for p, a, b in run.spans if b - a > 0.07 * run.end["tokens"]
-    ]
+    wide = [span for span in run.spans if span[2] - span[1] > 0.07 * run.end["tokens"]]
+    spans = [(*span, run.last[span[0]]["mix_actual"]) for span in wide]
     for drawn, out in ((summary.drawn(run), bands), (spans, means)):
         for phase, begin, end, shares in drawn:
-            low = 0.0
-            for s in shades:
-                at = {"tokens": begin, "to": end, "middle": (begin + end) / 2}
-                row: dict[str, Any] = {
-                    "source": s,
-                    "phase": phase,
-                    "share": shares.get(s, 0.0),
-                    "low": low,
-                    **at,
-                }
-                low += row["share"]
-                out += [row | {"high": low, "inside": (low + row["low"]) / 2}] if row["share"] else []
+            at = {"phase": phase, "tokens": begin, "to": end, "middle": (begin + end) / 2}
+            held = {s: shares[s] for s in shades if shares.get(s)}
+            edges = itertools.pairwise(itertools.accumulate(held.values(), initial=0.0))
+            for (s, share), (low, high) in zip(held.items(), edges, strict=True):
+                place = {"low": low, "high": high, "inside": (high + low) / 2}
+                out.append({"source": s, "share": share} | at | place)
+    columns = {"expr": "max(2, floor(width / 150))"}
     chart = draw(
         bands,
         "rect clip: true",
@@ -379,13 +368,11 @@ def mixture_over_time(reading: Reading) -> Panels:
         y=number("low", (0, 1), {"reverse": True}, labels=False),
         x2="to:Q",
         y2="high:Q",
-        color=named(
-            "source", shades, {"columns": {"expr": "max(2, floor(width / 150))"}, "symbolType": "square"}
-        ),
+        color=named("source", shades, {"columns": columns, "symbolType": "square"}),
     )
-    wide = [row for row in means if row["share"] > 0.045]
+    large = [row for row in means if row["share"] > 0.045]
     text = {"field": "share", "type": "quantitative", "format": ".1%"}
-    numbers = draw(wide, "text color: var(--card), fontWeight: bold", x="middle:Q", y="inside:Q", text=text)
+    numbers = draw(large, "text color: var(--card), fontWeight: bold", x="middle:Q", y="inside:Q", text=text)
     return [panel([chart, numbers, *phase_marks(run, "var(--card)")], height=max(300, 17 * len(shades)))]
 
 
@@ -408,34 +395,29 @@ def epochs(reading: Reading) -> Panels:
     return [panel([*one, bars, text, ticks], height=24 * len(shades))]
 
 
-def checkpoints(run: Run, saved: summary.Checkpoints) -> Panels:
+def checkpoints(run: Run, saved: Sequence[summary.Saved]) -> Panels:
     """A lane of strokes for what holds of the checkpoints, over tokens."""
+    complete, per_step = [one for one in saved if one.complete], run.config.tokens_per_step()
     lanes = {
-        "complete": saved.complete,
-        "kept for good": [one for one in saved.complete if one.pinned],
-        "influence scored": [one for one in saved.complete if one.scored],
-        "not complete": saved.partial,
+        "complete": complete,
+        "kept for good": [one for one in complete if one.pinned],
+        "influence scored": [one for one in complete if one.scored],
+        "not complete": [one for one in saved if not one.complete],
     }
     rows: Rows = [
-        {
-            "lane": f"{lane}  {len(of):,}",
-            "step": one.step,
-            "tokens": float(one.step * run.config.tokens_per_step()),
-        }
+        {"lane": f"{lane}  {len(of):,}", "step": one.step, "tokens": float(one.step * per_step)}
         for lane, of in lanes.items()
         for one in of
     ]
     order = list(dict.fromkeys(row["lane"] for row in rows))
     axis = {"title": None, "labelColor": INK, "grid": True, "labelLimit": 200}
+    partial = {"test": "indexof(datum.lane, 'not') == 0", "value": "var(--negative)"}
     ticks = draw(
         rows,
         "tick size: 15, clip: true",
         "lane step:, tokens:.3s",
         x=tokens(0.0, 1.01 * max(run.end["tokens"], *(row["tokens"] for row in rows))),
         y={"field": "lane", "type": "nominal", "sort": order, "axis": axis},
-        color={
-            "condition": {"test": "indexof(datum.lane, 'not') == 0", "value": "var(--negative)"},
-            "value": INK,
-        },
+        color={"condition": partial, "value": INK},
     )
     return [panel([ticks, *phase_marks(run)], height=26 * len(order))]

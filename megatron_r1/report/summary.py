@@ -52,9 +52,8 @@ def stretches(run: Run, tokens: np.ndarray, most: int) -> np.ndarray:
     count, bounds = min(most, len(tokens) // 3), [0]
     for _, begin, end in run.spans:
         a, b = np.searchsorted(tokens, (begin, end), side="right")
-        bounds += np.linspace(
-            a, b, 1 + max(1, round(count * (b - a) / max(1, len(tokens)))), dtype=int
-        ).tolist()
+        pieces = max(1, round(count * (b - a) / max(1, len(tokens))))
+        bounds += np.linspace(a, b, 1 + pieces, dtype=int).tolist()
     return np.unique([*bounds, len(tokens)])
 
 
@@ -130,11 +129,8 @@ def scores(reading: Reading) -> Scores | None:
         share_N = table.length_N / table.length_N.sum()
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
-        helping = float((joint_N > mix.keep_above).mean())
-        joint = float(mean_C @ weight_C)
-        found.append(
-            SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, joint, helping)
-        )
+        sums = float(mean_C @ weight_C), float((joint_N > mix.keep_above).mean())
+        found.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, *sums))
     found.sort(key=lambda s: -s.joint)
     return Scores(tables[0].capabilities, found, tables, _unit(reading, mix, tables[0]))
 
@@ -276,8 +272,7 @@ def overhead(costs: list[StageCost]) -> dict[str, float] | None:
 def ranks(run: Run) -> int | None:
     """Devices of the last training stage."""
     trained = [f"train {phase}" for phase in run.config.phases]
-    devices = [line["devices"] for line in run.stages if line["stage"] in trained]
-    return devices[-1] if devices else None
+    return next((line["devices"] for line in reversed(run.stages) if line["stage"] in trained), None)
 
 
 def launch(run: Run, tool: str, *overrides: str) -> str:
@@ -310,35 +305,24 @@ class Saved:
     pinned: str
     """Why it is never deleted; empty where it is not kept for good."""
     scored: bool
+    complete: bool
+    """Neither under way, nor left behind, nor without a readable description."""
 
 
-@dataclass(frozen=True)
-class Checkpoints:
-    complete: list[Saved]
-    """In training order."""
-    partial: list[Saved]
-    """Under way, left behind, or without a readable description."""
-
-    def listed(self, most: int = 12) -> list[Saved]:
-        """What a table has room for: the newest three, what is kept for good, what was scored."""
-        newest = self.complete[-3:]
-        return [one for one in self.complete if one.pinned or one.scored or one in newest][-most:]
-
-
-def checkpoints(reading: Reading) -> Checkpoints:
+def checkpoints(reading: Reading) -> list[Saved]:
+    """In training order; first those with a hidden name, which are under way or left behind."""
     config, directory = reading.run.config, RunDir(reading.run.root).checkpoints
     whole = {ref.path for ref in checkpoint_files.complete_checkpoints(directory)} - set(
         checkpoint_files.damaged(directory)
     )
     scored = {one.step for of in reading.scored.values() for one in of}
-    found: dict[bool, list[Saved]] = {True: [], False: []}
+    out = []
     for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):
         number = path.name.removeprefix(".").removeprefix("step_").split(".")[0]
         if number.isdigit():
-            step = int(number)
-            saved = Saved(path, step, _size(path), pinned_as(config, step), step in scored)
-            found[path in whole].append(saved)
-    return Checkpoints(*found.values())
+            pinned, seen = pinned_as(config, int(number)), int(number) in scored
+            out.append(Saved(path, int(number), _size(path), pinned, seen, path in whole))
+    return out
 
 
 def _size(directory: Path) -> int:

@@ -76,9 +76,8 @@ def heat(reading: Reading, scores: summary.Scores) -> Table:
         name = Cell(s.source, reading.run.domains[s.source], shades[s.source])
         rows.append([name, *cells, percent(s.helping, 0)])
     unit = " ×10" + f"{power}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
-    return Table(
-        ["source", *(f"{c}{unit}" for c in (*scores.capabilities, "joint")), "examples that help"], rows
-    )
+    columns = [f"{c}{unit}" for c in (*scores.capabilities, "joint")]
+    return Table(["source", *columns, "examples that help"], rows)
 
 
 def agreement(scores: summary.Scores) -> Table:
@@ -87,9 +86,8 @@ def agreement(scores: summary.Scores) -> Table:
         [f"{a:,} → {b:,}", *(Cell(signed(r, 2), shade=0.7 * r) if r == r else "–" for r in ranks)]
         for a, b, ranks in summary.agreement(scores)
     ]
-    return Table(
-        ["steps", *(f"{c}, {of}" for of in ("examples", "sources") for c in scores.capabilities)], rows
-    )
+    columns = [f"{c}, {of}" for of in ("examples", "sources") for c in scores.capabilities]
+    return Table(["steps", *columns], rows)
 
 
 def phases(reading: Reading) -> Table:
@@ -112,11 +110,12 @@ def phases(reading: Reading) -> Table:
     return Table(["", *columns], [[name, *(of[name] for of in columns.values())] for name in names])
 
 
-def checkpoints(run: Run, saved: summary.Checkpoints) -> Table:
-    """The most telling checkpoints: where they lie, what was measured at them, why they stay."""
+def checkpoints(run: Run, complete: Sequence[summary.Saved], most: int = 12) -> Table:
+    """The newest three, what is kept for good, what was scored: what was measured at them, why they stay."""
+    listed = [one for one in complete if one.pinned or one.scored or one in complete[-3:]][-most:]
     nll = {c: dict(zip(*run.points(f"probe_nll/{c}"), strict=True)) for c in run.measured("probe_nll")}
     rows = []
-    for one in saved.listed():
+    for one in listed:
         tokens = one.step * run.config.tokens_per_step()
         values = [f"{of[tokens]:.3f}" if tokens in of else "–" for of in nll.values()]
         phase = next((s.name for s in phase_spans(run.config) if s.start < one.step <= s.end), "–")
@@ -128,9 +127,8 @@ def checkpoints(run: Run, saved: summary.Checkpoints) -> Table:
 
 def stages(costs: Sequence[summary.StageCost]) -> Table:
     """Time and tokens of every stage."""
-    seconds, tokens, spent = (
-        sum(getattr(c, of) for c in costs) for of in ("seconds", "tokens", "device_hours")
-    )
+    totals = ("seconds", "tokens", "device_hours")
+    seconds, tokens, spent = (sum(getattr(c, of) for c in costs) for of in totals)
     rows: list[list[Cell | str]] = []
     for c in costs:
         rate = count(c.tokens / c.seconds) if c.tokens and c.seconds else "–"

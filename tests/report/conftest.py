@@ -14,50 +14,41 @@ import yaml
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.records import CAPABILITIES, ScoreTable, TrainState
+from megatron_r1.report import load, summary
 from megatron_r1.run import ledger
 from tests.mixture import mixture_scores
 
-SOURCES = {
-    "python-stdlib": ("code", 5.2),
-    "torch-source": ("code", 4.8),
-    "sympy": ("math", 5.0),
-    "gcide": ("knowledge", 5.9),
-    "base64": ("none", 7.9),
-}
+SOURCES: dict[str, tuple[str, float]] = (
+    yaml.safe_load("""{python-stdlib: [code, 5.2], torch-source: [code, 4.8],
+    sympy: [math, 5.0], gcide: [knowledge, 5.9], base64: [none, 7.9]}""")
+)
 """Name -> domain, and the loss that it approaches."""
 MIXED = {"python-stdlib": 0.4, "torch-source": 0.2, "sympy": 0.25, "gcide": 0.15}
-HELPS = {
-    "code": (0.9, 0.1, 0.05),
-    "math": (0.3, 0.7, 0.1),
-    "knowledge": (0.1, 0.05, 0.8),
-    "none": (-0.4, -0.5, -0.3),
-}
+HELPS = yaml.safe_load("""{code: [0.9, 0.1, 0.05], math: [0.3, 0.7, 0.1], knowledge: [0.1, 0.05, 0.8],
+    none: [-0.4, -0.5, -0.3]}""")
 """Mean score by the source's domain, for code, math and knowledge."""
 UNIFORM_STEPS, MIXED_STEPS = 100, 75
 BATCH, LENGTH = 16, 256
 TOKENS = BATCH * LENGTH
-MODEL = yaml.safe_load("""{num_layers: 4, hidden_size: 192, ffn_hidden_size: 640, num_attention_heads: 3,
-    num_query_groups: 1, vocab_size: 4096}""")
+GIVEN = """
+model: {num_layers: 4, hidden_size: 192, ffn_hidden_size: 640, num_attention_heads: 3, num_query_groups: 1,
+  vocab_size: 4096}
+data: {seq_length: 256, probes: {code: heldout_code, math: heldout_math, knowledge: heldout_knowledge}}
+train: {global_batch: 16, micro_batch: 8, precision: fp32}
+phases: {uniform: {steps: 100}}
+influence: {directions: {code: probe_code, math: probe_math, knowledge: probe_knowledge}}
+mix: {phase: influence}
+"""
 
 
 def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, domains: Any = None) -> None:
     """Write config.yaml, metrics.jsonl and ledger.jsonl of one arm; its metrics begin after `first_step`."""
     sources = domains or {name: domain for name, (domain, _) in SOURCES.items()}
+    given = yaml.safe_load(GIVEN)
+    given["data"]["sources"] = {s: {"prefix": f"data/{s}", "domain": domain} for s, domain in sources.items()}
+    given["train"]["run"] = str(root)
     second = {"weights": weights, "steps": MIXED_STEPS, "learning_rate": 2e-3, "max_epochs": 0.5}
-    given = {
-        "model": MODEL,
-        "data": {
-            "sources": {
-                name: {"prefix": f"data/{name}", "domain": domain} for name, domain in sources.items()
-            },
-            "probes": {c: f"probes/heldout_{c}" for c in CAPABILITIES},
-            "seq_length": LENGTH,
-        },
-        "train": {"run": str(root), "global_batch": BATCH, "micro_batch": 8, "precision": "fp32"},
-        "phases": {"uniform": {"steps": UNIFORM_STEPS}, last: second},
-        "influence": {"directions": {c: f"probes/probe_{c}" for c in CAPABILITIES}},
-        "mix": {"phase": "influence"},
-    }
+    given["phases"][last] = second
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     config = config_io.load([str(root / "config.yaml")])
@@ -68,27 +59,15 @@ def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, 
         given = config.phase_weights(phase)
         target = {s: given.get(s, 0.0) / sum(given.values()) for s in sources}
         drawn = {s: n + target[s] * BATCH for s, n in drawn.items()}
-        fall = np.exp(-step / 35)
-        losses = {
-            s: 8.4 * fall + SOURCES.get(s, ("", 5.0))[1] * (1 - fall) + 0.08 * random.standard_normal()
-            for s in sources
-            if target[s]
-        }
-        line = {
-            "step": step,
-            "phase": phase,
-            "tokens": step * TOKENS,
-            "loss": sum(target[s] * loss for s, loss in losses.items()),
-            "loss_by_source": losses,
-            "tokens_by_source": {s: n * LENGTH for s, n in drawn.items()},
-            "epochs_by_source": {s: n / (300 + 400 * i) for i, (s, n) in enumerate(drawn.items())},
-            "mix_target": target,
-            "mix_actual": target,
-            "learning_rate": 4e-3,
-            "grad_norm": 1.0,
-            "seconds": 0.4,
-            "tokens_per_second": TOKENS / 0.4,
-        }
+        fall, own = np.exp(-step / 35), [s for s in sources if target[s]]
+        ends = {s: SOURCES.get(s, ("", 5.0))[1] + 0.08 * random.standard_normal() for s in own}
+        losses = {s: 8.4 * fall + end * (1 - fall) for s, end in ends.items()}
+        fixed = {"learning_rate": 4e-3, "grad_norm": 1.0, "seconds": 0.4, "tokens_per_second": TOKENS / 0.4}
+        line = fixed | {"step": step, "phase": phase, "tokens": step * TOKENS, "loss_by_source": losses}
+        line |= {"mix_target": target, "mix_actual": dict(target)}
+        line["loss"] = sum(target[s] * loss for s, loss in losses.items())
+        line["tokens_by_source"] = {s: n * LENGTH for s, n in drawn.items()}
+        line["epochs_by_source"] = {s: n / (300 + 400 * i) for i, (s, n) in enumerate(drawn.items())}
         if step % 25 == 0:
             better = gain * max(0, step - UNIFORM_STEPS) / MIXED_STEPS
             line["probe_nll"] = {
@@ -147,6 +126,12 @@ def change(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     for line in lines:
         edit(line)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def scores_of(root: Path) -> summary.Scores:
+    scores = summary.scores(load.read_all(root))
+    assert scores is not None
+    return scores
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.report import load, plots, summary
 from megatron_r1.report.page import Report
 
-from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, write_scores
+from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, scores_of, write_scores
 
 
 def rows(panel: Any, layer: int | None = None) -> list[dict[str, Any]]:
@@ -25,9 +25,8 @@ def rows(panel: Any, layer: int | None = None) -> list[dict[str, Any]]:
 
 def test_every_figure_is_valid_vega_lite(whole: Path) -> None:
     save(whole, 50, 100)
-    (whole / "measured_impact.json").write_text(
-        json.dumps({"code": {s: 0.1 * i for i, s in enumerate(SOURCES)}})
-    )
+    impact = {"code": {s: 0.1 * i for i, s in enumerate(SOURCES)}}
+    (whole / "measured_impact.json").write_text(json.dumps(impact))
     figures = {f.anchor: f for f in Report(load.read_all(whole)).figures}
     assert list(figures) == list(plots.PAGE["figures"])
     for figure in figures.values():
@@ -42,10 +41,13 @@ def test_curves_carry_the_measurements_and_the_control_begins_at_the_fork(pair: 
     control = [(row["tokens"], row["value"]) for row in found if row["name"] == "control"]
     ours = {row["tokens"]: row["value"] for row in found if row["name"] == "influence"}
     assert len(ours) == 7 and [at for at, _ in control] == [step * TOKENS for step in (100, 125, 150, 175)]
-    assert control[0][1] == ours[100 * TOKENS] and control[-1][1] - ours[175 * TOKENS] == pytest.approx(
-        0.2, abs=1e-5
-    )
+    assert control[0][1] == ours[100 * TOKENS]
+    assert control[-1][1] - ours[175 * TOKENS] == pytest.approx(0.2, abs=1e-5)
     assert min(row["tokens"] for row in rows(panels[3])) == 100 * TOKENS
+    # The control has no count of tokens before its first step, only its phase's share so far.
+    forked = load.read_run(pair / "control")
+    assert forked.first["step"] == 101
+    assert summary.drawn(forked)[0][3] == pytest.approx(forked.first["mix_actual"])
 
 
 def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run: Path) -> None:
@@ -68,9 +70,10 @@ def test_long_curves_are_thinned_and_keep_their_extremes(run: Path) -> None:
     loss[777_777] = 9.0
     last = {"uniform": reading.run.last["uniform"] | {"tokens": float(steps[-1] * TOKENS)}}
     columns = {"tokens": steps * TOKENS, "step": steps, "loss": loss}
-    long = dataclasses.replace(reading.run, columns=columns, last=last)
-    found = rows(plots.loss(dataclasses.replace(reading, run=long))[0], 0)
+    long = replace(reading.run, columns=columns, last=last)
+    found = rows(plots.loss(replace(reading, run=long))[0], 0)
     assert len(found) < 500 and max(row["value"] for row in found) == 9.0
+    assert {found[0]["tokens"], max(row["tokens"] for row in found)} == {TOKENS, steps[-1] * TOKENS}
 
 
 def test_a_steps_draws_are_what_its_line_has_more_than_the_line_before(run: Path) -> None:
@@ -91,12 +94,6 @@ def test_a_steps_draws_are_what_its_line_has_more_than_the_line_before(run: Path
         assert row["high"] - row["low"] == pytest.approx(row["share"], abs=1e-5)
 
 
-def test_a_run_that_forks_off_another_begins_with_what_its_phase_has_drawn(pair: Path) -> None:
-    control = load.read_run(pair / "control")
-    assert control.first["step"] == 101
-    assert summary.drawn(control)[0][3] == pytest.approx(control.first["mix_actual"])
-
-
 def test_bars_are_targets_and_strokes_what_was_drawn_instead(run: Path) -> None:
     change(run, lambda line: line["mix_actual"].update(sympy=line["mix_actual"]["sympy"] + 0.01))
     found = rows(plots.mixture(load.read_all(run))[0])
@@ -113,8 +110,7 @@ def test_sources_at_their_cap_are_named(run: Path) -> None:
 
 
 def test_histograms_count_examples_and_strokes_are_the_means(whole: Path) -> None:
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     panel = plots.histograms(load.read_all(whole), scores)[0]
     for source in scores.sources:
         bars = [row for row in rows(panel, 1) if row["source"] == source.source]
@@ -124,8 +120,7 @@ def test_histograms_count_examples_and_strokes_are_the_means(whole: Path) -> Non
 
 
 def test_predicted_says_the_rank_correlation_and_leaves_out_what_is_too_few(whole: Path) -> None:
-    scores = summary.scores(load.read_all(whole))
-    assert scores is not None
+    scores = scores_of(whole)
     impact = {
         "code": {s.source: 0.1 * s.mean_C[0] for s in scores.sources},
         "math": {s.source: -0.1 * s.mean_C[1] for s in scores.sources},
@@ -138,10 +133,8 @@ def test_predicted_says_the_rank_correlation_and_leaves_out_what_is_too_few(whol
 
 
 def test_scores_of_one_example_and_of_tiny_size_are_drawn(pair: Path) -> None:
-    tiny = [dataclasses.replace(t, score_NCK=t.score_NCK * 1e-7) for t in make_scores(examples=1)]
-    write_scores(pair, tiny)
-    report = Report(load.read_all(pair))
-    heat = next(f for f in report.figures if f.anchor == "heat").tables[0]
+    write_scores(pair, [replace(t, score_NCK=t.score_NCK * 1e-7) for t in make_scores(examples=1)])
+    heat = next(f for f in Report(load.read_all(pair)).figures if f.anchor == "heat").tables[0]
     assert "×10⁻" in heat.head[1]
 
 
@@ -160,10 +153,5 @@ def test_every_colour_stands_out_from_the_card() -> None:
 def test_a_source_has_one_colour_of_its_domain_and_a_capability_the_same_family() -> None:
     found = plots.colors({"a": "math", "b": "code", "c": "math", "d": "none", "e": "web"})
     assert list(found) == ["b", "a", "c", "d", "e"]
-    assert [color[6:-1] for color in found.values()] == [
-        "blue-0",
-        "orange-0",
-        "orange-1",
-        "magenta-0",
-        "olive-0",
-    ]
+    hues = " ".join(color[6:-1] for color in found.values())
+    assert hues == "blue-0 orange-0 orange-1 magenta-0 olive-0"
