@@ -258,17 +258,17 @@ def schedule(reading: Reading) -> Panels:
 
 def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Panels:
     """A panel per capability: for each source how its examples' scores are distributed."""
-    shades, found, out = colors(reading.run.domains), scores.sources, []
-    name = f"{json.dumps([s.source for s in found])}[floor(datum.value)]"
-    at = {"values": [row + 0.5 for row in range(len(found))], "tickCount": len(found)}
+    shades, scored, out = colors(reading.run.domains), scores.sources, []
+    name = f"{json.dumps([s.source for s in scored])}[floor(datum.value)]"
+    at = {"values": [row + 0.5 for row in range(len(scored))], "tickCount": len(scored)}
     axis = at | {"labelExpr": name} | labels(shades, name)
     for c, capability in enumerate(scores.capabilities):
-        every = np.concatenate([s.score_NC[:, c] for s in found])
+        every = np.concatenate([s.score_NC[:, c] for s in scored])
         low, high = np.percentile(every[np.isfinite(every)], (1, 99)) if np.isfinite(every).any() else (0, 0)
         edges = np.linspace(*padded(min(float(low), 0.0), max(float(high), 0.0)), bins + 1).tolist()
         bars: Rows = []
         means: Rows = []
-        for foot, s in enumerate(found, 1):
+        for foot, s in enumerate(scored, 1):
             share = np.histogram(s.score_NC[:, c], edges)[0] / len(s.score_NC)
             row = {"source": s.source, "foot": foot - 0.05}
             top = row["foot"] - 0.85 * share / (share.max() or 1.0)
@@ -280,7 +280,7 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
             means.append(row | {"low": float(s.mean_C[c]), "positive": positive, "top": foot - 1.0})
         place: dict[str, Any] = {
             "x": number("low", (edges[0], edges[-1]), title="lowers the loss →", format=".3~g", tickCount=4),
-            "y": number("top", (0, len(found)), {"reverse": True}, **axis),
+            "y": number("top", (0, len(scored)), {"reverse": True}, **axis),
             "y2": "foot:Q",
         }
         look, tips = named("source", shades), "source low:.3g high:.3g share:.1%"
@@ -288,7 +288,7 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
         mark = "rule color: var(--ink), strokeWidth: 2, clip: true"
         strokes = draw(means, mark, "source low:.3g positive:.1%", **place)
         zero = draw([{"zero": 0}], "rule", x="zero:Q")
-        out.append(panel([zero, chart, strokes], capability, "score", 34 * len(found)))
+        out.append(panel([zero, chart, strokes], capability, "score", 34 * len(scored)))
     return out
 
 

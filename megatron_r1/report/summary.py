@@ -123,16 +123,16 @@ def scores(reading: Reading) -> Scores | None:
         return None
     weight_C, time_K = alpha_CK.sum(1), alpha_CK.sum(0)
     offset_CK, scale_CK = scale_of(tables, mix)
-    found = []
+    influences = []
     for table, joint_N in zip(tables, joint_scores(tables, mix), strict=True):
         score_NC = np.einsum("nck,k->nc", (table.score_NCK - offset_CK) / scale_CK, time_K)
         share_N = table.length_N / table.length_N.sum()
         mean_C = share_N @ score_NC
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
         sums = float(mean_C @ weight_C), float((joint_N > mix.keep_above).mean())
-        found.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, *sums))
-    found.sort(key=lambda s: -s.joint)
-    return Scores(tables[0].capabilities, found, tables, _unit(reading, mix, tables[0]))
+        influences.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, *sums))
+    influences.sort(key=lambda s: -s.joint)
+    return Scores(tables[0].capabilities, influences, tables, _unit(reading, mix, tables[0]))
 
 
 def _weighing(reading: Reading) -> tuple[MixConfig, np.ndarray, list[ScoreTable]]:
@@ -153,8 +153,8 @@ def _weighing(reading: Reading) -> tuple[MixConfig, np.ndarray, list[ScoreTable]
         alpha_CK = checkpoint_weights(mix, capabilities, steps)
     columns = [tables[0].steps.index(step) for step in steps]
     tables = [replace(t, steps=steps, score_NCK=t.score_NCK[:, :, columns]) for t in tables]
-    found = {name: [s for s in of if s.step in steps] for name, of in reading.scored.items()}
-    return mix, alpha_CK, [in_units(t, found[t.source], mix) for t in tables]
+    counted = {name: [s for s in of if s.step in steps] for name, of in reading.scored.items()}
+    return mix, alpha_CK, [in_units(t, counted[t.source], mix) for t in tables]
 
 
 def _unit(reading: Reading, mix: MixConfig, table: ScoreTable) -> str:

@@ -59,14 +59,14 @@ def held_out(ends: dict[str, dict[str, float]]) -> Table:
 
 def heat(reading: Reading, scores: summary.Scores) -> Table:
     """Mean score of each source on each capability ± its standard error, shaded column by column."""
-    shades, found = plots.colors(reading.run.domains), scores.sources
+    shades, ranked = plots.colors(reading.run.domains), scores.sources
     rows: list[list[Cell | str]] = []
-    values = np.array([[*s.mean_C, s.joint] for s in found])
+    values = np.array([[*s.mean_C, s.joint] for s in ranked])
     # One power of ten and one number of decimals for the whole table, so that columns compare at a glance.
     most = float(np.abs(values).max()) or 1.0
     power = math.floor(math.log10(most)) if not 1e-3 <= most < 1e4 else 0
     digits = max(0, 2 - math.floor(math.log10(most)) + power)
-    for s, row in zip(found, values, strict=True):
+    for s, row in zip(ranked, values, strict=True):
         errors = [*(f"± {error / 10.0**power:.{digits}f}" for error in s.error_C), ""]
         shade = row / np.maximum(np.abs(values).max(axis=0), 1e-300)
         cells = [
