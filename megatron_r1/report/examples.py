@@ -57,9 +57,9 @@ def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | No
     return out
 
 
-def _end(of: Sequence[summary.SourceInfluence], column: int, sign: int) -> list[Example]:
+def _end(scored: Sequence[summary.SourceInfluence], column: int, sign: int) -> list[Example]:
     ranked = []
-    for s in of:
+    for s in scored:
         order = np.argsort(sign * s.score_NC[:, column], kind="stable")[:PER_SOURCE]
         ranked += [Example(s.source, int(s.example_N[n]), float(s.score_NC[n, column])) for n in order]
     return sorted(ranked, key=lambda one: sign * one.score)[:SHOWN]
