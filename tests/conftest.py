@@ -27,6 +27,8 @@ os.environ.update(
     no_proxy="localhost,127.0.0.1,::1",
     **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
 )
+# Launches import the same modules again and again: let them keep what is compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _is_loopback(host: str) -> bool:

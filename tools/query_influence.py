@@ -1,6 +1,6 @@
 """Score other capabilities by the projections that a run has stored, without its examples' passes.
 
-torchrun --nproc-per-node 2 tools/query_influence.py MODEL.yaml RUN.yaml INFLUENCE.yaml \
+torchrun --nproc-per-node 2 tools/query_influence.py MODEL.yaml RUN.yaml INFLUENCE.yaml \\
     influence.directions.law=data/probes/law --capabilities law --output runs/x/queries/law
 """
 

@@ -21,15 +21,18 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import marshal
 import re
 import sys
 import types
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 _CORE = "megatron.core"
+_RULES = Path(__file__).read_bytes()
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
@@ -120,10 +123,27 @@ class _Rewrite(ast.NodeTransformer):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType:
-        # Compiled afresh each time: the .pyc beside the file is the unchanged module's.
+        """Compile the rewritten module, or read it from a .pyc of its own beside the unchanged module's.
+
+        Compiling takes longer than all else of an import. The .pyc holds for the same bytes of the module and
+        of this file, and for the same Python.
+        """
         path = self.get_filename(fullname)
-        tree = _Rewrite().visit(ast.parse(self.get_data(path), path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        source = self.get_data(path)
+        cached = importlib.util.cache_from_source(path, optimization="megatronr1cpu")
+        holds_for = b"".join(map(importlib.util.source_hash, (source, _RULES, sys.version.encode())))
+        with contextlib.suppress(OSError, ValueError, EOFError, TypeError):
+            data = self.get_data(cached)
+            if data.startswith(holds_for):
+                code = marshal.loads(data[len(holds_for) :])
+                if isinstance(code, types.CodeType):
+                    return code
+        tree = _Rewrite().visit(ast.parse(source, path))
+        code = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            # Whole or not at all, and not an error where the folder is read-only.
+            self.set_data(cached, holds_for + marshal.dumps(code))
+        return code
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__["__cpu_as_cuda__"] = _cpu_as_cuda

@@ -1,4 +1,4 @@
-"""Opening of datasets for training, scoring, mixing and planning. No other module opens them.
+"""Opening of datasets for training, scoring, mixing and planning. Curation opens its own.
 
 This file imports no torch, so that `--check` is quick.
 """

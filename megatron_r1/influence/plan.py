@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -217,9 +216,9 @@ def examples_left(work: Work) -> int:
     for step in work.steps:
         path = step_path(run.checkpoints, step)
         curvature: str = work.influence.curvature
-        manifests = run.influence.glob(f"{path.name}/*/manifest.json")
-        if curvature == "auto" and (manifest := next(manifests, None)):
-            curvature = json.loads(manifest.read_text())["influence"]["curvature"]
+        manifest = next(iter(store.manifests(run.influence / path.name).values()), None)
+        if curvature == "auto" and manifest:
+            curvature = manifest.get("influence", {}).get("curvature", curvature)
         for part in work.parts(step, identity(path), curvature):
             store.check_inputs(part.directory, part.inputs)
             left += part.left()

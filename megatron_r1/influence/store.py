@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,8 @@ FORMAT = 3
 _FORMER = 2
 """An earlier format with the same scores. Its hashes of datasets and weights are of files, not identities.
 Scores of this format are read, but not continued."""
+_READ = ("source", "step", "position", "capabilities")
+"""Keys of a manifest that its readers rely on."""
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Keys of the manifest that change no score, or follow from others."""
 _WHOLE = 1 << 26
@@ -77,17 +79,25 @@ def directory_of(run: Path, step: int, source: str) -> Path:
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory of scores, None without one. Raises ValueError if damaged or unknown."""
-    path = directory / "manifest.json"
+    path, again = directory / "manifest.json", f"remove {directory} and score again"
     if not path.is_file():
         return None
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        form = manifest.get("format")
+        form, missing = manifest.get("format"), [key for key in _READ if key not in manifest]
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {directory} and score again") from None
+        raise ValueError(f"{path} is damaged ({error}); {again}") from None
     if form not in (FORMAT, _FORMER):
-        raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; score again")
+        raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; {again}")
+    if missing:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {again}")
     return manifest
+
+
+def manifests(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Directory of scores below a checkpoint's folder -> its manifest. Half-written ones are left out."""
+    found = {path.parent: read_manifest(path.parent) for path in sorted(folder.glob("[!.]*/manifest.json"))}
+    return {directory: manifest for directory, manifest in found.items() if manifest}
 
 
 def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None = None) -> Standing:
@@ -105,7 +115,7 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None
         )
 
     def whole() -> bool:
-        return bool(np.load(directory / "written.npy", mmap_mode="r").all())
+        return bool(_array(directory / "written.npy", "r").all())
 
     return standing(manifest, inputs, whole, f"{directory} holds scores of other inputs", way_out, _NOTES)
 
@@ -132,8 +142,8 @@ class ScoreStore:
             arrays = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
             arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
             _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
-        self._results = {name: np.load(directory / f"{name}.npy", mmap_mode="r+") for name in shapes}
-        self._written = np.load(directory / "written.npy", mmap_mode="r+")
+        self._results = {name: _array(directory / f"{name}.npy", "r+") for name in shapes}
+        self._written = _array(directory / "written.npy", "r+")
 
     def missing(self, first: int, last: int) -> bool:
         """Whether any of the rows [first, last) is still to be computed."""
@@ -172,7 +182,7 @@ def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
 def rows_written(directory: Path) -> int:
     """Number of examples with scores, 0 without a directory."""
     path = directory / "written.npy"
-    return int(np.load(path, mmap_mode="r").sum()) if path.is_file() else 0
+    return int(_array(path, "r").sum()) if path.is_file() else 0
 
 
 @dataclass(frozen=True)
@@ -184,12 +194,15 @@ class Scored:
     manifest: dict[str, Any]
 
     def array(self, name: str) -> np.ndarray:
-        path = self.directory / f"{name}.npy"
-        try:
-            loaded: np.ndarray = np.load(path)
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove its folder and score again") from None
-        return loaded
+        return np.asarray(_array(self.directory / f"{name}.npy"))
+
+
+def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
+    """An array of a directory of scores, mapped with a `mode`."""
+    try:
+        return np.load(path, mmap_mode=mode)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove its folder and score again") from None
 
 
 def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Scored]]:
@@ -198,14 +211,15 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     Only checkpoints at which every scored source (of `only`, where given) is complete.
     """
     by_step: dict[int, list[Scored]] = {}
-    for path in sorted(RunDir(run).influence.glob("step_*/*/manifest.json")):
-        if (manifest := read_manifest(path.parent)) and (only is None or manifest["source"] in only):
-            by_step.setdefault(manifest["step"], []).append(Scored(path.parent, manifest["step"], manifest))
+    for folder in sorted(RunDir(run).influence.glob("step_*")):
+        for directory, manifest in manifests(folder).items():
+            if only is None or manifest["source"] in only:
+                by_step.setdefault(manifest["step"], []).append(Scored(directory, manifest["step"], manifest))
     sources = {s.manifest["source"]: s.manifest["position"] for step in by_step.values() for s in step}
     complete = [
         step
         for step in by_step.values()
-        if len(step) == len(sources) and all(np.load(s.directory / "written.npy").all() for s in step)
+        if len(step) == len(sources) and all(s.array("written").all() for s in step)
     ]
     return {
         name: [s for step in complete for s in step if s.manifest["source"] == name]

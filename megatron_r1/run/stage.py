@@ -77,7 +77,8 @@ def differences(theirs: Request, ours: Request, notes: Collection[str] = ()) -> 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {path: tree}
-    return {k: v for key, leaf in tree.items() for k, v in _flat(leaf, f"{path}.{key}".lstrip(".")).items()}
+    leaves = ((f"{path}.{key}" if path else str(key), leaf) for key, leaf in tree.items())
+    return {k: v for name, leaf in leaves for k, v in _flat(leaf, name).items()}
 
 
 def read(record: Path) -> dict[str, Any] | None:

@@ -207,6 +207,7 @@ _GROUPS = {
 def read(path: Path) -> list[dict[str, Any]]:
     """The steps of a run, in order. Says how many lines cannot be read, and leaves them out."""
     lines, damaged = read_jsonl(path) if path.exists() else ([], 0)
-    if damaged:
+    steps = [line for line in lines if "step" in line]
+    if damaged := damaged + len(lines) - len(steps):
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
-    return lines
+    return steps

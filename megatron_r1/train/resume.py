@@ -142,7 +142,7 @@ def record_killed_launches(config: Config, step: int) -> None:
     lines = [line for line in read(run.metrics) if line["step"] > last]
     saved = [ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if last < ref.step <= step]
     for span in phase_spans(config):
-        mine = [line for line in lines if line["phase"] == span.name]
+        mine = [line for line in lines if line.get("phase") == span.name]
         if not mine:
             continue
         outputs = [ref.path for ref in saved if span.start < ref.step <= span.end]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from megatron_r1.backend import core_on_cpu
 
 WITH_CUDA = """
 import sys, torch
@@ -41,6 +45,34 @@ assert backend.device().type == "cpu" and backend.DISTRIBUTED_BACKEND == "gloo"
 def test_megatron_core_is_rewritten_on_a_cpu_and_only_there(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rewritten_module_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its own bytes or the rules change; what is damaged is compiled again."""
+    module = tmp_path / "module.py"
+    module.write_text("where = 'cuda'\n")
+    compiled: list[str] = []
+
+    def counted(*words: Any, **named: Any) -> Any:
+        compiled.append(words[1])
+        return compile(*words, **named)
+
+    monkeypatch.setattr(core_on_cpu, "compile", counted, raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+
+    def run() -> str:
+        names: dict[str, str] = {}
+        exec(core_on_cpu._Loader("module", str(module)).get_code("module"), names)
+        return names["where"]
+
+    assert run() == run() == "cpu" and len(compiled) == 1
+    (cached,) = (tmp_path / "__pycache__").iterdir()
+    cached.write_bytes(cached.read_bytes()[:40])
+    assert run() == "cpu" and len(compiled) == 2
+    module.write_text("where = 'cuda' + '0'\n")
+    assert run() == "cpu0" and len(compiled) == 3
+    monkeypatch.setattr(core_on_cpu, "_RULES", b"other rules")
+    assert run() == "cpu0" and len(compiled) == 4
 
 
 def test_importing_too_late_is_an_error() -> None:

@@ -244,7 +244,7 @@ def test_scores_of_an_earlier_version_are_read_and_not_continued(whole: Config, 
     with pytest.raises(ValueError, match=message):
         examples_left(lay_plan(config))
     path.write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="has format 1, where 2 and 3 are known; score again"):
+    with pytest.raises(ValueError, match="has format 1, where 2 and 3 are known; remove"):
         tables(config)
     path.write_text("[")
     with pytest.raises(ValueError, match="is damaged"):
@@ -342,6 +342,35 @@ def test_incomplete_scores_are_not_read(whole: Config, tmp_path: Path) -> None:
     flags[-1] = False
     np.save(written, flags)
     assert [t.steps for t in read_scores(tmp_path / "run")] == [(2,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", b'{"format": 3', r"manifest\.json is damaged .*; remove .*/b and score again"),
+        ("manifest.json", b"[]", r"manifest\.json is damaged"),
+        ("manifest.json", b'{"format": 3}', r"is damaged \(it lacks source, step, position, capabilities\)"),
+        ("manifest.json", b'{"format": 9}', r"has format 9, where 2 and 3 are known; remove"),
+        ("written.npy", b"\x93NUMPY", r"written\.npy is damaged .*; remove its folder and score again"),
+    ],
+)
+def test_damaged_scores_are_named(
+    whole: Config, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    config = changed(whole, train={"run": str(tmp_path / "run")})
+    (tmp_path / "run/influence/step_00000004/b" / name).write_bytes(content)
+    for reader in (lambda: read_scores(tmp_path / "run"), lambda: examples_left(lay_plan(config))):
+        with pytest.raises(ValueError, match=message):
+            reader()
+
+
+def test_what_a_kill_left_while_a_directory_was_laid_out_is_no_score(whole: Config, tmp_path: Path) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    half = tmp_path / "run/influence/step_00000004/.b.tmp"
+    half.mkdir()
+    (half / "manifest.json").touch()
+    assert [t.steps for t in read_scores(tmp_path / "run")] == [(2, 4), (2, 4)]
 
 
 def test_manifests_hold_what_the_scores_came_from(whole: Config) -> None:

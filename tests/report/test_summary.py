@@ -58,6 +58,8 @@ def test_scores_weigh_as_in_the_mixture(whole: Path, scale: str, monkeypatch: py
     # The data plan needs the datasets; what the mixture makes of the scores does not.
     opened, draws = SimpleNamespace(corpora=[]), "megatron_r1.mixture.mixture._Draws"
     monkeypatch.setattr("megatron_r1.mixture.mixture.open_data", lambda config, use: opened)
+    planned = SimpleNamespace(epochs=lambda sample: {})
+    monkeypatch.setattr("megatron_r1.mixture.mixture.build_plan", lambda config, corpora: planned)
     monkeypatch.setattr(f"{draws}.room", lambda draws: np.full(len(SOURCES), np.inf))
     monkeypatch.setattr(f"{draws}.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config_io.load([str(whole / "config.yaml")]))
