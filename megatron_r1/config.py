@@ -1,4 +1,4 @@
-"""Every configuration dataclass, each field with its unit and its limit. Imports no torch, reads no file.
+"""Every configuration dataclass, its fields with their units and limits. Imports no torch, reads no file.
 
 `config_io` reads these from YAML and checks the limits. `Config` is the root that every tool shares.
 """

@@ -120,11 +120,11 @@ def example_batches(
     eod: int | None,
     passes: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """This data-parallel rank's micro-batches of the examples [first, last) = `span`, on the CPU.
+    """This data-parallel rank's micro-batches of the examples `span` = [first, last), on the CPU.
 
-    Beside each batch comes the number of labels of each row's whole example, [B]. A row's `source_B` is the
-    number of its set. `passes`: number of batches, by default as many as hold labels; batches beyond these
-    hold none.
+    Beside each batch comes the number of labels of each row's whole example, [B]. `Batch.source_B` has the
+    number of each row's corpus in `examples`. `passes`: number of batches, by default as many as hold labels.
+    Batches beyond these hold none.
     """
     rank, ranks = context.data_rank, context.data_size
     for row_BS, labels_B, set_B, length_B in examples.batches(*span, micro_batch, rank, ranks, passes):

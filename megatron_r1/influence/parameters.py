@@ -4,8 +4,8 @@ Names are megatron-core's, with layers numbered through the whole model in every
 embedding is one parameter under one name. Scores sum its two uses, look-up and head.
 
 Tensor parallelism shards matrices and replicates norm weights (`split_axis`). A pipeline's first and last
-stage each hold a copy of the tied embedding. Sums over the model count the first stage's. `select` serves
-`--check`, which runs without torch, so functions on tensors import torch when they are called.
+stage each hold a copy of the tied embedding. Sums over the model count the first stage's copy. `select`
+serves `--check`, which runs without torch, so functions on tensors import torch when they are called.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
     content = read(manifest) or {}
 
     def whole() -> bool:
+        # A manifest that lists no files is never whole.
         files = content.get("files", {manifest.name: None})
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
@@ -126,11 +127,11 @@ def finish(
     seconds: float | None = None,
     again: bool = False,
 ) -> None:
-    """Add the line of a finished stage to `directory`/ledger.jsonl; paths -> identities.
+    """Add the line of a finished stage to `directory`/ledger.jsonl. Inputs and outputs: path -> identity.
 
-    `seconds`: default: the age of this process. A result that was found and not made has its line already:
-    where a line of this name has the same outputs, none is added. `again`: add it all the same, of stages
-    whose time counts each time.
+    `seconds` is by default the age of this process. No line is added if one of this name has the same
+    outputs: the stage then found its result and did not make it. `again` adds the line all the same, for
+    stages whose time counts each time.
     """
     lines = [] if again else ledger.read(directory)
     if any(line["stage"] == name and line.get("outputs") == outputs for line in lines):

@@ -77,7 +77,7 @@ def _by_source(data: OpenData, identities: Mapping[str, str]) -> dict[str, str]:
 
 def edits(config: Config, step: int) -> list[str]:
     """Changes since the run's configuration was last written, where they touch phases that have begun."""
-    # The first launch has none, and a damaged one is no obstacle.
+    # The first launch finds no config.yaml, and a damaged one is no obstacle.
     return late_edits(config_io.read_tree(RunDir(Path(config.train.run)).config, []), config, step)
 
 
@@ -147,7 +147,7 @@ def record_killed_launches(config: Config, step: int) -> None:
             continue
         outputs = [ref.path for ref in saved if span.start < ref.step <= span.end]
         sources, seen = config.data.sources, {}
-        # One that was damaged since is no obstacle.
+        # A checkpoint that was damaged since is no obstacle.
         with suppress(ValueError, IndexError):
             seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
         record_phase(
