@@ -8,7 +8,7 @@ megatron-core says 'cuda' and `torch.cuda` where it means "this rank's device". 
     torch.cuda.NAME              -> a small namespace below
     x.cuda(...), x.pin_memory()  -> x.cpu()
 
-torch itself, every other library and the files on disk stay as they are. Rejected: patching
+torch itself, every other library and the sources on disk stay as they are. Rejected: patching
 `torch.cuda` (changes torch for everyone in the process), a TorchFunctionMode (threads miss it),
 overriding megatron-core's classes one by one (33 places).
 """
