@@ -142,11 +142,12 @@ def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarra
         segment_NS = ends_NS.cumsum(axis=1, dtype=np.int32)
         position_NS = position_NS - np.maximum.accumulate(position_NS * ends_NS, axis=1)
     mask_NS = (np.arange(labels_NS.shape[1]) < labels_N[:, None]).astype(np.float32)
-    return _batch(tokens_NS, labels_NS, mask_NS, position_NS, source_N.astype(np.int64), segment_NS)
+    # Slices of the windows, and positions that all rows share, become arrays of their own.
+    views = [np.require(view, requirements=("C", "W")) for view in (tokens_NS, labels_NS, position_NS)]
+    return _batch(*views[:2], mask_NS, views[2], source_N.astype(np.int64), segment_NS)
 
 
 def _batch(*fields: np.ndarray | None, pin_memory: bool = False) -> Batch:
-    """A batch on the CPU, from the fields of Batch in order. Contiguous arrays share their memory with it."""
-    arrays = [np.require(array, requirements=("C", "W")) for array in fields if array is not None]
-    tensors = [torch.from_numpy(array) for array in arrays]
+    """A batch on the CPU, from the fields of Batch in order. It shares the memory of the arrays."""
+    tensors = [torch.from_numpy(array) for array in fields if array is not None]
     return Batch(*[tensor.pin_memory() for tensor in tensors] if pin_memory else tensors)
