@@ -14,7 +14,8 @@ import os
 
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.shards import merge, parse_shard
-from megatron_r1.system.terminal import tool_parser, user_errors
+from megatron_r1.preprocess.store import verify
+from megatron_r1.system.terminal import say, tool_parser, user_errors
 
 
 def main() -> None:
@@ -35,14 +36,18 @@ def main() -> None:
         "are proven equal (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
     add("--merge", action="store_true", help="join the shards of this prefix; their options are known")
+    add("--verify", action="store_true", help="compare every byte of the pairs of this prefix, or of the "
+        "pair of this name, with what was written, and exit")  # fmt: skip
     add("--check", action="store_true", help="print what would be read and written, and exit")
     args = parser.parse_args()
     given = {"--input": args.input, "--tokenizer-type": args.tokenizer_type}
     given["--tokenizer-model"] = args.tokenizer_model
     if args.merge and (args.shard or any(given.values())):
         parser.error("--merge takes --output-prefix, --json-keys and --reject-limit only")
+    if args.verify and (args.shard or args.merge or any(given.values())):
+        parser.error("--verify takes --output-prefix and --json-keys only")
     missing = [name for name, value in given.items() if not value]
-    if missing and not args.merge:
+    if missing and not (args.merge or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     # Each shard is a run of its own: its mistakes are not for rank 0 to tell.
     shard = None
@@ -50,7 +55,9 @@ def main() -> None:
         if args.shard:
             shard = parse_shard(args.shard)
             os.environ.pop("RANK", None)
-        if args.merge:
+        if args.verify:
+            verify(args.output_prefix, args.json_keys, say)
+        elif args.merge:
             merge(
                 args.output_prefix,
                 json_keys=args.json_keys,

@@ -12,7 +12,6 @@ small ones. A kill loses at most COMMIT_SECONDS of work or COMMIT_BYTES of token
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -23,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_r1.data.indexed import map_array
+from megatron_r1.data.integrity import BinHashes
 from megatron_r1.data.provenance import ORIGIN
 from megatron_r1.preprocess.store import Stored, reject_line
 from megatron_r1.preprocess.workers import Encoded
@@ -36,7 +36,7 @@ _KINDS = ("tokens", "lengths", "origins", "rejects")
 
 class Journal:
     """Files of the first pass. Opened again with the same request, a journal cuts every file back to the last
-    commit; with another request it begins anew. hashed: keep a SHA-256 of each key's tokens."""
+    commit; with another request it begins anew. hashed: keep the hashes of each key's tokens."""
 
     def __init__(self, work: Path, keys: Sequence[str], request: dict[str, Any], hashed: bool):
         self.work, self.keys, self.pieces = work, keys, 0
@@ -59,10 +59,7 @@ class Journal:
                 self._log.flush()
         self._added, self._committed = (self.pieces, sizes), self.pieces
         self._gathered, self._begun = 0, time.monotonic()
-        self._hashes = {}
-        for key in keys if hashed else ():
-            with open(paths[key, "tokens"], "rb") as stream:
-                self._hashes[key] = hashlib.file_digest(stream, "sha256")
+        self._hashes = {key: BinHashes().update_from(paths[key, "tokens"]) for key in keys if hashed}
 
     def rejects(self, key: str) -> int:
         """Number of rejects committed."""
@@ -75,7 +72,7 @@ class Journal:
         lengths = np.fromfile(path["lengths"], dtype=np.int32)
         tokens = map_array(path["tokens"], dtype, 0, int(lengths.sum(dtype=np.int64)))
         origins = map_array(path["origins"], ORIGIN, 0, len(lengths))
-        whole = (path["tokens"], self._hashes[key].hexdigest()) if self._hashes else None
+        whole = (path["tokens"], self._hashes[key]) if self._hashes else None
         return Stored(tokens, lengths, origins, path["rejects"], None, whole)
 
     def add(self, encoded: list[Encoded]) -> None:

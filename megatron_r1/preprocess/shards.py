@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
-from megatron_r1.data.provenance import SUFFIX
+from megatron_r1.data.indexed import IndexedDataset, open_corpus, with_suffix
+from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.provenance import load_origins
+from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity, open_input
 from megatron_r1.preprocess.store import (
     Stored,
@@ -26,6 +28,7 @@ from megatron_r1.preprocess.store import (
     write_pair,
 )
 from megatron_r1.run.stage import Standing
+from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import say
 
 _ENVIRONMENT = (
@@ -99,8 +102,8 @@ def merge(
             before = np.zeros(len(sources), dtype=np.int64)
             parts = []
             for shard, sidecar in shards:
-                dataset = IndexedDataset(shard)
-                origins = np.load(with_suffix(shard, SUFFIX), mmap_mode="r" if len(dataset) else None)
+                dataset = IndexedDataset(shard, share=None)
+                origins = load_origins(shard, dataset.num_documents)
                 rejects = rejects_of(shard)
                 parts.append(Stored(dataset.tokens, dataset.lengths, origins, rejects, before.tolist()))
                 before += sidecar["lines"]
@@ -122,18 +125,37 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
         kinds = f"shards of {' and of '.join(map(str, counts))}; remove one kind"
         fault = kinds if counts else "no shards there"
         raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {fault}")
-    shards = []
+    shards, opened = [], []
+    # A shard's tokens, three parts of its index and its origins stay mapped, and a mapping holds a file.
+    allow_open_files(5 * counts[0], "mapped files of shards")
     for index in range(counts[0]):
         prefix = with_suffix(shard_prefix(output_prefix, index, counts[0]), f"_{key}_document")
-        sidecar = read_sidecar(prefix)
+        sidecar = read_sidecar(prefix, _NEEDED)
         if sidecar is None:
             raise FileNotFoundError(
                 f"{prefix} is missing or not finished; run --shard {index}/{counts[0]} again"
             )
-        if sidecar["documents"] != IndexedDataset(prefix).num_documents:
-            raise ValueError(f"{prefix}.json belongs to another pair; run --shard {index}/{counts[0]} again")
+        try:
+            opened.append(open_corpus(prefix.name, prefix))
+        except ValueError as error:
+            raise ValueError(f"{error} (run --shard {index}/{counts[0]} again)") from None
         shards.append((prefix, sidecar))
+    say_unchecked(opened)
     return shards
+
+
+_NEEDED = (
+    "inputs",
+    "encoder",
+    "documents",
+    "tokens",
+    "rejected",
+    "lines",
+    "merged_seed",
+    "bin_sha256",
+    "dtype",
+)
+"""Fields of a shard's sidecar that the merge reads."""
 
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, with_suffix
-from megatron_r1.data.provenance import ORIGIN, SUFFIX
+from megatron_r1.data.indexed import IndexedWriter, open_corpus, with_suffix
+from megatron_r1.data.integrity import BinHashes, side_file, verify_bin
+from megatron_r1.data.provenance import FORMER, ORIGIN, load_origins, origins_of
+from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
+from megatron_r1.run import ledger
 from megatron_r1.run.stage import Standing, finish, read, standing
 from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing
-from megatron_r1.system.terminal import Progress
+from megatron_r1.system.terminal import Progress, say
 
 COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
@@ -62,29 +65,62 @@ def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tup
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
     """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
     now = identity(source)
+    if not isinstance(before, dict):
+        return False
     if now.items() <= before.items():
         return True
     return now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
 
 
 def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
+    """Whether a pair is as it was written. Says the damage, if there is any."""
     try:
-        dataset = IndexedDataset(prefix)
-    except (OSError, ValueError):
+        corpus = open_corpus(prefix.name, prefix)
+        load_origins(prefix, corpus.documents)
+    except (OSError, ValueError) as error:
+        say(f"not as it was written: {error}")
         return False
-    counts = sidecar.get("documents"), sidecar.get("tokens")
-    return counts == (dataset.num_documents, len(dataset.tokens)) and with_suffix(prefix, SUFFIX).is_file()
+    return True
+
+
+def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[str], None]) -> None:
+    """Compare every byte of each key's pair, or of the pair that `output_prefix` names, with its hashes.
+
+    Raises ValueError for damage, and for a pair that has no hash. FileNotFoundError where no pair is there.
+    """
+    whole = with_suffix(output_prefix, ".idx").is_file()
+    for prefix in (
+        [Path(output_prefix)] if whole else [with_suffix(output_prefix, f"_{k}_document") for k in json_keys]
+    ):
+        documents = open_corpus(prefix.name, prefix).documents
+        digest = verify_bin(prefix, read_sidecar(prefix) or {})
+        if origins_of(prefix).is_file():
+            load_origins(prefix, documents)
+        log(f"{prefix}.bin: every byte is as it was written, SHA-256 {digest}")
 
 
 def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs: dict[str, str]) -> None:
-    """Add a ledger line of all keys together, beside the outputs. inputs: besides those in the sidecars."""
-    sources = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
-    # Those of a shard are hashed when it is merged: other shards read them, too.
-    hashed = {source["path"]: source["sha256"] for source in sources if source["sha256"]}
-    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
-    tokens = sum(sidecar["tokens"] for sidecar in sidecars.values())
-    name = f"{stage} {output.name}"
-    finish(output.parent, name, tokens=tokens, inputs={**inputs, **hashed}, outputs=outputs)
+    """Add a ledger line to each key's side folder. inputs: besides those in the sidecars.
+
+    The keys share the time of the process.
+    """
+    name, seconds = f"{stage} {output.name}", (time.time() - ledger.process_start()) / max(1, len(sidecars))
+    # Earlier versions wrote one line of all keys, beside the outputs.
+    former = {
+        digest for line in ledger.read(output.parent) for digest in (line.get("outputs") or {}).values()
+    }
+    for prefix, sidecar in sidecars.items():
+        # Those of a shard are hashed when it is merged: other shards read them, too.
+        hashed = {source["path"]: source["sha256"] for source in sidecar["inputs"] if source.get("sha256")}
+        if sidecar["bin_sha256"] not in former:
+            finish(
+                side_file(prefix, ""),
+                name,
+                tokens=sidecar["tokens"],
+                inputs={**inputs, **hashed},
+                outputs={prefix: sidecar["bin_sha256"]},
+                seconds=seconds,
+            )
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:
@@ -115,12 +151,17 @@ class Stored:
     rejects: Path
     lines_before: Sequence[int] | None = None
     """Lines or rows of each input that earlier shards read."""
-    whole: tuple[Path, str] | None = None
-    """The file of the tokens, where it may become the .bin as it is, and its SHA-256."""
+    whole: tuple[Path, BinHashes] | None = None
+    """The file of the tokens, where it may become the .bin as it is, and its hashes."""
 
 
 def rejects_of(prefix: Path) -> Path:
-    """The file of a pair's rejects, which is there if it has any."""
+    """The file of a pair's rejects, which is there if it has any: the former one where only that is there."""
+    path, former = side_file(prefix, "rejects.jsonl"), _former_rejects(prefix)
+    return former if former.is_file() and not path.is_file() else path
+
+
+def _former_rejects(prefix: Path) -> Path:
     return Path(f"{str(prefix).removesuffix('_document')}_rejects.jsonl")
 
 
@@ -128,7 +169,7 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
     """ValueError where no document is left, with the rejects written to say why."""
     if any(len(part.lengths) for part in parts):
         return
-    rejects, path = list(_rejects(parts, inputs)), rejects_of(prefix)
+    rejects, path = list(_rejects(parts, inputs)), side_file(prefix, "rejects.jsonl")
     if not rejects:
         names = ", ".join(source["path"] for source in inputs)
         raise ValueError(f"no document in {names}: nothing is written")
@@ -167,8 +208,8 @@ def write_pair(
     dtype = np.dtype(about["dtype"])
     lengths = np.concatenate([part.lengths for part in parts])
     reasons = Counter(rejected["reason"].split(":")[0] for rejected in _rejects(parts, about["inputs"]))
-    sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
-    rejects_path = rejects_of(prefix)
+    sidecar, origins_path = with_suffix(prefix, ".json"), side_file(prefix, "docs.npy")
+    rejects_path = side_file(prefix, "rejects.jsonl")
     with contextlib.ExitStack() as files:
         # They take their names in the opposite order, the sidecar last.
         sidecar_file = files.enter_context(replacing(sidecar))
@@ -209,8 +250,8 @@ def write_pair(
                 on_disk(rejects_file)
 
         def forget_earlier() -> None:
-            sidecar.unlink(missing_ok=True)
-            rejects_path.unlink(missing_ok=True)
+            for path in (sidecar, rejects_path, _former_rejects(prefix), with_suffix(prefix, FORMER)):
+                path.unlink(missing_ok=True)
 
         writer.finalize(forget_earlier)
     log(

@@ -1,8 +1,8 @@
 """The ledger: one JSON line per stage with its inputs, outputs and cost (appendix D.3).
 
 A run's own stages are in RUN/ledger.jsonl. Stages that serve any run (tokenizers, tokens, probing sets) have
-a ledger.jsonl beside their outputs. `lineage` finds the stages that a run depends on, by the hashes of its
-inputs.
+a ledger.jsonl beside their outputs, tokens in PREFIX.side. `lineage` finds the stages that a run depends on,
+by the hashes of its inputs.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def lineage(root: Path) -> list[dict[str, Any]]:
     readers = read(root)
     while readers:
         inputs = [item for line in readers for item in _hashes(line, "inputs").items()]
-        for folder in {Path(path).resolve().parent for path, _ in inputs} - ledgers.keys():
+        paths = [Path(path).resolve() for path, _ in inputs]
+        beside = {path.parent for path in paths} | {path.with_name(path.name + ".side") for path in paths}
+        for folder in beside - ledgers.keys():
             ledgers[folder] = read(folder)
         wanted = {value for _, value in inputs}
         candidates = [line for lines in ledgers.values() for line in lines if line not in made]

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -174,3 +175,23 @@ def keep_freed_memory() -> None:
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})
+
+
+_OPEN_BESIDES = 100
+"""Files and sockets that a launch's process opens beside its datasets."""
+
+
+def allow_open_files(count: int, what: str, besides: int = _OPEN_BESIDES) -> None:
+    """Raise this process's limit of open files for `count` files that stay open.
+
+    Raises ValueError with the number needed where the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, no_limit = count + besides, resource.RLIM_INFINITY
+    if hard != no_limit and hard < needed:
+        raise ValueError(
+            f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}: raise it "
+            f"(ulimit -Hn {needed})"
+        )
+    if soft != no_limit and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

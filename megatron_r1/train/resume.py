@@ -56,6 +56,13 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
             f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
             f"begin a new run"
         )
+    # A step's tokens are its samples times their length, in checkpoints of every version.
+    if samples and (before := meta["state"]["tokens"] // samples) != config.data.seq_length:
+        raise ValueError(
+            f"data.seq_length={config.data.seq_length}, but {path} has drawn windows of {before} tokens; the "
+            f"same numbers would name other windows, so keep data.seq_length={before}, or begin a new run "
+            f"(train.init_weights takes the weights alone)"
+        )
     plan_file.check_extends(data.plan, plan_file.from_json(meta["plan"], samples), samples)
     seen, now = plan_file.datasets_of(meta["plan"]), _by_source(data, identities)
     other = [name for name in seen if data.plan.count(name, samples) and seen[name] != now[name]]

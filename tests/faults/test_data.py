@@ -111,7 +111,7 @@ def test_a_broken_text_of_a_parquet_column_is_one_reject(
     answer = tools.preprocess("out", [jsonl(tmp_path / "in.jsonl", DOCUMENTS), source], plain)
     assert answer.status == 0, answer.text
     assert read(tmp_path / "out")[0]["documents"] == len(DOCUMENTS) + 2
-    [reject] = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    [reject] = [json.loads(line) for line in (tmp_path / "out_text_document.side/rejects.jsonl").open()]
     assert (reject["file"], reject["line"]) == (str(source), 2)
     assert "invalid UTF-8" in reject["reason"]
 
@@ -182,7 +182,7 @@ def test_blank_lines_between_documents_are_skipped(tools: Tools, plain: Path, tm
     answer = tools.preprocess("out", _with_blank_lines(tmp_path / "in.jsonl"), plain)
     assert answer.status == 0, answer.text
     assert read(tmp_path / "out")[0]["documents"] == 120
-    assert not (tmp_path / "out_text_rejects.jsonl").exists()
+    assert not (tmp_path / "out_text_document.side/rejects.jsonl").exists()
 
 
 @fault("c26", "train_tokenizer stops at the first")
@@ -228,7 +228,6 @@ def holed(tools: Tools, plain: Path, tmp_path: Path) -> tuple[list[Any], bytes]:
     return command, whole
 
 
-@fault("c29", "--check is content with zeros in place of tokens")
 def test_training_data_with_a_hole_is_refused(
     tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path
 ) -> None:
@@ -237,7 +236,6 @@ def test_training_data_with_a_hole_is_refused(
     line_of(answer.text, r"^error: .*out_text_document\.bin")
 
 
-@fault("c29", "it says already done")
 def test_a_dataset_with_a_hole_is_not_done(
     tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path
 ) -> None:

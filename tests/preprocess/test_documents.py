@@ -48,7 +48,7 @@ def pair(folder: Path, name: str, source: str, **options) -> list[bytes]:
     prefix = folder / name
     model = folder / "sp.model"
     preprocess([source], prefix, "SentencePieceTokenizer", model, log=lambda line: None, **options)
-    return [Path(f"{prefix}_text_document{e}").read_bytes() for e in (".bin", ".idx", ".docs.npy")]
+    return [Path(f"{prefix}_text_document{e}").read_bytes() for e in (".bin", ".idx", ".side/docs.npy")]
 
 
 @pytest.mark.parametrize("form", ["saved", "hf:saved", "hf:splits:train", "files/train.parquet", "hf:files"])
@@ -94,7 +94,7 @@ def test_broken_utf8_in_a_table_costs_one_row(folder, tmp_path):
     parquet.write_table(arrow.table({"text": column}), tmp_path / "in.parquet")
     (tmp_path / "sp.model").write_bytes((folder / "sp.model").read_bytes())
     pair(tmp_path, "out", str(tmp_path / "in.parquet"))
-    [rejected] = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    [rejected] = [json.loads(line) for line in (tmp_path / "out_text_document.side/rejects.jsonl").open()]
     assert (rejected["line"], rejected["reason"]) == (
         2,
         "invalid UTF-8 at byte 1 of 'text': invalid start byte",

@@ -166,6 +166,6 @@ def test_bytes_do_not_depend_on_the_encoder_or_workers(tiktoken, tmp_path):
         sidecars = preprocess([source], tmp_path / name, "TikTokenizer", ranks, **options)
         assert said[0].startswith("encoder: tiktoken" if name == "slow" else "encoder: gigatoken 0")
         assert sidecars[f"{tmp_path / name}_text_document"]["encoder"] == said[0].split(",")[0][9:]
-        endings = (".bin", ".idx", ".docs.npy")
+        endings = (".bin", ".idx", ".side/docs.npy")
         found[name] = [Path(f"{tmp_path / name}_text_document{e}").read_bytes() for e in endings]
     assert found["fast"] == found["two"] == found["slow"]

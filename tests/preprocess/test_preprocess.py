@@ -126,7 +126,7 @@ def test_result_does_not_depend_on_workers(tmp_path, model, monkeypatch):
     two, _ = run(source, tmp_path / "two", model, workers=2)
     assert pair(tmp_path / "one") == pair(tmp_path / "two")
     assert one == two
-    rejects = [(tmp_path / f"{n}_text_rejects.jsonl").read_bytes() for n in ("one", "two")]
+    rejects = [(tmp_path / f"{n}_text_document.side/rejects.jsonl").read_bytes() for n in ("one", "two")]
     assert rejects[0] == rejects[1] != b""
 
 
@@ -203,7 +203,7 @@ def test_every_bad_line_is_quoted_with_its_place(tmp_path, model):
     sidecar, said = run(source, tmp_path / "out", model, seed=None)
     kept = TEXTS[:3] + [TEXTS[5]] * len(BAD_LINES)
     assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", kept, model)
-    rejects = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    rejects = [json.loads(line) for line in (tmp_path / "out_text_document.side/rejects.jsonl").open()]
     assert [r["line"] for r in rejects] == [4 + 2 * i for i in range(len(BAD_LINES))]
     for reject, (line, reason) in zip(rejects, BAD_LINES, strict=True):
         assert reject["reason"].startswith(reason)
@@ -242,9 +242,9 @@ def test_no_document_is_an_error_and_writes_no_pair(tmp_path, model, texts, mess
     out.mkdir()
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "in.jsonl", out / "x", model, json_keys=keys)
-    assert [path.name for path in out.iterdir()] == ["x_text_rejects.jsonl"] * bool(texts)
+    assert [path.name for path in out.iterdir()] == ["x_text_document.side"] * bool(texts)
     if texts:
-        rejects = [json.loads(line) for line in (out / "x_text_rejects.jsonl").open()]
+        rejects = [json.loads(line) for line in (out / "x_text_document.side/rejects.jsonl").open()]
         assert [r["line"] for r in rejects] == [1, 2, 3]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 ROOT = Path(__file__).parents[2]
 KIND = "SentencePieceTokenizer"
 TEXTS = [f"Document {i}: {'words and  spaces ' * (i % 7)}\n\tline {i * i}" for i in range(300)]
-ENDINGS = ("text_document.bin", "text_document.idx", "text_document.docs.npy", "text_document.json")
+ENDINGS = ("text_document.bin", "text_document.idx", "text_document.side/docs.npy", "text_document.json")
 
 
 def jsonl(path: Path, texts) -> Path:
@@ -69,7 +70,7 @@ def test_merged_is_the_unsharded_run(tmp_path, model, inputs, count, seed):
     preprocess(inputs, tmp_path / "one", KIND, model, seed=seed, append_eod=True, log=quiet)
     shards(inputs, tmp_path / "out", model, count, seed=seed)
     merge(tmp_path / "out", log=quiet)
-    for ending in (*ENDINGS, "text_rejects.jsonl"):
+    for ending in (*ENDINGS, "text_document.side/rejects.jsonl"):
         assert (tmp_path / f"out_{ending}").read_bytes() == (tmp_path / f"one_{ending}").read_bytes(), ending
     assert not list(tmp_path.glob("*partial*"))
     said: list[str] = []
@@ -103,7 +104,7 @@ def test_killed_shard_goes_on_and_the_others_are_not_touched(tmp_path, model, in
     shards(inputs, tmp_path / "out", model, 3)
     with pytest.raises(FileNotFoundError, match=r"shard-00001-of-00003.* run --shard 1/3 again"):
         for path in tmp_path.glob("out_shard-00001-of-00003_text_document.*"):
-            path.unlink()
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         merge(tmp_path / "out", log=quiet)
     stamp = (tmp_path / "out_shard-00000-of-00003_text_document.bin").stat().st_mtime_ns
     shards(inputs, tmp_path / "out", model, 3)
@@ -154,8 +155,8 @@ def test_shards_without_any_document_are_not_merged(tmp_path, model):
     with pytest.raises(ValueError, match=r"every document is rejected for key 'text'.*: 4, the first"):
         merge(tmp_path / "out", log=quiet)
     made = set(tmp_path.iterdir()) - set(left)
-    assert made == {tmp_path / "out_text_rejects.jsonl"}
-    assert [json.loads(line)["line"] for line in made.pop().open()] == [1, 2, 3, 4]
+    assert made == {tmp_path / "out_text_document.side"}
+    assert [json.loads(line)["line"] for line in (made.pop() / "rejects.jsonl").open()] == [1, 2, 3, 4]
 
 
 def test_which_shard_we_are():
