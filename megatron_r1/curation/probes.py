@@ -31,6 +31,7 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest
@@ -105,6 +106,7 @@ def curate_probes(
         raise ValueError(f"fraction={fraction} to set aside; it must be between 0 and 0.5")
     of_capability = _capability_of_sources(sources, capabilities)
     corpora = [open_corpus(name, prefix) for name, prefix in sources.items()]
+    say_unchecked(corpora)
     request = {
         "format": FORMAT,
         "sources": {n: {"prefix": str(p), "identity": identity_of(p)} for n, p in sources.items()},
@@ -153,7 +155,7 @@ def curate_probes(
             in_turn = (stretch for turn in turns for stretch in turn if stretch is not None)
             facts = {"capability": capability, "sources": list(names)}
             _write_set(prefix, in_turn, opened[0], end_documents, facts)
-            files.append(with_suffix(prefix, ".bin"))
+            files += [with_suffix(prefix, suffix) for suffix in (".bin", ".idx")]
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
     manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
     _record(manifest, output_dir)
@@ -166,7 +168,8 @@ def _record(manifest: dict[str, Any], directory: Path) -> None:
     for name, digest in manifest["files"].items():
         path = directory / name
         prefix = path.with_suffix("")
-        outputs |= {str(prefix): identity_of(prefix)} if path.suffix == ".bin" else {str(path): digest}
+        if path.suffix != ".idx":
+            outputs |= {str(prefix): identity_of(prefix)} if path.suffix == ".bin" else {str(path): digest}
     inputs = {of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()}
     finish(directory, "set probes aside", inputs=inputs, outputs=outputs)
 
@@ -296,7 +299,7 @@ def _write_set(
     if like.sidecar:
         kept = ("tokenizer_type", "tokenizer_fingerprint", "vocab_size", "eod")
         sidecar = {
-            **{key: like.sidecar[key] for key in kept},
+            **{key: like.sidecar[key] for key in kept if key in like.sidecar},
             "append_eod": end_documents,
             "dtype": like.dataset.dtype.name,
             **facts,

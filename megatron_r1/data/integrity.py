@@ -9,14 +9,15 @@ file system that compresses may make one where zeros were written, which the has
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import itertools
 import os
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import xxhash
@@ -31,8 +32,8 @@ _SAMPLE = 1024
 """Stretches compared of a large .bin. Damage to 1 % of them is found with 99.99 %, to 0.1 % with 64 %."""
 _WHOLE = 64 << 20
 """A .bin of up to so many bytes is compared completely."""
-_AT_ONCE = 64
-"""Stretches read at once: 256 KiB, which stay in the processor's cache."""
+_AT_ONCE = 32
+"""Stretches read at once: 64 KiB, which stay in the processor's cache."""
 _HEAD = 4
 _hash = xxhash.xxh3_64_intdigest
 _ZEROS = _hash(bytes(_STRETCH))
@@ -88,69 +89,47 @@ class BinHashes:
 
     def words(self) -> np.ndarray:
         """The content of hashes.npy."""
-        last = [_hash(self._rest)] if self._rest else []
-        head = np.frombuffer(self._sha256.digest(), "<u8")
-        return np.concatenate([head, np.array([*self._hashes, *last], "<u8")])
+        head, last = np.frombuffer(self._sha256.digest(), "<u8"), [_hash(self._rest)] if self._rest else []
+        return np.concatenate([head, np.array(self._hashes, "<u8"), np.array(last, "<u8")])
 
 
 def _hashes(view: memoryview) -> list[int]:
     return [_hash(view[at : at + _STRETCH]) for at in range(0, len(view), _STRETCH)]
 
 
-def check_bin(prefix: str | Path, sidecar: Mapping[str, Any], share: tuple[int, int]) -> str:
+def check_bin(
+    prefix: str | Path, sidecar: Mapping[str, Any], share: tuple[int, int] = (0, 1), whole: bool = False
+) -> str:
     """Compare this rank's share of a .bin with the stored hashes, and find holes.
 
     Compares every stretch up to 64 MiB, and 1,024 evenly spread ones of a larger .bin. A pair of an earlier
     version has no hashes of stretches: up to 64 MiB one rank compares the sidecar's SHA-256.
 
-    share: (rank, ranks). Returns the reason why damage may have gone unseen, or nothing. Raises
-    DamagedBinError.
+    share: (rank, ranks). whole: compare all, whatever the size. Returns the reason why damage may have gone
+    unseen, or nothing. Raises DamagedBinError.
     """
     path, (part, parts) = Path(f"{prefix}.bin"), share
     stored, digest = read_hashes(prefix, sidecar), sidecar.get("bin_sha256")
     with open(path, "rb", buffering=0) as stream:
         number, status = stream.fileno(), os.fstat(stream.fileno())
-        holes = _holes(number, status.st_size)
+        holes, whole = _holes(number, status.st_size), whole or status.st_size <= _WHOLE
         if stored is not None:
-            count, inside = len(stored), []
-            for lo, hi in holes or ():
-                # The stretches at the ends are partly data, and are read.
-                first, last = -(-lo // _STRETCH), hi // _STRETCH
-                wrong = np.flatnonzero(stored[first:last] != _ZEROS)
-                if len(wrong):
-                    _raise_damaged(path, first + int(wrong[0]), _hole(lo, hi))
-                inside += [lo // _STRETCH, (hi - 1) // _STRETCH]
-            small = status.st_size <= _WHOLE
-            which = np.arange(count) if small else np.arange(_SAMPLE) * (count - 1) // (_SAMPLE - 1)
-            mine = which[len(which) * part // parts : len(which) * (part + 1) // parts]
-            _compare(path, number, np.union1d(mine, np.array(inside, np.int64)), stored)
-            return "" if small else _untold(holes, status)
-    if digest is not None and status.st_size <= _WHOLE:
+            _check_holes(path, holes or [], stored)
+            count, at_once = (len(stored), _AT_ONCE) if whole else (_SAMPLE, 1)
+            mine: Sequence[int] = range(count * part // parts, count * (part + 1) // parts)
+            if not whole:
+                mine = [n * (len(stored) - 1) // (_SAMPLE - 1) for n in mine]
+            # The stretches at the ends of a hole are partly data.
+            ends = [[n] for lo, hi in holes or () for n in (lo // _STRETCH, (hi - 1) // _STRETCH)]
+            runs = [*(mine[i : i + at_once] for i in range(0, len(mine), at_once)), *ends]
+            _compare(path, number, runs, stored)
+            return "" if whole else _untold(holes, status)
+    if digest is not None and whole:
         if zlib.crc32(bytes(path)) % parts == part and sha256(path) != digest:
             raise DamagedBinError(f"{path} is damaged: its SHA-256 is not that of {path.stem}.json; {REDO}")
         return ""
-    return "; ".join(
-        ["no hashes beside it", *(_hole(*hole) for hole in (holes or [])[:1]), _untold(holes, status)]
-    ).rstrip("; ")
-
-
-def verify_bin(prefix: str | Path, sidecar: Mapping[str, Any]) -> str:
-    """Compare every byte of a .bin with its hashes. Returns its SHA-256.
-
-    Raises DamagedBinError, and ValueError for a pair without a hash.
-    """
-    path, stored = Path(f"{prefix}.bin"), read_hashes(prefix, sidecar)
-    words = BinHashes().update_from(path).words()
-    digest, written = hexdigest(words), sidecar.get("bin_sha256")
-    if stored is not None:
-        wrong = np.flatnonzero(words[_HEAD:] != stored)
-        if len(wrong):
-            _raise_damaged(path, int(wrong[0]), f"{len(wrong)} of {len(stored)} stretches of 4 KiB differ")
-    elif written is None:
-        raise ValueError(f"{path} cannot be verified: no hash beside it tells what was written")
-    if written not in (None, digest):
-        raise DamagedBinError(f"{path} is damaged: its SHA-256 is not that of {path.stem}.json; {REDO}")
-    return digest
+    reasons = "no hashes beside it", *(_hole(*hole) for hole in (holes or [])[:1]), _untold(holes, status)
+    return "; ".join(filter(None, reasons))
 
 
 def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | None:
@@ -161,42 +140,49 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     path, size = side_file(prefix, "hashes.npy"), os.stat(f"{prefix}.bin").st_size
     try:
         words = np.load(path, mmap_mode="r")
-        mistake = "" if words.dtype == np.uint64 and words.ndim == 1 else f"it holds {words.dtype}"
+        expected = _HEAD - -size // _STRETCH
+        if words.dtype != np.uint64 or words.shape != (expected,):
+            raise ValueError(f"{words.dtype} {words.shape}, and the .bin needs {expected} words")
+        if sidecar.get("bin_sha256", whole_hash(words)) != whole_hash(words):
+            raise ValueError(f"its SHA-256 is not that of {Path(prefix).name}.json")
     except FileNotFoundError:
         return None
     except (ValueError, EOFError) as error:
-        mistake = str(error)
-    if not mistake and len(words) != _HEAD - -size // _STRETCH:
-        mistake = f"it has {len(words)} words, and {size} bytes of the .bin need {_HEAD - -size // _STRETCH}"
-    if not mistake and sidecar.get("bin_sha256", hexdigest(words)) != hexdigest(words):
-        mistake = f"its SHA-256 is not that of {Path(prefix).name}.json"
-    if mistake:
         raise ValueError(
-            f"{path} is damaged, or of another pair: {mistake}; {REDO}, with the folder {path.parent.name}"
-        )
+            f"{path} is damaged, or of another pair: {error}; {REDO}, with this folder"
+        ) from None
     return words[_HEAD:]
 
 
-def hexdigest(words: np.ndarray) -> str:
-    """The SHA-256 of the .bin that hashes.npy tells."""
-    return words[:_HEAD].astype("<u8").tobytes().hex()
+def whole_hash(words: np.ndarray) -> str:
+    """The SHA-256 of the .bin, by the content of hashes.npy."""
+    return words[:_HEAD].tobytes().hex()
 
 
-def _compare(path: Path, number: int, which: np.ndarray, stored: np.ndarray) -> None:
-    """Compare these stretches, ascending, of an open file with the stored hashes."""
-    buffer = memoryview(bytearray(_AT_ONCE * _STRETCH))
-    for run in np.split(which, np.flatnonzero(np.diff(which) > 1) + 1) if len(which) else ():
-        for lo in range(int(run[0]), int(run[-1]) + 1, _AT_ONCE):
-            hi = min(lo + _AT_ONCE, int(run[-1]) + 1)
-            size = os.preadv(number, [buffer[: (hi - lo) * _STRETCH]], lo * _STRETCH)
-            read, expected = _hashes(buffer[:size]), stored[lo:hi].tolist()
-            if read != expected:
-                pairs = enumerate(zip(read, expected, strict=False))
-                at = next((n for n, (ours, theirs) in pairs if ours != theirs), len(read))
-                _raise_damaged(path, lo + at, "these 4 KiB are not those that were written")
+def _check_holes(path: Path, holes: Sequence[tuple[int, int]], stored: np.ndarray) -> None:
+    """Raise where a stretch within a hole was not written as zeros."""
+    for lo, hi in holes:
+        first = -(-lo // _STRETCH)
+        wrong = np.flatnonzero(stored[first : hi // _STRETCH] != _ZEROS)
+        if len(wrong):
+            _raise_damaged(path, first + int(wrong[0]), _hole(lo, hi))
 
 
-def _raise_damaged(path: Path, stretch: int, fault: str) -> None:
+def _compare(path: Path, number: int, runs: Sequence[Sequence[int]], stored: np.ndarray) -> None:
+    """Compare stretches of an open file with the stored hashes. A run is read at once."""
+    buffer, read = memoryview(bytearray(_AT_ONCE * _STRETCH)), array("Q")
+    for run in runs:
+        size = os.preadv(number, [buffer[: len(run) * _STRETCH]], run[0] * _STRETCH)
+        read.extend(_hashes(buffer[:size]))
+    which = list(itertools.chain(*runs))
+    if len(read) != len(which):
+        raise DamagedBinError(f"{path} has become shorter while it was read; {REDO}")
+    wrong = np.flatnonzero(np.array(read, np.uint64) != stored[which])
+    if len(wrong):
+        _raise_damaged(path, which[wrong[0]], "these 4 KiB are not those that were written")
+
+
+def _raise_damaged(path: Path, stretch: int, fault: str) -> NoReturn:
     raise DamagedBinError(f"{path} is damaged at offset {stretch * _STRETCH}: {fault}; {REDO}")
 
 
@@ -206,16 +192,14 @@ def _hole(lo: int, hi: int) -> str:
 
 def _holes(number: int, size: int) -> list[tuple[int, int]] | None:
     """Ranges without blocks of an open file, or None where the system cannot tell."""
-    out, at = [], 0
+    out, hi = [], 0
     try:
-        while at < size and (lo := os.lseek(number, at, os.SEEK_HOLE)) < size:
-            try:
-                at = os.lseek(number, lo, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                at = size
-            out.append((lo, at))
+        while hi < size and (lo := os.lseek(number, hi, os.SEEK_HOLE)) < size:
+            hi = size
+            # ENXIO: no data behind the hole.
+            with suppress(OSError):
+                hi = os.lseek(number, lo, os.SEEK_DATA)
+            out.append((lo, hi))
     except (OSError, AttributeError):
         return None
     return out

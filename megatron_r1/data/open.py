@@ -107,17 +107,11 @@ def open_data(
     every = (*opened.corpora, *opened.probes, *opened.directions)
     if is_first_rank():
         say_unchecked(every)
-    for note in opener.notes:
-        say(note)
-    mistakes = [*opener.mistakes, *also(opened)]
-    if use in ("train", "score"):
-        try:
-            # Each stays open as long as windows are drawn from it.
-            allow_open_files(len(every), "datasets")
-        except ValueError as error:
-            mistakes.append(str(error))
-    if mistakes:
+    if mistakes := [*opener.mistakes, *also(opened)]:
         raise ConfigError(mistakes)
+    if use in ("train", "score"):
+        # Each stays open as long as windows are drawn from it.
+        allow_open_files(len(every), "datasets")
     return opened
 
 
@@ -135,8 +129,6 @@ class _Opener:
         self.eod, vocab_size = config.data.eod, config.model.vocab_size
         self.mistakes: list[str] = []
         self.damaged: list[str] = []
-        self.notes: list[str] = []
-        """Lines about datasets that are taken with a reservation."""
         if self.eod is not None and not 0 <= self.eod < vocab_size:
             self.mistakes.append(
                 f"data.eod={self.eod}: model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}"
@@ -226,7 +218,7 @@ class _Opener:
         return self._false_ends(path, corpus, eod, f"{prefix}.json says eod {eod}, which")
 
     def _false_ends(self, path: str, corpus: Corpus, eod: int, subject: str) -> list[str]:
-        """A mistake where most documents do not end with `eod`. Adds a note where only some do not.
+        """A mistake where most documents do not end with `eod`. Says a line where only some do not.
 
         One rank looks at up to 1,024 documents, evenly spread.
         """
@@ -239,7 +231,7 @@ class _Opener:
             return []
         count = f"{subject} ends {ends} of {len(last_N)} documents looked at"
         if 2 * ends > len(last_N):
-            self.notes.append(f"{path}: {count}; windows attend from the others to the documents behind them")
+            say(f"{path}: {count}; windows attend from the others to the documents behind them")
             return []
         ids, times = np.unique(last_N, return_counts=True)
         common = f"{times.max()} of them end with {ids[times.argmax()]}"

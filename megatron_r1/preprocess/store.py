@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.indexed import IndexedWriter, open_corpus, with_suffix
-from megatron_r1.data.integrity import BinHashes, side_file, verify_bin
+from megatron_r1.data.integrity import REDO, BinHashes, DamagedBinError, check_bin, side_file
 from megatron_r1.data.provenance import FORMER, ORIGIN, load_origins, origins_of
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
 from megatron_r1.run import ledger
 from megatron_r1.run.stage import Standing, finish, read, standing
-from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing
+from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing, sha256
 from megatron_r1.system.terminal import Progress, say
 
 COPY_TOKENS = 1 << 21
@@ -86,16 +86,21 @@ def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
 def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[str], None]) -> None:
     """Compare every byte of each key's pair, or of the pair that `output_prefix` names, with its hashes.
 
-    Raises ValueError for damage, and for a pair that has no hash. FileNotFoundError where no pair is there.
+    Raises DamagedBinError, ValueError for a pair that has no hash, FileNotFoundError where no pair is there.
     """
-    whole = with_suffix(output_prefix, ".idx").is_file()
-    for prefix in (
-        [Path(output_prefix)] if whole else [with_suffix(output_prefix, f"_{k}_document") for k in json_keys]
-    ):
-        documents = open_corpus(prefix.name, prefix).documents
-        digest = verify_bin(prefix, read_sidecar(prefix) or {})
+    named = with_suffix(output_prefix, ".idx").is_file()
+    for suffix in [""] if named else [f"_{key}_document" for key in json_keys]:
+        prefix = with_suffix(output_prefix, suffix)
+        corpus, sidecar = open_corpus(prefix.name, prefix), read_sidecar(prefix) or {}
+        if doubt := check_bin(prefix, sidecar, whole=True):
+            raise ValueError(f"{prefix}.bin cannot be verified: {doubt}")
+        digest = sha256(with_suffix(prefix, ".bin"))
+        if digest != sidecar.get("bin_sha256", digest):
+            raise DamagedBinError(
+                f"{prefix}.bin is damaged: its SHA-256 is not that of {prefix.name}.json; {REDO}"
+            )
         if origins_of(prefix).is_file():
-            load_origins(prefix, documents)
+            load_origins(prefix, corpus.documents)
         log(f"{prefix}.bin: every byte is as it was written, SHA-256 {digest}")
 
 
@@ -106,21 +111,15 @@ def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs
     """
     name, seconds = f"{stage} {output.name}", (time.time() - ledger.process_start()) / max(1, len(sidecars))
     # Earlier versions wrote one line of all keys, beside the outputs.
-    former = {
-        digest for line in ledger.read(output.parent) for digest in (line.get("outputs") or {}).values()
-    }
+    former = {item for line in ledger.read(output.parent) for item in (line.get("outputs") or {}).items()}
     for prefix, sidecar in sidecars.items():
+        outputs = {prefix: sidecar["bin_sha256"]}
+        if former >= outputs.items():
+            continue
         # Those of a shard are hashed when it is merged: other shards read them, too.
-        hashed = {source["path"]: source["sha256"] for source in sidecar["inputs"] if source.get("sha256")}
-        if sidecar["bin_sha256"] not in former:
-            finish(
-                side_file(prefix, ""),
-                name,
-                tokens=sidecar["tokens"],
-                inputs={**inputs, **hashed},
-                outputs={prefix: sidecar["bin_sha256"]},
-                seconds=seconds,
-            )
+        read = inputs | {of["path"]: of["sha256"] for of in sidecar["inputs"] if of.get("sha256")}
+        counts = {"tokens": sidecar["tokens"], "seconds": seconds}
+        finish(side_file(prefix, ""), name, inputs=read, outputs=outputs, **counts)
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:

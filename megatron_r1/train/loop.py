@@ -87,9 +87,11 @@ class Trainer:
         self.last_step = self.spans[-1].end
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
-        self.agreement = DelayedAllReduce(flags=2 + context.world_size)
+        self.agreement = DelayedAllReduce(flags=3 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
+        self.one_id = 0
+        """Windows of one id throughout, which all ranks drew in the step before."""
         self.saving = 0.0
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
@@ -165,6 +167,8 @@ class Trainer:
                 if self.state.step % self.config.train.probe_every == 0 or self.state.step == span.end:
                     self.watchdog.heard(more=_LONG)
                     line |= self.evaluation.measure()
+                if self.one_id:
+                    line["one_id_windows"] = self.one_id
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
@@ -250,7 +254,7 @@ class Trainer:
     def _between_steps(self, span: PhaseSpan) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
-        stop, writing, *busy_us = self.agreement.result()
+        stop, writing, self.one_id, *busy_us = self.agreement.result()
         self.busy_R = [us / 1e6 for us in busy_us]
         start = time.perf_counter()
         self.saver.poll(writing)
@@ -264,7 +268,8 @@ class Trainer:
         self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
-        self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
+        one_id = self.batches.one_id_windows()
+        self.agreement.submit(self.stop.requested, self.saver.writing, one_id, *mine)
 
     def _save(self, span: PhaseSpan) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.

@@ -189,6 +189,7 @@ _GROUPS = {
     "grad_norm": "health/grad_norm",
     "rank_me": "health/rank_me",
     "skipped": "health/skipped",
+    "one_id_windows": "health/one_id_windows",
     "slowest_rank": "health/slowest_rank",
     "slowest_ratio": "health/slowest_ratio",
     "memory_bytes": "health/memory_bytes",

@@ -145,13 +145,13 @@ def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, doc
     sources = write_all(tmp_path, documents)
     out, said = tmp_path / "out", []
     first = curate_probes(sources, CAPABILITIES, out, log=said.append, **OPTIONS)
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*.*") if p.is_file()}
     assert curate_probes(sources, CAPABILITIES, out, log=said.append, **OPTIONS) == first
     assert said == [f"already done: {out / 'manifest.json'}"]
     (out / "probe_code.bin").unlink()
     assert curate_probes(sources, CAPABILITIES, out, **OPTIONS) == first
     assert {name: content for name, (_, content) in before.items()} == {
-        p.name: p.read_bytes() for p in out.iterdir()
+        p.name: p.read_bytes() for p in out.rglob("*.*") if p.is_file()
     }
     changed = curate_probes(sources, CAPABILITIES, out, **{**OPTIONS, "tokens_per_source": 100})
     assert changed["files"] != first["files"]
