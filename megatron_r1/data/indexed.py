@@ -33,7 +33,15 @@ import numpy as np
 from megatron_r1.data.integrity import REDO, BinHashes, check_bin, side_file
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
-from megatron_r1.system.files import naming, on_disk, open_exclusive, replacing, sha256, sync
+from megatron_r1.system.files import (
+    naming,
+    on_disk,
+    open_exclusive,
+    remove_if_empty,
+    replacing,
+    sha256,
+    sync,
+)
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -349,6 +357,7 @@ class IndexedWriter:
         # Once closed, their names are free for another process.
         for path in () if self._stream.closed else self._temporary:
             path.unlink(missing_ok=True)
+        remove_if_empty(side_file(self.prefix, ""))
         # A disk that is full is so when the buffer goes, too; the first error has said it.
         with contextlib.suppress(OSError):
             self._stream.close()

@@ -8,8 +8,8 @@ order (by seed and document number alone) into the final pair, with the origin o
 input, but for 40 bytes a document.
 
 A reject is a line or row that cannot become a document: bad JSON, no such key, no string, broken UTF-8, no
-tokens. Rejects are written with file and line to `PREFIX_KEY_rejects.jsonl`. More than `reject_limit` of them
-stop the run.
+tokens. Rejects are written with file and line to `PREFIX_KEY_document.side/rejects.jsonl`. More than
+`reject_limit` of them stop the run.
 
 Across nodes, shard i of n encodes an equal range of the inputs' bytes, in input order, into a pair of its
 own (`PREFIX_shard-i-of-n_KEY_document`). `merge` then makes the second pass over all of them: the result is
@@ -82,8 +82,7 @@ def preprocess(
     check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
-    """Write `{output_prefix}_{key}_document.{bin,idx,docs.npy,json}` for each key; returns the sidecars by
-    prefix.
+    """Write `{output_prefix}_{key}_document.{bin,idx,json,side}` for each key. Returns sidecars by prefix.
 
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
     tool. reject_limit: documents of one key that may be rejected. encoder: "auto" or "reference". shard:

@@ -24,7 +24,15 @@ from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
 from megatron_r1.run import ledger
 from megatron_r1.run.stage import Standing, finish, read, standing
-from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing, sha256
+from megatron_r1.system.files import (
+    json_bytes,
+    naming,
+    on_disk,
+    open_exclusive,
+    remove_if_empty,
+    replacing,
+    sha256,
+)
 from megatron_r1.system.terminal import Progress, say
 
 COPY_TOKENS = 1 << 21
@@ -210,6 +218,8 @@ def write_pair(
     sidecar, origins_path = with_suffix(prefix, ".json"), side_file(prefix, "docs.npy")
     rejects_path = side_file(prefix, "rejects.jsonl")
     with contextlib.ExitStack() as files:
+        # After a failed write, once its files are gone.
+        files.callback(remove_if_empty, side_file(prefix, ""))
         # They take their names in the opposite order, the sidecar last.
         sidecar_file = files.enter_context(replacing(sidecar))
         origins = files.enter_context(replacing(origins_path))
