@@ -154,6 +154,23 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     return words[_HEAD:]
 
 
+def written_sha256(prefix: str | Path) -> str | None:
+    """The SHA-256 that hashes.npy has of a .bin, or None without that file."""
+    path = side_file(prefix, "hashes.npy")
+    return whole_hash(np.load(path, mmap_mode="r")) if path.is_file() else None
+
+
+def sample_hash(prefix: str | Path) -> str:
+    """XXH3-128 of the stretches that `check_bin` looks at, for a pair without hashes."""
+    digest, size = xxhash.xxh3_128(), os.stat(f"{prefix}.bin").st_size
+    count = -(-size // _STRETCH)
+    number = range(count) if size <= _WHOLE else [n * (count - 1) // (_SAMPLE - 1) for n in range(_SAMPLE)]
+    with open(f"{prefix}.bin", "rb", buffering=0) as stream:
+        for n in number:
+            digest.update(os.pread(stream.fileno(), _STRETCH, n * _STRETCH))
+    return digest.hexdigest()
+
+
 def whole_hash(words: np.ndarray) -> str:
     """The SHA-256 of the .bin, by the content of hashes.npy."""
     return words[:_HEAD].tobytes().hex()

@@ -19,7 +19,7 @@ from megatron_r1.config import Config, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of, open_corpus
-from megatron_r1.data.integrity import DamagedBinError, say_unchecked
+from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
@@ -71,9 +71,19 @@ class OpenData:
 
     @cached_property
     def identities(self) -> dict[str, str]:
-        """Prefix -> identity of each dataset. Of a pair without a sidecar this reads the whole index."""
+        """Prefix -> identity of each dataset. Of a pair without hashes this reads the whole index."""
         opened = (*self.corpora, *self.probes, *self.directions)
         return {str(corpus.prefix): identity_of(corpus.prefix) for corpus in opened}
+
+    @cached_property
+    def drawn_from(self) -> dict[str, str]:
+        """Source -> identity of its dataset, for a data plan.
+
+        A pair without hashes is known by its index, and by a hash of a sample of its tokens after a "+".
+        """
+        known = {corpus.name: self.identities[str(corpus.prefix)] for corpus in self.corpora}
+        unhashed = [corpus for corpus in self.corpora if corpus.unhashed]
+        return known | {of.name: f"{known[of.name]}+{sample_hash(of.prefix)}" for of in unhashed}
 
 
 def open_data(

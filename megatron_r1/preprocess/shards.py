@@ -144,17 +144,7 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
     return shards
 
 
-_NEEDED = (
-    "inputs",
-    "encoder",
-    "documents",
-    "tokens",
-    "rejected",
-    "lines",
-    "merged_seed",
-    "bin_sha256",
-    "dtype",
-)
+_NEEDED = "inputs encoder documents tokens rejected lines merged_seed bin_sha256 dtype".split()
 """Fields of a shard's sidecar that the merge reads."""
 
 

@@ -177,7 +177,7 @@ def keep_freed_memory() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})
 
 
-_OPEN_BESIDES = 100
+_OPEN_BESIDES = 150
 """Files and sockets that a launch's process opens beside its datasets."""
 
 

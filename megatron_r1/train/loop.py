@@ -11,6 +11,7 @@ from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
+from megatron_r1.data import plan_file
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.parallel import (
     DelayedAllReduce,
@@ -72,15 +73,16 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
         # Asked by one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        identities: dict[str, str] = broadcast_object(data.identities if context.leads else None)
-        self.plan_text = resume.plan_text(data, identities)
+        asked = (data.identities, data.drawn_from) if context.leads else None
+        identities, drawn_from = broadcast_object(asked)
+        self.plan_text = plan_file.to_json(data.plan, drawn_from)
         self.batches = StepBatches(config, data, context)
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(data.corpora))
         self.training = build_training(config)
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
-        self.state = self._resume(data, identities)
+        self.state = self._resume(data, drawn_from)
         self.inputs = {**files, **identities}
         """For the ledger: files and datasets -> their identities."""
         self.spans = phase_spans(config)
@@ -102,7 +104,7 @@ class Trainer:
         self.rank_log = RankLog(run.rank_log(context.rank))
         self.began = process_start()
 
-    def _resume(self, data: OpenData, identities: Mapping[str, str]) -> TrainState:
+    def _resume(self, data: OpenData, drawn_from: Mapping[str, str]) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
         train, model = self.config.train, self.config.model
         _, last = resume.standing(self.config)
@@ -115,7 +117,7 @@ class Trainer:
         if not begin:
             return TrainState()
         path = Path(begin)
-        resume.check_past(path, self.config, data, identities)
+        resume.check_past(path, self.config, data, drawn_from)
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model)
         self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:

@@ -43,10 +43,10 @@ def is_finished(config: Config) -> bool:
     return standing(config)[0] is Standing.DONE
 
 
-def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[str, str]) -> None:
+def check_past(path: Path, config: Config, data: OpenData, now: Mapping[str, str]) -> None:
     """Raise ValueError if a checkpoint has seen other data than this recipe would have drawn.
 
-    `identities`: prefix -> identity of each dataset as it is now.
+    `now`: `OpenData.drawn_from`, as the first rank has it.
     """
     meta = checkpoint_files.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
@@ -64,22 +64,18 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
             f"(train.init_weights takes the weights alone)"
         )
     plan_file.check_extends(data.plan, plan_file.from_json(meta["plan"], samples), samples)
-    seen, now = plan_file.datasets_of(meta["plan"]), _by_source(data, identities)
-    other = [name for name in seen if data.plan.count(name, samples) and seen[name] != now[name]]
+    seen = plan_file.datasets_of(meta["plan"])
+    # Plans of earlier versions have no sample of the tokens.
+    other = [
+        name
+        for name in seen
+        if data.plan.count(name, samples) and seen[name] not in (now[name], now[name].partition("+")[0])
+    ]
     if other:
         raise ValueError(
             f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
             f"again, or replaced; restore them, or begin a new run"
         )
-
-
-def plan_text(data: OpenData, identities: Mapping[str, str]) -> str:
-    """The data plan as JSON, for checkpoints and `RUN/plan.json`; `identities` as of `check_past`."""
-    return plan_file.to_json(data.plan, _by_source(data, identities))
-
-
-def _by_source(data: OpenData, identities: Mapping[str, str]) -> dict[str, str]:
-    return {corpus.name: identities[str(corpus.prefix)] for corpus in data.corpora}
 
 
 def edits(config: Config, step: int) -> list[str]:
@@ -94,7 +90,7 @@ def describe_start(config: Config, data: OpenData) -> list[str]:
     if last is None:
         begins = config.train.init_from or config.train.init_weights
         return [f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
-    check_past(last.path, config, data, data.identities)
+    check_past(last.path, config, data, data.drawn_from)
     checkpoint_files.check_model(last.path, config.model)
     if state is Standing.DONE:
         return [f"{run}: finished before, at {last.path}", *edits(config, end)]
@@ -163,7 +159,7 @@ def record_killed_launches(config: Config, step: int) -> None:
             devices=mine[-1].get("ranks", 1),
             tokens=sum(line["step"] <= step for line in mine) * config.tokens_per_step(),
             seconds=sum(line["seconds"] + line.get("saving_seconds", 0.0) for line in mine),
-            inputs={sources[name].prefix: identity for name, identity in seen.items() if name in sources},
+            inputs={sources[name].prefix: seen[name].partition("+")[0] for name in seen if name in sources},
             checkpoints=outputs,
         )
 

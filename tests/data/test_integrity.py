@@ -216,9 +216,9 @@ def test_too_few_file_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     process.allow_open_files(14, "datasets")
     assert raised == []
     process.allow_open_files(300, "datasets")
-    assert raised == [(400, 5000)]
+    assert raised == [(450, 5000)]
     limits[1] = 200
     with pytest.raises(
-        ValueError, match="300 datasets need a limit of 400 open files, and the hard limit is 200"
+        ValueError, match="300 datasets need a limit of 450 open files, and the hard limit is 200"
     ):
         process.allow_open_files(300, "datasets")
