@@ -36,11 +36,6 @@ class Corpus:
     doubt: str = ""
     """The reason why damage to its .bin may have gone unseen, or nothing."""
 
-    @property
-    def unhashed(self) -> bool:
-        """Whether nothing beside the pair tells the bytes of its .bin."""
-        return self.doubt.startswith("no hashes")
-
     def windows(self, seq_length: int) -> int:
         """Windows of one epoch: window w is tokens [wS, wS+S], S inputs and S labels."""
         return max(0, (self.tokens - 1) // seq_length)

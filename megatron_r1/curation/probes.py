@@ -36,6 +36,7 @@ from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
+from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import Progress, say
 
 FORMAT = 2
@@ -107,6 +108,8 @@ def curate_probes(
     of_capability = _capability_of_sources(sources, capabilities)
     corpora = [open_corpus(name, prefix) for name, prefix in sources.items()]
     say_unchecked(corpora)
+    # Tokens and three parts of the index of each stay mapped, and a mapping holds a file.
+    allow_open_files(4 * len(sources), "mapped files of datasets")
     request = {
         "format": FORMAT,
         "sources": {n: {"prefix": str(p), "identity": identity_of(p)} for n, p in sources.items()},

@@ -373,8 +373,12 @@ class IndexedWriter:
 
 def identity_of(prefix: str | Path) -> str:
     """The identity of a pair: the hash of its tokens that was stored with it, or else that of its index."""
-    stored = (read_sidecar(prefix) or {}).get("bin_sha256") or written_sha256(prefix)
-    return stored or sha256(with_suffix(prefix, ".idx"))
+    return stored_sha256(prefix) or sha256(with_suffix(prefix, ".idx"))
+
+
+def stored_sha256(prefix: str | Path) -> str | None:
+    """The SHA-256 that the writer of a pair stored of its .bin."""
+    return (read_sidecar(prefix) or {}).get("bin_sha256") or written_sha256(prefix)
 
 
 def open_corpus(

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_r1.config import Config, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import identity_of, open_corpus
+from megatron_r1.data.indexed import identity_of, open_corpus, stored_sha256
 from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
@@ -82,7 +82,7 @@ class OpenData:
         A pair without hashes is known by its index, and by a hash of a sample of its tokens after a "+".
         """
         known = {corpus.name: self.identities[str(corpus.prefix)] for corpus in self.corpora}
-        unhashed = [corpus for corpus in self.corpora if corpus.unhashed]
+        unhashed = [corpus for corpus in self.corpora if stored_sha256(corpus.prefix) is None]
         return known | {of.name: f"{known[of.name]}+{sample_hash(of.prefix)}" for of in unhashed}
 
 

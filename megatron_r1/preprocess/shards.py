@@ -144,7 +144,7 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
     return shards
 
 
-_NEEDED = "inputs encoder documents tokens rejected lines merged_seed bin_sha256 dtype".split()
+_NEEDED = ("inputs", "encoder", "rejected", "lines", "documents", "tokens", "merged_seed", "bin_sha256")
 """Fields of a shard's sidecar that the merge reads."""
 
 
@@ -169,7 +169,7 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
 
 def _again(entry: dict[str, Any]) -> Input | None:
     """An input of the shards, if it is still there as it was."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         source = open_input(entry["path"])
         if identity(source)["bytes"] == entry["bytes"]:
             return source

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.indexed import IndexedWriter, open_corpus, with_suffix
-from megatron_r1.data.integrity import REDO, BinHashes, DamagedBinError, check_bin, side_file
+from megatron_r1.data.integrity import REDO, BinHashes, DamagedBinError, check_bin, say_unchecked, side_file
 from megatron_r1.data.provenance import FORMER, ORIGIN, load_origins, origins_of
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
@@ -85,6 +85,8 @@ def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
     try:
         corpus = open_corpus(prefix.name, prefix)
         load_origins(prefix, corpus.documents)
+        read_sidecar(prefix, ["bin_sha256"])
+        say_unchecked([corpus])
     except (OSError, ValueError) as error:
         say(f"not as it was written: {error}")
         return False
