@@ -398,6 +398,15 @@ def open_corpus(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
                     f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
                 )
+        # A document of our own is one sequence.
+        for lo, hi in _pieces(len(dataset.documents), *share):
+            wrong = np.flatnonzero(dataset.documents[lo:hi] != np.arange(lo, hi))
+            if len(wrong):
+                entry = lo + int(wrong[0])
+                at = INDEX_START + 12 * len(dataset) + 8 * entry
+                dataset._raise_damaged(
+                    dataset._idx, at, f"document entry {entry} is {dataset.documents[entry]}"
+                )
     doubt = check_bin(prefix, sidecar or {}, share)
     if documents is None:
         documents = dataset.num_documents

@@ -11,7 +11,6 @@ from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint.load import load_checkpoint, load_weights
 from megatron_r1.checkpoint.save import Saver
 from megatron_r1.config import Config
-from megatron_r1.data import plan_file
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.parallel import (
     DelayedAllReduce,
@@ -75,7 +74,7 @@ class Trainer:
         # Asked by one rank for all: of a pair without a sidecar it takes a read of the whole index.
         asked = (data.identities, data.drawn_from) if context.leads else None
         identities, drawn_from = broadcast_object(asked)
-        self.plan_text = plan_file.to_json(data.plan, drawn_from)
+        self.plan_text = resume.plan_text(data, drawn_from)
         self.batches = StepBatches(config, data, context)
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(data.corpora))
         self.training = build_training(config)

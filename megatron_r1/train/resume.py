@@ -43,10 +43,10 @@ def is_finished(config: Config) -> bool:
     return standing(config)[0] is Standing.DONE
 
 
-def check_past(path: Path, config: Config, data: OpenData, now: Mapping[str, str]) -> None:
+def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[str, str]) -> None:
     """Raise ValueError if a checkpoint has seen other data than this recipe would have drawn.
 
-    `now`: `OpenData.drawn_from`, as the first rank has it.
+    `drawn_from`: that of OpenData, as the first rank has it.
     """
     meta = checkpoint_files.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
@@ -69,13 +69,19 @@ def check_past(path: Path, config: Config, data: OpenData, now: Mapping[str, str
     other = [
         name
         for name in seen
-        if data.plan.count(name, samples) and seen[name] not in (now[name], now[name].partition("+")[0])
+        if data.plan.count(name, samples)
+        and seen[name] not in (drawn_from[name], drawn_from[name].partition("+")[0])
     ]
     if other:
         raise ValueError(
             f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
             f"again, or replaced; restore them, or begin a new run"
         )
+
+
+def plan_text(data: OpenData, drawn_from: Mapping[str, str]) -> str:
+    """The data plan as JSON, for checkpoints and `RUN/plan.json`; `drawn_from` as of `check_past`."""
+    return plan_file.to_json(data.plan, drawn_from)
 
 
 def edits(config: Config, step: int) -> list[str]:

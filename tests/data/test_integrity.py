@@ -222,3 +222,19 @@ def test_too_few_file_handles(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match="300 datasets need a limit of 450 open files, and the hard limit is 200"
     ):
         process.allow_open_files(300, "datasets")
+
+
+def test_a_changed_document_of_our_own_index_is_found(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(9):
+            writer.add_document(np.arange(5))
+    sidecar = {"documents": 9, "tokens": 45, "dtype": "uint16"}
+    (tmp_path / "a.json").write_text(json.dumps(sidecar))
+    assert open_corpus("a", prefix).documents == 9
+    place = 34 + 12 * 9 + 8 * 4
+    with open(tmp_path / "a.idx", "r+b") as stream:
+        stream.seek(place)
+        stream.write(np.int64(5).tobytes())
+    with pytest.raises(ValueError, match=rf"a\.idx is damaged at offset {place}: document entry 4 is 5"):
+        open_corpus("a", prefix)

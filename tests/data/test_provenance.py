@@ -55,6 +55,14 @@ def test_mask_by_content(made):
     assert not origins.among([]).any()
 
 
+def test_megatrons_merging_tool_takes_the_folder(made):
+    """It passes over folders, and wants an .idx or a .bin for the stem of each file."""
+    files = sorted(path.name for path in made[0].parent.glob("out*") if path.is_file())
+    assert files == [f"out_text_document.{kind}" for kind in ("bin", "idx", "json")]
+    beside = sorted(path.name for path in Path(f"{made[0]}.side").iterdir())
+    assert beside == ["docs.npy", "hashes.npy", "ledger.jsonl", "rejects.jsonl"]
+
+
 def test_costs_28_bytes_a_document(made):
     assert Path(f"{made[0]}.side/docs.npy").stat().st_size == 192 + 28 * len(TEXTS)
 
