@@ -94,7 +94,7 @@ def _agrees(stretch_N2: np.ndarray, packed: np.ndarray, windows: int, seq_length
     """Whether the stretches ascend, and the windows with a label in them are the windows of a mask."""
     if stretch_N2.dtype != np.int64 or stretch_N2.shape[1:] != (2,):
         return False
-    ascending = (np.diff(stretch_N2.ravel(), prepend=-1) > 0).all()
+    ascending = (np.diff(stretch_N2.ravel(), prepend=0) >= 0).all()
     bits = np.packbits(kept_windows(stretch_N2, windows, seq_length), bitorder="little")
     return bool(ascending) and np.array_equal(bits, packed)
 
