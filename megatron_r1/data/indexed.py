@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from megatron_r1.data.integrity import REDO, BinHashes, check_bin, side_file, written_sha256
+from megatron_r1.data.integrity import REDO, BinHashes, check_bin, side_file
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.system.files import (
@@ -372,13 +372,13 @@ class IndexedWriter:
 
 
 def identity_of(prefix: str | Path) -> str:
-    """The identity of a pair: the hash of its tokens that was stored with it, or else that of its index."""
+    """The identity of a pair: its sidecar's hash of the tokens, or else the hash of its index."""
     return stored_sha256(prefix) or sha256(with_suffix(prefix, ".idx"))
 
 
 def stored_sha256(prefix: str | Path) -> str | None:
-    """The SHA-256 that the writer of a pair stored of its .bin."""
-    return (read_sidecar(prefix) or {}).get("bin_sha256") or written_sha256(prefix)
+    """The SHA-256 of the .bin in the sidecar of a pair, if it has one."""
+    return (read_sidecar(prefix) or {}).get("bin_sha256")
 
 
 def open_corpus(

@@ -154,14 +154,8 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     return words[_HEAD:]
 
 
-def written_sha256(prefix: str | Path) -> str | None:
-    """The SHA-256 that hashes.npy has of a .bin, or None without that file."""
-    path = side_file(prefix, "hashes.npy")
-    return whole_hash(np.load(path, mmap_mode="r")) if path.is_file() else None
-
-
 def sample_hash(prefix: str | Path) -> str:
-    """XXH3-128 of the stretches that `check_bin` looks at, for a pair without hashes."""
+    """XXH3-128 of the stretches that `check_bin` looks at, for a pair whose sidecar has no hash."""
     digest, size = xxhash.xxh3_128(), os.stat(f"{prefix}.bin").st_size
     count = -(-size // _STRETCH)
     number = range(count) if size <= _WHOLE else [n * (count - 1) // (_SAMPLE - 1) for n in range(_SAMPLE)]

@@ -71,7 +71,7 @@ class OpenData:
 
     @cached_property
     def identities(self) -> dict[str, str]:
-        """Prefix -> identity of each dataset. Of a pair without hashes this reads the whole index."""
+        """Prefix -> identity of each dataset. Of a pair without a sidecar this reads the whole index."""
         opened = (*self.corpora, *self.probes, *self.directions)
         return {str(corpus.prefix): identity_of(corpus.prefix) for corpus in opened}
 
@@ -79,11 +79,11 @@ class OpenData:
     def drawn_from(self) -> dict[str, str]:
         """Source -> identity of its dataset, for a data plan.
 
-        A pair without hashes is known by its index, and by a hash of a sample of its tokens after a "+".
+        A pair without a sidecar is known by its index, and by a hash of a sample of its tokens after a "+".
         """
         known = {corpus.name: self.identities[str(corpus.prefix)] for corpus in self.corpora}
-        unhashed = [corpus for corpus in self.corpora if stored_sha256(corpus.prefix) is None]
-        return known | {of.name: f"{known[of.name]}+{sample_hash(of.prefix)}" for of in unhashed}
+        unnamed = [corpus for corpus in self.corpora if stored_sha256(corpus.prefix) is None]
+        return known | {of.name: f"{known[of.name]}+{sample_hash(of.prefix)}" for of in unnamed}
 
 
 def open_data(
