@@ -236,6 +236,20 @@ def test_training_data_with_a_hole_is_refused(
     line_of(answer.text, r"^error: .*out_text_document\.bin")
 
 
+def test_every_byte_can_be_compared(tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path) -> None:
+    verify = ["preprocess_data", "--verify", "--output-prefix"]
+    answer = tools(*verify, tmp_path / "out")
+    assert answer.status == 2, answer.text
+    line_of(answer.text, r"^error: out_text_document\.bin is damaged at offset 0")
+    (tmp_path / "out_text_document.bin").write_bytes(holed[1])
+    for prefix in ("out", "out_text_document"):
+        answer = tools(*verify, tmp_path / prefix)
+        assert answer.status == 0, answer.text
+        line_of(answer.text, r"^out_text_document\.bin: every byte is as it was written")
+    answer = tools(*verify, tmp_path / "nothing")
+    assert answer.status == 2 and "nothing_text_document.idx does not exist" in answer.text
+
+
 def test_a_dataset_with_a_hole_is_not_done(
     tools: Tools, holed: tuple[list[Any], bytes], tmp_path: Path
 ) -> None:
