@@ -103,9 +103,14 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
                 )
     lengths = np.where(counts, counts + append_eod, 0)
     good = (lengths > 0) & (lengths <= LONGEST)
+    # Only where the end token also stands for what the vocabulary lacks: such a document would end itself.
+    ended = np.searchsorted(np.cumsum(counts), np.flatnonzero(flat == tokenizer.eod), side="right")
+    good[ended] = False
     if not good.all():
         for i in np.flatnonzero(~good):
             reason = f"{lengths[i]} tokens, more than an index can say" if lengths[i] else "no tokens"
+            if i in ended:
+                reason = f"text that becomes the end token, {tokenizer.eod}"
             excerpt = column.texts[i][:200].encode()
             column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
         column.rejects.sort(key=lambda rejected: rejected["line"])

@@ -72,7 +72,7 @@ def tiktoken(corpus):
     tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    "]
     path = corpus.with_name("tokenizer.model")
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return build_tokenizer("TikTokenizer", path)
+    return build_tokenizer("TikTokenizer:llama3", path)
 
 
 @pytest.fixture(params=["sentencepiece", "huggingface", "tiktoken"])
@@ -151,7 +151,7 @@ def test_fingerprint_tells_kinds_and_models_apart(sentencepiece, huggingface, ti
     prints = {t.fingerprint() for t in (sentencepiece, huggingface, tiktoken)}
     other = tmp_path / "other.model"
     other.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
-    prints.add(build_tokenizer("TikTokenizer", other).fingerprint())
+    prints.add(build_tokenizer("TikTokenizer:llama3", other).fingerprint())
     assert len(prints) == 4
 
 
