@@ -23,7 +23,8 @@ def main() -> None:
     add("--input", nargs="+", metavar="INPUT", help="JSONL (also .gz, .zst), .parquet, a folder from "
         "save_to_disk, or hf:NAME[:SPLIT], hf:NAME:CONFIGURATION:SPLIT")  # fmt: skip
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="a dataset each (default: text)")
-    add("--tokenizer-type", help="SentencePieceTokenizer, HuggingFaceTokenizer or TikTokenizer")
+    add("--tokenizer-type", help="SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer or "
+        "TikTokenizer:FAMILY for ranks that are not a published file")  # fmt: skip
     add("--tokenizer-model", help="model file, folder with tokenizer.json, or hub name")
     add("--output-prefix", required=True, metavar="PREFIX", help="path of the outputs without suffix")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
@@ -31,8 +32,8 @@ def main() -> None:
     add("--seed", type=int, default=1234, help="of the document shuffle (default: %(default)s)")
     add("--no-shuffle", action="store_true", help="keep the input order: the bytes of Megatron's own tool")
     add("--reject-limit", type=int, default=100, help="stop beyond so many rejects (default: %(default)s)")
-    add("--encoder", choices=["auto", "reference"], default="auto", help="auto: gigatoken where its tokens "
-        "are proven equal (default); reference: never")  # fmt: skip
+    add("--encoder", choices=["auto", "reference"], default="auto", help="auto: gigatoken for vetted forms "
+        "of tokenizers (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
     add("--merge", action="store_true", help="join the shards of this prefix; their options are known")
     add("--check", action="store_true", help="print what would be read and written, and exit")

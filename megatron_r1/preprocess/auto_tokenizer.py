@@ -137,13 +137,6 @@ def auto_tokenizer(
     return built.backend_tokenizer.to_str(), built.eos_token
 
 
-def pipeline(model: str) -> dict[str, Any]:
-    """The parts of a tokenizer.json that decide the tokens of a text."""
-    full = json.loads(model)
-    bpe = {key: value or None if key.endswith("fix") else value for key, value in full["model"].items()}
-    return {"normalizer": full["normalizer"], "pre_tokenizer": full["pre_tokenizer"], "model": bpe}
-
-
 def spells_end(model: dict[str, Any], eos: str) -> bool:
     """Whether text can become the end token as an ordinary word of the vocabulary."""
     vocab = model.get("vocab") or {}

@@ -29,13 +29,12 @@ from megatron_r1.preprocess.auto_tokenizer import (
     first_line,
     is_rebuilt,
     named_eos,
-    pipeline,
     read_model,
     read_settings,
     spells_end,
     without_spelling,
 )
-from megatron_r1.preprocess.vetted import published
+from megatron_r1.preprocess.vetted import pipeline, published
 from megatron_r1.system.errors import require, suggest
 
 
@@ -118,13 +117,11 @@ class SentencePiece(Tokenizer):
                 f"{model} is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
             ) from None
         self.vocab_size: int = self._model.vocab_size()
+        # -1 also for a user-defined symbol, which a document's text could spell.
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
-            raise ValueError(f"{model} defines no </s>, which ends a document; train it with one")
-        if not self._model.is_control(self.eod):
             raise ValueError(
-                f"{model}: {self._model.id_to_piece(self.eod)!r} ends a document, but is no control symbol, "
-                f"so text can spell it; train the model without it among the user-defined symbols"
+                f"{model} defines no </s>, which ends a document, as a control symbol; train it with one"
             )
 
     def encode(self, text: str) -> list[int]:
@@ -149,34 +146,31 @@ class HuggingFace(Tokenizer):
     library = "tokenizers"
 
     def __init__(self, model: Path):
-        path = find_file(model, "tokenizer.json")
-        if path is None:
+        names = ("tokenizer.json", *SETTINGS)
+        files = {name: file for name in names if (file := find_file(model, name)) is not None}
+        if "tokenizer.json" not in files:
             raise FileNotFoundError(
                 f"{self.kind}: {model} has no tokenizer.json; write one with "
                 f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        self._path = path
+        self._path = path = files["tokenizer.json"]
         self.model_bytes = read_model(path)
-        found = {name: find_file(model, name) for name in SETTINGS}
-        settings = {name: read_settings(file) for name, file in found.items() if file is not None}
-        library_model, eos = self._load(self.model_bytes), named_eos(model, settings)
+        plain, spec = self._load(self.model_bytes), json.loads(self.model_bytes)
+        settings = {name: read_settings(file) for name, file in files.items() if name in SETTINGS}
+        eos = named_eos(model, settings)
         self._rules: list[bytes] = []
         """All that decides tokens beside tokenizer.json and the end token."""
-        spec = json.loads(self.model_bytes)
-        if is_rebuilt(settings, library_model):
-            files = {"tokenizer.json": path} | {
-                name: file for name, file in found.items() if file is not None
-            }
+        if is_rebuilt(settings, plain):
             built, eos = auto_tokenizer(path, files, settings)
-            if (ours := pipeline(built)) != pipeline(library_model.to_str()):
-                self._rules.append(json.dumps(ours, sort_keys=True).encode())
             spec = json.loads(built)
+            if (ours := pipeline(spec)) != pipeline(json.loads(plain.to_str())):
+                self._rules.append(json.dumps(ours, sort_keys=True).encode())
         if spec["model"].get("dropout"):
             raise ValueError(
                 f"{path}: dropout={spec['model']['dropout']} gives other tokens each time; "
                 f'set "dropout": null in it'
             )
-        eos = end_token(path, eos, library_model)
+        eos = end_token(path, eos, plain)
         if any(not token["special"] for token in spec.get("added_tokens") or []):
             self._rules.append(b"added tokens are text")
         for token in spec.get("added_tokens") or []:

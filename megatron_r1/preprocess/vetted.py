@@ -49,16 +49,10 @@ def vet(model: str) -> Vetted | str:
     # Defaults filled in, and merges as the reference ranks them.
     full = json.loads(Tokenizer.from_str(model).to_str())
     bpe = full["model"]
-    vocab, merges = bpe.get("vocab"), bpe.get("merges")
-    # Bytes without a token are encoded by the reference, and no others are unknown.
-    flags = {key: value or None if key.endswith("fix") else value for key, value in bpe.items()}
+    vocab, merges = bpe["vocab"], bpe.get("merges")
+    parts = pipeline(full)
     for key in ("vocab", "merges", "unk_token"):
-        flags.pop(key, None)
-    parts = {
-        "normalizer": full["normalizer"],
-        "pre_tokenizer": _without(full["pre_tokenizer"], "trim_offsets"),
-        "model": flags,
-    }
+        parts["model"].pop(key, None)
     features = {name: _differences(parts, form, "") for name, form in published()["forms"].items()}
     # The nearest form: that with the fewest parts of another type.
     form = min(
@@ -73,7 +67,7 @@ def vet(model: str) -> Vetted | str:
     if len(given["model"]["merges"]) != len(merges):
         return "merges that are listed twice"
     made = [vocab[left + right] for left, right in merges]
-    whole_words = flags["ignore_merges"]
+    whole_words = bpe["ignore_merges"]
     if any(left > right or (left == right and not whole_words) for left, right in pairwise(made)):
         return "merges in another order than their tokens' ids"
     added = {token["content"] for token in full["added_tokens"]}
@@ -89,6 +83,13 @@ def vet(model: str) -> Vetted | str:
     if digits_apart := form == "SmolLM2":
         full["pre_tokenizer"] = full["pre_tokenizer"]["pretokenizers"][1]
     return Vetted(form, json.dumps(full), len(ids), digits_apart)
+
+
+def pipeline(full: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a tokenizer.json with its defaults filled in that decide the tokens of a text."""
+    model = {key: value or None if key.endswith("fix") else value for key, value in full["model"].items()}
+    cut = _without(full["pre_tokenizer"], "trim_offsets")
+    return {"normalizer": full["normalizer"], "pre_tokenizer": cut, "model": model}
 
 
 def _without(value: Any, key: str) -> Any:

@@ -68,7 +68,7 @@ def tiktoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer"])
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer:llama3"])
 def test_transformers_gives_the_same_tokens(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -215,7 +215,9 @@ def hostile(count: int, seed: int, words: Sequence[str] = ()) -> Iterator[str]:
     def character() -> str:
         low, high = draw.choice(((0, 0x80), (0, 0x250), (0x250, 0x3000), (0x3000, 0xD800), (0xE000, 0x11000),
                                  (0x10000, 0x20000), (0x20000, 0x110000), *draw.sample(_NEW, 1)))  # fmt: skip
-        return chr(draw.randrange(low, high))
+        one = chr(draw.randrange(low, high))
+        # The reference encodes texts with unassigned characters, so most texts have none.
+        return character() if unicodedata.category(one) == "Cn" and draw.random() < 0.98 else one
 
     def piece() -> str:
         kind = draw.random()

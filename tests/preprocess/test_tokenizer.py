@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from tests.faults.inputs import plain_tokenizer
+from tests.launch import ROOT
 
 CODE = (
     'def f(x: int) -> str:\n\treturn  f"{x!r:>10}"   \n\n\nclass A:\n    """Doc."""\n\n    y = 1234567890\n'
@@ -211,3 +213,12 @@ def test_nemo_s_tokenizers_give_the_same_tokens(sentencepiece, corpus):
     assert (theirs.vocab_size, theirs.eos_id) == (sentencepiece.vocab_size, sentencepiece.eod)
     for text in (CODE, "  two before", "</s> stays text", "naïve 漢字"):
         assert theirs.text_to_ids(text) == sentencepiece.encode(text)
+
+
+def test_the_example_of_the_docs_holds(tmp_path):
+    """docs/data.md shows how special tokens differ from transformers' default."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    section = page.split("## Special tokens")[1].split("## ")[0]
+    code = "".join(line[4:] or "\n" for line in section.splitlines(keepends=True) if line.startswith("    "))
+    assert code.count("assert") == 3
+    exec(code, {"folder": plain_tokenizer(tmp_path / "tokenizer")})
