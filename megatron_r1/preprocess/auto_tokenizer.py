@@ -44,8 +44,9 @@ _AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
+    content = read_model(path)
     try:
-        settings = json.loads(read_model(path))
+        settings = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {first_line(error)}; copy it again or mend it") from None
     if not isinstance(settings, dict):
@@ -102,7 +103,7 @@ def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
         if key.endswith("_token"):
             named.append(value)
         elif key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
-            named += value.values() if isinstance(value, dict) else value or []
+            named += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     contents = (token.get("content") if isinstance(token, dict) else token for token in named)
     return any(isinstance(token, str) and file_model.token_to_id(token) is None for token in contents)
 

@@ -16,6 +16,7 @@ from itertools import chain
 import numpy as np
 import psutil
 
+from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.preprocess.tokenizer import Tokenizer
 from megatron_r1.preprocess.vetted import Vetted, contested, split_digits, vet
 
@@ -140,8 +141,7 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
         raise
     # A panic in Rust is no Exception.
     except BaseException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {reason[:200]}"
+        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {first_line(error)}"
     compared = f"{len(texts)} texts, {sum(map(len, texts))} characters"
     form = f"{fast.name}, vetted for the form {fast.vetted.form}"
     return fast, f"{form}, whose tokens equal {reference.name}'s on {compared}"

@@ -61,7 +61,7 @@ def vet(model: str) -> Vetted | str:
     if features[form]:
         return features[form][0]
 
-    ids, letters = sorted(vocab.values()), ByteLevel.alphabet()
+    ids, letters = sorted(given["model"]["vocab"].values()), ByteLevel.alphabet()
     if ids != list(range(len(ids))):
         return f"ids that are not 0 to {len(ids) - 1}"
     if len(given["model"]["merges"]) != len(merges):

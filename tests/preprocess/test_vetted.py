@@ -173,6 +173,7 @@ LEVEL = tokenizer()["pre_tokenizer"]
         ("model.merges", [["a", "l"], ["d", "e"], ["1", "a"]], "in another order"),
         ("model.merges", [["d", "e"], ["a", "l"]], "'1a', which no merge makes"),
         ("model.vocab", {**tokenizer()["model"]["vocab"], "1a": 3000}, "ids that are not 0 to 259"),
+        ("model.vocab", {**tokenizer()["model"]["vocab"], "zz": 5}, "ids that are not 0 to 260"),
     ],
 )
 def test_a_form_that_is_not_vetted_is_named(path: str, value: Any, feature: str, tmp_path: Path) -> None:
