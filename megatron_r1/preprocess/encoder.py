@@ -96,7 +96,7 @@ class Gigatoken(Encoder):
             utf8 = [part.encode() for some in parts for part in some]
         flat, ends = self._rows(utf8)
         lengths = np.diff(ends[np.append(0, np.cumsum(counts))].astype(np.int64))
-        unsure = {i for i, text in enumerate(texts) if contested(text)}
+        unsure = {i for i, text in enumerate(texts) if contested(text, self.vetted.composed)}
         foreign = np.flatnonzero(flat >= self.vetted.size)
         unsure.update(np.searchsorted(np.cumsum(lengths), foreign, side="right").tolist())
         if not unsure:

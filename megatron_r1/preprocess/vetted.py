@@ -38,6 +38,8 @@ class Vetted:
     """Tokens of the vocabulary. gigatoken gives larger ids for bytes that the vocabulary lacks."""
     digits_apart: bool
     """Whether each digit is encoded as a text of its own, which gigatoken cannot be told."""
+    composed: bool
+    """Whether text is brought to NFC."""
 
 
 def vet(model: str) -> Vetted | str:
@@ -82,7 +84,7 @@ def vet(model: str) -> Vetted | str:
     full |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     if digits_apart := form == "SmolLM2":
         full["pre_tokenizer"] = full["pre_tokenizer"]["pretokenizers"][1]
-    return Vetted(form, json.dumps(full), len(ids), digits_apart)
+    return Vetted(form, json.dumps(full), len(ids), digits_apart, full["normalizer"] is not None)
 
 
 def pipeline(full: dict[str, Any]) -> dict[str, Any]:
@@ -113,21 +115,31 @@ _PLANES = 0x40000
 
 
 @functools.cache
-def _unassigned() -> np.ndarray:
+def _contested(composed: bool) -> np.ndarray:
     """[code points below `_PLANES`] bool."""
-    categories = (unicodedata.category(chr(code)) for code in range(_PLANES))
-    return np.fromiter((category == "Cn" for category in categories), bool, count=_PLANES)
+    characters, old = list(map(chr, range(_PLANES))), unicodedata.ucd_3_2_0
+    table = np.array([unicodedata.category(one) == "Cn" for one in characters])
+    for code, one in enumerate(characters if composed else ()):
+        parts = unicodedata.decomposition(one)
+        if (unicodedata.combining(one), parts) != (old.combining(one), old.decomposition(one)):
+            table[code] = True
+            # A character that composes since then has a new character among its parts.
+            new = [int(part, 16) for part in parts.split() if part[0] != "<"]
+            table[[part for part in new if old.category(chr(part)) == "Cn"]] = True
+    return table
 
 
-def contested(text: str) -> bool:
-    """Whether a character is unassigned in Python's version of Unicode.
+def contested(text: str, composed: bool = False) -> bool:
+    """Whether a character is unassigned in Python's version of Unicode; libraries know different versions,
+    so one may take such a character for a letter and another may not.
 
-    Libraries know different versions, so one may take such a character for a letter and another may not.
+    composed: also, whether text is brought to NFC and a character composes or reorders otherwise than in
+    Unicode 3.2. The tables of tokenizers' NFC are years old.
     """
     if text.isascii():
         return False
     code_S = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return bool(code_S.max() >= _PLANES or _unassigned()[code_S].any())
+    return bool(code_S.max() >= _PLANES or _contested(composed)[code_S].any())
 
 
 @functools.cache

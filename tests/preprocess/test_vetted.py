@@ -200,6 +200,14 @@ def test_characters_that_unicode_has_not_assigned_are_contested() -> None:
     assert all(map(contested, ("a\u0378", "\U000323b0", "\U000e0080", "\U0010ffff")))
 
 
+def test_characters_that_compose_otherwise_since_unicode_3_are_contested() -> None:
+    """The fuzz found these: tokenizers' NFC does not know their combining classes."""
+    late = "s\u0323\U00010d24\u0301", "\u0345\U00010eac", "\u0d3c\u0301"
+    assert all(contested(text, composed=True) for text in late)
+    assert not any(map(contested, late))
+    assert not any(contested(text, composed=True) for text in ("e\u0301", "é", "각", "क्षि", "\u0323\u0301"))
+
+
 def test_digits_are_parts_of_their_own() -> None:
     assert split_digits("") == []
     assert split_digits("a 12b") == ["a ", "1", "2", "b"]
