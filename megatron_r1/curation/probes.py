@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_r1.data.indexed import (
     IndexedDataset,
@@ -36,6 +35,7 @@ from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.terminal import Progress, say
+from megatron_r1.system.yaml_io import format_yaml
 
 FORMAT = 2
 SETS = ("probe", "heldout")
@@ -320,4 +320,4 @@ def _split(opened: Sequence[_Source], capabilities: Mapping[str, Sequence[str]],
         "influence": {"directions": sets["probe"]},
     }
     head = "# Written by tools/curate_probes.py; paths are relative to where it ran.\n"
-    return head + yaml.safe_dump(split, sort_keys=False)
+    return head + format_yaml(split)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter
 
 from megatron_r1 import backend  # (backend before megatron.core)
@@ -29,6 +28,7 @@ from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import finish, require_empty
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.files import sha256, sync, write_json
+from megatron_r1.system.yaml_io import read_yaml
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -140,7 +140,10 @@ def _context(source: Path) -> int:
     config = RunDir(source.resolve().parent.parent).config
     if not config.is_file():
         raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
-    return yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_length"]
+    length = ((read_yaml(config).tree or {}).get("data") or {}).get("seq_length")
+    if type(length) is not int or length < 1:
+        raise ValueError(f"{config}: data.seq_length={length} is no number of tokens; give --context TOKENS")
+    return length
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-import yaml
 
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import summary
 from megatron_r1.report.load import Points, Reading, Run
+from megatron_r1.system.yaml_io import parse_yaml
 
-PAGE: dict[str, Any] = yaml.safe_load((files(__package__) / "page.yaml").read_text(encoding="utf-8"))
+PAGE: dict[str, Any] = parse_yaml((files(__package__) / "page.yaml").read_text("utf-8"), "page.yaml").tree
 _SHADES = 4
 COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["colors"].items()} | {
     f"{hue}-{i}": of.split()[i::_SHADES] for hue, of in PAGE["hues"].items() for i in range(_SHADES)
@@ -63,7 +63,7 @@ def redraw(chart: Any, mark: str, tips: str = "", **channels: Any) -> Any:
     # Altair takes 20 ms to find the class of a dictionary.
     typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
     chart = chart.encode(**typed, **({"tooltip": fields} if fields else {}))
-    chart.mark = {"type": kind, **yaml.safe_load(f"{{{options}}}")}
+    chart.mark = {"type": kind, **parse_yaml(f"{{{options}}}", mark).tree}
     return chart
 
 
