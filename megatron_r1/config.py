@@ -65,7 +65,7 @@ ByCapability = Annotated[dict[str, T], _named(*RESERVED)]
 
 
 def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
-    """A number's limit. A value beyond it is an error of type "limit", except in the context "unlimited".
+    """A number's limit. A value beyond it is an error of type "limit", and 1 in the context "unlimited".
 
     Text and truth values are no numbers, though Python reads numbers from them.
     """
@@ -73,10 +73,12 @@ def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
     def check(value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         number = read(value if type(value) in (int, float) else None)
         long = isinstance(number, int) and number.bit_length() > 63
-        if info.context != "unlimited" and (long or not holds(number)):
-            why = "has more than 63 bits" if long else message
-            raise PydanticCustomError("limit", "={value} {message}", {"value": str(number), "message": why})
-        return number
+        if not long and holds(number):
+            return number
+        if info.context == "unlimited":
+            return 1
+        why = "has more than 63 bits" if long else message
+        raise PydanticCustomError("limit", "={value} {message}", {"value": str(number), "message": why})
 
     return WrapValidator(check)
 

@@ -48,7 +48,8 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
     given = _Given(arguments, mistakes)
     # What seems to be missing may be in a file that could not be read.
     sections, beyond = _sections(given, mistakes, whole=not mistakes)
-    mistakes += _cross_check(sections, beyond)
+    # A value beyond its limit has its mistake already, and the checks saw another in its place.
+    mistakes += [m for m in _cross_check(sections, not beyond) if not any(path in m for path in beyond)]
     required = {f.name for f in dataclasses.fields(Config) if _required(f)}
     # A section that did not parse is not one that is missing.
     wanted = required | (given.tree.keys() & typing.get_type_hints(Config).keys())
@@ -113,7 +114,7 @@ class _Given:
             try:
                 leaf: Any = parse_yaml(value, text).tree
             except YamlError as error:
-                mistakes.append(f"{error} (text, in a shell: {key}='\"...\"')")
+                mistakes.append(f"{error} (in a shell: {key}='\"...\"')")
                 continue
             for part in reversed(key.split(".")):
                 leaf = {part: leaf}
@@ -248,22 +249,30 @@ def _field_names(hint: Any, path: Sequence[str | int]) -> list[str]:
     return []
 
 
-def _cross_check(sections: dict[str, Any], beyond: set[str]) -> list[str]:
-    """Mistakes between fields, for whichever sections parsed. Values beyond their limits take no part."""
+def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
+    """Mistakes between fields, for whichever sections parsed. `legal`: no value is beyond its limit."""
     model, parallel = sections.get("model"), sections.get("parallel")
     data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
     mix, out = sections.get("mix"), []
     if model:
-        out += _check_model(model, beyond)
+        scaling, heads, groups = model.rope_scaling, model.num_attention_heads, model.num_query_groups
+        if scaling and not scaling.low_freq_factor < scaling.high_freq_factor:
+            out.append(
+                f"model.rope_scaling: low_freq_factor={scaling.low_freq_factor} is not below "
+                f"high_freq_factor={scaling.high_freq_factor}"
+            )
+        if model.head_dim % 2:
+            out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
+        if heads % groups:
+            out.append(f"model.num_attention_heads={heads} is no multiple of model.num_query_groups={groups}")
     if parallel:
-        out += _check_layout(parallel, model, data, beyond)
+        out += _check_layout(parallel, model, data)
     if data and not data.sources:
         out.append("data.sources: empty; name at least one dataset")
-    if train and _legal(beyond, "train.global_batch", "train.micro_batch"):
+    if train:
         batch, micro = train.global_batch, train.micro_batch
         if batch % micro:
             out.append(f"train.global_batch={batch} is no multiple of train.micro_batch={micro}")
-    if train:
         undivided = data and all(source.documents is None for source in data.sources.values())
         if train.validation_windows > 0 and undivided:
             out.append(
@@ -275,31 +284,11 @@ def _cross_check(sections: dict[str, Any], beyond: set[str]) -> list[str]:
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
     if phases is not None:
-        out += _check_phases(phases, list(data.sources) if data else None, beyond)
-        if data and train and _legal(beyond, "train.global_batch", "data.seq_length"):
-            out += _check_lengths(phases, train.global_batch * data.seq_length, beyond)
-    if mix and _legal(beyond, "mix.floor", "mix.cap") and mix.floor > mix.cap:
+        out += _check_phases(phases, list(data.sources) if data else None)
+        if data and train and legal:
+            out += _check_lengths(phases, train.global_batch * data.seq_length)
+    if mix and mix.floor > mix.cap:
         out.append(f"mix.floor={mix.floor} is above mix.cap={mix.cap}")
-    return out
-
-
-def _legal(beyond: set[str], *paths: str) -> bool:
-    """Whether none of these values is beyond its limit."""
-    return beyond.isdisjoint(paths)
-
-
-def _check_model(model: ModelConfig, beyond: set[str]) -> list[str]:
-    out, scaling = [], model.rope_scaling
-    if scaling and not scaling.low_freq_factor < scaling.high_freq_factor:
-        out.append(
-            f"model.rope_scaling: low_freq_factor={scaling.low_freq_factor} is not below "
-            f"high_freq_factor={scaling.high_freq_factor}"
-        )
-    if model.head_dim % 2:
-        out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    if _legal(beyond, "model.num_attention_heads", "model.num_query_groups") and heads % groups:
-        out.append(f"model.num_attention_heads={heads} is no multiple of model.num_query_groups={groups}")
     return out
 
 
@@ -308,49 +297,39 @@ _TENSOR = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_
 the softmax, and be another model."""
 
 
-def _check_layout(
-    parallel: ParallelConfig, model: ModelConfig | None, data: DataConfig | None, beyond: set[str]
-) -> list[str]:
+def _check_layout(parallel: ParallelConfig, model: ModelConfig | None, data: DataConfig | None) -> list[str]:
     """Sizes that do not divide, each by its own name."""
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     virtual, out = parallel.virtual_pipeline, []
-    if model and _legal(beyond, "parallel.tensor", *(f"model.{name}" for name in _TENSOR)):
+    if model:
         sizes = {name: getattr(model, name) for name in _TENSOR}
         if undivided := [f"model.{name}={size}" for name, size in sizes.items() if size % tensor]:
             most = range(1, model.num_query_groups + 1)
             legal = [n for n in most if not any(size % n for size in sizes.values())]
             out.append(f"parallel.tensor={tensor} does not divide {', '.join(undivided)}; use one of {legal}")
-    stages = ("parallel.pipeline", "parallel.virtual_pipeline")
-    if model and _legal(beyond, "model.num_layers", *stages) and model.num_layers % (pipeline * virtual):
-        chunks = f" x parallel.virtual_pipeline={virtual}" if virtual != 1 else ""
-        legal = [
-            n for n in range(1, model.num_layers // virtual + 1) if model.num_layers % (n * virtual) == 0
-        ]
-        way = f"; use a parallel.pipeline of {legal}" if legal else ""
-        out.append(
-            f"parallel.pipeline={pipeline}{chunks} does not divide model.num_layers={model.num_layers}{way}"
-        )
+        layers, chunks = model.num_layers, f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else ""
+        if layers % (pipeline * virtual):
+            legal = [n for n in range(1, layers + 1) if layers % (n * virtual) == 0]
+            way = f"; use a parallel.pipeline of {legal}" if legal else ""
+            out.append(f"parallel.pipeline={pipeline}{chunks} does not divide model.num_layers={layers}{way}")
     if virtual > 1 and pipeline == 1:
         out.append(f"parallel.virtual_pipeline={virtual} needs parallel.pipeline > 1")
     if parallel.sequence and tensor == 1:
         out.append("parallel.sequence=true needs parallel.tensor > 1")
-    if data and _legal(beyond, "data.seq_length", "parallel.tensor", "parallel.context"):
-        parts = {f"2 x parallel.context={context}": 2 * context} if context > 1 else {}
-        parts |= {f"parallel.tensor={tensor} of parallel.sequence": tensor} if parallel.sequence else {}
-        if data.seq_length % math.prod(parts.values()):
-            out.append(
-                f"data.seq_length={data.seq_length} does not divide into {' x '.join(parts)} parts; use a "
-                f"multiple of {math.prod(parts.values())}"
-            )
+    parts = {f"2 x parallel.context={context}": 2 * context} if context > 1 else {}
+    parts |= {f"parallel.tensor={tensor} of parallel.sequence": tensor} if parallel.sequence else {}
+    if data and data.seq_length % math.prod(parts.values()):
+        out.append(
+            f"data.seq_length={data.seq_length} does not divide into {' x '.join(parts)} parts; use a "
+            f"multiple of {math.prod(parts.values())}"
+        )
     return out
 
 
-def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int, beyond: set[str]) -> list[str]:
+def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int) -> list[str]:
     """Warm-ups and decays that their phases are too short for."""
     out = []
     for name, phase in phases.items():
-        if not _legal(beyond, *(f"phases.{name}.{field}" for field in _LENGTHS)):
-            continue
         steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
         decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
         if steps * tokens_per_step >= 1 << 62:
@@ -364,10 +343,8 @@ def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int, beyond:
     return out
 
 
-_LENGTHS = ("steps", "tokens", "warmup_steps", "decay_steps")
-
-
-def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None, beyond: set[str]) -> list[str]:
+def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> list[str]:
+    """`sources`: None where they did not parse."""
     out = []
     if not phases:
         out.append("phases: empty; name at least one phase")
@@ -378,22 +355,18 @@ def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None, bey
         if phase.decay_steps is not None and phase.decay != "wsd":
             out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
         elif phase.decay_steps is not None and phase.decay_steps > (phase.steps or math.inf):
-            out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
-        if sources is not None:
-            for field in ("max_epochs", "keep", "weights"):
-                given = getattr(phase, field)
-                out += [
-                    f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
-                    for key in (given if isinstance(given, dict) else ())
-                    if key not in sources
-                ]
-        if isinstance(phase.weights, dict) and _legal(
-            beyond, *(f"{path}.weights.{n}" for n in phase.weights)
-        ):
-            if not sum(phase.weights.values()) > 0:
-                out.append(f"{path}.weights: all weights are 0; at least one source must be drawn")
-            elif math.isinf(sum(phase.weights.values())):
-                out.append(f"{path}.weights: their sum is no finite number; only their proportions count")
+            out.append(f"{path}.decay_steps={phase.decay_steps} is not within {path}.steps={phase.steps}")
+        for field in ("max_epochs", "keep", "weights"):
+            given = getattr(phase, field)
+            out += [
+                f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
+                for key in (given if isinstance(given, dict) else ())
+                if sources is not None and key not in sources
+            ]
+        total = 1.0 if phase.weights == "uniform" else sum(phase.weights.values())
+        if not 0 < total < math.inf:
+            wrong = "all weights are 0; at least one source must be drawn"
+            out.append(f"{path}.weights: {f'their sum is {total}' if total else wrong}")
     return out
 
 

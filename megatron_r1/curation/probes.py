@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.config import RESERVED, check_names
 from megatron_r1.data.indexed import (
     IndexedDataset,
     IndexedWriter,
@@ -95,12 +96,14 @@ def curate_probes(
     `data.cross_documents=false` needs it. `check`: write nothing. The manifest then tells how each source
     would be split, and names no files.
 
-    Raises ValueError for unknown names, for a source that is too small and for tokenizers that differ.
-    Raises FileNotFoundError for a dataset that is not there.
+    Raises ValueError for names that are unknown or cannot be a file's, for a source that is too small and for
+    tokenizers that differ. Raises FileNotFoundError for a dataset that is not there.
     """
     output_dir = Path(output_dir)
     if not sources or not capabilities or tokens_per_source < 1 or max_document_tokens < 1:
         raise ValueError("give at least one source, one capability and one token a source and document")
+    check_names("--sources: name", sources)
+    check_names("--capabilities: name", capabilities, RESERVED)
     if not 0 <= fraction <= 0.5:
         raise ValueError(f"fraction={fraction} to set aside; it must be between 0 and 0.5")
     of_capability = _capability_of_sources(sources, capabilities)
@@ -181,9 +184,9 @@ def _capability_of_sources(
             if name not in sources:
                 raise ValueError(f"capability {capability}: no source {name}{suggest(name, sources)}")
             if name in of_capability:
-                raise ValueError(
-                    f"source {name} is in {of_capability[name]} and {capability}; one capability a source"
-                )
+                others = f"in {of_capability[name]} and {capability}; one capability a source"
+                where = f"twice in {capability}" if of_capability[name] == capability else others
+                raise ValueError(f"source {name} is {where}")
             of_capability[name] = capability
         if not members:
             raise ValueError(f"capability {capability} has no source")

@@ -10,12 +10,13 @@ serves `--check`, which runs without torch, so functions on tensors import torch
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from megatron_r1.system.errors import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def parameter_names(num_layers: int) -> list[str]:
 def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
     """Names selected by "all", "linear" (the layers' matrices), "embedding" or globs over names.
 
-    Raises ValueError, with similar names, for a glob that selects nothing.
+    Raises ValueError, with a similar name, for a glob that selects nothing.
     """
     names = parameter_names(num_layers)
     chosen: set[str] = set()
@@ -56,10 +57,9 @@ def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
     for given in globs:
         matches = {name for glob in _KINDS.get(given, (given,)) for name in fnmatch.filter(names, glob)}
         if not matches:
-            near = difflib.get_close_matches(given, [*_KINDS, *names], n=3, cutoff=0.4) or names[:3]
             raise ValueError(
-                f"influence.layers={given!r} selects no parameter; near: {', '.join(near)}. Globs are "
-                f"matched against whole names: *mlp*, decoder.layers.0.*"
+                f"influence.layers={given!r} selects no parameter{suggest(given, [*_KINDS, *names])}. Use "
+                f"{', '.join(_KINDS)}, or globs over whole names: *mlp*, decoder.layers.0.*"
             )
         chosen |= matches
     return [name for name in names if name in chosen]

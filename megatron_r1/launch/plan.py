@@ -43,15 +43,6 @@ class Launch:
             out.append(f"--mfu {self.mfu}: a share of the peak, above 0 and at most 1")
         if not 0 < self.peak_flops < math.inf or not self.gpu_memory > 0:
             out.append("--peak-tflops and --gpu-memory must be positive and finite")
-        if self.gpus % max(1, config.parallel.model_ranks()) == 0:
-            tokens, layout = config.data.seq_length, config.parallel
-            parts = 2 * layout.context if layout.context > 1 else 1
-            parts *= layout.tensor if layout.sequence else 1
-            if parts and tokens % parts:
-                out.append(
-                    f"data.seq_length={tokens} does not divide into {parts} parts for parallel.context and "
-                    f"parallel.sequence; use a multiple of {parts}"
-                )
         return out + config_io.check_world(config, self.gpus)
 
 

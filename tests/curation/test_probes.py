@@ -209,7 +209,7 @@ def test_command_line(tmp_path, documents):
         return subprocess.run(words, cwd=ROOT, env=path, capture_output=True, text=True)
 
     wrong = run("code")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: 'code' is not NAME=VALUE with a name of its own\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --capabilities 'code': not NAME=VALUE\n")
     right = run("code=a,b", "knowledge=c")
     assert right.returncode == 0, right.stderr
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["request"]["tokens_per_source"] == 200

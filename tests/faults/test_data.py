@@ -150,7 +150,6 @@ def test_an_input_whose_name_is_no_utf_8(tools: Tools, plain: Path, tmp_path: Pa
     assert read(tmp_path / "out")[0]["documents"] == 1
 
 
-@fault("c24", "all sets are written, then one of them is not found")
 def test_a_capability_whose_name_has_a_slash(tools: Tools, tmp_path: Path) -> None:
     sources = ["--sources", f"a={pair(tmp_path / 'pair')}", "--tokens-per-source", 50]
     output = tmp_path / "probes"

@@ -288,7 +288,7 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
         "influence.directions.loss: the name of a column of exported scores",
         "set parallel.context=1",
-        "influence.layers='linears' selects no parameter; near: linear",
+        "influence.layers='linears' selects no parameter; did you mean linear?",
     ):
         assert part in text, text
     assert "launch a multiple of 2" in influence_mistakes(changed(whole, parallel={"tensor": 2}), 3)[0]
