@@ -117,7 +117,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
         (
             "influence={directions: {x: y}, min_correlation: 5}",
-            "influence.min_correlation=5.0 must be within",
+            "influence.min_correlation=5.0 must be",
         ),
         ("data.eod=-5", "data.eod=-5 must not be negative"),
         ("train.seed=1e30", "train.seed=1e+30 must be an integer"),
@@ -130,7 +130,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("train.=3", "train.=3: 'train.' is no dotted key"),
         (
             "parallel={context: 3}",
-            "data.seq_length=64 does not divide into 2 x parallel.context=3 parts; use",
+            "data.seq_length=64 does not divide into 2 x parallel.context=3 parts",
         ),
         ("mix={phase: one, floor: 0.5, cap: 0.1}", "mix.floor=0.5 is above mix.cap=0.1"),
     ],
@@ -217,15 +217,8 @@ def test_every_number_has_a_limit_and_takes_neither_text_nor_truth() -> None:
         assert kind not in (int, float), f"{path} has no limit"
         if typing.get_origin(kind) is typing.Annotated and typing.get_args(kind)[0] in (int, float):
             adapter: Any = TypeAdapter(kind)
-            refused = [
-                False,
-                "1",
-                None,
-                [],
-                float("nan"),
-                *([1.5, 1 << 63] if typing.get_args(kind)[0] is int else []),
-            ]
-            for value in refused:
+            whole = [1.5, 1 << 63] if typing.get_args(kind)[0] is int else []
+            for value in [False, "1", None, [], float("nan"), *whole]:
                 with pytest.raises(ValidationError):
                     adapter.validate_python(value)
             seen += 1

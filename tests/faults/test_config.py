@@ -13,6 +13,7 @@ import pytest
 
 from megatron_r1 import config, config_io
 from megatron_r1.config_io import ConfigError
+from megatron_r1.influence.store import COLUMNS
 from tests.faults import inputs
 from tests.faults.inputs import Tools, fault, line_of, pair, run_words
 
@@ -149,9 +150,12 @@ def test_names_that_are_no_path_or_tag_are_refused_at_once(
         return
     with pytest.raises(ConfigError) as caught:
         config_io.load([*run_words(tmp_path / "run", tmp_path / "pair"), str(path)])
-    (section, fields) = next(iter(given.items()))
-    line_of(str(caught.value), rf"{section}\.")
+    line_of(str(caught.value), rf"{next(iter(given))}\.")
     assert "a name has" in str(caught.value)
+
+
+def test_no_capability_has_the_name_of_a_column() -> None:
+    assert tuple(COLUMNS) == config.RESERVED
 
 
 def test_names_that_a_file_system_takes_for_one_are_refused() -> None:
@@ -172,7 +176,7 @@ def test_names_that_a_file_system_takes_for_one_are_refused() -> None:
         (["--capabilities", "Math=a", "math=b"], "--capabilities: name 'math': some file systems"),
         (["--capabilities", "math=a", "math=b"], "--capabilities 'math=b': math is given twice"),
         (["--capabilities", "math=a,a"], "source a is twice in math"),
-        (["--capabilities", "math=zz"], "capability math: no source 'zz'; known: a, b"),
+        (["--capabilities", "math=zz"], "capability math: no source zz; known: a, b"),
         (["--sources", "a/b=PAIR", "--capabilities", "math=a/b"], "--sources: name 'a/b': a name has"),
     ],
 )

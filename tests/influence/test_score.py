@@ -275,7 +275,7 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         whole,
         influence={
             "steps": [2, 3],
-            "directions": {"x": f"{tmp_path}/x", "loss": f"{tmp_path}/x"},
+            "directions": {"x": f"{tmp_path}/x"},
             "norms": True,
             "layers": ["linears"],
         },
@@ -286,7 +286,6 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "influence.steps=[3]: no such checkpoints",
         "has [2, 4]",
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
-        "influence.directions.loss: the name of a column of exported scores",
         "set parallel.context=1",
         "influence.layers='linears' selects no parameter; did you mean linear?",
     ):
