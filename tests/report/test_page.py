@@ -91,7 +91,7 @@ def test_a_run_whose_every_loss_is_no_number_is_still_reported(run: Path) -> Non
 
 
 def test_names_that_mean_something_in_markup_are_escaped(tmp_path: Path) -> None:
-    make_arm(tmp_path / "r<&>", "second", "uniform", 0, 0.0, {'a<b> & "c"</script>': "x&y", "plain": "code"})
+    make_arm(tmp_path / "r<&>", "second", "uniform", 0, 0.0, {"a": 'x<b> & "c"</script>', "plain": "code"})
     page, text = shown(tmp_path / "r<&>")
     assert "<b>" not in page.split("<script")[0] and page.count("</script>") == 2 and "r<&>" in text
 
