@@ -49,19 +49,25 @@ def check_names(what: str, names: Iterable[str], reserved: Iterable[str] = ()) -
         raise ValueError(f"{what} {name!r}: {why}")
 
 
-def _named(*reserved: str) -> AfterValidator:
-    """Keys of a mapping that are names. The first that cannot be one is an error of type "name"."""
+def _name(*reserved: str) -> AfterValidator:
+    """A key that is a name. One that cannot be is an error of type "name"."""
 
-    def check(mapping: dict[str, T]) -> dict[str, T]:
-        for name, why in name_mistakes(mapping, reserved).items():
-            raise PydanticCustomError("name", ".{name}: {why}", {"name": name, "why": why})
-        return mapping
+    def check(name: str) -> str:
+        for why in name_mistakes([name], reserved).values():
+            raise PydanticCustomError("name", ": {why}", {"why": why})
+        return name
 
     return AfterValidator(check)
 
 
-ByName = Annotated[dict[str, T], _named()]
-ByCapability = Annotated[dict[str, T], _named(*RESERVED)]
+def _apart(mapping: dict[str, T]) -> dict[str, T]:
+    for name, why in name_mistakes(mapping).items():
+        raise PydanticCustomError("name", ".{name}: {why}", {"name": name, "why": why})
+    return mapping
+
+
+ByName = Annotated[dict[Annotated[str, _name()], T], AfterValidator(_apart)]
+ByCapability = Annotated[dict[Annotated[str, _name(*RESERVED)], T], AfterValidator(_apart)]
 
 
 def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:

@@ -217,7 +217,7 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
         elif kind in ("limit", "text"):
             out[*path] = f"{name}{error['msg']}{given.place(path)}"
         elif kind == "name":
-            path.append(about["name"])
+            path += [about["name"]] if "name" in about else []
             out[*path] = f"{name}{error['msg']}{given.place(path)}"
         else:
             words = wanted.setdefault(tuple(path), [])

@@ -154,6 +154,15 @@ def test_names_that_are_no_path_or_tag_are_refused_at_once(
     assert "a name has" in str(caught.value)
 
 
+def test_every_name_is_told_beside_the_mistakes_of_fields(tmp_path: Path) -> None:
+    path = tmp_path / "named.yaml"
+    path.write_text("data:\n  sources:\n    a/b: {prefix: x}\n    c d: {prefix: y}\n    e: {prefx: z}\n")
+    with pytest.raises(ConfigError) as caught:
+        config_io.load([*run_words(tmp_path / "run", tmp_path / "pair")[:2], str(path)])
+    for expected in (r"sources\.a/b: a name.*line 3", r"c d: a name.*line 4", r"e\.prefx: unknown.*line 5"):
+        line_of(str(caught.value), expected)
+
+
 def test_no_capability_has_the_name_of_a_column() -> None:
     assert tuple(COLUMNS) == config.RESERVED
 
