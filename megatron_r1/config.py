@@ -230,15 +230,17 @@ class TrainConfig(_Strict):
 
 @dataclass(frozen=True)
 class HealthConfig(_Strict):
-    """When a step is skipped, and when a run gives up."""
+    """When a step is skipped, and when a run stops."""
 
-    loss_spike: Annotated[float, _AT_LEAST_0] = 2.0
-    """Skip a step whose loss exceeds this many times the median of the last 128 accepted steps.
-    0: skip only losses that are not finite."""
+    loss_spike: Annotated[float, _AT_LEAST_0] = 0.5
+    """Nats. The run saves and stops when the median loss of the last 32 accepted steps is more than this
+    above the best such median of the phase. 0: never."""
     grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0
-    """The same for the gradient norm, before clipping."""
+    """A step whose gradient norm, before clipping, exceeds this many times the median of the last 128
+    accepted steps is told. It is taken all the same. 0: none is told."""
     max_skipped: Annotated[int, _AT_LEAST_1] = 10
-    """Skipped steps in a row after which the run saves and stops."""
+    """Steps in a row, skipped because loss or gradient norm is not finite, after which the run saves and
+    stops."""
     hang_seconds: Annotated[int, _AT_LEAST_0] = 540
     """Seconds without a completed step. A rank then writes its stacks to RUN/logs and ends. 0: never."""
 

@@ -28,7 +28,7 @@ from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
 from megatron_r1.train.batches import StepBatches
 from megatron_r1.train.evaluate import Evaluation
-from megatron_r1.train.health import StepGuard, UnreadableDataError, Watchdog
+from megatron_r1.train.health import StepGuard, TooManyBadStepsError, UnreadableDataError, Watchdog
 from megatron_r1.train.metrics import MetricsLog, RankLog, cost_line, open_log, rank_line, step_line
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retention
@@ -169,6 +169,7 @@ class Trainer:
                 if self.log is not None:
                     self.log.write(line)
                 self.rank_log.write(rank_line(line, self.training.busy.seconds, leads, bar.line()))
+                self._check_health(span)
                 self._between_steps(span)
                 self.watchdog.heard()
         if leads:
@@ -221,31 +222,42 @@ class Trainer:
             self.guard.refuses,
             discard=lambda: self.batches.error is not None,
         )
-        if result.refused is not None:
-            self._look_into(result.refused, span)
+        self._tell(result, span)
         state.step += 1
         state.samples += config.train.global_batch
         state.tokens += config.tokens_per_step()
-        state.guard = self.guard.history()
         return result
 
-    def _look_into(self, reason: str, span: PhaseSpan) -> None:
-        """Find out why no rank took a step. Unreadable data and too many bad steps end the run."""
+    def _tell(self, result: StepResult, span: PhaseSpan) -> None:
+        """Say why a step was skipped, or is unusual. Data that a rank could not read end the run."""
         first, error = self.state.samples, self.batches.error
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        errors = gather_objects(None if error is None else str(error))
-        failed = next((rank for rank, message in enumerate(errors) if message), None)
-        if failed is None and self.context.leads:
-            say(f"{self.run.root}: {where}: skipped, {reason}")
-        try:
+        if result.refused is not None:
+            errors = gather_objects(None if error is None else str(error))
+            failed = next((rank for rank, message in enumerate(errors) if message), None)
             if failed is not None:
+                self._save(span)
+                self.saver.wait()
                 message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
                 raise error or UnreadableDataError(message)
-            self.guard.check()
-        except (OSError, ValueError):
+        clip = self.config.optimizer.clip_grad
+        taken = f"{self.guard.spike}; taken{f', clipped to {clip:g}' if clip else ''}"
+        if self.context.leads and (result.refused or self.guard.spike):
+            say(f"{self.run.root}: {where}: {f'skipped, {result.refused}' if result.refused else taken}")
+
+    def _check_health(self, span: PhaseSpan) -> None:
+        """Save and stop where the guard says so. The error has the ways on."""
+        stopped: TooManyBadStepsError | None = None
+        try:
+            self.guard.check(self.state.step)
+        except TooManyBadStepsError as error:
+            stopped = error
+        self.state.guard = self.guard.history()
+        if stopped is not None:
             self._save(span)
             self.saver.wait()
-            raise
+            way_on = resume.way_on(self.run, span, self.state.step, self.guard.best_step)
+            raise TooManyBadStepsError(f"{self.run.root}: {stopped}; {way_on}")
 
     def _between_steps(self, span: PhaseSpan) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""

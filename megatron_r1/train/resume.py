@@ -23,7 +23,7 @@ from megatron_r1.run.stage import Standing, finish
 from megatron_r1.system.files import write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import read
-from megatron_r1.train.schedule import epochs_by_phase, late_edits, phase_spans
+from megatron_r1.train.schedule import PhaseSpan, epochs_by_phase, late_edits, phase_spans
 
 
 def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
@@ -92,6 +92,28 @@ def describe_start(config: Config, data: OpenData) -> list[str]:
     if state is Standing.DONE:
         return [f"{run}: finished before, at {last.path}", *edits(config, end)]
     return [f"{run}: goes on from {last.path}, {end - last.step:,} steps to go", *edits(config, last.step)]
+
+
+def way_on(run: RunDir, span: PhaseSpan, step: int, best_step: int | None) -> str:
+    """What a user may do about a run that the step guard has stopped at `step`.
+
+    `best_step`: the step with the lowest median loss of the phase, None before the first median.
+    """
+    # The update of the best step itself may be the one that did the harm.
+    before = [
+        ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if ref.step < (best_step or 0)
+    ]
+    lower = f"lower phases.{span.name}.learning_rate={span.config.learning_rate:g}"
+    back = f"begin a new run and {lower}"
+    if before:
+        back = (
+            f"remove or move away the checkpoints after {before[-1].path}, {lower} and start the same command"
+        )
+    return (
+        f"{checkpoint_files.step_path(run.checkpoints, step)} is saved. To go back, {back}. To go on from "
+        f"here, start the same command: it stops again if the loss does not recover. Add health.loss_spike=0 "
+        f"health.max_skipped={span.steps + 1} to it, and it goes on in any case"
+    )
 
 
 def record_start(config: Config, step: int, plan: str) -> None:
