@@ -112,7 +112,7 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}
     write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    outputs = {str(path): sha256(path) for path in (output, beside)}
+    outputs = {str(path): sha256(path) for path in (output, beside, *(path for path, _ in files.values()))}
     finish(Path(config.train.run), f"mix {mixture.phase}", inputs=hashes, outputs=outputs)
 
 

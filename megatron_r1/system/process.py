@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -95,13 +96,22 @@ def owner_environment() -> dict[str, str]:
 
 
 def exit_when_orphaned() -> None:
-    """End this process (status 1) once its parent, or the owner in the environment, is gone."""
+    """End this process (status 1) once its parent, or the owner in the environment, is gone. The first rank
+    says so, if somebody still reads."""
     parent = os.getppid()
     owner = os.environ.get(_OWNER)
 
     def watch() -> None:
         while os.getppid() == parent and (owner is None or _alive(owner)):
             time.sleep(_LOOK_SECONDS)
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError, ValueError):
+                print(
+                    f"error: process {os.getpid()} ends because the command that started it is gone; the "
+                    f"same command goes on from here",
+                    file=sys.stderr,
+                    flush=True,
+                )
         os._exit(1)
 
     threading.Thread(target=watch, name="exit-when-orphaned", daemon=True).start()

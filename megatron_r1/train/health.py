@@ -89,21 +89,29 @@ class StepGuard:
     def _reason(self, step: int) -> str | None:
         if self.skipped_in_a_row >= self._config.max_skipped:
             return (
-                f"{self.skipped_in_a_row} steps in a row were skipped, whose loss or gradient norm is not "
-                f"finite (health.max_skipped={self._config.max_skipped})"
+                f"{self.skipped_in_a_row} steps in a row were skipped (health.max_skipped="
+                f"{self._config.max_skipped}): their loss or gradient norm is not finite"
             )
-        if self._judged < _WINDOW:
+        rise, limit = self.rise(step), self._config.loss_spike
+        if self._best is None or not limit or rise <= limit:
             return None
+        best, at = self._best
+        return (
+            f"the median loss of the last {_WINDOW} accepted steps, {best + rise:.4f}, is {rise:.4f} nats "
+            f"above the phase's best, {best:.4f} at step {at} (health.loss_spike={limit:g})"
+        )
+
+    def rise(self, step: int) -> float:
+        """Nats by which the median loss of the last accepted steps is above the phase's best, 0 at that.
+
+        Call this once after `step`: its median becomes the best where it is.
+        """
+        if self._judged < _WINDOW:
+            return 0.0
         median = statistics.median(loss for loss, _ in self._accepted[-_WINDOW:])
         if self._best is None or median < self._best[0]:
             self._best = median, step
-        best, limit = self._best[0], self._config.loss_spike
-        if not limit or median <= best + limit:
-            return None
-        return (
-            f"the median loss of the last {_WINDOW} accepted steps, {median:.4f}, is {median - best:.4f} "
-            f"nats above the phase's best, {best:.4f} at step {self._best[1]} (health.loss_spike={limit:g})"
-        )
+        return median - self._best[0]
 
     def forget(self) -> None:
         """Clear the history. A new mixture or schedule has other losses."""

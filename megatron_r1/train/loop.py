@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -50,8 +51,10 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     if resume.is_finished(config):
         lines = resume.describe_start(config, data)
         if is_first_rank():
+            resume.record_end(config)
             print("\n".join(lines), flush=True)
         return
+    resume.check_beginning(config, data)
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
@@ -84,6 +87,8 @@ class Trainer:
         self.inputs = {**files, **identities}
         """For the ledger: files and datasets -> their identities."""
         self.spans = phase_spans(config)
+        left = [span for span in self.spans if context.leads and span.end > self.state.step]
+        self.masks = {span.name: resume.masks_of(span) for span in left}
         self.last_step = self.spans[-1].end
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
@@ -119,13 +124,6 @@ class Trainer:
         if state.guard:
             self.guard.load(state.guard)
         self.context.announce(f"{self.run.root}: continues from {path}")
-        damaged = checkpoint_files.damaged(self.run.checkpoints) if self.context.leads else []
-        if damaged:
-            names = ", ".join(path.name for path in damaged)
-            say(
-                f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the run "
-                f"goes on without"
-            )
         return state
 
     def train(self) -> None:
@@ -142,15 +140,18 @@ class Trainer:
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
             self.log = open_log(self.run, self.state.step, self.config)
+        line: dict[str, Any] = {}
         with self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
-                    self._train_phase(span)
+                    line = self._train_phase(span)
         if self.log is not None:
+            self.log.add_saving(line, self.saving)
             self.log.close()
         self.rank_log.close()
 
-    def _train_phase(self, span: PhaseSpan) -> None:
+    def _train_phase(self, span: PhaseSpan) -> dict[str, Any]:
+        """Train a phase to its end, or until a rank is asked to stop. Returns its last step's line."""
         first, leads = self.state.step, self.context.leads
         if first == span.start:
             self._begin_phase(span)
@@ -175,6 +176,7 @@ class Trainer:
         if leads:
             self._end_phase(span, first, line["loss"])
         self.began = time.time()
+        return line
 
     def _begin_phase(self, span: PhaseSpan) -> None:
         start = span.start * self.config.train.global_batch
@@ -198,7 +200,7 @@ class Trainer:
             devices=self.context.world_size,
             tokens=(step - first) * self.config.tokens_per_step(),
             seconds=time.time() - self.began,
-            inputs={**self.inputs, **self.origin},
+            inputs={**self.inputs, **self.masks[span.name], **self.origin},
             checkpoints=[ref.path for ref in saved if ref.step > first],
         )
         path = checkpoint_files.step_path(self.run.checkpoints, step)
