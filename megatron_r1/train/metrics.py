@@ -230,11 +230,12 @@ def lost_steps(steps: Iterable[int], first: int, last: int) -> list[tuple[int, i
 
 
 def describe_lost(path: Path, lost: Sequence[tuple[int, int]]) -> str:
-    """`PATH has no line of step 7, 9 to 12 (5 steps)`, and so on; the first eight stretches."""
+    """`PATH has lost the lines of step 7, 9 to 12: 5 steps that were trained`; the first eight stretches."""
     named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in lost[:8]]
     more = f" and {len(lost) - 8} other places" if len(lost) > 8 else ""
     count = sum(b - a + 1 for a, b in lost)
-    return f"{path} has lost the lines of step {', '.join(named)}{more}: {count:,} steps that were trained"
+    steps = "1 step that was" if count == 1 else f"{count:,} steps that were"
+    return f"{path} has lost the lines of step {', '.join(named)}{more}: {steps} trained"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -133,7 +133,8 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
     if lost := lost_steps(steps, first_step(run, config, steps), step):
         out.append(f"{run.root}: warning: {describe_lost(run.metrics, lost)}; the report marks them")
     if again := len({number for number in steps if number > step}):
-        out.append(f"{run.root}: {again:,} steps after step {step:,} are trained again")
+        steps_again = "1 step after it is" if again == 1 else f"{again:,} steps after it are"
+        out.append(f"{run.root}: step {step:,} was saved; {steps_again} trained again")
     return out
 
 

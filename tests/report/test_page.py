@@ -73,6 +73,15 @@ def test_cards_say_what_the_data_say(whole: Path) -> None:
         assert len(re.findall(rf"{re.escape(difference)}[^,]*, one run, no interval", text)) == 2
 
 
+def test_lost_lines_are_said_on_the_page(pair: Path) -> None:
+    path = pair / "control" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:9] + lines[12:]))
+    text = shown(pair)[1]
+    assert f"{path} has lost the lines of step 110 to 112: 3 steps that were trained." in text
+    assert "A shaded stretch is steps whose lines metrics.jsonl has lost." in text
+
+
 def test_what_is_missing_is_said_with_the_command_that_makes_it(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1][:40])

@@ -99,7 +99,9 @@ def test_a_run_outlives_a_bad_update(root: Path, capsys: pytest.CaptureFixture[s
     losses = [of[0] for of in figures(root / "outlives").values()]
     assert losses[17] > losses[15] + 3 and losses[-1] < losses[10] < losses[17]
     told = re.search(r"step 18, samples 136 to 143: (.*)", capsys.readouterr().out)
-    assert told and re.fullmatch(r"gradient norm \S+ is \S+ times the usual \S+; taken, clipped to 1", told[1])
+    assert told and re.fullmatch(
+        r"gradient norm \S+ is \S+ times the usual \S+; taken, clipped to 1", told[1]
+    )
 
 
 def test_a_loss_that_stays_high_stops_the_run_with_ways_on(root: Path) -> None:
