@@ -109,7 +109,7 @@ def discard(path: Path) -> Path:
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return [_step_of(path) for path in _named(directory) if (path / META).is_file()]
+    return sorted(step for step, path in _named(directory).items() if (path / META).is_file())
 
 
 def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
@@ -122,17 +122,13 @@ def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
 
 def without_description(directory: Path) -> list[Path]:
     """Checkpoints that have their name and have lost their description, in training order."""
-    return [path for path in _named(directory) if not (path / META).is_file()]
+    return [path for _, path in sorted(_named(directory).items()) if not (path / META).is_file()]
 
 
-def _named(directory: Path) -> list[Path]:
-    """What has the name of a checkpoint, in training order. A copy with more in its name is none."""
-    numbered = [path for path in directory.glob("step_*") if path.name[5:].isdecimal()]
-    return sorted((path for path in numbered if path == step_path(directory, _step_of(path))), key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _named(directory: Path) -> dict[int, Path]:
+    """Step -> what has the name of its checkpoint. A copy with another name is none."""
+    steps = [int(path.name[5:]) for path in directory.glob("step_*") if path.name[5:].isdecimal()]
+    return {step: path for step in steps if (path := step_path(directory, step)).exists()}
 
 
 def damaged(directory: Path) -> list[Path]:

@@ -135,17 +135,14 @@ def read_run(root: Path, branch: bool = False) -> Run:
         )
     columns, first, last = _read_metrics(files.metrics)
     saved = checkpoint_files.saved_steps(files.checkpoints)
-    if not last and saved:
-        raise ValueError(
-            f"{files.metrics} has lost its lines: step {saved[-1]:,} was saved, and none is there; restore it"
-        )
     if not last:
-        raise ValueError(f"{files.metrics}: no step recorded yet; train first: tools/train.py {files.config}")
+        first_train = f"no step recorded yet; train first: tools/train.py {files.config}"
+        restore = f"has lost its lines, for step {saved[-1]:,} was saved; restore it" if saved else ""
+        raise ValueError(f"{files.metrics}: {restore or first_train}")
     config = config_io.load([str(files.config)])
     steps = columns["step"].astype(int).tolist()
-    first_of_all = min(steps) if branch else first_step(files, config, steps)
-    lost = lost_steps(steps, first_of_all, max([*steps, *saved]))
-    if lost:
+    begin = min(steps) if branch else first_step(files, config, steps)
+    if lost := lost_steps(steps, begin, max([*steps, *saved])):
         say(f"warning: {describe_lost(files.metrics, lost)}; the page marks them")
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 

@@ -28,10 +28,8 @@ _BETWEEN = [0, 4, 8, 12, 2, 6, 10, 1, 3, 5, 7, 9, 11]
 
 def _blend(shades: Sequence[str], quarters: int) -> str:
     """A colour between two neighbouring shades, channel by channel."""
-    (low, part), codes = divmod(quarters, 4), [bytes.fromhex(shade[1:]) for shade in shades]
-    high = min(low + 1, len(codes) - 1)
-    mixed = [round(a + (b - a) * part / 4) for a, b in zip(codes[low], codes[high], strict=True)]
-    return f"#{bytes(mixed).hex()}"
+    channels = zip(*(bytes.fromhex(shade[1:]) for shade in shades), strict=True)
+    return f"#{bytes(round(np.interp(quarters / 4, range(_SHADES), of)) for of in channels).hex()}"
 
 
 COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["colors"].items()} | {

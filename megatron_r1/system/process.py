@@ -105,13 +105,9 @@ def exit_when_orphaned() -> None:
         while os.getppid() == parent and (owner is None or _alive(owner)):
             time.sleep(_LOOK_SECONDS)
         if os.environ.get("RANK", "0") == "0":
+            why = f"error: process {os.getpid()} ends because the command that started it is gone"
             with suppress(OSError, ValueError):
-                print(
-                    f"error: process {os.getpid()} ends because the command that started it is gone; the "
-                    f"same command goes on from here",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"{why}; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="exit-when-orphaned", daemon=True).start()

@@ -46,16 +46,11 @@ class StepGuard:
         self._accepted: list[tuple[float, float]] = []
         self._judged = 0
         """Accepted steps since the phase began, or since the run stopped; `_WINDOW` at most."""
-        self._best: tuple[float, int] | None = None
-        """Lowest median loss of the phase, and the step that ended it."""
+        self.best: tuple[float, int] | None = None
+        """Lowest median loss of the phase, and the step at which it was reached. None: before the first."""
         self.skipped_in_a_row = 0
         self.spike: str | None = None
         """What is unusual about the gradient norm of the last step, if it was taken."""
-
-    @property
-    def best_step(self) -> int | None:
-        """The step with the lowest median loss of the phase. None: before the first median."""
-        return None if self._best is None else self._best[1]
 
     def refuses(self, loss: float, grad_norm: float) -> str | None:
         """The reason to skip this step, or None."""
@@ -68,9 +63,8 @@ class StepGuard:
         if limit and len(self._accepted) >= _ENOUGH:
             usual = statistics.median(norm for _, norm in self._accepted)
             if grad_norm > limit * usual:
-                self.spike = (
-                    f"gradient norm {grad_norm:.4g} is {grad_norm / usual:.3g} times the usual {usual:.4g}"
-                )
+                times = grad_norm / usual
+                self.spike = f"gradient norm {grad_norm:.4g} is {times:.3g} times the usual {usual:.4g}"
         self.skipped_in_a_row = 0
         self._accepted = [*self._accepted[1 - _REMEMBERED :], (loss, grad_norm)]
         self._judged = min(self._judged + 1, _WINDOW)
@@ -93,9 +87,9 @@ class StepGuard:
                 f"{self._config.max_skipped}): their loss or gradient norm is not finite"
             )
         rise, limit = self.rise(step), self._config.loss_spike
-        if self._best is None or not limit or rise <= limit:
+        if self.best is None or not limit or rise <= limit:
             return None
-        best, at = self._best
+        best, at = self.best
         return (
             f"the median loss of the last {_WINDOW} accepted steps, {best + rise:.4f}, is {rise:.4f} nats "
             f"above the phase's best, {best:.4f} at step {at} (health.loss_spike={limit:g})"
@@ -109,22 +103,18 @@ class StepGuard:
         if self._judged < _WINDOW:
             return 0.0
         median = statistics.median(loss for loss, _ in self._accepted[-_WINDOW:])
-        if self._best is None or median < self._best[0]:
-            self._best = median, step
-        return median - self._best[0]
+        if self.best is None or median < self.best[0]:
+            self.best = median, step
+        return median - self.best[0]
 
     def forget(self) -> None:
         """Clear the history. A new mixture or schedule has other losses."""
-        self._accepted, self._judged, self._best = [], 0, None
+        self._accepted, self._judged, self.best = [], 0, None
 
     def history(self) -> dict[str, object]:
         """For a checkpoint; JSON keeps doubles exactly."""
-        return {
-            "accepted": self._accepted,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "judged": self._judged,
-            "best": self._best,
-        }
+        counts = {"skipped_in_a_row": self.skipped_in_a_row, "judged": self._judged}
+        return {"accepted": self._accepted, **counts, "best": self.best}
 
     def load(self, history: dict[str, Any]) -> None:
         """Take over a history. One of an earlier version has no best median, which then begins here."""
@@ -132,7 +122,7 @@ class StepGuard:
         self.skipped_in_a_row = int(history["skipped_in_a_row"])
         self._judged = int(history.get("judged", min(len(self._accepted), _WINDOW)))
         best = history.get("best")
-        self._best = None if best is None else (float(best[0]), int(best[1]))
+        self.best = best and (best[0], best[1])
 
 
 class Watchdog:

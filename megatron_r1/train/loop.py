@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -87,8 +86,6 @@ class Trainer:
         self.inputs = {**files, **identities}
         """For the ledger: files and datasets -> their identities."""
         self.spans = phase_spans(config)
-        left = [span for span in self.spans if context.leads and span.end > self.state.step]
-        self.masks = {span.name: resume.masks_of(span) for span in left}
         self.last_step = self.spans[-1].end
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
@@ -140,18 +137,16 @@ class Trainer:
                 f"{self.context.world_size} ranks | {backend.describe(not self.config.data.cross_documents)}"
             )
             self.log = open_log(self.run, self.state.step, self.config)
-        line: dict[str, Any] = {}
         with self.watchdog:
             for span in self.spans:
                 if self.state.step < span.end and not self.stopping:
-                    line = self._train_phase(span)
+                    self._train_phase(span)
         if self.log is not None:
-            self.log.add_saving(line, self.saving)
+            self.log.add_saving(self.saving)
             self.log.close()
         self.rank_log.close()
 
-    def _train_phase(self, span: PhaseSpan) -> dict[str, Any]:
-        """Train a phase to its end, or until a rank is asked to stop. Returns its last step's line."""
+    def _train_phase(self, span: PhaseSpan) -> None:
         first, leads = self.state.step, self.context.leads
         if first == span.start:
             self._begin_phase(span)
@@ -176,7 +171,6 @@ class Trainer:
         if leads:
             self._end_phase(span, first, line["loss"])
         self.began = time.time()
-        return line
 
     def _begin_phase(self, span: PhaseSpan) -> None:
         start = span.start * self.config.train.global_batch
@@ -200,7 +194,7 @@ class Trainer:
             devices=self.context.world_size,
             tokens=(step - first) * self.config.tokens_per_step(),
             seconds=time.time() - self.began,
-            inputs={**self.inputs, **self.masks[span.name], **self.origin},
+            inputs={**self.inputs, **resume.masks_of(span), **self.origin},
             checkpoints=[ref.path for ref in saved if ref.step > first],
         )
         path = checkpoint_files.step_path(self.run.checkpoints, step)
@@ -242,24 +236,21 @@ class Trainer:
                 self.saver.wait()
                 message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
                 raise error or UnreadableDataError(message)
-        clip = self.config.optimizer.clip_grad
-        taken = f"{self.guard.spike}; taken{f', clipped to {clip:g}' if clip else ''}"
         if self.context.leads and (result.refused or self.guard.spike):
+            taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
             say(f"{self.run.root}: {where}: {f'skipped, {result.refused}' if result.refused else taken}")
 
     def _check_health(self, span: PhaseSpan) -> None:
         """Save and stop where the guard says so. The error has the ways on."""
-        stopped: TooManyBadStepsError | None = None
         try:
             self.guard.check(self.state.step)
         except TooManyBadStepsError as error:
-            stopped = error
-        self.state.guard = self.guard.history()
-        if stopped is not None:
+            self.state.guard = self.guard.history()
             self._save(span)
             self.saver.wait()
-            way_on = resume.way_on(self.run, span, self.state.step, self.guard.best_step)
-            raise TooManyBadStepsError(f"{self.run.root}: {stopped}; {way_on}")
+            way_on = resume.way_on(self.run, span, self.state.step, self.guard.best)
+            raise TooManyBadStepsError(f"{self.run.root}: {error}; {way_on}") from None
+        self.state.guard = self.guard.history()
 
     def _between_steps(self, span: PhaseSpan) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""

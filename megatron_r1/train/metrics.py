@@ -47,6 +47,7 @@ class MetricsLog:
         with naming(self._run.metrics):
             self._file.write(json.dumps(line) + "\n")
         self._show(_scalars(line), line["step"])
+        self._last = line
 
     def _show(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -54,10 +55,10 @@ class MetricsLog:
         for other in self._others:
             other.log(scalars, step)
 
-    def add_saving(self, line: dict[str, Any], seconds: float) -> None:
-        """Add the wait for the launch's last checkpoint to `line`, the last that was written."""
+    def add_saving(self, seconds: float) -> None:
+        """Add the wait for the launch's last checkpoint to the last line that was written."""
         self.flush()
-        old = len(json.dumps(line)) + 1
+        line, old = self._last, len(json.dumps(self._last)) + 1
         line["saving_seconds"] += seconds
         # One write, and no shorter than what it replaces.
         with naming(self._run.metrics), open(self._run.metrics, "r+b", buffering=0) as file:
@@ -230,12 +231,11 @@ def lost_steps(steps: Iterable[int], first: int, last: int) -> list[tuple[int, i
 
 
 def describe_lost(path: Path, lost: Sequence[tuple[int, int]]) -> str:
-    """`PATH has lost the lines of step 7, 9 to 12: 5 steps that were trained`; the first eight stretches."""
+    """`PATH has lost the lines of step 7, 9 to 12, 5 in all`. Names the first eight stretches."""
     named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in lost[:8]]
     more = f" and {len(lost) - 8} other places" if len(lost) > 8 else ""
     count = sum(b - a + 1 for a, b in lost)
-    steps = "1 step that was" if count == 1 else f"{count:,} steps that were"
-    return f"{path} has lost the lines of step {', '.join(named)}{more}: {steps} trained"
+    return f"{path} has lost the lines of step {', '.join(named)}{more}, {count:,} in all"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,10 @@ def describe_start(config: Config, data: OpenData) -> list[str]:
 
 def check_beginning(config: Config, data: OpenData) -> None:
     """Raise ValueError if a new run cannot begin with the checkpoint that the configuration names."""
-    train = config.train
-    if standing(config)[1] is not None:
-        return
-    if train.init_weights:
+    train, fresh = config.train, standing(config)[1] is None
+    if fresh and train.init_weights:
         checkpoint_files.check_model(Path(train.init_weights), config.model, checkpoint_files.NOT_WEIGHTS)
-    elif train.init_from:
+    elif fresh and train.init_from:
         checkpoint_files.check_model(Path(train.init_from), config.model)
         check_past(Path(train.init_from), config, data, data.identities)
 
@@ -132,9 +131,8 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
         )
     if lost := lost_steps(steps, first_step(run, config, steps), step):
         out.append(f"{run.root}: warning: {describe_lost(run.metrics, lost)}; the report marks them")
-    if again := len({number for number in steps if number > step}):
-        steps_again = "1 step after it is" if again == 1 else f"{again:,} steps after it are"
-        out.append(f"{run.root}: step {step:,} was saved; {steps_again} trained again")
+    if max(steps, default=0) > step:
+        out.append(f"{run.root}: steps {step + 1:,} to {max(steps):,} were trained and are trained again")
     return out
 
 
@@ -153,25 +151,20 @@ def first_step(run: RunDir, config: Config, steps: Iterable[int]) -> int:
     return min(steps, default=1) if config.train.init_from else 1
 
 
-def way_on(run: RunDir, span: PhaseSpan, step: int, best_step: int | None) -> str:
+def way_on(run: RunDir, span: PhaseSpan, step: int, best: tuple[float, int] | None) -> str:
     """What a user may do about a run that the step guard has stopped at `step`.
 
-    `best_step`: the step with the lowest median loss of the phase, None before the first median.
+    `best`: the lowest median loss of the phase and its step, None before the first median.
     """
     # The update of the best step itself may be the one that did the harm.
-    before = [
-        ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if ref.step < (best_step or 0)
-    ]
-    lower = f"lower phases.{span.name}.learning_rate={span.config.learning_rate:g}"
-    back = f"begin a new run and {lower}"
-    if before:
-        back = (
-            f"remove or move away the checkpoints after {before[-1].path}, {lower} and start the same command"
-        )
+    earlier = [n for n in checkpoint_files.saved_steps(run.checkpoints) if best and n < best[1]]
+    path_of = partial(checkpoint_files.step_path, run.checkpoints)
+    back = f"move the checkpoints after {path_of(earlier[-1])} away" if earlier else "begin a new run"
     return (
-        f"{checkpoint_files.step_path(run.checkpoints, step)} is saved. To go back, {back}. To go on from "
-        f"here, start the same command: it stops again if the loss does not recover. Add health.loss_spike=0 "
-        f"health.max_skipped={span.steps + 1} to it, and it goes on in any case"
+        f"{path_of(step)} is saved. To go back, {back} and lower phases.{span.name}.learning_rate="
+        f"{span.config.learning_rate:g}. To go on from here, start the same command: it stops again if the "
+        f"loss does not recover. Add health.loss_spike=0 health.max_skipped={span.steps + 1} to it, and it "
+        f"goes on in any case"
     )
 
 
@@ -194,12 +187,11 @@ def record_start(config: Config, step: int, plan: str) -> None:
 def record_end(config: Config) -> None:
     """Add the ledger line of a finished run whose last launch was killed before it could."""
     run, end = RunDir(Path(config.train.run)), phase_spans(config)[-1].end
-    if _last_recorded(run) >= end:
-        return
-    lock = RunLock(run.root)
-    lock.take()
-    record_killed_launches(config, end)
-    lock.release()
+    if _last_recorded(run) < end:
+        lock = RunLock(run.root)
+        lock.take()
+        record_killed_launches(config, end)
+        lock.release()
 
 
 def masks_of(span: PhaseSpan) -> dict[str, str]:

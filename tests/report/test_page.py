@@ -78,7 +78,7 @@ def test_lost_lines_are_said_on_the_page(pair: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:9] + lines[12:]))
     text = shown(pair)[1]
-    assert f"{path} has lost the lines of step 110 to 112: 3 steps that were trained." in text
+    assert f"{path} has lost the lines of step 110 to 112, 3 in all." in text
     assert "A shaded stretch is steps whose lines metrics.jsonl has lost." in text
 
 

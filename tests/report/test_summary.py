@@ -191,7 +191,7 @@ def test_lost_lines_are_known_and_told(
 def test_a_run_without_lines_and_with_checkpoints_has_lost_them(run: Path) -> None:
     save(run, 100)
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match="has lost its lines: step 100 was saved"):
+    with pytest.raises(ValueError, match="has lost its lines, for step 100 was saved"):
         load.read_run(run)
 
 

@@ -122,7 +122,7 @@ def test_its_history_survives_a_checkpoint() -> None:
 def test_a_history_of_an_earlier_version_is_read() -> None:
     guard = StepGuard(HealthConfig())
     guard.load({"accepted": [[3.0, 1.0]] * 128, "skipped_in_a_row": 2})
-    assert guard.skipped_in_a_row == 2 and guard.best_step is None
+    assert guard.skipped_in_a_row == 2 and guard.best is None
     # Its losses are the first window, so that a rise is seen at once.
     assert stops(guard, [3.0] + [9.0] * 20) == [17]
 

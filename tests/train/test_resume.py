@@ -125,16 +125,16 @@ def test_lost_steps_are_those_of_no_line(steps: list[int]) -> None:
 def test_many_places_are_told_by_their_number() -> None:
     text = describe_lost(Path("m"), [(n, n) for n in range(1, 30, 2)])
     named = "1, 3, 5, 7, 9, 11, 13, 15 and 7 other places"
-    assert text == f"m has lost the lines of step {named}: 15 steps that were trained"
+    assert text == f"m has lost the lines of step {named}, 15 in all"
 
 
 @pytest.mark.parametrize(
     ("steps", "lost"),
     [
-        ([1, 2, 4, 5, 6, 7], "step 3: 1 step that was trained"),
-        ([1, 2, 3], "step 4 to 6: 3 steps"),
-        ([3, 4, 5, 6], "step 1 to 2: 2 steps"),
-        (None, "step 1 to 6: 6 steps"),
+        ([1, 2, 4, 5, 6, 7], "step 3, 1 in all"),
+        ([1, 2, 3], "step 4 to 6, 3 in all"),
+        ([3, 4, 5, 6], "step 1 to 2, 2 in all"),
+        (None, "step 1 to 6, 6 in all"),
         ([1, 2, 3, 4, 5, 6, 7], ""),
     ],
 )
@@ -149,7 +149,7 @@ def test_lost_lines_are_told_before_and_at_a_start(
     record_start(config, 6, "{}")
     for text in (checked, capsys.readouterr().err):
         assert ("warning" in text) == bool(lost) and lost in text
-        assert ("step 6 was saved; 1 step after it is trained again" in text) == (7 in (steps or []))
+        assert ("steps 7 to 7 were trained and are trained again" in text) == (7 in (steps or []))
 
 
 def test_lines_of_no_step_are_damaged_ones(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_lines_of_no_step_are_damaged_ones(config: Config, capsys: pytest.Captur
     bad = ['{"step": null}', '{"step": "3"}', "\x00\x00", "[3]", '{"step": 4, "phase": "one"}']
     path.write_text(path.read_text() + "\n".join(bad) + "\n")
     record_start(config, 4, "{}")
-    assert "step 3: 1 step" in (text := capsys.readouterr().err) and "4 of its lines cannot be read" in text
+    assert "step 3, 1 in all" in (text := capsys.readouterr().err) and "4 of its lines cannot be read" in text
     assert ledger.read(path.parent)[0]["seconds"] == 6.0
 
 
@@ -217,7 +217,7 @@ def test_a_run_whose_only_checkpoint_lost_its_description_does_not_begin_anew(co
     saved(config, 2)
     text = summary(config, open_data(config))
     assert "warning: step_00000006 cannot be read" in text and "goes on from" in text
-    assert "step 2 was saved; 4 steps after it are trained again" in text
+    assert "steps 3 to 6 were trained and are trained again" in text
 
 
 def test_a_copy_of_a_checkpoint_under_another_name_is_none(config: Config) -> None:
