@@ -2,22 +2,24 @@
 
 make study-guard, or: OMP_NUM_THREADS=1 python benchmarks/step_guard.py [--output DIR] [--size full]
 
-The quickstart's text, tokenizer and probing sets are made first. Then each arm trains with the default `health`
-on one rank and one thread, once for each seed. A seed decides the initial weights and the order of the data.
+The quickstart's text, tokenizer and probing sets are made first. Then each arm trains the tiny preset on
+them with the default `health`, on one rank and one thread, once for each seed. A seed decides the initial
+weights and the order of the data.
 
-    quickstart        the quickstart's first phase, 160 steps
+    quickstart        the quickstart's first phase: 100 steps at 4e-3
     three times       the same at three times its learning rate, which falls linearly
-    spike             12 windows of 64 tokens a step at 2e-3 after 4 steps of warm-up, 40 steps: gradient spikes
+    bad update        `quickstart` from step 60 on, whose first step has 30 times the learning rate
     shuffled labels   `quickstart` from step 60 on, the labels of a micro-batch permuted among themselves
     rate x 100        `quickstart` from step 60 on, at 100 times the learning rate
     zeroed shard      `quickstart` from step 60 on for 10 steps, the tokens of a source overwritten by zeros
 
-The first three are healthy. Each is also trained without the guard for the first seed, and for every seed for
-which the guard acted. A guard that did not act has changed no bit, so these runs stand for both. The last three
-set in a fault. They are to be stopped within 100 steps, and the shard is to be named within 10.
+The first three are runs that are to reach their end. Each is also trained without the guard for the first
+seed, and for every seed for which the guard acted. A guard that did not act has changed no bit, so the other
+runs stand for both. The last three set in a fault. They are to be stopped within 100 steps, and the shard is
+to be named within 10.
 
-Printed are the budget, then a table: means over seeds with 95 % intervals of Student's t. Run again, the study
-goes on where it was cut off.
+Printed are the budget, then two tables: means over seeds with 95 % intervals of Student's t. Run again, the
+study goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,7 @@ OFF = ["health.loss_spike=0", "health.max_skipped=1000000"]
 HEALTHY = {
     "quickstart": [f"train.checkpoint_every={ONSET}"],
     "three times": ["phases.uniform.learning_rate=1.2e-2", "phases.uniform.decay=linear"],
-    "spike": [
-        "train.global_batch=12",
-        "train.micro_batch=2",
-        "data.seq_length=64",
-        "phases.uniform={steps: 40, learning_rate: 2.0e-3, warmup_steps: 4, decay: constant}",
-    ],
+    "bad update": [],
 }
 FAULTS = {
     "shuffled labels": [f"phases.uniform.steps={ONSET + PATIENCE}"],
@@ -98,9 +95,9 @@ class Trial:
 
     @property
     def first(self) -> int:
-        return ONSET if self.arm in FAULTS else 0
+        return 0 if self.arm in ("quickstart", "three times") else ONSET
 
-    def config(self, output: Path, size: str, seeds: int) -> Config:
+    def config(self, output: Path, size: str) -> Config:
         made, run = output / "quickstart", output / "runs" / self.name
         words = {**HEALTHY, **FAULTS}[self.arm] + ([] if self.guarded else OFF)
         if self.first:
@@ -136,13 +133,20 @@ def shuffled(batch: Batch) -> Batch:
 @contextlib.contextmanager
 def fault(trial: Trial, config: Config) -> Iterator[Config]:
     """Within, training meets the arm's fault."""
-    took: Callable[..., Any] = loop.train_step
+    took, scheduled = loop.train_step, loop.set_schedule
     if trial.arm == "shuffled labels":
 
         def spoiled(training: Any, batches: Iterator[Batch], *rest: Any, **more: Any) -> Any:
             return took(training, map(shuffled, batches), *rest, **more)
 
         loop.train_step = spoiled
+    elif trial.arm == "bad update":
+
+        def once(optimizer: Any, lr: float, weight_decay: float) -> None:
+            loop.set_schedule = scheduled
+            scheduled(optimizer, 30 * lr, weight_decay)
+
+        loop.set_schedule = once
     elif trial.arm == "zeroed shard":
         source = config.data.sources[SHARD]
         copy = Path(config.train.run) / "data" / Path(source.prefix).name
@@ -162,7 +166,7 @@ def fault(trial: Trial, config: Config) -> Iterator[Config]:
     try:
         yield config
     finally:
-        loop.train_step = took
+        loop.train_step, loop.set_schedule = took, scheduled
 
 
 class Ear(io.TextIOBase):
@@ -179,14 +183,14 @@ class Ear(io.TextIOBase):
         sys.__stderr__.flush()  # type: ignore[union-attr]
 
 
-def measure(trial: Trial, output: Path, size: str, seeds: int) -> dict[str, Any]:
+def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
     """Train, and what became of it; from the disk where it was measured before."""
     path = output / "trials" / f"{trial.name}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
     shutil.rmtree(output / "runs" / trial.name, ignore_errors=True)
     stopped, ear = "", Ear()
-    with fault(trial, trial.config(output, size, seeds)) as config, contextlib.redirect_stderr(ear):
+    with fault(trial, trial.config(output, size)) as config, contextlib.redirect_stderr(ear):
         try:
             loop.train(config)
         except (TooManyBadStepsError, OSError, ValueError) as error:
@@ -232,35 +236,30 @@ def of_seeds(values: list[float], digits: int = 3) -> str:
 
 
 def report(results: dict[Trial, dict[str, Any]], seeds: int) -> str:
-    rows = ["| healthy arm | stopped | skipped steps | spikes told | largest rise of the median, nats | "
-            "held-out loss | the same without the guard |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [
+        "| arm | stopped | skipped steps | spikes told | largest rise of the median, nats | held-out loss | "
+        "without the guard |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for arm in HEALTHY:
         of = [results[Trial(arm, seed)] for seed in range(1, seeds + 1)]
         off = [results.get(Trial(arm, seed, False), on) for seed, on in enumerate(of, 1)]
         for on, without in zip(of, off, strict=True):
             assert acted(on) or on["loss"] == without["loss"], f"{arm}: a guard that did not act changed bits"
+        counts = [sum(bool(one["stopped"]) for one in of)]
+        counts += [sum(one[name] for one in of) for name in ("skipped", "told")]
         rises = [one["rise"] for one in of]
-        held = [
-            of_seeds([one["held_out"] for one in side if one["held_out"] is not None]) for side in (of, off)
-        ]
-        stopped, skipped, told = (
-            sum(map(f, of)) for f in (lambda o: bool(o["stopped"]), *map(_of, ("skipped", "told")))
-        )
-        rows.append(f"| {arm} | {stopped} of {seeds} | {skipped} | {told} | {of_seeds(rises)}, at most "
-                    f"{max(rises):.3f} | {' | '.join(held)} |")  # fmt: skip
-    rows += ["", "| fault from step 60 on | stopped or named | after steps | largest rise of the median, nats |",
-             "|---|---|---|---|"]  # fmt: skip
+        held = [of_seeds([one["held_out"] or np.nan for one in side]) for side in (of, off)]
+        cells = [arm, *map(str, counts), f"{of_seeds(rises)}, at most {max(rises):.3f}", *held]
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += ["", "| fault from step 60 on | stopped or named | after steps |", "|---|---|---|"]
     for arm in FAULTS:
         of = [results[Trial(arm, seed)] for seed in range(1, seeds + 1)]
         done = [one for one in of if (one["named"] if arm == "zeroed shard" else one["stopped"])]
         after = [one["steps"] - ONSET for one in done]
-        steps = f"{of_seeds(after, 0)}, at most {max(after)}" if after else "–"
-        rows.append(f"| {arm} | {len(done)} of {seeds} | {steps} | {of_seeds([one['rise'] for one in of])} |")
+        steps = f"{of_seeds(after, 0)}, at most {max(after)}" if after else "-"
+        rows.append(f"| {arm} | {len(done)} of {seeds} | {steps} |")
     return "\n".join(rows)
-
-
-def _of(name: str) -> Callable[[dict[str, Any]], int]:
-    return lambda one: int(one[name])
 
 
 def acted(result: dict[str, Any]) -> bool:
@@ -284,7 +283,7 @@ def main() -> None:
         ready = itertools.takewhile(lambda stage: not stage.name.startswith("train the"), stages)
         pipeline.run(made, list(ready))
         wanted = trials(options.seeds)
-        configs = [trial.config(output, options.size, options.seeds) for trial in wanted]
+        configs = [trial.config(output, options.size) for trial in wanted]
         steps = [phase_spans(c)[-1].end - t.first for t, c in zip(wanted, configs, strict=True)]
         work = sum(n * c.tokens_per_step() * c.model.flops_per_token(c.data.seq_length)
                    for n, c in zip(steps, configs, strict=True))  # fmt: skip
@@ -293,11 +292,11 @@ def main() -> None:
         results: dict[Trial, dict[str, Any]] = {}
         with Progress("study", len(wanted), "runs") as bar:
             for trial in wanted:
-                results[trial] = measure(trial, output, options.size, options.seeds)
+                results[trial] = measure(trial, output, options.size)
                 bar.advance(note=trial.name)
                 if trial.arm in HEALTHY and trial.guarded and trial.seed > 1 and acted(results[trial]):
                     off = dataclasses.replace(trial, guarded=False)
-                    results[off] = measure(off, output, options.size, options.seeds)
+                    results[off] = measure(off, output, options.size)
         write_json(output / "results.json", {trial.name: one for trial, one in results.items()})
         print(report(results, options.seeds))
 

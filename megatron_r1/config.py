@@ -232,7 +232,7 @@ class TrainConfig(_Strict):
 class HealthConfig(_Strict):
     """When a step is skipped, and when a run stops."""
 
-    loss_spike: Annotated[float, _AT_LEAST_0] = 0.25
+    loss_spike: Annotated[float, _AT_LEAST_0] = 0.2
     """Nats. The run saves and stops when the median loss of the last 32 accepted steps is more than this
     above the best such median of the phase. 0: never."""
     grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0

@@ -120,11 +120,6 @@ def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
     return [CheckpointRef(step_path(directory, step), step) for step in saved_steps(directory)]
 
 
-def without_description(directory: Path) -> list[Path]:
-    """Checkpoints that have their name and have lost their description, in training order."""
-    return [path for _, path in sorted(_named(directory).items()) if not (path / META).is_file()]
-
-
 def _named(directory: Path) -> dict[int, Path]:
     """Step -> what has the name of its checkpoint. A copy with another name is none."""
     steps = [int(path.name[5:]) for path in directory.glob("step_*") if path.name[5:].isdecimal()]
@@ -133,12 +128,12 @@ def _named(directory: Path) -> dict[int, Path]:
 
 def damaged(directory: Path) -> list[Path]:
     """Checkpoints whose description is lost or can no longer be read. Costs a read of each."""
-    out = without_description(directory)
-    for ref in complete_checkpoints(directory):
+    out = []
+    for _, path in sorted(_named(directory).items()):
         try:
-            read_meta(ref.path)
+            read_meta(path)
         except (OSError, ValueError):
-            out.append(ref.path)
+            out.append(path)
     return out
 
 

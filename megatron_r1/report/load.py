@@ -70,15 +70,9 @@ class Run:
         return self.last[self.phases[-1]]
 
     @property
-    def gaps(self) -> list[tuple[float, float]]:
-        """Tokens before and after each stretch of lost steps."""
-        tokens = self.config.tokens_per_step()
-        return [(float((first - 1) * tokens), float(last * tokens)) for first, last in self.lost]
-
-    @property
     def reach(self) -> float:
         """Tokens after the last step, whether its line is there or lost."""
-        return max([float(self.end["tokens"]), *(end for _, end in self.gaps)])
+        return max([float(self.end["tokens"]), *(self.config.tokens_per_step() * b for _, b in self.lost)])
 
     @property
     def skipped(self) -> np.ndarray:
@@ -144,6 +138,8 @@ def read_run(root: Path, branch: bool = False) -> Run:
     begin = min(steps) if branch else first_step(files, config, steps)
     if lost := lost_steps(steps, begin, max([*steps, *saved])):
         say(f"warning: {describe_lost(files.metrics, lost)}; the page marks them")
+    if damaged := ledger.damaged(root):
+        say(f"{root}/ledger.jsonl: {damaged} of its lines cannot be read; what they cost is left out")
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
@@ -157,9 +153,8 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
         for text in lines:
             try:
                 line = json.loads(text)
-                phase = line["phase"]
-                if not isinstance(phase, str) or line["step"] + line["tokens"] < 0:
-                    raise ValueError(line)
+                # A TypeError where one of them is not a text, or not a number.
+                phase, _ = line["phase"] + "", line["step"] + line["tokens"] + 0
             except (ValueError, TypeError, KeyError):
                 # A last line without its end is one that the run has not finished to write.
                 damaged += text.endswith(b"\n")

@@ -224,10 +224,11 @@ def loss(reading: Reading) -> Panels:
     ]
     mark = "tick color: var(--negative), size: 12, clip: true"
     marks = draw(skipped, mark, "arm step:,", x="tokens:Q", y=alt.value(294))
+    size = reading.run.config.tokens_per_step()
     gaps = [
-        {"arm": arm, "first": first, "last": last, "tokens": begin, "end": end}
+        {"arm": arm, "first": a, "last": b, "tokens": float((a - 1) * size), "end": float(b * size)}
         for arm, run in reading.arms.items()
-        for (first, last), (begin, end) in zip(run.lost, run.gaps, strict=True)
+        for a, b in run.lost
     ]
     # A stroke, too: a few steps of a long run are narrower than a pixel.
     mark = "rect color: var(--negative), opacity: 0.25, stroke: var(--negative), clip: true"

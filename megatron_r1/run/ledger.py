@@ -70,6 +70,12 @@ def process_start() -> float:
     return float(psutil.Process(os.getpid()).create_time())
 
 
+def damaged(run: Path) -> int:
+    """Lines that cannot be read, one that a crash cut short at the end left out."""
+    path = run / "ledger.jsonl"
+    return read_jsonl(path)[1] if path.is_file() else 0
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     """Every line, in order, without lines that a crash cut short and lines that are no stage."""
     path = run / "ledger.jsonl"

@@ -37,9 +37,9 @@ def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
     """
     directory = RunDir(Path(config.train.run)).checkpoints
     saved = checkpoint_files.complete_checkpoints(directory)
-    if not saved and (halves := checkpoint_files.without_description(directory)):
+    if not saved and (damaged := checkpoint_files.damaged(directory)):
         raise ValueError(
-            f"{halves[-1]} has lost its {checkpoint_files.META}, and the run has no other checkpoint to go "
+            f"{damaged[-1]} has lost its {checkpoint_files.META}, and the run has no other checkpoint to go "
             f"on from; restore the file, or remove {directory} to begin anew, or name another train.run"
         )
     if not saved:
@@ -161,10 +161,9 @@ def way_on(run: RunDir, span: PhaseSpan, step: int, best: tuple[float, int] | No
     path_of = partial(checkpoint_files.step_path, run.checkpoints)
     back = f"move the checkpoints after {path_of(earlier[-1])} away" if earlier else "begin a new run"
     return (
-        f"{path_of(step)} is saved. To go back, {back} and lower phases.{span.name}.learning_rate="
-        f"{span.config.learning_rate:g}. To go on from here, start the same command: it stops again if the "
-        f"loss does not recover. Add health.loss_spike=0 health.max_skipped={span.steps + 1} to it, and it "
-        f"goes on in any case"
+        f"{path_of(step)} is saved. To go back, {back} and lower phases.{span.name}.learning_rate. To go on "
+        f"from here, start the same command, which stops again if the loss stays; with health.loss_spike=0 "
+        f"health.max_skipped={span.steps + 1} it does not"
     )
 
 

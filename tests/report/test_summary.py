@@ -185,7 +185,16 @@ def test_lost_lines_are_known_and_told(
     lose(run, *steps)
     found = load.read_run(run)
     assert found.lost == lost and ("has lost the lines of step" in capsys.readouterr().err) == bool(lost)
-    assert found.gaps == [((a - 1) * TOKENS, b * TOKENS) for a, b in lost] and found.reach == 175 * TOKENS
+    assert found.reach == 175 * TOKENS
+
+
+def test_lines_of_the_ledger_that_cannot_be_read_are_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(run / "ledger.jsonl", "a") as file:
+        file.write('{"stage": "train\n{"stage": "mi')
+    load.read_run(run)
+    assert "ledger.jsonl: 1 of its lines cannot be read" in capsys.readouterr().err
 
 
 def test_a_run_without_lines_and_with_checkpoints_has_lost_them(run: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_copy_of_a_checkpoint_under_another_name_is_none(config: Config) -> No
     for name in ("step_00000006.bak", "step_00000006_old", "step_6", "step_x"):
         shutil.copytree(directory / "step_00000002", directory / name)
     assert checkpoint_files.saved_steps(directory) == [2, 6]
-    assert checkpoint_files.without_description(directory) == []
+    assert checkpoint_files.damaged(directory) == []
 
 
 def test_a_finished_run_that_was_killed_before_its_ledger_line_gets_it(

@@ -135,9 +135,9 @@ def test_a_loss_that_stays_high_stops_the_run_with_ways_on(root: Path) -> None:
     assert message and 45 < stop < 75 and not any(math.isnan(of[0]) for of in steps.values())
     directory = root / "risen" / "checkpoints"
     ways = (
-        rf"nats above the phase's best, .* \(health.loss_spike=0.25\); {directory}/step_{stop:08d} is saved.*"
+        rf"nats above the phase's best, .* \(health.loss_spike=0.2\); {directory}/step_{stop:08d} is saved.*"
     )
-    ways += rf"checkpoints after {directory}/step_00000030 away and lower phases.one.learning_rate=0.01"
+    ways += rf"checkpoints after {directory}/step_00000030 away and lower phases.one.learning_rate"
     assert re.search(ways, message[1])
     # The same decisions over a cut, whichever steps a launch began with.
     with pytest.raises(RankFailedError, match="TooManyBadStepsError"):
@@ -146,7 +146,7 @@ def test_a_loss_that_stays_high_stops_the_run_with_ways_on(root: Path) -> None:
         on_ranks(2, _with_rates, small.config(root, "cut", 80, *rare), later)
     assert {n: of[:2] for n, of in figures(root / "cut").items()} == {n: of[:2] for n, of in steps.items()}
     # On from here, whatever the loss.
-    words = re.search(r"Add (health\S+ health\S+) to it", message[1])
+    words = re.search(r"with (health\S+ health\S+) it does not", message[1])
     assert words
     shutil.copytree(root / "risen", root / "on")
     on_ranks(1, _with_rates, small.config(root, "on", 80, *rare, *words[1].split()), rates)
