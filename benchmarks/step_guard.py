@@ -204,7 +204,6 @@ def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
         "skipped": sum(line["skipped"] for line in lines),
         "told": len(told),
         "named": any(f"{SHARD}_text" in text for text in ("".join(ear.heard), stopped)),
-        "rise": rise(lines),
         "loss": [line["loss"] for line in lines],
         "held_out": float(np.mean(list(lines[-1]["probe_nll"].values())))
         if "probe_nll" in lines[-1]
@@ -217,12 +216,12 @@ def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
     return result
 
 
-def rise(lines: list[dict[str, Any]]) -> float:
+def rise(losses: list[float]) -> float:
     """Nats by which the median loss of 32 accepted steps rose at most above the best before it."""
     guard, most = StepGuard(HealthConfig()), 0.0
-    for line in lines:
-        if guard.refuses(line["loss"], line["grad_norm"]) is None:
-            most = max(most, guard.rise(line["step"]))
+    for step, loss in enumerate(losses, 1):
+        if guard.refuses(loss, 1.0) is None:
+            most = max(most, guard.rise(step))
     return most
 
 
@@ -241,20 +240,22 @@ def report(results: dict[Trial, dict[str, Any]], seeds: int) -> str:
         "without the guard |",
         "|---|---|---|---|---|---|---|",
     ]
+    seeds_of = range(1, seeds + 1)
     for arm in HEALTHY:
-        of = [results[Trial(arm, seed)] for seed in range(1, seeds + 1)]
+        of = [results[Trial(arm, seed)] for seed in seeds_of]
         off = [results.get(Trial(arm, seed, False), on) for seed, on in enumerate(of, 1)]
         for on, without in zip(of, off, strict=True):
             assert acted(on) or on["loss"] == without["loss"], f"{arm}: a guard that did not act changed bits"
         counts = [sum(bool(one["stopped"]) for one in of)]
         counts += [sum(one[name] for one in of) for name in ("skipped", "told")]
-        rises = [one["rise"] for one in of]
+        before = [results[Trial("quickstart", seed)]["loss"][: Trial(arm, seed).first] for seed in seeds_of]
+        rises = [rise([*first, *one["loss"]]) for first, one in zip(before, of, strict=True)]
         held = [of_seeds([one["held_out"] or np.nan for one in side]) for side in (of, off)]
         cells = [arm, *map(str, counts), f"{of_seeds(rises)}, at most {max(rises):.3f}", *held]
         rows.append(f"| {' | '.join(cells)} |")
     rows += ["", "| fault from step 60 on | stopped or named | after steps |", "|---|---|---|"]
     for arm in FAULTS:
-        of = [results[Trial(arm, seed)] for seed in range(1, seeds + 1)]
+        of = [results[Trial(arm, seed)] for seed in seeds_of]
         done = [one for one in of if (one["named"] if arm == "zeroed shard" else one["stopped"])]
         after = [one["steps"] - ONSET for one in done]
         steps = f"{of_seeds(after, 0)}, at most {max(after)}" if after else "-"
