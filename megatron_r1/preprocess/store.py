@@ -20,7 +20,7 @@ import numpy as np
 from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, with_suffix
 from megatron_r1.data.provenance import ORIGIN, SUFFIX
 from megatron_r1.preprocess.documents import Input, digest, identity
-from megatron_r1.run.stage import Standing, finish, read, standing
+from megatron_r1.run.stage import Standing, differences, finish, read, standing
 from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing
 from megatron_r1.system.terminal import Progress
 
@@ -47,8 +47,14 @@ def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tuple[Standing, Sidecar]:
-    """The standing of a request's pair, and its sidecar (empty where none can be read)."""
+def pair_standing(
+    prefix: Path, about: Sidecar, sources: Sequence[Input], inputs: Sequence[str], overwrite: bool
+) -> tuple[Standing, Sidecar]:
+    """The standing of a request's pair, and its sidecar (empty where none can be read).
+
+    inputs: the names of all; sources: those that are there. ValueError for a pair of another request, unless
+    `overwrite` lets it be replaced.
+    """
     path = with_suffix(prefix, ".json")
     sidecar = read(path) or {}
     before = sidecar.get("inputs")
@@ -56,7 +62,10 @@ def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tup
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
     theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
-    return standing(theirs, ours, lambda: _is_whole(prefix, sidecar)), sidecar
+    found = standing(theirs, ours, lambda: _is_whole(prefix, sidecar))
+    if found is Standing.OTHER and not overwrite:
+        _refuse_other(prefix, sidecar, about, inputs)
+    return found, sidecar
 
 
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
@@ -65,6 +74,20 @@ def _is_same(source: Input, before: dict[str, Any]) -> bool:
     if now.items() <= before.items():
         return True
     return now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
+
+
+def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequence[str]) -> None:
+    """ValueError for a pair of other options or names of inputs. Where only the content of inputs has changed
+    since, the same request makes the pair again."""
+    there = [entry["path"] for entry in sidecar.get("inputs", [])]
+    changed = differences({key: sidecar.get(key) for key in about}, about)
+    changed += [f"input {name} (there)" for name in there if name not in inputs][:2]
+    changed += [f"input {name} (here)" for name in inputs if name not in there][:2]
+    if changed or there != list(inputs):
+        raise ValueError(
+            f"{prefix}.bin is of another request: {', '.join(changed) or 'order of inputs'}. Restore these, "
+            f"name another --output-prefix, or replace it with --overwrite"
+        )
 
 
 def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from megatron_r1.system.errors import require_utf8
+
 _EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
@@ -85,7 +87,10 @@ interrupted; any other is a fault, with its traceback."""
 
 def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
     """A tool's parser, from its docstring: what it does, then the options, then, from the first command in it
-    on, examples. `statuses`: exit statuses of this tool alone."""
+    on, examples. `statuses`: exit statuses of this tool alone. Ends the tool for a word that is not UTF-8."""
+    with user_errors():
+        for word in sys.argv[1:]:
+            require_utf8(word)
     what, examples = re.split(r"\n\n(?=python |torchrun )", doc, maxsplit=1)
     return argparse.ArgumentParser(
         description=what,

@@ -36,8 +36,6 @@ def plain(tmp_path: Path) -> Path:
     return plain_tokenizer(tmp_path / "tokenizer")
 
 
-# Python 3.12 no longer counts C's calls against its own limit.
-@fault("c14", "orjson takes up to 1,023 levels, json 989", condition=sys.version_info < (3, 12))
 def test_verdicts_are_the_same_with_and_without_orjson(plain: Path, tmp_path: Path) -> None:
     depths = (10, 1005, 3000)
     source = jsonl(tmp_path / "deep.jsonl", ["flat"])
@@ -68,7 +66,6 @@ def test_verdicts_are_the_same_with_and_without_orjson(plain: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", [None, ["None"]])
-@fault("c15", "null is learned as the word None, a list as its repr")
 def test_a_text_that_is_no_string_teaches_no_tokenizer(tools: Tools, tmp_path: Path, value: Any) -> None:
     import sentencepiece
 
@@ -98,7 +95,7 @@ def _broken_text(dictionary: bool) -> Any:
 
 @pytest.mark.parametrize(
     "dictionary",
-    [False, pytest.param(True, marks=fault("c19", "the run ends, and names neither file nor row"))],
+    [False, True],
 )
 def test_a_broken_text_of_a_parquet_column_is_one_reject(
     tools: Tools, plain: Path, tmp_path: Path, dictionary: bool
@@ -116,7 +113,6 @@ def test_a_broken_text_of_a_parquet_column_is_one_reject(
     assert "invalid UTF-8" in reject["reason"]
 
 
-@fault("c20", "the error names no file")
 def test_a_damaged_page_is_told_with_its_file(tools: Tools, plain: Path, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -134,7 +130,6 @@ def test_a_damaged_page_is_told_with_its_file(tools: Tools, plain: Path, tmp_pat
     line_of(answer.text, r"^error: pages\.parquet is damaged")
 
 
-@fault("c21", "all is encoded first, then the error names nothing")
 def test_an_input_whose_name_is_no_utf_8(tools: Tools, plain: Path, tmp_path: Path) -> None:
     source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     try:
@@ -164,7 +159,6 @@ def test_a_capability_whose_name_has_a_slash(tools: Tools, tmp_path: Path) -> No
     assert len([*output.glob("*.bin")]) == 2
 
 
-@fault("c25", "No such file: PREFIX.partial/0.lengths")
 def test_a_key_given_twice_is_refused(tools: Tools, plain: Path, tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
     answer = tools.preprocess("out", source, plain, "--json-keys", "text", "text")
@@ -177,7 +171,6 @@ def _with_blank_lines(path: Path) -> Path:
     return path
 
 
-@fault("c26", "each is a reject, and the run stops at 101 of them")
 def test_blank_lines_between_documents_are_skipped(tools: Tools, plain: Path, tmp_path: Path) -> None:
     answer = tools.preprocess("out", _with_blank_lines(tmp_path / "in.jsonl"), plain)
     assert answer.status == 0, answer.text
@@ -185,17 +178,14 @@ def test_blank_lines_between_documents_are_skipped(tools: Tools, plain: Path, tm
     assert not (tmp_path / "out_text_rejects.jsonl").exists()
 
 
-@fault("c26", "train_tokenizer stops at the first")
 def test_blank_lines_teach_no_tokenizer(tools: Tools, tmp_path: Path) -> None:
     source = _with_blank_lines(tmp_path / "in.jsonl")
-    words = ["--vocab-size", 270, "--output", tmp_path / "sp.model"]
+    words = ["--vocab-size", 275, "--output", tmp_path / "sp.model"]
     answer = tools("train_tokenizer", "--input", source, *words)
     assert answer.status == 0, answer.text
 
 
-@pytest.mark.parametrize(
-    ("first", "step"), [(0, 1), (5, 1), pytest.param(0, 2, marks=fault("c27", "task 2 of 0-4:2 is shard 2"))]
-)
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (5, 1), (0, 2)])
 def test_tasks_of_an_array_are_its_shards(
     tools: Tools, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, step: int
 ) -> None:

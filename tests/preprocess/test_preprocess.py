@@ -180,7 +180,7 @@ def test_several_inputs_and_keys(tmp_path, model):
 
 BAD_LINES = [
     (b'{"text": "cut', "bad JSON: Unterminated string"),
-    (b"", "bad JSON: Expecting value"),
+    (b"nul", "bad JSON: Expecting value"),
     (b"[1, 2]", "bad JSON: a list where an object is expected"),
     (b"[" * 100_000, "bad JSON: nested too deep"),
     (b'{"body": "x"}', "missing key 'text': there is 'body'"),
@@ -267,7 +267,7 @@ def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, mod
     _, said = run(source, tmp_path / "out", model)
     assert "already done" in said
     assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns == stamp
-    for change in ({"seed": 9}, {}):
+    for change in ({"seed": 9, "overwrite": True}, {"overwrite": True}):
         _, said = run(source, tmp_path / "out", model, **change)
         assert "already done" not in said
     assert pair(tmp_path / "out") == first
@@ -432,7 +432,7 @@ def test_disk_full_at_any_moment_names_a_file_and_loses_nothing(tmp_path, model,
         for share in (*np.linspace(0, 0.99, 20), 1 - 40 / total):
             room[0] = int(total * share)
             with pytest.raises(OSError, match=r"No space left on device: .*/out") as raised:
-                run(source, tmp_path / "out", model, seed=seed)
+                run(source, tmp_path / "out", model, seed=seed, overwrite=True)
             assert raised.value.errno == errno.ENOSPC
             room[0] = 1 << 40
             assert {*tmp_path.iterdir()} - {tmp_path / "out.partial"} == {*left}
