@@ -124,6 +124,7 @@ def main() -> None:
     add("--reject-limit", type=int, default=100, help="stop beyond so many rows without a text (default: "
         "%(default)s)")  # fmt: skip
     add("--dataset", help="read a local dataset (a folder of files) instead of the hub")
+    add("--overwrite", action="store_true", help="replace tokens of other rows or of another tokenizer")
     add("--check", action="store_true", help="print what would be fetched, and exit")
     options = parser.parse_args()
     entry = corpora()[options.corpus]
@@ -141,6 +142,7 @@ def main() -> None:
     command += ["--output-prefix", str(options.output_dir / "tokens" / options.corpus), "--append-eod"]
     command += ["--tokenizer-type", options.tokenizer_type, "--tokenizer-model", options.tokenizer_model]
     command += ["--workers", str(options.workers), "--reject-limit", str(options.reject_limit)]
+    command += ["--overwrite"] * options.overwrite
     sys.exit(subprocess.run(command).returncode)
 
 

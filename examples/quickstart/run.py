@@ -120,7 +120,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
                 python(
                     "tools/preprocess_data.py", "--input", jsonl[name], "--json-keys", "text",
                     "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
-                    "--output-prefix", data / name, "--append-eod", "--workers", 2,
+                    "--output-prefix", data / name, "--append-eod", "--workers", 2, "--overwrite",
                 ),
                 [Path(f"{prefix[name]}.bin"), Path(f"{prefix[name]}.idx")],
                 )

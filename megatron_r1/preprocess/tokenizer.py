@@ -279,6 +279,8 @@ class TikToken(Tokenizer):
 
 
 KINDS = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}
+# Megatron's of this name gives the tokens of ours, and ends a document with </s>, too.
+KINDS["GPTSentencePieceTokenizer"] = SentencePiece
 
 
 def _utf8(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import sys
 import warnings
@@ -137,6 +138,48 @@ def test_training_names_the_line_without_text(tmp_path):
     path.write_text('{"text": "good"}\n{"body": "bad"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: no text under 'text'"):
         train_sentencepiece([path], tmp_path / "no.model", vocab_size=300)
+
+
+def test_training_reads_what_preprocessing_reads(corpus, tmp_path):
+    """Packed files, tables, blank lines and byte order marks; the same texts give the same model."""
+    lines = corpus.read_bytes().splitlines()
+    spread = b"\n\n \n".join(lines[:100]) + b"\r\n\xef\xbb\xbf" + b"\n".join(lines[100:]) + b"\n\n"
+    (tmp_path / "spread.jsonl").write_bytes(spread)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    models = []
+    for source in (corpus, tmp_path / "spread.jsonl", tmp_path / "packed.jsonl.gz"):
+        train_sentencepiece([source], tmp_path / "sp.model", vocab_size=400)
+        models.append((tmp_path / "sp.model").read_bytes())
+    assert models[1:] == models[:1] * 2
+    size = corpus.stat().st_size
+    seen = train_sentencepiece(
+        [tmp_path / "packed.jsonl.gz"], tmp_path / "some.model", 400, max_bytes=size // 4
+    )
+    assert size // 8 < seen < size // 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": null}', r"in\.jsonl:2: no text under 'text': non-string text: 'text' is NoneType"),
+        (b'{"text": ["a"]}', r"in\.jsonl:2: .*is list"),
+        (b'{"text": 7}', r"in\.jsonl:2: .*is number"),
+        (b'{"text": "\\ud800"}', r"in\.jsonl:2: .*lone surrogate"),
+        (b'{"text": "\xff"}', r"in\.jsonl:2: .*invalid UTF-8"),
+        (b"[" * 2000, r"in\.jsonl:2: .*nested too deep"),
+    ],
+)
+def test_training_refuses_what_preprocessing_rejects(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        train_sentencepiece([tmp_path / "in.jsonl"], tmp_path / "sp.model", vocab_size=300)
+    assert not (tmp_path / "sp.model").exists()
+
+
+def test_training_names_a_file_that_is_packed_otherwise(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(gzip.compress(b'{"text": "good"}'))
+    with pytest.raises(ValueError, match=r"in\.jsonl is packed by gzip; name it \.gz$"):
+        train_sentencepiece([tmp_path / "in.jsonl"], tmp_path / "sp.model", vocab_size=300)
 
 
 def test_tiktoken_long_runs(tiktoken):

@@ -81,7 +81,7 @@ def test_of_preprocessing_before_and_after(data: Path) -> None:
     call("preprocess_data", *preprocess(data, "a"))
     said = checked(data, "preprocess_data", *preprocess(data, "a"))
     assert f"a_text_document.bin: done before, {DOCUMENTS} documents" in said
-    other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod")
+    other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod", "--overwrite")
     assert "of other inputs or options: is replaced" in other
 
 
