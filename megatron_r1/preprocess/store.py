@@ -70,6 +70,8 @@ def pair_standing(
 
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
     """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
+    if not isinstance(before, dict):
+        return False
     now = identity(source)
     if now.items() <= before.items():
         return True
@@ -79,7 +81,12 @@ def _is_same(source: Input, before: dict[str, Any]) -> bool:
 def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequence[str]) -> None:
     """ValueError for a pair of other options or names of inputs. Where only the content of inputs has changed
     since, the same request makes the pair again."""
-    there = [entry["path"] for entry in sidecar.get("inputs", [])]
+    entries = sidecar.get("inputs")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
+        )
+    there = [entry.get("path") for entry in entries]
     changed = differences({key: sidecar.get(key) for key in about}, about)
     changed += [f"input {name} (there)" for name in there if name not in inputs][:2]
     changed += [f"input {name} (here)" for name in inputs if name not in there][:2]

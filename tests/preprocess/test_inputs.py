@@ -452,6 +452,13 @@ def test_a_dataset_of_another_request_is_not_replaced(tmp_path, model):
     assert read(tmp_path / "out") == first
     run([other], tmp_path / "out", model, overwrite=True)
     assert read(tmp_path / "out")[0]["documents"] == len(DOCUMENTS) - 1
+    sidecar = tmp_path / "out_text_document.json"
+    whole = sidecar.read_text()
+    for damage in ("", "{}", '{"inputs": [3]}'):
+        sidecar.write_text(damage)
+        with pytest.raises(ValueError, match=r"out_text_document\.json is damaged.*--overwrite"):
+            run([other], tmp_path / "out", model)
+    sidecar.write_text(whole)
     # The same request brings its dataset up to date.
     jsonl(other, DOCUMENTS[3:])
     run([other], tmp_path / "out", model)
