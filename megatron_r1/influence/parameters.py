@@ -26,6 +26,9 @@ Gradient = dict[str, "Tensor"]
 Directions = dict[str, "Tensor"]
 """Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
 
+_PIECE = 64
+"""Products that float32 sums one after the other."""
+
 EMBEDDING = "embedding.word_embeddings.weight"
 _LINEAR = (
     "self_attention.linear_qkv.weight",
@@ -162,6 +165,31 @@ def squared_norm(gradient: Gradient, gpt: Any) -> float:
             parts_2[number] += g.double().square().sum()
     sum_over("tensor", parts_2[:1])
     return float(sum_over("pipeline", parts_2).sum())
+
+
+def product(left_KL: Tensor, right_KR: Tensor, piece: int = _PIECE) -> Tensor:
+    """sum_k left_k right_k^T, [.., L, R]: float32 sums `piece` products in order, and pairs of such sums.
+
+    The error of one sum in order grows with the root of its length, and exceeds the scores' sixth digit. bf16
+    is summed in one product, which rounds its result once.
+    """
+    half = left_KL.shape[-2] // 2
+    if half * 2 <= piece or left_KL.dtype.itemsize < 4:
+        return left_KL.mT @ right_KR
+    total_LR = product(left_KL[..., :half, :], right_KR[..., :half, :], piece)
+    return total_LR.add_(product(left_KL[..., half:, :], right_KR[..., half:, :], piece))
+
+
+def times(x_SBK: Tensor, matrix_KR: Tensor) -> Tensor:
+    """x M, [S, B, R], summed as `product` does."""
+    return product(x_SBK.flatten(0, 1).T, matrix_KR).unflatten(0, x_SBK.shape[:2])
+
+
+def dots(many_CX: Tensor, one_X: Tensor) -> Tensor:
+    """<v_c, g> of C float32 tensors v with another, float64 [C]. torch sums pairwise, and `mv` in order."""
+    import torch
+
+    return torch.stack([(v_X * one_X).sum(-1).double().sum() for v_X in many_CX])
 
 
 def complete_gradient(p: Parameter, gradient: Tensor) -> None:
