@@ -185,7 +185,13 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
     data = open_data(config, launched(), "score", also)
     work = Work(config, influence, data, sorted(set(influence.steps)) or available)
-    if mistakes := _unknown_ids(work):
+    empty = [corpus for corpus in data.corpora if not len(work.chosen(corpus))]
+    mistakes = [
+        f"data.sources.{c.name}: no document of {c.prefix} has two tokens, and so none has a label; use "
+        f"influence.unit=window, or leave the source out"
+        for c in empty
+    ]
+    if mistakes := mistakes or _unknown_ids(work):
         raise ConfigError(mistakes)
     return work
 

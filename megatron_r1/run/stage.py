@@ -139,3 +139,24 @@ def finish(
     ledger.append(
         directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs
     )
+
+
+def note_launch(
+    note: Path, name: str, *, inputs: Hashes, tokens: int = 0, devices: int = 1, seconds: float
+) -> None:
+    """Keep in the file `note` the ledger line of a launch that goes on. Long stages call this as they go.
+
+    `record_launch` makes it a line of the ledger. The launch itself calls that at its end, and the next one
+    at its beginning, for one that was killed.
+    """
+    note.parent.mkdir(parents=True, exist_ok=True)
+    line = {"name": name, "inputs": inputs, "tokens": tokens, "devices": devices, "seconds": seconds}
+    write_json(note, line)
+
+
+def record_launch(note: Path, directory: Path, outputs: Hashes) -> None:
+    """Add the line in `note`, where there is one, to `directory`/ledger.jsonl, and remove the note."""
+    line = read(note)
+    if line is not None:
+        finish(directory, outputs=outputs, again=True, **line)
+    note.unlink(missing_ok=True)
