@@ -172,14 +172,9 @@ class Launch:
         """Note that rows of `data.seq_length` tokens have passed through the model."""
         self._tokens += rows * self._job.work.config.data.seq_length
         if self._context.leads:
-            note_launch(
-                launch_note(self._job, self._ref),
-                self._name,
-                inputs=self._inputs,
-                tokens=self._tokens,
-                devices=self._context.world_size,
-                seconds=time.time() - self._began,
-            )
+            line = {"tokens": self._tokens, "devices": self._context.world_size, "inputs": self._inputs}
+            note, seconds = launch_note(self._job, self._ref), time.time() - self._began
+            note_launch(note, name=self._name, seconds=seconds, **line)
 
     def finish(self) -> None:
         """Add the line, with the complete scores."""

@@ -40,17 +40,10 @@ _FORMER = 2
 Scores of this format are read, but not continued."""
 _READ = {"source": str, "step": int, "position": int, "capabilities": list}
 """Keys of a manifest that its readers rely on, and their types."""
-_ARRAYS = {
-    "scores": ("float32", 2),
-    "losses": ("float32", 1),
-    "tokens": ("int32", 1),
-    "examples": ("int64", 1),
-    "written": ("bool", 1),
-    "norms": ("float32", 1),
-    "token_scores": ("float32", 3),
-    "projections": ("float32", 2),
-}
-"""Type and number of axes of each file. A row is an example."""
+_TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
+"""Types of the files that do not hold float32."""
+_AXES = {"scores": 2, "token_scores": 3, "projections": 2}
+"""Axes of the files that have more than the examples'."""
 _AGAIN = "remove its folder and score again"
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Keys of the manifest that change no score, or follow from others."""
@@ -229,15 +222,14 @@ def read_arrays(
 ) -> dict[str, Any]:
     """Arrays by name, with `examples` and `written`. Raises ValueError where they do not fit each other, and
     where the numbers of an example are not finite."""
-    names = dict.fromkeys((*names, "examples", "written"))
+    names = dict.fromkeys(("examples", "written", *names))
     arrays = {name: _array(directory / f"{name}.npy", mode) for name in names}
     example_N, written_N = arrays["examples"], arrays["written"]
     for name, array in arrays.items():
         path = directory / f"{name}.npy"
         columns = (len(manifest["capabilities"]),) if name == "scores" else array.shape[1:]
-        if array.shape != (len(example_N), *columns):
-            wanted = [len(example_N), *columns]
-            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {wanted}); {_AGAIN}")
+        if array.shape != (meant := (len(example_N), *columns)):
+            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {meant}); {_AGAIN}")
         if name in ("scores", "losses", "norms", "token_scores"):
             bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & written_N
             if bad_N.any():
@@ -251,7 +243,7 @@ def read_arrays(
 
 def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
     """An array of a directory of scores, mapped with a `mode`."""
-    kind, axes = _ARRAYS[path.stem]
+    meant = f"{_TYPES.get(path.stem, 'float32')} of {_AXES.get(path.stem, 1)} axes"
     try:
         array = np.load(path, mmap_mode=mode)
         found = f"{array.dtype} of {array.ndim} axes"
@@ -259,8 +251,8 @@ def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
         raise ValueError(f"{path} is missing; {_AGAIN}") from None
     except (EOFError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from None
-    if found != f"{kind} of {axes} axes":
-        raise ValueError(f"{path} is damaged (it holds {found}, not {kind} of {axes}); {_AGAIN}")
+    if found != meant:
+        raise ValueError(f"{path} is damaged (it holds {found}, not {meant}); {_AGAIN}")
     return array
 
 

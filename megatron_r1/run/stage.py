@@ -141,16 +141,13 @@ def finish(
     )
 
 
-def note_launch(
-    note: Path, name: str, *, inputs: Hashes, tokens: int = 0, devices: int = 1, seconds: float
-) -> None:
-    """Keep in the file `note` the ledger line of a launch that goes on. Long stages call this as they go.
+def note_launch(note: Path, **line: Any) -> None:
+    """Keep in the file `note` the arguments that `finish` would get, but outputs, for a launch that goes on.
 
-    `record_launch` makes it a line of the ledger. The launch itself calls that at its end, and the next one
+    Long stages call this as they go, and `record_launch` at their end. The next launch calls `record_launch`
     at its beginning, for one that was killed.
     """
     note.parent.mkdir(parents=True, exist_ok=True)
-    line = {"name": name, "inputs": inputs, "tokens": tokens, "devices": devices, "seconds": seconds}
     write_json(note, line)
 
 
