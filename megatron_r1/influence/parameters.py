@@ -26,7 +26,7 @@ Gradient = dict[str, "Tensor"]
 Directions = dict[str, "Tensor"]
 """Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
 
-_PIECE = 64
+_PIECE = 128
 """Products that float32 sums one after the other."""
 
 EMBEDDING = "embedding.word_embeddings.weight"

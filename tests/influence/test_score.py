@@ -598,7 +598,7 @@ def test_a_launch_killed_with_all_scores_there_is_recorded_with_them(whole: Conf
     *before, last = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(before))
     line = json.loads(last)
-    stage.note_launch(note, line["stage"], inputs=line["inputs"], seconds=1.0)
+    stage.note_launch(note, name=line["stage"], inputs=line["inputs"], seconds=1.0)
     on_ranks(1, compute_influence, config)
     found = read_ledger(tmp_path / "run")[-1]
     assert found["stage"] == "influence step 4" and not note.exists()
