@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint import save
@@ -32,6 +31,7 @@ from megatron_r1.checkpoint.shards import METADATA
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_r1.parallel import DelayedAllReduce, broadcast_object, process_groups
 from megatron_r1.records import Batch, TrainState
+from megatron_r1.system.yaml_io import read_yaml
 from megatron_r1.train.step import Shape, Training, build_training, train_step
 
 # isort: split
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where the checkpoints go")
     options = parser.parse_args()
-    model = ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
+    model = ModelConfig(**read_yaml(options.model).tree["model"])
     config = Config(
         model=model,
         data=DataConfig(sources={}, seq_length=SEQ),

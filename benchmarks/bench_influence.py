@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from megatron_r1 import backend
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -34,6 +33,7 @@ from megatron_r1.influence.methods import Ghost, LowRank, Method, WgradDot
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch
+from megatron_r1.system.yaml_io import read_yaml
 from megatron_r1.train.optimizer import set_schedule
 from megatron_r1.train.step import Shape, build_training, train_step
 
@@ -67,7 +67,7 @@ def main() -> None:
     if options.memory and not options.peak_of:
         compare_memory()
         return
-    model = ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
+    model = ModelConfig(**read_yaml(options.model).tree["model"])
     with process_groups(ParallelConfig()):
         torch.set_num_threads(options.threads)
         if options.peak_of:

@@ -122,7 +122,8 @@ def spread(values: list[float]) -> str:
 def serve(options: argparse.Namespace) -> None:
     """Be an arm: a line in, something done, a line out."""
     import torch
-    import yaml
+
+    from megatron_r1.system.yaml_io import read_yaml
 
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
@@ -131,7 +132,7 @@ def serve(options: argparse.Namespace) -> None:
     build = {"bergson": bergson, "dattri": dattri}.get(options.arm, ours)
     onednn = options.arm != "ours-mkl"
     with megatron(onednn) if build is ours else contextlib.nullcontext():
-        shape = yaml.safe_load(options.model.read_text())["model"]
+        shape = read_yaml(options.model).tree["model"]
         rows = options.batches * options.micro_batch
         arm = build(shape, options.micro_batch, windows(shape["vocab_size"], rows, options.seq_length))
         for line in sys.stdin:

@@ -38,6 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start_up(Path(folder), options.documents, options.repeats)
         handles(Path(folder))
+        tokens(Path(folder), options.repeats)
         store(Path(folder), options.repeats)
 
 
@@ -72,6 +73,22 @@ def handles(folder: Path) -> None:
     loader = BatchLoader(plan, corpora, 8)
     loader.batch(np.arange(4 * pairs))
     print(f"a loader of {pairs} sources holds {len(os.listdir('/proc/self/fd')) - before} more files open")
+
+
+def tokens(folder: Path, repeats: int) -> None:
+    """Opening pairs in the page cache: tokens against hashes, holes, and index."""
+    for pairs, size_MiB in ((300, 4), (14, 64), (14, 256)):
+        prefixes = [folder / f"tokens_{n}" for n in range(pairs)]
+        stream = np.random.default_rng(0).integers(0, 60_000, 1 << 20).astype(np.uint16)
+        for prefix in prefixes:
+            with IndexedWriter(prefix, np.uint16) as writer:
+                for _ in range(size_MiB // 2):
+                    writer.add_documents(stream, np.full(1024, 1024))
+        cost = seconds(lambda prefixes=prefixes: [open_corpus("x", prefix) for prefix in prefixes], repeats)
+        index = seconds(lambda prefixes=prefixes: [IndexedDataset(prefix) for prefix in prefixes], repeats)
+        print(
+            f"{pairs} pairs of {size_MiB} MiB open in {cost:.2f} s of processor time, indices {index:.2f} s"
+        )
 
 
 def store(folder: Path, repeats: int) -> None:

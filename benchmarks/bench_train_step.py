@@ -259,11 +259,10 @@ def transformers_llama(
 
 
 def model_config(options: argparse.Namespace) -> Any:
-    import yaml
-
     from megatron_r1.config import ModelConfig
+    from megatron_r1.system.yaml_io import read_yaml
 
-    return ModelConfig(**yaml.safe_load(options.model.read_text())["model"])
+    return ModelConfig(**read_yaml(options.model).tree["model"])
 
 
 def tokens(vocabulary: int, rows: int, columns: int) -> Any:

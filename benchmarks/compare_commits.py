@@ -44,7 +44,7 @@ built or run. The folders stay unless all is equal."""
 GROUPS = {
     "text": "text/*.jsonl",
     "tokenizer": "tokenizer.model",
-    "tokens": "data/*.bin data/*.idx data/*.npy",
+    "tokens": "data/*.bin data/*.idx data/*.npy data/*.side/*.npy",
     "probing sets": "probes/*.bin probes/*.idx probes/split.yaml",
     "losses": "**/metrics.jsonl",
     "scores": "**/influence/**/*.npy",
@@ -65,6 +65,11 @@ MEASURED = {
 
 ANY = math.inf
 ALLOWED = {
+    r".*/data/(.*\.side/)?ledger\.jsonl:.*": (
+        ANY,
+        "ledger lines of datasets, which moved to their side folders",
+    ),
+    r".*/data/.*\.side/hashes\.npy:.*": (ANY, "hashes of datasets"),
     r".*/ledger\.jsonl:\d+/(inputs|outputs)/.*": (ANY, "identities in ledger lines"),
     r".*/influence/.*/manifest\.json:(format|weights|data|directions|influence/curvature_sources)\b.*": (
         ANY,
@@ -77,6 +82,8 @@ ALLOWED = {
         ANY,
         "checksums of checkpoint files (tensors are compared)",
     ),
+    r".*/megatron_r1\.json:state/guard/(best|judged)\b.*": (ANY, "history of the step guard"),
+    r".*/config\.yaml:health/loss_spike": (ANY, "the default of health.loss_spike, in nats"),
     # Weights in YAML have nine decimals.
     r".*/mix_worst\..*": (1.001e-9, "mix.objective=worst within 1e-9"),
     r".*/tokenizer\.json:bytes": (ANY, "bytes of tokenizer.json (ids are compared)"),
@@ -289,14 +296,25 @@ def file_differences(a: Path, b: Path) -> Iterator[tuple[str, str, float]]:
             yield "ids", f"ids of {unequal} of {len(texts)} texts", math.inf
 
 
+def _now(name: Path) -> Path:
+    """The place of a file; origins of datasets once lay beside the pair."""
+    stem = name.name.removesuffix(".docs.npy")
+    return name if stem == name.name else name.with_name(f"{stem}.side") / "docs.npy"
+
+
+def _there(folder: Path, name: Path) -> Path:
+    former = folder / name.parent.with_suffix(".docs.npy")
+    return former if name.name == "docs.npy" and former.is_file() else folder / name
+
+
 def compare(title: str, before: Path, after: Path, groups: Iterable[str] = GROUPS) -> Iterator[Line]:
     """A line for each group of files that either run directory has."""
     for group in groups:
         patterns = GROUPS[group].split()
-        names = {p.relative_to(d) for d in (before, after) for glob in patterns for p in d.glob(glob)}
+        names = {_now(p.relative_to(d)) for d in (before, after) for glob in patterns for p in d.glob(glob)}
         differs, allowed = [], Counter[str]()
         for name in sorted(names):
-            for field, what, size in file_differences(before / name, after / name):
+            for field, what, size in file_differences(_there(before, name), _there(after, name)):
                 at = f"{before.name}/{name}:{field.removeprefix('/')}"
                 reasons = [why for p, (most, why) in ALLOWED.items() if re.fullmatch(p, at) and size <= most]
                 allowed.update(reasons[:1])

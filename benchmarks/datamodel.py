@@ -37,7 +37,6 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
-import yaml
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -63,6 +62,7 @@ from megatron_r1.records import Batch
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_json, write_text
 from megatron_r1.system.terminal import Progress, user_errors
+from megatron_r1.system.yaml_io import parse_yaml
 from megatron_r1.train.batches import micro_batches
 from megatron_r1.train.loop import train
 from megatron_r1.train.optimizer import set_schedule
@@ -126,7 +126,7 @@ QUICK = Size(first=20, second=24, checkpoints=2, probe_tokens=96, left_out=4, su
 def configure(output: Path, size: Size) -> Config:
     """The run, on data that are made where they are not there yet."""
     text, tokenizer, probes = output / "text", output / "tokenizer.model", output / "probes"
-    shared, kind = yaml.safe_load(SETTINGS), SentencePiece.kind
+    shared, kind = parse_yaml(SETTINGS, "SETTINGS").tree, SentencePiece.kind
     subprocess.run([sys.executable, GATHER, "--output-dir", text], check=True)
     files = [text / f"{source}.jsonl" for source in SOURCES]
     if not tokenizer.exists():

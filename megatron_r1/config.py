@@ -6,33 +6,106 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
+T = TypeVar("T")
+_NAME, _NAME_BYTES = re.compile(r"(?![.-])[\w.-]+"), 100
+RESERVED = ("step", "source", "example", "tokens", "loss", "norm")
+"""Columns of exported scores (influence/store.py), beside which each capability has one."""
 
-def _limit(holds: Callable[[float], bool], message: str) -> AfterValidator:
-    """A field's limit. A value beyond it is an error of type "limit", except in the context "unlimited"."""
 
-    def check(value: float, info: ValidationInfo) -> float:
-        if info.context != "unlimited" and not holds(value):
-            raise PydanticCustomError("limit", "={value} {message}", {"value": value, "message": message})
-        return value
+def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[str, str]:
+    """Name -> why it cannot be a name, for those that cannot. All names that become paths or tags obey this.
+
+    A name is one part of a path and the tag of a logger. Its characters are those that TensorBoard keeps.
+    Names that a file system may take for one another are one name, as A and a, or two forms of an umlaut.
+    """
+    out: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    for name in names:
+        same = unicodedata.normalize("NFKC", name).casefold()
+        if not _NAME.fullmatch(name):
+            out[name] = "a name has letters, digits, '_', '-' and '.', and begins with no '-' and no '.'"
+        elif len(name.encode()) > _NAME_BYTES:
+            out[name] = f"a name has at most {_NAME_BYTES} bytes, this one {len(name.encode())}"
+        elif name in reserved:
+            out[name] = "the name of a column of exported scores; use another"
+        elif same in seen:
+            out[name] = f"some file systems take it for {seen[same]}, which is there, too; rename one"
+        seen.setdefault(same, name)
+    return out
+
+
+def check_names(what: str, names: Iterable[str], reserved: Iterable[str] = ()) -> None:
+    """Raise ValueError, which begins with `what` and the name, for the first that cannot be a name."""
+    for name, why in name_mistakes(names, reserved).items():
+        raise ValueError(f"{what} {name!r}: {why}")
+
+
+def _name(*reserved: str) -> AfterValidator:
+    """A key that is a name. One that cannot be is an error of type "name"."""
+
+    def check(name: str) -> str:
+        for why in name_mistakes([name], reserved).values():
+            raise PydanticCustomError("name", ": {why}", {"why": why})
+        return name
 
     return AfterValidator(check)
 
 
-_POSITIVE = _limit(lambda v: v > 0, "must be positive")
-PositiveInt = Annotated[int, _POSITIVE]
-PositiveFloat = Annotated[float, _POSITIVE]
+def _apart(mapping: dict[str, T]) -> dict[str, T]:
+    for name, why in name_mistakes(mapping).items():
+        raise PydanticCustomError("name", ".{name}: {why}", {"name": name, "why": why})
+    return mapping
+
+
+ByName = Annotated[dict[Annotated[str, _name()], T], AfterValidator(_apart)]
+ByCapability = Annotated[dict[Annotated[str, _name(*RESERVED)], T], AfterValidator(_apart)]
+
+
+def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
+    """A number's limit. A value beyond it is an error of type "limit", and 1 in the context "unlimited".
+
+    Text and truth values are no numbers, though Python reads numbers from them.
+    """
+
+    def check(value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        number = read(value if type(value) in (int, float) else None)
+        long = isinstance(number, int) and number.bit_length() > 63
+        if not long and holds(number):
+            return number
+        if info.context == "unlimited":
+            return 1
+        why = "has more than 63 bits" if long else message
+        raise PydanticCustomError("limit", "={value} {message}", {"value": str(number), "message": why})
+
+    return WrapValidator(check)
+
+
+def _filled(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise PydanticCustomError("text", "={value} names nothing", {"value": repr(text)})
+    return text
+
+
+PositiveInt = Annotated[int, _limit(lambda v: v > 0, "must be positive")]
+PositiveFloat = Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")]
+Finite = Annotated[float, _limit(math.isfinite, "must be finite")]
+Share = Annotated[float, _limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")]
 NaturalInt = Annotated[int, _limit(lambda v: v >= 0, "must not be negative")]
 Seed = Annotated[int, _limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
 AdamBeta = Annotated[float, _limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
 Coefficient = Annotated[float, _limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
 _AT_LEAST_0 = _limit(lambda v: v >= 0, "must be at least 0")
+Epochs = Annotated[float, _limit(lambda v: v > 0, "must be above 0")]
+Text = Annotated[str, AfterValidator(_filled)]
 _AT_LEAST_1 = _limit(lambda v: v >= 1, "must be at least 1")
 
 
@@ -47,11 +120,11 @@ class RopeScaling(_Strict):
 
     rope_type: Literal["linear", "llama3"]
     """linear divides all frequencies, llama3 the low ones only, as Llama 3.1 does."""
-    factor: Annotated[float, _AT_LEAST_1]
+    factor: Annotated[float, _limit(lambda v: 1 <= v < math.inf, "must be a finite number of at least 1")]
     """Divisor of the slowed frequencies."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies below this many turns over the original context are slowed in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: PositiveFloat = 4.0
     """llama3: frequencies above this many turns over the original context are left alone."""
     original_max_position_embeddings: PositiveInt = 8192
     """llama3: the original context, tokens."""
@@ -96,10 +169,10 @@ class ModelConfig(_Strict):
 class ParallelConfig(_Strict):
     """Ranks per model copy. Data parallelism takes the ranks that remain in the launch."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
     context: PositiveInt = 1
-    virtual_pipeline: int = 1
+    virtual_pipeline: PositiveInt = 1
     """Model chunks of each pipeline rank. More than 1 interleaves: smaller bubbles, more messages."""
     sequence: bool = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
@@ -112,19 +185,19 @@ class ParallelConfig(_Strict):
 class SourceConfig(_Strict):
     """One indexed dataset to draw from."""
 
-    prefix: str
+    prefix: Text
     """Path without `.bin` / `.idx`."""
-    documents: int | None = None
+    documents: PositiveInt | None = None
     """Leading documents to train on. The others are set aside for probing. None: all."""
     domain: str | None = None
     """Name for reports, as code, math or knowledge."""
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     """Tokens that the dataset will have. tools/plan_launch.py reads this while the dataset is not there."""
 
 
 @dataclass(frozen=True)
 class DataConfig(_Strict):
-    sources: dict[str, SourceConfig]
+    sources: ByName[SourceConfig]
     """Name -> dataset. The order is part of the data plan."""
     seq_length: PositiveInt = 2048
     """Tokens per sequence."""
@@ -135,9 +208,9 @@ class DataConfig(_Strict):
     """Permute each epoch of each source."""
     cross_documents: bool = True
     """Tokens attend to all before them in the window. False: in their document alone, positions from 0."""
-    eod: int | None = None
+    eod: NaturalInt | None = None
     """Token that ends a document, for `cross_documents: false`. None: the datasets' sidecars give it."""
-    probes: dict[str, str] = field(default_factory=dict)
+    probes: ByCapability[Text] = field(default_factory=dict)
     """Capability -> prefix of a held-out dataset. Training reports its NLL."""
 
 
@@ -145,27 +218,27 @@ class DataConfig(_Strict):
 class PhaseConfig(_Strict):
     """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
 
-    weights: dict[str, float] | Literal["uniform"] = "uniform"
+    weights: dict[str, Coefficient] | Literal["uniform"] = "uniform"
     """Source -> share of sequences, normalised. Sources left out are not drawn."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps. Give this or `tokens`."""
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     """Token budget, rounded up to whole steps."""
-    learning_rate: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")] = 4e-3
+    learning_rate: PositiveFloat = 4e-3
     """Peak."""
-    min_lr_ratio: Annotated[float, _limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")] = 0.1
+    min_lr_ratio: Share = 0.1
     """Final learning rate as a share of the peak. One step more would reach it."""
-    warmup_steps: int = 0
+    warmup_steps: NaturalInt = 0
     """Steps of linear warm-up in this phase. 0: the phase starts at the peak."""
     decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """After the warm-up: linear and cosine fall to the phase's end, constant stays, wsd falls at the end."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInt | None = None
     """wsd: last steps of the phase, in which the rate falls linearly. None: a tenth of the phase."""
     reset_optimizer: bool = False
     """Clear Adam's moments when the phase begins. False: they carry over."""
-    max_epochs: float | dict[str, float] | None = None
+    max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a source, counted over the whole plan. The others then take its weight."""
-    keep: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, Text] = field(default_factory=dict)
     """Source -> keep mask over windows or documents (Eq. 6, data/keep.py). Other sources are drawn whole."""
 
     def wsd_steps(self, steps: int) -> int:
@@ -180,7 +253,7 @@ class OptimizerConfig(_Strict):
     adam_beta1: AdamBeta = 0.9
     adam_beta2: AdamBeta = 0.95
     # Of 0, a parameter whose gradient is 0 would become 0 / 0.
-    adam_eps: Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be a finite number above 0")] = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     weight_decay: Coefficient = 0.1
     clip_grad: Coefficient = 1.0
     """Most global gradient norm. 0: no clipping."""
@@ -190,11 +263,11 @@ class OptimizerConfig(_Strict):
 
 @dataclass(frozen=True)
 class TrainConfig(_Strict):
-    run: str
+    run: Text
     """Run directory. The same command again continues the run."""
-    global_batch: int
+    global_batch: PositiveInt
     """Sequences per optimizer step, over all ranks."""
-    micro_batch: int
+    micro_batch: PositiveInt
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main parameters and gradients."""
@@ -230,15 +303,17 @@ class TrainConfig(_Strict):
 
 @dataclass(frozen=True)
 class HealthConfig(_Strict):
-    """When a step is skipped, and when a run gives up."""
+    """When a step is skipped, and when a run stops."""
 
-    loss_spike: Annotated[float, _AT_LEAST_0] = 2.0
-    """Skip a step whose loss exceeds this many times the median of the last 128 accepted steps.
-    0: skip only losses that are not finite."""
+    loss_spike: Annotated[float, _AT_LEAST_0] = 0.2
+    """Nats. The run saves and stops when the median loss of the last 32 accepted steps is more than this
+    above the best such median of the phase. 0: never."""
     grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0
-    """The same for the gradient norm, before clipping."""
+    """A step whose gradient norm, before clipping, exceeds this many times the median of the last 128
+    accepted steps is told. It is taken all the same. 0: none is told."""
     max_skipped: Annotated[int, _AT_LEAST_1] = 10
-    """Skipped steps in a row after which the run saves and stops."""
+    """Steps in a row, skipped because loss or gradient norm is not finite, after which the run saves and
+    stops."""
     hang_seconds: Annotated[int, _AT_LEAST_0] = 540
     """Seconds without a completed step. A rank then writes its stacks to RUN/logs and ends. 0: never."""
 
@@ -247,13 +322,13 @@ class HealthConfig(_Strict):
 class InfluenceConfig(_Strict):
     """Scores of representative sets against capability directions (Eqs. 2-4)."""
 
-    directions: dict[str, str]
+    directions: ByCapability[Text]
     """Capability -> prefix of its probing set P_c."""
     examples: PositiveInt = 10_000
     """Windows drawn per source, the representative set R_g."""
     probe_examples: PositiveInt | None = None
     """Windows of each probing set. None: all."""
-    steps: list[int] = field(default_factory=list)
+    steps: list[NaturalInt] = field(default_factory=list)
     """Steps of the checkpoints to score. Empty: every checkpoint of the run."""
     micro_batch: PositiveInt = 8
     """Sequences per forward pass."""
@@ -274,7 +349,7 @@ class InfluenceConfig(_Strict):
     """ghost: store each token's part of the scores, too."""
     rank: PositiveInt = 32
     """lowrank: singular values kept of a matrix's direction."""
-    min_correlation: float = 0.999
+    min_correlation: Share = 0.999
     """lowrank: least correlation with exact scores, measured on 64 examples. Below it scoring stops."""
     projection: PositiveInt = 16
     """projected: k. A matrix is stored as k x k numbers an example."""
@@ -283,7 +358,7 @@ class InfluenceConfig(_Strict):
     checkpoint holds Adam's second moment, else identity."""
     curvature_examples: PositiveInt = 256
     """datainf, kfac, ekfac: examples of all sources together on which H is measured."""
-    seed: NaturalInt = 1234
+    seed: Seed = 1234
     """Of the choice of examples."""
 
 
@@ -293,11 +368,11 @@ class MixConfig(_Strict):
 
     phase: str
     """Phase whose weights are written."""
-    runs: dict[str, str] = field(default_factory=dict)
+    runs: ByCapability[Text] = field(default_factory=dict)
     """Capability -> run whose scores for it count, the paper's form of Eq. 3. Empty: train.run for all."""
     checkpoint_weight: Literal["step", "uniform"] = "step"
     """alpha_{c,t} of Eq. 4: proportional to the step, or equal."""
-    capability_weight: dict[str, float] = field(default_factory=dict)
+    capability_weight: dict[str, Coefficient] = field(default_factory=dict)
     """Weight of each capability in the sum. Empty: equal."""
     scale: Literal["raw", "zscore", "cosine"] = "raw"
     """Scale of a capability's scores in the sum. raw is the paper's. zscore measures sources against their
@@ -305,16 +380,16 @@ class MixConfig(_Strict):
     by the norms of both gradients and needs influence.norms."""
     objective: Literal["sum", "worst"] = "sum"
     """sum: Eq. 5. worst: the worst-served capability gets most of its best gain (mixture/weights.py)."""
-    floor: float = 0.0
+    floor: Share = 0.0
     """Least weight of any source."""
-    cap: float = 1.0
+    cap: Share = 1.0
     """Greatest weight of any source."""
-    max_epochs: float | dict[str, float] | None = None
+    max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a source, counted over the whole plan. Bounds its weight, and is written into the
     phase. None: the phase's own."""
     keep: bool = False
     """Write keep masks, too (Eq. 6). Of the scored examples the phase draws only those that help."""
-    keep_above: float = 0.0
+    keep_above: Finite = 0.0
     """An example helps if its joint score at the last checkpoint is above this."""
     keep_unscored: bool = True
     """With `keep`: draw examples that were not scored."""
@@ -327,7 +402,7 @@ class Config(_Strict):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    phases: dict[str, PhaseConfig]
+    phases: ByName[PhaseConfig]
     """Name -> phase, in training order. A later file may append one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

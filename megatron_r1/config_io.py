@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, PhaseConfig
 from megatron_r1.system.errors import suggest, suggest_path
+from megatron_r1.system.yaml_io import Document, YamlError, format_yaml, parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -44,14 +45,15 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
     A ConfigError of the opener and the mistakes in the fields come in the same message.
     """
     mistakes: list[str] = []
-    tree = _read_all(arguments, mistakes)
+    given = _Given(arguments, mistakes)
     # What seems to be missing may be in a file that could not be read.
-    sections = _sections(tree, mistakes, whole=not mistakes)
-    mistakes += _cross_check(sections)
+    sections, beyond = _sections(given, mistakes, whole=not mistakes)
+    # A value beyond its limit has its mistake already, and the checks saw another in its place.
+    mistakes += [m for m in _cross_check(sections, not beyond) if not any(path in m for path in beyond)]
     required = {f.name for f in dataclasses.fields(Config) if _required(f)}
     # A section that did not parse is not one that is missing.
-    wanted = required | (tree.keys() & typing.get_type_hints(Config).keys())
-    config = Config(**sections) if wanted <= sections.keys() else None
+    wanted = required | (given.tree.keys() & typing.get_type_hints(Config).keys())
+    config = Config(**sections) if wanted <= sections.keys() and not beyond else None
     if config is not None:
         try:
             opened = opener(config)
@@ -64,43 +66,86 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal Config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
-
-
-def _read_all(arguments: Iterable[str], mistakes: list[str]) -> dict[str, Any]:
-    files: list[str] = []
-    overrides: list[str] = []
-    for argument in arguments:
-        (overrides if "=" in argument and not os.path.exists(argument) else files).append(argument)
-    trees = [read_tree(Path(name), mistakes) for name in files]
-    for text in overrides:
-        key, value = text.split("=", 1)
-        try:
-            leaf: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            mistakes.append(f"{text}: the value is no YAML; quote it, for instance {key}='\"...\"'")
-            continue
-        for part in reversed(key.split(".")):
-            leaf = {part: leaf}
-        trees.append(leaf)
-    return reduce(_merge, trees, {})
+    return format_yaml(dataclasses.asdict(config), allow_unicode=True, width=110)
 
 
 def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
     """One file as YAML says it, not checked further; empty, with a mistake more, where it is no such file."""
+    document = _read(path, mistakes)
+    return document.tree if document else {}
+
+
+def _read(path: Path, mistakes: list[str]) -> Document | None:
     # os.path's answers are no errors, however long the name.
     if not os.path.isfile(path):
         mistakes.append(f"{path}: no such file{suggest_path(path)}")
-        return {}
+        return None
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mistakes.append(f"{path}: not YAML: {' '.join(str(error).split())}")
-        return {}
-    if tree is not None and not isinstance(tree, dict):
-        mistakes.append(f"{path}: expected `section: ...`, found {type(tree).__name__}")
-        return {}
-    return tree or {}
+        document = read_yaml(path)
+    except YamlError as error:
+        mistakes.append(str(error))
+        return None
+    if not isinstance(document.tree, dict):
+        kind = {type(None): "nothing", list: "a list"}.get(type(document.tree), "one value")
+        mistakes.append(f"{path}: expected `section: ...`, found {kind}")
+        return None
+    return document
+
+
+_ABSENT: Any = object()
+
+
+class _Given:
+    """The files and overrides of a command line, merged."""
+
+    def __init__(self, arguments: Iterable[str], mistakes: list[str]):
+        files: list[str] = []
+        overrides: list[str] = []
+        for argument in arguments:
+            (overrides if "=" in argument and not os.path.exists(argument) else files).append(argument)
+        read = [_read(Path(name), mistakes) for name in files]
+        self._files = [document for document in read if document]
+        self._overrides: list[dict[str, Any]] = []
+        for text in overrides:
+            key, value = text.split("=", 1)
+            if not all(key.split(".")):
+                mistakes.append(f"{text}: {key!r} is no dotted key, as train.seed")
+                continue
+            try:
+                leaf: Any = parse_yaml(value, text).tree
+            except YamlError as error:
+                mistakes.append(f"{error} (in a shell: {key}='\"...\"')")
+                continue
+            for part in reversed(key.split(".")):
+                leaf = {part: leaf}
+            self._overrides.append(leaf)
+        trees = [*(document.tree for document in self._files), *self._overrides]
+        self.tree: dict[str, Any] = reduce(_merge, trees, {})
+
+    def at(self, loc: Iterable[str | int]) -> tuple[list[Any], Any]:
+        """The path of YAML keys that a path of pydantic's goes, and the value there.
+
+        pydantic's has the branches of unions, too.
+        """
+        path: list[Any] = []
+        value: Any = self.tree
+        for part in loc:
+            known = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+            if part in known:
+                path.append(part)
+                value = value[part]
+        return path, value
+
+    def place(self, path: Sequence[str | int]) -> str:
+        """` (FILE, line N)` where the last file has the value; empty where an override has it."""
+        for tree in self._overrides:
+            value: Any = tree
+            for part in path:
+                value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+            if value is not _ABSENT:
+                return ""
+        places = (document.place(path) for document in reversed(self._files))
+        return next((f" ({place})" for place in places if place), "")
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -109,112 +154,125 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _sections(tree: dict[str, Any], mistakes: list[str], whole: bool) -> dict[str, Any]:
-    """Each root section that parses; sections are read apart so that one mistake hides no other.
+def _sections(given: _Given, mistakes: list[str], whole: bool) -> tuple[dict[str, Any], set[str]]:
+    """Each root section that parses, and the paths of values beyond their limits, which are in there.
 
-    `whole`: a section that is not there is a mistake.
+    Sections are read apart so that one mistake hides no other. `whole`: a section that is not there is a
+    mistake.
     """
-    hints = typing.get_type_hints(Config)
+    hints = typing.get_type_hints(Config, include_extras=True)
     out = {}
-    for key in tree:
+    beyond: set[str] = set()
+    for key in given.tree:
         if key not in hints:
-            mistakes.append(f"{key}: unknown section{suggest(key, hints)}")
+            mistakes.append(f"{key}: unknown section{suggest(key, hints)}{given.place([key])}")
     for spec in dataclasses.fields(Config):
-        if spec.name not in tree:
+        name = spec.name
+        if name not in given.tree:
             if _required(spec) and whole:
-                mistakes.append(f"{spec.name}: missing section; add a file that has it (see examples/)")
+                mistakes.append(f"{name}: missing section; add a file that has it (see examples/)")
             continue
-        hint = hints[spec.name]
-        adapter = TypeAdapter(hint)
+        adapter = TypeAdapter(hints[name])
         try:
-            out[spec.name] = adapter.validate_python(tree[spec.name])
-        except ValidationError as error:
-            errors = error.errors(include_url=False)
-            # The branches of a union each complain of the same value.
-            mistakes += dict.fromkeys(_message(spec.name, hint, e) for e in errors)
+            out[name] = adapter.validate_python(given.tree[name])
+        except ValidationError as caught:
+            errors = caught.errors(include_url=False)
+            mistakes += _messages(name, given, errors)
             # A value beyond its limit still takes part in the checks between fields.
-            if all(e["type"] == "limit" for e in errors):
-                out[spec.name] = adapter.validate_python(tree[spec.name], context="unlimited")
-    return out
+            if all(error["type"] == "limit" for error in errors):
+                out[name] = adapter.validate_python(given.tree[name], context="unlimited")
+                beyond |= {".".join(map(str, given.at([name, *error["loc"]])[0])) for error in errors}
+    return out, beyond
 
 
 def _required(spec: dataclasses.Field[Any]) -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
-def _message(section: str, hint: Any, error: Any) -> str:
-    loc = [section, *(str(part) for part in error["loc"])]
-    # pydantic puts the branch of a union into the path; a reader knows only YAML keys.
-    path = ".".join(p for p in loc if "[" not in p and p not in ("float", "ModelConfig"))
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _field_names(hint, [str(p) for p in error["loc"][:-1]])
-        return f"{path}: unknown key{suggest(str(error['loc'][-1]), known)}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{path}: missing"
-    if error["type"] == "limit":
-        return path + error["msg"]
-    if loc[0] == "phases" and loc[2:3] == ["weights"]:
-        where = ".".join(loc[:3])
-        return f"{where}={error['input']!r}: weights name their sources, {{name: weight}}, or say uniform"
-    return f"{path}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+_WANTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping, {name: value}",
+    "dataclass": "a mapping, {field: value}",
+    "list": "a list, [value, value]",
+}
+"""First word of a type of pydantic's errors -> what a value must be."""
 
 
-def _field_names(hint: Any, path: list[str]) -> list[str]:
+def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
+    """A message for each mistake. Branches of a union complain of one value, and make one message."""
+    out: dict[tuple[str | int, ...], str] = {}
+    wanted: dict[tuple[str | int, ...], list[str]] = {}
+    for error in errors:
+        path, _ = given.at([section, *error["loc"]])
+        kind, name, about = error["type"], ".".join(map(str, path)), error.get("ctx", {})
+        if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _field_names(typing.get_type_hints(Config)[section], path[1:-1])
+            out[*path] = f"{name}: unknown key{suggest(str(path[-1]), known)}{given.place(path)}"
+        elif kind in ("missing", "missing_argument"):
+            field = error["loc"][-1]
+            out[*path, field] = f"{name}.{field}: missing{given.place(path)}"
+        elif kind in ("limit", "text"):
+            out[*path] = f"{name}{error['msg']}{given.place(path)}"
+        elif kind == "name":
+            path += [about["name"]] if "name" in about else []
+            out[*path] = f"{name}{error['msg']}{given.place(path)}"
+        else:
+            words = wanted.setdefault(tuple(path), [])
+            words.append(about.get("expected") or _WANTED.get(kind.split("_")[0], error["msg"]))
+    for where, words in wanted.items():
+        # A branch that went further into the value knows more.
+        if not any(other[: len(where)] == where for other in (*out, *(w for w in wanted if w != where))):
+            value, words = given.at(where)[1], list(dict.fromkeys(words))
+            shown, hint = repr(value), ""
+            if value is None or isinstance(value, bool):
+                shown = json.dumps(value)
+                hint = "" if value is None else "; YAML reads yes, no, on and off as true and false"
+            elif "text" in words and isinstance(value, (int, float)):
+                hint = "; quote it"
+            name = ".".join(map(str, where))
+            out[where] = f"{name}={shown} must be {' or '.join(words)}{hint}{given.place(where)}"
+    return list(out.values())
+
+
+def _field_names(hint: Any, path: Sequence[str | int]) -> list[str]:
     """Names of the dataclass that `path` leads to, for a suggestion."""
     for inner in [a for a in typing.get_args(hint) if a is not type(None)] or [hint]:
         if dataclasses.is_dataclass(inner):
             sub = typing.get_type_hints(inner)
-            return _field_names(sub[path[0]], path[1:]) if path and path[0] in sub else list(sub)
+            inside = path and path[0] in sub
+            return _field_names(sub[str(path[0])], path[1:]) if inside else list(sub)
         if typing.get_origin(inner) is dict and path:
             return _field_names(typing.get_args(inner)[1], path[1:])
     return []
 
 
-def _cross_check(sections: dict[str, Any]) -> list[str]:
-    """Mistakes between fields, for whichever sections parsed."""
+def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
+    """Mistakes between fields, for whichever sections parsed. `legal`: no value is beyond its limit."""
     model, parallel = sections.get("model"), sections.get("parallel")
     data, train, phases = sections.get("data"), sections.get("train"), sections.get("phases")
-    out = []
+    mix, out = sections.get("mix"), []
     if model:
-        scaling = model.rope_scaling
-        if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        scaling, heads, groups = model.rope_scaling, model.num_attention_heads, model.num_query_groups
+        if scaling and not scaling.low_freq_factor < scaling.high_freq_factor:
             out.append(
-                f"model.rope_scaling: 0 < low_freq_factor < high_freq_factor does not hold for "
-                f"{scaling.low_freq_factor}, {scaling.high_freq_factor}"
+                f"model.rope_scaling: low_freq_factor={scaling.low_freq_factor} is not below "
+                f"high_freq_factor={scaling.high_freq_factor}"
             )
         if model.head_dim % 2:
             out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
-        if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
-            out.append(
-                f"model.num_attention_heads={model.num_attention_heads} is no multiple of "
-                f"model.num_query_groups={model.num_query_groups}"
-            )
-    if model and parallel:
-        groups, tp = model.num_query_groups, parallel.tensor
-        legal = [n for n in range(1, groups + 1) if groups % n == 0 and model.ffn_hidden_size % n == 0]
-        if tp not in legal:
-            out.append(
-                f"parallel.tensor={tp} does not divide model.num_query_groups={groups}; use one of {legal}"
-            )
-        if tp > 0 and model.vocab_size % tp:
-            # Rows that fill it up would take part in the softmax, and be another model.
-            out.append(f"parallel.tensor={tp} does not divide model.vocab_size={model.vocab_size}")
-        stages = parallel.pipeline * parallel.virtual_pipeline
-        if parallel.pipeline < 1 or parallel.virtual_pipeline < 1 or model.num_layers % stages:
-            by = " x virtual_pipeline" if parallel.virtual_pipeline != 1 else ""
-            out.append(f"parallel.pipeline{by}={stages} does not divide model.num_layers={model.num_layers}")
+        if heads % groups:
+            out.append(f"model.num_attention_heads={heads} is no multiple of model.num_query_groups={groups}")
     if parallel:
-        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-            out.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1")
-        if parallel.sequence and parallel.tensor == 1:
-            out.append("parallel.sequence=true needs parallel.tensor > 1")
+        out += _check_layout(parallel, model, data)
     if data and not data.sources:
         out.append("data.sources: empty; name at least one dataset")
-    if train and (train.global_batch < 1 or train.micro_batch < 1 or train.global_batch % train.micro_batch):
-        out.append(
-            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
-        )
     if train:
+        batch, micro = train.global_batch, train.micro_batch
+        if batch % micro:
+            out.append(f"train.global_batch={batch} is no multiple of train.micro_batch={micro}")
         undivided = data and all(source.documents is None for source in data.sources.values())
         if train.validation_windows > 0 and undivided:
             out.append(
@@ -227,15 +285,48 @@ def _cross_check(sections: dict[str, Any]) -> list[str]:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)
-        if data and train and train.global_batch > 0 and data.seq_length > 0:
+        if data and train and legal:
             out += _check_lengths(phases, train.global_batch * data.seq_length)
-    mix = sections.get("mix")
-    if mix and not 0 <= mix.floor <= mix.cap <= 1:
-        out.append(f"mix: 0 <= floor <= cap <= 1 does not hold for floor={mix.floor}, cap={mix.cap}")
+    if mix and mix.floor > mix.cap:
+        out.append(f"mix.floor={mix.floor} is above mix.cap={mix.cap}")
     return out
 
 
-def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
+_TENSOR = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+"""Sizes that the tensor-parallel ranks divide among them. Rows that fill the vocabulary up would take part in
+the softmax, and be another model."""
+
+
+def _check_layout(parallel: ParallelConfig, model: ModelConfig | None, data: DataConfig | None) -> list[str]:
+    """Sizes that do not divide, each by its own name."""
+    tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+    virtual, out = parallel.virtual_pipeline, []
+    if model:
+        sizes = {name: getattr(model, name) for name in _TENSOR}
+        if undivided := [f"model.{name}={size}" for name, size in sizes.items() if size % tensor]:
+            most = range(1, model.num_query_groups + 1)
+            legal = [n for n in most if not any(size % n for size in sizes.values())]
+            out.append(f"parallel.tensor={tensor} does not divide {', '.join(undivided)}; use one of {legal}")
+        layers, chunks = model.num_layers, f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else ""
+        if layers % (pipeline * virtual):
+            legal = [n for n in range(1, layers + 1) if layers % (n * virtual) == 0]
+            way = f"; use a parallel.pipeline of {legal}" if legal else ""
+            out.append(f"parallel.pipeline={pipeline}{chunks} does not divide model.num_layers={layers}{way}")
+    if virtual > 1 and pipeline == 1:
+        out.append(f"parallel.virtual_pipeline={virtual} needs parallel.pipeline > 1")
+    if parallel.sequence and tensor == 1:
+        out.append("parallel.sequence=true needs parallel.tensor > 1")
+    parts = {f"2 x parallel.context={context}": 2 * context} if context > 1 else {}
+    parts |= {f"parallel.tensor={tensor} of parallel.sequence": tensor} if parallel.sequence else {}
+    if data and data.seq_length % math.prod(parts.values()):
+        out.append(
+            f"data.seq_length={data.seq_length} does not divide into {' x '.join(parts)} parts; use a "
+            f"multiple of {math.prod(parts.values())}"
+        )
+    return out
+
+
+def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int) -> list[str]:
     """Warm-ups and decays that their phases are too short for."""
     out = []
     for name, phase in phases.items():
@@ -243,7 +334,7 @@ def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
         decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
         if steps * tokens_per_step >= 1 << 62:
             out.append(f"phases.{name}: {steps} steps are beyond counting; a phase has less than 2^62 tokens")
-        if not 0 <= phase.warmup_steps <= steps - decay:
+        if phase.warmup_steps > steps - decay:
             also = f" with a decay over {decay}" if decay else ""
             out.append(
                 f"phases.{name}.warmup_steps={phase.warmup_steps} is not within the phase's {steps} steps"
@@ -252,7 +343,8 @@ def _check_lengths(phases: dict[str, Any], tokens_per_step: int) -> list[str]:
     return out
 
 
-def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str]:
+def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> list[str]:
+    """`sources`: None where they did not parse."""
     out = []
     if not phases:
         out.append("phases: empty; name at least one phase")
@@ -260,36 +352,29 @@ def _check_phases(phases: dict[str, Any], sources: list[str] | None) -> list[str
         path = f"phases.{name}"
         if (phase.steps is None) == (phase.tokens is None):
             out.append(f"{path}: give steps or tokens, one of the two")
-        length = phase.steps if phase.steps is not None else phase.tokens
-        if length is not None and length < 1:
-            out.append(f"{path}: a length of {length} trains nothing")
         if phase.decay_steps is not None and phase.decay != "wsd":
             out.append(f"{path}.decay_steps={phase.decay_steps} needs decay: wsd, not {phase.decay}")
-        elif phase.decay_steps is not None and not 1 <= phase.decay_steps <= (phase.steps or math.inf):
-            out.append(f"{path}.decay_steps={phase.decay_steps} is not within 1 and the phase's length")
-        if sources is None:
-            continue
+        elif phase.decay_steps is not None and phase.decay_steps > (phase.steps or math.inf):
+            out.append(f"{path}.decay_steps={phase.decay_steps} is not within {path}.steps={phase.steps}")
         for field in ("max_epochs", "keep", "weights"):
             given = getattr(phase, field)
             out += [
                 f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
                 for key in (given if isinstance(given, dict) else ())
-                if key not in sources
+                if sources is not None and key not in sources
             ]
-        if phase.weights == "uniform":
-            continue
-        if any(not 0 <= w < float("inf") for w in phase.weights.values()):
-            out.append(f"{path}.weights: every weight must be a finite number >= 0, got {phase.weights}")
-        elif not sum(phase.weights.values()) > 0:
-            out.append(f"{path}.weights: all weights are 0; at least one source must be drawn")
+        total = 1.0 if phase.weights == "uniform" else sum(phase.weights.values())
+        if not 0 < total < math.inf:
+            wrong = "all weights are 0; at least one source must be drawn"
+            out.append(f"{path}.weights: {f'their sum is {total}' if total else wrong}")
     return out
 
 
 def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
     ranks = config.parallel.model_ranks()
-    if ranks < 1 or config.train.micro_batch < 1 or config.train.global_batch % config.train.micro_batch:
-        return []  # config_io.load reports these
+    if config.train.global_batch % config.train.micro_batch:
+        return []  # config_io.load reports this
     if mistakes := check_copies(config.parallel, world_size):
         return mistakes
     data_parallel, train = world_size // ranks, config.train
@@ -316,9 +401,12 @@ def check_world(config: Config, world_size: int) -> list[str]:
 def check_copies(parallel: ParallelConfig, ranks: int) -> list[str]:
     """Mistakes of dividing `ranks` ranks into copies of the model."""
     copy = parallel.model_ranks()
-    if copy < 1 or ranks % copy == 0:
+    if ranks % copy == 0:
         return []
+    sizes = " x ".join(
+        f"parallel.{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context")
+    )
     return [
-        f"{ranks} ranks do not divide into model copies of parallel.tensor x pipeline x context = {copy} "
-        f"ranks; launch a multiple of {copy}"
+        f"{ranks} ranks do not divide into model copies of {sizes} = {copy} ranks; launch a multiple of "
+        f"{copy}"
     ]

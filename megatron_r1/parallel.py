@@ -47,6 +47,11 @@ class ParallelContext:
         """Whether this is the first rank, which speaks for all."""
         return self.rank == 0
 
+    @property
+    def first_of_copy(self) -> bool:
+        """Whether this is the first of the ranks that hold the same samples."""
+        return self.rank % (self.tensor_size * self.context_size) == 0 and self.pipeline_rank == 0
+
     def announce(self, line: str) -> None:
         """Print a line on the first rank alone."""
         if self.leads:

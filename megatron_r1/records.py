@@ -33,6 +33,8 @@ class Corpus:
     """Fingerprint of the tokenizer that made it; None where no sidecar says (a pair from elsewhere)."""
     set_aside: int = 0
     """Tokens of the documents behind those."""
+    doubt: str = ""
+    """The reason why damage to its .bin may have gone unseen, or nothing."""
 
     def windows(self, seq_length: int) -> int:
         """Windows of one epoch: window w is tokens [wS, wS+S], S inputs and S labels."""

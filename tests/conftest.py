@@ -21,8 +21,11 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-# Before any library reads them.
+# Before any library reads them. The suite compares CPU results bit for bit, and it forks after torch is
+# loaded. So it does not see a GPU; tests of the GPU start processes that do (tests/gpu).
+os.environ.setdefault("SUITE_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
     HF_HUB_OFFLINE="1",
     no_proxy="localhost,127.0.0.1,::1",
     **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),

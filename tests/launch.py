@@ -68,14 +68,18 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> 
         time.sleep(0.02)
 
 
-def write_corpus(prefix: Path, documents: int, seed: int, vocab: int = 128) -> None:
-    """A dataset of short documents whose tokens follow a walk, so that there is something to learn."""
+def write_corpus(prefix: Path, documents: int, seed: int, vocab: int = 128, end: int | None = None) -> None:
+    """A dataset of short documents whose tokens follow a walk, so that there is something to learn.
+
+    end: the last token of each document.
+    """
     rng = np.random.default_rng(seed)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with IndexedWriter(prefix, np.dtype("uint16")) as writer:
         for _ in range(documents):
             steps = rng.integers(0, 4, size=int(rng.integers(40, 200)))
-            writer.add_document(((np.cumsum(steps) + seed * 17) % (vocab - 1) + 1).astype(np.uint16))
+            tokens = ((np.cumsum(steps) + seed * 17) % (vocab - 1) + 1).astype(np.uint16)
+            writer.add_document(tokens if end is None else np.append(tokens[:-1], np.uint16(end)))
         writer.finalize()
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1 import config_io
+from megatron_r1.config import Config
 from megatron_r1.config_io import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,13 +76,22 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.tensor=2", "parallel.tensor=2 does not divide model.num_query_groups=1; use one of [1]"),
+        (
+            "parallel.tensor=2",
+            "parallel.tensor=2 does not divide model.num_attention_heads=3, model.num_q",
+        ),
         ("parallel.pipeline=3", "parallel.pipeline=3 does not divide model.num_layers=4"),
         ("train.global_batch=6", "train.global_batch=6 is no multiple of train.micro_batch=4"),
         ("phases.one.tokens=5", "phases.one: give steps or tokens, one of the two"),
-        ("phases.one.weights={a: -1, b: 2}", "phases.one.weights: every weight must be a finite number >= 0"),
+        (
+            "phases.one.weights={a: -1, b: 2}",
+            "phases.one.weights.a=-1.0 must be a finite number",
+        ),
         ("phases.one.weights={a: 0, b: 0}", "phases.one.weights: all weights are 0"),
-        ("phases.one.weights=[1, 2]", "phases.one.weights=[1, 2]: weights name their sources"),
+        (
+            "phases.one.weights=[1, 2]",
+            "phases.one.weights=[1, 2] must be a mapping, {name: value} or",
+        ),
         ("phazes.one.steps=3", "phazes: unknown section; did you mean phases?"),
         ("data.seq_length=0", "data.seq_length=0 must be positive"),
         ("model.head_dim=31", "model.head_dim=31 must be even"),
@@ -88,17 +104,35 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("optimizer.clip_grad=-1", "optimizer.clip_grad=-1.0 must be a finite number of at least 0"),
         ("optimizer.clip_grad=.nan", "optimizer.clip_grad=nan must be a finite number of at least 0"),
         ("optimizer.z_loss=.inf", "optimizer.z_loss=inf must be a finite number of at least 0"),
-        ("optimizer.adam_eps=0", "optimizer.adam_eps=0.0 must be a finite number above 0"),
+        ("optimizer.adam_eps=0", "optimizer.adam_eps=0.0 must be positive and finite"),
         ("phases.one.learning_rate=.inf", "phases.one.learning_rate=inf must be positive and finite"),
         ("phases.one.min_lr_ratio=-3", "phases.one.min_lr_ratio=-3.0 must be within 0 and 1"),
         ("influence={directions: {x: y}, examples: 0}", "influence.examples=0 must be positive"),
         ("influence={directions: {x: y}, probe_examples: 0}", "influence.probe_examples=0 must be positive"),
-        ("influence={directions: {x: y}, seed: -1}", "influence.seed=-1 must not be negative"),
+        ("influence={directions: {x: y}, seed: -1}", "influence.seed=-1 must be at least 0 and below 2^63"),
         ("train.keep_spaced=-1", "train.keep_spaced=-1 must not be negative"),
         ("train.seed=-1", "train.seed=-1 must be at least 0 and below 2^63"),
         ("health.max_skipped=0", "health.max_skipped=0 must be at least 1"),
         ("health.loss_spike=-1", "health.loss_spike=-1.0 must be at least 0"),
         ("phases.one.warmup_steps=11", "phases.one.warmup_steps=11 is not within the phase's 10 steps"),
+        (
+            "influence={directions: {x: y}, min_correlation: 5}",
+            "influence.min_correlation=5.0 must be",
+        ),
+        ("data.eod=-5", "data.eod=-5 must not be negative"),
+        ("train.seed=1e30", "train.seed=1e+30 must be an integer"),
+        ("train.run=", "train.run=null must be text"),
+        ("train.run=' '", "train.run=' ' names nothing"),
+        ("data.sources.a.domain=3", "data.sources.a.domain=3 must be text; quote it"),
+        ("optimizer=[1]", "optimizer=[1] must be a mapping, {field: value}"),
+        ("phases.one.max_epochs={a: 0}", "phases.one.max_epochs.a=0.0 must be above 0"),
+        ("phases.one.weights={a: 1e308, b: 1e308}", "phases.one.weights: their sum is inf"),
+        ("train.=3", "train.=3: 'train.' is no dotted key"),
+        (
+            "parallel={context: 3}",
+            "data.seq_length=64 does not divide into 2 x parallel.context=3 parts",
+        ),
+        ("mix={phase: one, floor: 0.5, cap: 0.1}", "mix.floor=0.5 is above mix.cap=0.1"),
     ],
 )
 def test_a_mistake_names_the_value_and_the_way_out(base: str, override: str, message: str) -> None:
@@ -107,7 +141,7 @@ def test_a_mistake_names_the_value_and_the_way_out(base: str, override: str, mes
 
 def test_a_value_beyond_its_limit_hides_no_mistake_between_fields(base: str) -> None:
     assert mistakes(TINY, base, "train.head_chunk=0", "train.micro_batch=3", "model.num_layers=7.5") == [
-        "model.num_layers=7.5: input should be a valid integer, got a number with a fractional part",
+        "model.num_layers=7.5 must be an integer",
         "train.head_chunk=0 must be positive",
         "train.global_batch=8 is no multiple of train.micro_batch=3",
     ]
@@ -133,3 +167,59 @@ def test_an_override_longer_than_any_file_name_is_one(base: str) -> None:
 @pytest.mark.parametrize("name", ["tiny", "140m", "360m", "950m"])
 def test_every_model_file_resolves(name: str, base: str) -> None:
     config_io.load([str(ROOT / f"examples/models/{name}.yaml"), base])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.global_batch=0", ["train.global_batch=0 must be positive"]),
+        (
+            "parallel={pipeline: -1, virtual_pipeline: -1}",
+            ["parallel.pipeline=-1 must be positive", "parallel.virtual_pipeline=-1 must be positive"],
+        ),
+        ("phases.one.steps=-3", ["phases.one.steps=-3 must be positive"]),
+        ("model.num_query_groups=0", ["model.num_query_groups=0 must be positive"]),
+    ],
+)
+def test_relations_are_judged_for_legal_values_alone(base: str, override: str, expected: list[str]) -> None:
+    assert mistakes(TINY, base, override, "parallel.context=1") == expected
+
+
+def test_what_does_not_divide_has_its_own_name(base: str) -> None:
+    assert mistakes(str(ROOT / "examples/models/140m.yaml"), base, "parallel={tensor: 3, pipeline: 2}") == [
+        "parallel.tensor=3 does not divide model.ffn_hidden_size=2048; use one of [1]",
+        "parallel.pipeline=2 does not divide model.num_layers=15; use a parallel.pipeline of [1, 3, 5, 15]",
+    ]
+    assert mistakes(str(ROOT / "examples/models/360m.yaml"), base, "parallel.tensor=8") == [
+        "parallel.tensor=8 does not divide model.num_query_groups=4; use one of [1, 2, 4]"
+    ]
+
+
+def _fields(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Each field that holds no dataclass: its path and type, items of mappings and lists by themselves."""
+    if dataclasses.is_dataclass(kind):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            yield from _fields(hint, f"{path}.{name}")
+        return
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Annotated and inner[0] not in (int, float, str):
+        yield from _fields(inner[0], path)
+    elif typing.get_origin(kind) in (types.UnionType, typing.Union, dict, list):
+        for one in inner[-1:] if typing.get_origin(kind) is dict else inner:
+            yield from _fields(one, path)
+    else:
+        yield path, kind
+
+
+def test_every_number_has_a_limit_and_takes_neither_text_nor_truth() -> None:
+    seen = 0
+    for path, kind in _fields(Config, ""):
+        assert kind not in (int, float), f"{path} has no limit"
+        if typing.get_origin(kind) is typing.Annotated and typing.get_args(kind)[0] in (int, float):
+            adapter: Any = TypeAdapter(kind)
+            whole = [1.5, 1 << 63] if typing.get_args(kind)[0] is int else []
+            for value in [False, "1", None, [], float("nan"), *whole]:
+                with pytest.raises(ValidationError):
+                    adapter.validate_python(value)
+            seen += 1
+    assert seen > 50

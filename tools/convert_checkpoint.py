@@ -29,22 +29,28 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         only_hf = ("context", "tokenizer_type", "tokenizer_model")
-        if args.to == "megatron" and any(getattr(args, name) for name in only_hf):
+        if args.to == "megatron" and any(getattr(args, name) is not None for name in only_hf):
             raise ValueError("--context and --tokenizer-* concern --to hf; a checkpoint holds neither")
         if bool(args.tokenizer_type) != bool(args.tokenizer_model):
             raise ValueError("give --tokenizer-type and --tokenizer-model together, or neither")
-        convert = require("megatron_r1.export.convert", f"--to {args.to}", "-e '.[hf]'")
+        module, user, install = "megatron_r1.export.convert", f"--to {args.to}", "-e '.[hf]'"
         done = "would write" if args.check else "wrote"
         if args.to == "megatron":
+            convert = require(module, user, install)
             summary = convert.to_megatron(args.source, args.target, args.precision, args.check)
             print(f"{done} {args.target / 'step_00000000'}: {summary}")
             return
+        # Before torch is loaded, which takes seconds.
+        context = args.context
+        if context is None:
+            context = require("megatron_r1.export.origin", user, install).context_of(args.source)
         tokenizer = None
         if args.tokenizer_type:
             from megatron_r1.export.tokenizer import tokenizer_files
 
             tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-        summary = convert.to_hf(args.source, args.target, args.context, args.precision, tokenizer, args.check)
+        convert = require(module, user, install)
+        summary = convert.to_hf(args.source, args.target, context, args.precision, tokenizer, args.check)
         print(f"{done} {args.target}: {summary}")
 
 

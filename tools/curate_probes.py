@@ -14,13 +14,15 @@ from megatron_r1.curation.probes import curate_probes
 from megatron_r1.system.terminal import tool_parser, user_errors
 
 
-def pairs(arguments: list[str]) -> dict[str, str]:
+def pairs(option: str, arguments: list[str]) -> dict[str, str]:
     """The pairs of NAME=VALUE arguments. ValueError for another form, and for a name given twice."""
     values: dict[str, str] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if not (name and equals and value) or name in values:
-            raise ValueError(f"{argument!r} is not NAME=VALUE with a name of its own")
+        if not (name and equals and value):
+            raise ValueError(f"{option} {argument!r}: not NAME=VALUE")
+        if name in values:
+            raise ValueError(f"{option} {argument!r}: {name} is given twice")
         values[name] = value
     return values
 
@@ -41,8 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         manifest = curate_probes(
-            pairs(args.sources),
-            {name: members.split(",") for name, members in pairs(args.capabilities).items()},
+            pairs("--sources", args.sources),
+            {name: of.split(",") for name, of in pairs("--capabilities", args.capabilities).items()},
             args.output_dir,
             tokens_per_source=args.tokens_per_source,
             fraction=args.fraction,

@@ -34,7 +34,7 @@ def main() -> None:
             options.rank,
             options.mfu,
             options.peak_tflops * 1e12,
-            int(options.gpu_memory * GIB),
+            options.gpu_memory * GIB,
         )
         plan = plan_launch(config, launch, build=not (options.check or options.diff))
         if options.diff:

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer on JSONL texts.
+"""Train a SentencePiece BPE tokenizer on documents.
 
 python tools/train_tokenizer.py --input data/text/*.jsonl --vocab-size 8192 --output data/tokenizer.model
 """
@@ -15,7 +15,7 @@ from megatron_r1.system.terminal import tool_parser, user_errors
 
 def main() -> None:
     parser = tool_parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="JSONL", help="one document a line")
+    parser.add_argument("--input", nargs="+", required=True, help="as for preprocess_data.py")
     parser.add_argument("--json-key", default="text", help="where the text is (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: %(default)s)")
     parser.add_argument("--output", required=True, metavar="MODEL", help="model file to write")
@@ -33,6 +33,7 @@ def main() -> None:
             inputs = [open_input(name) for name in args.input]
             share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)
             for source in inputs:
+                source.check([args.json_key])
                 print(f"input {source.name}: {source.size:,} bytes, of its text up to {share:.1f} MB")
             there = "is replaced" if Path(args.output).exists() else "is written"
             print(f"output {args.output}: {args.vocab_size:,} tokens, {there}")

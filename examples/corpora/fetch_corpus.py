@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_r1.config import check_names
 from megatron_r1.system.terminal import user_errors
+from megatron_r1.system.yaml_io import format_yaml, read_yaml
 
 TABLE = Path(__file__).with_name("corpora.yaml")
 ROOT = TABLE.parents[2]
@@ -31,7 +31,9 @@ ROOT = TABLE.parents[2]
 
 def corpora() -> dict[str, dict[str, Any]]:
     """The table: name -> its entry."""
-    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    table = read_yaml(TABLE).tree
+    check_names(f"{TABLE}: corpus", table)
+    return table
 
 
 def document(row: dict[str, Any], columns: list[str]) -> str:
@@ -114,7 +116,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("corpus", choices=list(corpora()), help="a name in corpora.yaml")
+    with user_errors():
+        table = corpora()
+    add("corpus", choices=list(table), help="a name in corpora.yaml")
     add("--tokenizer-type", required=True, help="as for tools/preprocess_data.py")
     add("--tokenizer-model", required=True, help="as for tools/preprocess_data.py")
     add("--output-dir", type=Path, default=Path("data"), help="default: %(default)s")
@@ -124,11 +128,12 @@ def main() -> None:
     add("--reject-limit", type=int, default=100, help="stop beyond so many rows without a text (default: "
         "%(default)s)")  # fmt: skip
     add("--dataset", help="read a local dataset (a folder of files) instead of the hub")
+    add("--overwrite", action="store_true", help="replace tokens of other rows or of another tokenizer")
     add("--check", action="store_true", help="print what would be fetched, and exit")
     options = parser.parse_args()
-    entry = corpora()[options.corpus]
+    entry = table[options.corpus]
     if options.check:
-        print(yaml.safe_dump({options.corpus: entry}, sort_keys=False).rstrip())
+        print(format_yaml({options.corpus: entry}).rstrip())
         return
     with user_errors():
         folder = options.output_dir / "text" / options.corpus
@@ -141,6 +146,7 @@ def main() -> None:
     command += ["--output-prefix", str(options.output_dir / "tokens" / options.corpus), "--append-eod"]
     command += ["--tokenizer-type", options.tokenizer_type, "--tokenizer-model", options.tokenizer_model]
     command += ["--workers", str(options.workers), "--reject-limit", str(options.reject_limit)]
+    command += ["--overwrite"] * options.overwrite
     sys.exit(subprocess.run(command).returncode)
 
 

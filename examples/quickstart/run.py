@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gather_text
-import yaml
 
 from megatron_r1.run.pipeline import Stage, run
 from megatron_r1.system.files import write_text
 from megatron_r1.system.process import exit_when_orphaned
 from megatron_r1.system.terminal import user_errors
+from megatron_r1.system.yaml_io import read_yaml
 
 HERE = Path("examples/quickstart")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -120,7 +120,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
                 python(
                     "tools/preprocess_data.py", "--input", jsonl[name], "--json-keys", "text",
                     "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
-                    "--output-prefix", data / name, "--append-eod", "--workers", 2,
+                    "--output-prefix", data / name, "--append-eod", "--workers", 2, "--overwrite",
                 ),
                 [Path(f"{prefix[name]}.bin"), Path(f"{prefix[name]}.idx")],
                 )
@@ -186,7 +186,7 @@ def _same_size(directory: Path, size: str) -> None:
 
 def _steps(file: str, phase: str, overrides: tuple[str, ...]) -> int:
     """Steps of a phase: the file's, unless this size says otherwise."""
-    steps = yaml.safe_load((ROOT / HERE / file).read_text())["phases"][phase]["steps"]
+    steps = read_yaml(ROOT / HERE / file).tree["phases"][phase]["steps"]
     for override in overrides:
         key, value = override.split("=")
         if key in ("steps", f"phases.{phase}.steps"):

@@ -8,6 +8,7 @@ holds the training state and a checksum of every file, itself included.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import xxhash
 from megatron_r1.config import ModelConfig
 from megatron_r1.records import CheckpointRef, TrainState
 from megatron_r1.system.errors import suggest_path
-from megatron_r1.system.files import json_bytes, naming, sha256, sync
+from megatron_r1.system.files import json_bytes, naming, sync
 
 META = "megatron_r1.json"
 _FORMAT = 2
@@ -108,7 +109,7 @@ def discard(path: Path) -> Path:
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(int(p.parent.name.removeprefix("step_")) for p in directory.glob(f"step_*/{META}"))
+    return sorted(step for step, path in _named(directory).items() if (path / META).is_file())
 
 
 def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
@@ -119,26 +120,37 @@ def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
     return [CheckpointRef(step_path(directory, step), step) for step in saved_steps(directory)]
 
 
+def _named(directory: Path) -> dict[int, Path]:
+    """Step -> what has the name of its checkpoint. A copy with another name is none."""
+    steps = [int(path.name[5:]) for path in directory.glob("step_*") if path.name[5:].isdecimal()]
+    return {step: path for step in steps if (path := step_path(directory, step)).exists()}
+
+
 def damaged(directory: Path) -> list[Path]:
-    """Complete checkpoints whose description can no longer be read. Costs that read of each."""
+    """Checkpoints whose description is lost or can no longer be read. Costs a read of each."""
     out = []
-    for ref in complete_checkpoints(directory):
+    for _, path in sorted(_named(directory).items()):
         try:
-            read_meta(ref.path)
+            read_meta(path)
         except (OSError, ValueError):
-            out.append(ref.path)
+            out.append(path)
     return out
+
+
+def _described(path: Path) -> bytes:
+    """The bytes of a checkpoint's description. Raises ValueError if it is missing."""
+    try:
+        return (path / META).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        lost = "restore or remove it" if path.is_dir() else f"name a step_N directory{suggest_path(path)}"
+        raise ValueError(f"{path} is no complete checkpoint ({META} is missing); {lost}") from None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The description of a checkpoint. Raises ValueError if it is missing or damaged."""
+    content = _described(path)
     try:
-        meta = json.loads((path / META).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is no complete checkpoint ({META} is missing); name a step_N directory"
-            f"{suggest_path(path)}"
-        ) from None
+        meta = json.loads(content)
     except ValueError:
         meta = None
     if isinstance(meta, dict) and meta.get("format") == 1:
@@ -149,8 +161,11 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def identity(path: Path) -> str:
-    """Identity of a checkpoint: the SHA-256 of its description, which holds the checksums of all files."""
-    return sha256(path / META)
+    """Identity of a checkpoint: the SHA-256 of its description, which holds the checksums of all files.
+
+    Raises ValueError if it is missing.
+    """
+    return hashlib.sha256(_described(path)).hexdigest()
 
 
 NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from megatron_r1.config import RESERVED, check_names
 from megatron_r1.data.indexed import (
     IndexedDataset,
     IndexedWriter,
@@ -31,11 +31,14 @@ from megatron_r1.data.indexed import (
     read_sidecar,
     with_suffix,
 )
+from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
+from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import Progress, say
+from megatron_r1.system.yaml_io import format_yaml
 
 FORMAT = 2
 SETS = ("probe", "heldout")
@@ -95,16 +98,21 @@ def curate_probes(
     `data.cross_documents=false` needs it. `check`: write nothing. The manifest then tells how each source
     would be split, and names no files.
 
-    Raises ValueError for unknown names, for a source that is too small and for tokenizers that differ.
-    Raises FileNotFoundError for a dataset that is not there.
+    Raises ValueError for names that are unknown or cannot be a file's, for a source that is too small and for
+    tokenizers that differ. Raises FileNotFoundError for a dataset that is not there.
     """
     output_dir = Path(output_dir)
     if not sources or not capabilities or tokens_per_source < 1 or max_document_tokens < 1:
         raise ValueError("give at least one source, one capability and one token a source and document")
+    check_names("--sources: name", sources)
+    check_names("--capabilities: name", capabilities, RESERVED)
     if not 0 <= fraction <= 0.5:
         raise ValueError(f"fraction={fraction} to set aside; it must be between 0 and 0.5")
     of_capability = _capability_of_sources(sources, capabilities)
     corpora = [open_corpus(name, prefix) for name, prefix in sources.items()]
+    say_unchecked(corpora)
+    # Tokens and three parts of the index of each stay mapped, and a mapping holds a file.
+    allow_open_files(4 * len(sources), "mapped files of datasets")
     request = {
         "format": FORMAT,
         "sources": {n: {"prefix": str(p), "identity": identity_of(p)} for n, p in sources.items()},
@@ -153,7 +161,7 @@ def curate_probes(
             in_turn = (stretch for turn in turns for stretch in turn if stretch is not None)
             facts = {"capability": capability, "sources": list(names)}
             _write_set(prefix, in_turn, opened[0], end_documents, facts)
-            files.append(with_suffix(prefix, ".bin"))
+            files += [with_suffix(prefix, suffix) for suffix in (".bin", ".idx")]
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
     manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
     _record(manifest, output_dir)
@@ -166,7 +174,8 @@ def _record(manifest: dict[str, Any], directory: Path) -> None:
     for name, digest in manifest["files"].items():
         path = directory / name
         prefix = path.with_suffix("")
-        outputs |= {str(prefix): identity_of(prefix)} if path.suffix == ".bin" else {str(path): digest}
+        if path.suffix != ".idx":
+            outputs |= {str(prefix): identity_of(prefix)} if path.suffix == ".bin" else {str(path): digest}
     inputs = {of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()}
     finish(directory, "set probes aside", inputs=inputs, outputs=outputs)
 
@@ -181,9 +190,9 @@ def _capability_of_sources(
             if name not in sources:
                 raise ValueError(f"capability {capability}: no source {name}{suggest(name, sources)}")
             if name in of_capability:
-                raise ValueError(
-                    f"source {name} is in {of_capability[name]} and {capability}; one capability a source"
-                )
+                others = f"in {of_capability[name]} and {capability}; one capability a source"
+                where = f"twice in {capability}" if of_capability[name] == capability else others
+                raise ValueError(f"source {name} is {where}")
             of_capability[name] = capability
         if not members:
             raise ValueError(f"capability {capability} has no source")
@@ -296,7 +305,7 @@ def _write_set(
     if like.sidecar:
         kept = ("tokenizer_type", "tokenizer_fingerprint", "vocab_size", "eod")
         sidecar = {
-            **{key: like.sidecar[key] for key in kept},
+            **{key: like.sidecar[key] for key in kept if key in like.sidecar},
             "append_eod": end_documents,
             "dtype": like.dataset.dtype.name,
             **facts,
@@ -320,4 +329,4 @@ def _split(opened: Sequence[_Source], capabilities: Mapping[str, Sequence[str]],
         "influence": {"directions": sets["probe"]},
     }
     head = "# Written by tools/curate_probes.py; paths are relative to where it ran.\n"
-    return head + yaml.safe_dump(split, sort_keys=False)
+    return head + format_yaml(split)

@@ -21,8 +21,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import hashlib
-import json
 import os
 import struct
 from array import array
@@ -32,8 +30,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from megatron_r1.data.integrity import REDO, BinHashes, check_bin, side_file
+from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
-from megatron_r1.system.files import naming, on_disk, open_exclusive, replacing, sha256, sync
+from megatron_r1.system.files import (
+    naming,
+    on_disk,
+    open_exclusive,
+    remove_if_empty,
+    replacing,
+    sha256,
+    sync,
+)
 
 HEADER = b"MMIDIDX\x00\x00"
 INDEX_START = 34
@@ -42,7 +50,6 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 _CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 _CHECKED_AT_ONCE = 1 << 22
 _WRITTEN_AT_ONCE = 1 << 15
-_REDO = "make the pair again with tools/preprocess_data.py, or copy it again from where it is whole"
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -190,7 +197,7 @@ class IndexedDataset:
         return int(self.pointers[sequences - 1]) + int(self.lengths[sequences - 1]) * self.dtype.itemsize
 
     def _raise_damaged(self, path: Path, offset: int, fault: str) -> NoReturn:
-        raise ValueError(f"{path} is damaged at offset {offset}: {fault}; {_REDO}")
+        raise ValueError(f"{path} is damaged at offset {offset}: {fault}; {REDO}")
 
 
 def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
@@ -218,8 +225,9 @@ def map_array(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.n
 
 
 class IndexedWriter:
-    """Writes a pair document by document. Memory grows by 4 bytes a document.
+    """Writes a pair document by document, with the hashes of its stretches in `PREFIX.side/hashes.npy`.
 
+    Memory grows by 4 bytes a document and by 8 bytes for 4 KiB of tokens.
     `finalize` gives the files their names: the .bin first, the .idx last, so that a pair with an .idx is
     whole. As a context manager it finalizes on success and leaves nothing after an error.
     """
@@ -230,9 +238,8 @@ class IndexedWriter:
         if self.dtype not in _CODES:
             raise ValueError(f"dtype {self.dtype} holds no tokens; use one of {', '.join(DTYPES.values())}")
         self._lengths = array("i")
-        self._hash = hashlib.sha256()
+        self._hashes = BinHashes()
         self.num_tokens = 0
-        self._adopted_sha256 = ""
         self._partial = self._whole = with_suffix(prefix, ".bin.partial")
         """The file that is written; and the file that becomes the .bin, another one after `adopt`."""
         self._temporary = {self._partial}
@@ -245,7 +252,7 @@ class IndexedWriter:
     @property
     def sha256(self) -> str:
         """Hash of the .bin so far."""
-        return self._adopted_sha256 or self._hash.hexdigest()
+        return self._hashes.sha256
 
     def add_document(self, tokens: np.ndarray) -> None:
         """Append one document, [T]; ValueError for a token that the dtype cannot hold."""
@@ -274,18 +281,18 @@ class IndexedWriter:
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
         with naming(self._partial):
             self._stream.write(data)
-        self._hash.update(data)
+        self._hashes.update(data)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens += tokens.size
 
-    def adopt(self, path: Path, lengths: np.ndarray, sha256: str) -> bool:
+    def adopt(self, path: Path, lengths: np.ndarray, hashes: BinHashes) -> bool:
         """Take a file with all the tokens, in order, as the .bin, without a copy.
 
         The file stays, as a second name (hard link) of the .bin; `path` must be on the same file system.
-        lengths: [documents]. sha256: of the file. Returns False, with nothing changed, where the file system
+        lengths: [documents]. hashes: of the file. Returns False, with nothing changed, where the file system
         has no hard links.
         """
-        assert not self.num_documents and not self._adopted_sha256
+        assert not self.num_documents
         tokens = int(lengths.sum(dtype=np.int64))
         assert path.stat().st_size == tokens * self.dtype.itemsize
         link = with_suffix(path, ".link")
@@ -296,7 +303,7 @@ class IndexedWriter:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
                 raise
             return False
-        self._whole, self._adopted_sha256 = link, sha256
+        self._whole, self._hashes = link, hashes
         self._temporary.add(link)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.num_tokens = tokens
@@ -316,14 +323,17 @@ class IndexedWriter:
             with replacing(idx) as stream:
                 for part in self._index():
                     stream.write(part)
-                # Written for certain before the first name changes.
-                on_disk(stream)
-                changing()
-                # The old index goes before the new .bin comes: at no moment do two halves of different
-                # pairs stand together.
-                idx.unlink(missing_ok=True)
-                os.replace(self._whole, with_suffix(self.prefix, ".bin"))
-                self._temporary.remove(self._whole)
+                with replacing(side_file(self.prefix, "hashes.npy")) as hashes:
+                    np.save(hashes, self._hashes.words())
+                    # Written for certain before the first name changes.
+                    on_disk(hashes)
+                    on_disk(stream)
+                    changing()
+                    # The old index goes before the new .bin comes: at no moment do two halves of different
+                    # pairs stand together.
+                    idx.unlink(missing_ok=True)
+                    os.replace(self._whole, with_suffix(self.prefix, ".bin"))
+                    self._temporary.remove(self._whole)
         finally:
             self.close()
 
@@ -347,6 +357,7 @@ class IndexedWriter:
         # Once closed, their names are free for another process.
         for path in () if self._stream.closed else self._temporary:
             path.unlink(missing_ok=True)
+        remove_if_empty(side_file(self.prefix, ""))
         # A disk that is full is so when the buffer goes, too; the first error has said it.
         with contextlib.suppress(OSError):
             self._stream.close()
@@ -360,27 +371,14 @@ class IndexedWriter:
         self.close()
 
 
-def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    """`PREFIX.json`, which tools/preprocess_data.py writes; None for a pair from elsewhere."""
-    path = with_suffix(prefix, ".json")
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from None
-    kinds = {"tokenizer_fingerprint": str, "bin_sha256": str, "vocab_size": int, "documents": int}
-    if not isinstance(sidecar, dict) or any(
-        not isinstance(sidecar.get(key), kind | None) for key, kind in kinds.items()
-    ):
-        raise ValueError(f"{path} is not the sidecar of an indexed dataset; {_REDO}")
-    return sidecar
-
-
 def identity_of(prefix: str | Path) -> str:
     """The identity of a pair: its sidecar's hash of the tokens, or else the hash of its index."""
-    sidecar = read_sidecar(prefix) or {}
-    return str(sidecar.get("bin_sha256") or sha256(with_suffix(prefix, ".idx")))
+    return stored_sha256(prefix) or sha256(with_suffix(prefix, ".idx"))
+
+
+def stored_sha256(prefix: str | Path) -> str | None:
+    """The SHA-256 of the .bin in the sidecar of a pair, if it has one."""
+    return (read_sidecar(prefix) or {}).get("bin_sha256")
 
 
 def open_corpus(
@@ -398,13 +396,23 @@ def open_corpus(
             if sidecar.get(key) != value:
                 raise ValueError(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
-                    f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {_REDO}"
+                    f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
                 )
+        # A document of our own is one sequence.
+        for lo, hi in _pieces(len(dataset.documents), *share):
+            wrong = np.flatnonzero(dataset.documents[lo:hi] != np.arange(lo, hi))
+            if len(wrong):
+                entry = lo + int(wrong[0])
+                at = INDEX_START + 12 * len(dataset) + 8 * entry
+                dataset._raise_damaged(
+                    dataset._idx, at, f"document entry {entry} is {dataset.documents[entry]}"
+                )
+    doubt = check_bin(prefix, sidecar or {}, share)
     if documents is None:
         documents = dataset.num_documents
     if not 0 <= documents <= dataset.num_documents:
         raise ValueError(
-            f"source {name}: documents={documents}, but {prefix} has {dataset.num_documents}; "
+            f"documents={documents}, but {prefix} has {dataset.num_documents}; "
             f"leave documents out to use them all"
         )
     tokens = dataset.tokens_before(documents)
@@ -416,6 +424,7 @@ def open_corpus(
         dtype=dataset.dtype.name,
         tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
         set_aside=len(dataset.tokens) - tokens,
+        doubt=doubt,
     )
 
 

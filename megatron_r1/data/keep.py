@@ -63,7 +63,7 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
                 seq_length, count = int(archive["seq_length"]), int(archive["count"])
                 corpus = str(archive["corpus"])
                 where += f", for {count} windows of {seq_length} tokens,"
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
             f"with megatron_r1.data.keep.save_documents"
@@ -81,11 +81,22 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
             f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
             f"[{windows}] or packed uint8 [{(windows + 7) // 8}]"
         )
+    if stretch_N2 is not None and seq_length and not _agrees(stretch_N2, packed, windows, seq_length):
+        raise ValueError(f"{where} is damaged: its windows are not those of its stretches; make it again")
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
     if stretch_N2 is not None:
         digest.update(stretch_N2.tobytes())
     bitmap = Keep(windows, packed)
     return KeptWindows(bitmap, packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus)
+
+
+def _agrees(stretch_N2: np.ndarray, packed: np.ndarray, windows: int, seq_length: int) -> bool:
+    """Whether the stretches ascend, and the windows with a label in them are the windows of a mask."""
+    if stretch_N2.dtype != np.int64 or stretch_N2.shape[1:] != (2,):
+        return False
+    ascending = (np.diff(stretch_N2.ravel(), prepend=0) >= 0).all()
+    bits = np.packbits(kept_windows(stretch_N2, windows, seq_length), bitorder="little")
+    return bool(ascending) and np.array_equal(bits, packed)
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:

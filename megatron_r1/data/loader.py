@@ -65,6 +65,8 @@ class BatchLoader:
         self._streams = Streams()
         for corpus in self._corpora:
             add_stream(self._streams, corpus)
+        self.one_id: list[tuple[Corpus, int, int]] = []
+        """Windows drawn whose inputs are one id throughout: corpus, window, id. The caller takes them out."""
 
     def batch(self, sample_N: np.ndarray) -> Batch:
         """The windows of these global samples, one a row, in the order asked.
@@ -78,9 +80,18 @@ class BatchLoader:
         )
         self._check_ids(tokens_BS, 0, source_N, window_N)
         self._check_ids(labels_BS[:, -1:], self.seq_length, source_N, window_N)
+        self._note_one_id(tokens_BS, source_N, window_N)
         self._mask_dropped_documents(np.asarray(sample_N), source_N, window_N, loss_mask_BS)
         fields = tokens_BS, labels_BS, loss_mask_BS, position_BS, source_N.astype(np.int64), segment_BS
         return _batch(*fields, pin_memory=self.pin_memory)
+
+    def _note_one_id(self, tokens_BS: np.ndarray, source_N: np.ndarray, window_N: np.ndarray) -> None:
+        # Nearly every window differs in three of its tokens, which cost nothing to compare.
+        suspects = np.flatnonzero((tokens_BS[:, [self.seq_length // 2, -1]] == tokens_BS[:, :1]).all(1))
+        for row in suspects.tolist():
+            if (tokens_BS[row] == tokens_BS[row, 0]).all():
+                place = self._corpora[source_N[row]], int(window_N[row]), int(tokens_BS[row, 0])
+                self.one_id.append(place)
 
     def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
         """Raise ValueError for an id outside the vocabulary. `id_BS` begins at token `first` of a window."""

@@ -6,18 +6,25 @@ This file imports no torch, so that `--check` is quick.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from megatron_r1.config import Config, SourceConfig
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
-from megatron_r1.data.indexed import identity_of, open_corpus, read_sidecar
-from megatron_r1.data.windows import sampled_mistakes
+from megatron_r1.data.indexed import identity_of, open_corpus, stored_sha256
+from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
+from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
+from megatron_r1.system.process import allow_open_files
+from megatron_r1.system.terminal import is_first_rank, say
 
 Use = Literal["train", "score", "mix", "plan"]
 
@@ -68,6 +75,16 @@ class OpenData:
         opened = (*self.corpora, *self.probes, *self.directions)
         return {str(corpus.prefix): identity_of(corpus.prefix) for corpus in opened}
 
+    @cached_property
+    def drawn_from(self) -> dict[str, str]:
+        """Source -> identity of its dataset, for a data plan.
+
+        A pair without a sidecar is known by its index, and by a hash of a sample of its tokens after a "+".
+        """
+        known = {corpus.name: self.identities[str(corpus.prefix)] for corpus in self.corpora}
+        unnamed = [corpus for corpus in self.corpora if stored_sha256(corpus.prefix) is None]
+        return known | {of.name: f"{known[of.name]}+{sample_hash(of.prefix)}" for of in unnamed}
+
 
 def open_data(
     config: Config,
@@ -77,7 +94,12 @@ def open_data(
 ) -> OpenData:
     """Open the datasets that `use` reads, each once. Raises ConfigError with every mistake.
 
-    share: (rank, ranks) of a launch whose every rank calls this; each checks its part of every index.
+    Raises DamagedBinError for tokens that are not those that were written, before any mistake.
+
+    Names the pairs that could not be compared with stored hashes. Raises the limit of open files where the
+    datasets need it.
+
+    share: (rank, ranks) of a launch whose every rank calls this; each checks its part of every pair.
     also: further mistakes, which come in the same message. It sees the datasets that could be opened.
     """
     opener = _Opener(config, share, use)
@@ -90,9 +112,21 @@ def open_data(
         frozenset(opener.absent),
         config,
     )
+    if opener.damaged:
+        raise DamagedBinError("\n".join(opener.damaged))
+    every = (*opened.corpora, *opened.probes, *opened.directions)
+    if is_first_rank():
+        say_unchecked(every)
     if mistakes := [*opener.mistakes, *also(opened)]:
         raise ConfigError(mistakes)
+    if use in ("train", "score"):
+        # Each stays open as long as windows are drawn from it.
+        allow_open_files(len(every), "datasets")
     return opened
+
+
+_DOCUMENTS = 1024
+"""Documents of a dataset whose last token is looked at, where documents must not attend to each other."""
 
 
 class _Opener:
@@ -102,8 +136,13 @@ class _Opener:
         self._config, self._share, self._use = config, share, use
         self._tokenizers: dict[str, str] = {}
         """Hash of each tokenizer -> the first dataset that was made with it."""
-        self.eod = config.data.eod
+        self.eod, vocab_size = config.data.eod, config.model.vocab_size
         self.mistakes: list[str] = []
+        self.damaged: list[str] = []
+        if self.eod is not None and not 0 <= self.eod < vocab_size:
+            self.mistakes.append(
+                f"data.eod={self.eod}: model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}"
+            )
         self.absent: set[str] = set()
 
     def corpora(self, section: str, named: Mapping[str, SourceConfig | str]) -> list[Corpus]:
@@ -115,11 +154,17 @@ class _Opener:
                 source, aside = SourceConfig(source), "; set more documents aside"
             try:
                 corpus = self._open(path, name, source)
-                short = f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}"
+                short = (
+                    f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}, "
+                    f"which takes {seq_length + 1}"
+                )
                 mistakes = [short + aside] if corpus.tokens <= seq_length else []
                 if name not in self.absent:
                     mistakes += self._mistakes_of(path, corpus)
                 opened.append(corpus)
+            except DamagedBinError as error:
+                self.damaged.append(f"{path}: {error}")
+                continue
             except (OSError, ValueError) as error:
                 mistakes = [str(error)]
             self.mistakes += [f"{path}: {mistake}" for mistake in mistakes]
@@ -139,10 +184,12 @@ class _Opener:
     def _mistakes_of(self, path: str, corpus: Corpus) -> list[str]:
         """Mistakes: tokens of two tokenizers, ids outside the vocabulary, documents without an end token."""
         sidecar, vocab_size = read_sidecar(corpus.prefix), self._config.model.vocab_size
-        out = [] if self._config.data.cross_documents else self._end_mistakes(corpus, sidecar)
+        out = [] if self._config.data.cross_documents else self._end_mistakes(path, corpus, sidecar)
         if sidecar is None or corpus.tokenizer_hash is None:
             return sampled_mistakes(corpus, vocab_size) + out
-        made_with, tokens = corpus.tokenizer_hash, sidecar.get("vocab_size", 0)
+        # Sidecars of earlier versions hold the number of tokens, which the largest id may exceed.
+        made_with = corpus.tokenizer_hash
+        tokens = max(sidecar.get("vocab_size", 0), (sidecar.get("eod") or 0) + 1)
         if tokens > vocab_size and made_with not in self._tokenizers:
             out.append(
                 f"its tokenizer has {tokens} tokens, model.vocab_size={vocab_size} fewer; set "
@@ -157,15 +204,17 @@ class _Opener:
             )
         return out
 
-    def _end_mistakes(self, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
+    def _end_mistakes(self, path: str, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
         """Mistakes of a dataset whose documents must not attend to each other. Sets `eod`."""
         asked, prefix = self._config.data.eod, corpus.prefix
+        if asked is not None and not 0 <= asked < self._config.model.vocab_size:
+            return []
         if sidecar is None:
             missing = (
                 f"{prefix} has no sidecar that names its end-of-document token, which "
                 f"data.cross_documents=false needs; set data.eod"
             )
-            return [missing] if asked is None else []
+            return [missing] if asked is None else self._false_ends(path, corpus, asked, f"data.eod={asked}")
         eod = sidecar.get("eod")
         if not sidecar.get("append_eod") or not isinstance(eod, int):
             return [
@@ -176,7 +225,27 @@ class _Opener:
         if asked not in (None, eod):
             return [f"its documents end with token {eod}, not data.eod={asked}"]
         self.eod = eod if self.eod is None else self.eod
-        return []
+        return self._false_ends(path, corpus, eod, f"{prefix}.json says eod {eod}, which")
+
+    def _false_ends(self, path: str, corpus: Corpus, eod: int, subject: str) -> list[str]:
+        """A mistake where most documents do not end with `eod`. Says a line where only some do not.
+
+        One rank looks at up to 1,024 documents, evenly spread.
+        """
+        rank, ranks = self._share
+        if zlib.crc32(bytes(corpus.prefix)) % ranks != rank:
+            return []
+        last_N = last_tokens(corpus, _DOCUMENTS)
+        ends = int(np.sum(last_N == eod))
+        if ends == len(last_N):
+            return []
+        count = f"{subject} ends {ends} of {len(last_N)} documents looked at"
+        if 2 * ends > len(last_N):
+            say(f"{path}: {count}; windows attend from the others to the documents behind them")
+            return []
+        ids, times = np.unique(last_N, return_counts=True)
+        common = f"{times.max()} of them end with {ids[times.argmax()]}"
+        return [f"{count} ({common}); name the token that ends them, or preprocess with --append-eod"]
 
 
 def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:

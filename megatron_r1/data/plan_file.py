@@ -45,10 +45,17 @@ def to_json(plan: BlendPlan, data: Mapping[str, str] | None = None) -> str:
 def from_json(text: str, samples: int | None = None) -> BlendPlan:
     """The plan of `to_json`.
 
-    `samples`: leave out the phases that begin at this sample or later, whose masks may be gone.
+    `samples`: leave out the phases that begin at this sample or later, whose masks may be gone. The text is
+    then not compared with its fingerprint, which is of all phases.
     ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
     """
-    parts = json.loads(text)
+    try:
+        return _from_json(json.loads(text), samples)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the plan is damaged ({error!r}); restore it, or begin a new run") from None
+
+
+def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     if parts.get("format") != FORMAT:
         raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
     if parts.get("version") != VERSION:

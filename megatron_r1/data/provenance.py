@@ -1,4 +1,4 @@
-"""Where each stored document came from, and a hash that tells its text: `PREFIX.docs.npy`, beside the pair.
+"""Where each stored document came from, and a hash that tells its text: `PREFIX.side/docs.npy`.
 
 A NumPy array (format 1.0, memory-mapped), one record of 28 bytes a document, in stored order:
 
@@ -8,6 +8,8 @@ A NumPy array (format 1.0, memory-mapped), one record of 28 bytes a document, in
 
 The hash does not depend on the tokenizer: a list of texts to keep or to drop, made by any tool, can be
 turned into a mask over the documents of every pair.
+
+Earlier versions wrote `PREFIX.docs.npy`, which is read too.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
+from megatron_r1.data.indexed import IndexedDataset, with_suffix
+from megatron_r1.data.integrity import side_file
+from megatron_r1.data.sidecar import read_sidecar
 
 ORIGIN = np.dtype([("hash", "u1", 16), ("file", "<u4"), ("line", "<u8")])
-SUFFIX = ".docs.npy"
+FORMER = ".docs.npy"
+"""Suffix of the file of earlier versions."""
 
 
 def text_hashes(texts: Iterable[bytes]) -> np.ndarray:
@@ -50,20 +55,43 @@ class Provenance:
         return np.isin(ours, np.array(list(hashes), dtype="S16"))
 
 
-def read_provenance(prefix: str | Path) -> Provenance:
-    """Origins of a pair's documents. FileNotFoundError without the file, ValueError for another pair's."""
-    path = with_suffix(prefix, SUFFIX)
+def origins_of(prefix: str | Path) -> Path:
+    """The file of a pair's origins: that of an earlier version where only it is there."""
+    path, former = side_file(prefix, "docs.npy"), with_suffix(prefix, FORMER)
+    return former if former.is_file() and not path.is_file() else path
+
+
+def load_origins(prefix: str | Path, documents: int) -> np.ndarray:
+    """[documents] of ORIGIN, memory-mapped. FileNotFoundError without the file.
+
+    ValueError where the file is damaged, or of another pair.
+    """
+    path = origins_of(prefix)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; tools/preprocess_data.py writes it")
     try:
         records = np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); make the pair again") from None
-    documents = IndexedDataset(prefix).num_documents
     if records.dtype != ORIGIN or records.shape != (documents,):
         raise ValueError(
             f"{path} belongs to another pair: {records.shape} records of {records.dtype}, where the pair has "
             f"{documents} documents; make the pair again"
         )
+    # Lines count from 1. A sample of 65,536 records finds zeros in place of a part of the file.
+    line_N = records["line"][:: max(1, documents >> 16)]
+    if not line_N.all():
+        document = int(np.argmin(line_N)) * max(1, documents >> 16)
+        raise ValueError(f"{path} is damaged: document {document} has line 0; make the pair again")
+    return records
+
+
+def read_provenance(prefix: str | Path) -> Provenance:
+    """Origins of a pair's documents, and its inputs by the sidecar. Errors as of `load_origins`."""
+    records = load_origins(prefix, IndexedDataset(prefix).num_documents)
     inputs = [entry["path"] for entry in (read_sidecar(prefix) or {}).get("inputs", [])]
+    if len(records) and inputs and int(records["file"].max()) >= len(inputs):
+        raise ValueError(
+            f"{origins_of(prefix)} is damaged: it names more inputs than {prefix}.json; make the pair again"
+        )
     return Provenance(records["hash"], records["file"], records["line"], inputs)

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_r1._csrc import Streams
-from megatron_r1.data.indexed import document_starts, map_array, with_suffix
+from megatron_r1.data.indexed import IndexedDataset, document_starts, map_array, with_suffix
 from megatron_r1.records import Corpus
 
 _WIDTH = {"uint16": 2, "int32": 4}
@@ -66,6 +66,16 @@ def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:
         if mistake := unknown_id(id_1S, vocab_size, [corpus], np.array([0]), np.array([first])):
             return [mistake]
     return []
+
+
+def last_tokens(corpus: Corpus, most: int) -> np.ndarray:
+    """The last token of up to `most` of the corpus's documents, evenly spread. Documents without tokens are
+    left out."""
+    dataset = IndexedDataset(corpus.prefix, share=None)
+    document_N = np.unique(np.arange(most) * max(0, corpus.documents - 1) // max(1, most - 1))
+    spans = [(dataset.tokens_before(d), dataset.tokens_before(d + 1)) for d in document_N.tolist()]
+    end_N = np.array([end for begin, end in spans if begin < end], np.int64)
+    return dataset.tokens[end_N - 1].astype(np.int64)
 
 
 def _tokens(corpus: Corpus) -> np.ndarray:

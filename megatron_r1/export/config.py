@@ -7,8 +7,13 @@ neighbouring pairs of a head; llama does not normalise, and turns a head's first
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, Literal
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import ModelConfig, RopeScaling
 from megatron_r1.system.errors import require
@@ -23,9 +28,19 @@ _ONLY = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": True,
     "attn_temperature_tuning": False,
-    "quantization_config": None,
 }
 """The one value that GPTModel has, where a class offers others."""
+
+_ABSENT = ("quantization_config", "transformers_weights", "per_layer_config", "kv_sharing_modes")
+_ANY_CLASS = {"is_causal": True, **dict.fromkeys(_ABSENT)}
+"""The same for keys that transformers reads for each class, whatever fields it has."""
+
+_READ_TOO = {"model_type", "architectures", "torch_dtype", "transformers_version", "partial_rotary_factor"}
+_READ_TOO |= {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
+_READ_TOO |= {"sliding_window", "layer_types", "attention_chunk_size"}
+"""Keys beside a class's fields that count, or that change no model."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -44,6 +59,7 @@ _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -54,12 +70,19 @@ class HfModel:
     model: ModelConfig
     context: int
     """max_position_embeddings, tokens."""
+    special: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Ids of the special tokens, by their keys."""
+    ignored: list[str] = field(default_factory=list, compare=False)
+    """Keys that nothing reads: unknown ones, and those of other classes."""
 
 
-def to_hf(model: ModelConfig, context: int, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
+def to_hf(
+    model: ModelConfig, context: int, dtype: str, special: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """config.json of this model, in keys that transformers 4 and 5 both read.
 
-    `context`: longest sequence, tokens. `dtype`: of the weights, as torch names it.
+    `context`: longest sequence, tokens. `dtype`: of the weights, as torch names it. `special`: ids of the
+    special tokens, by their keys; others are null, because the class's own would be of another vocabulary.
     Raises ValueError for a shape that the class refuses.
     """
     family: Family = "llama4_text" if model.qk_norm else "llama"
@@ -78,9 +101,8 @@ def to_hf(model: ModelConfig, context: int, dtype: str, end_of_text: int | None 
         "rope_theta": model.rotary_base,
         "rope_scaling": _rope_to_hf(model.rope_scaling),
         **{key: _ONLY[key] for key in fixed},
-        "bos_token_id": None,
-        "eos_token_id": end_of_text,
-        "pad_token_id": None,
+        **dict.fromkeys(SPECIAL),
+        **(special or {}),
         "torch_dtype": dtype,
     }
     if family == "llama":
@@ -105,71 +127,112 @@ def to_hf(model: ModelConfig, context: int, dtype: str, end_of_text: int | None 
 def from_hf(config: dict[str, Any]) -> HfModel:
     """The model that a config.json describes.
 
-    Raises ValueError naming every field whose value GPTModel cannot represent.
+    Raises ValueError naming every field whose value is of a wrong kind, or that GPTModel cannot represent.
     """
     family = config.get("model_type")
-    if family not in _CLASS:
+    if not isinstance(family, str) or family not in _CLASS:
         raise ValueError(f"model_type={family!r}: only {' and '.join(_CLASS)} can be read")
-    has = {**_defaults(family), **config}
+    theirs = require("transformers", "reading a config.json").AutoConfig.for_model(family)
+    fields = {field.name: field.default for field in dataclasses.fields(theirs)}
+    read = {*fields, *_READ_TOO, *_ANY_CLASS}
+    known = {key: value for key, value in config.items() if key in read}
+    has = {"rope_theta": theirs.default_theta, **fields, **known}
     ffn = "intermediate_size" if family == "llama" else "intermediate_size_mlp"
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", ffn)
     refused = [f"{key}: missing" for key in needed if key not in config]
     refused += [
         f"{key}={has[key]!r}: only {only!r} is supported"
-        for key, only in _ONLY.items()
-        if key in has and has[key] != only
+        for key, only in {**_ONLY, **_ANY_CLASS}.items()
+        if key in has and (has[key] != only or isinstance(has[key], bool) != isinstance(only, bool))
     ]
-    refused += _layer_refusals(has)
-    theta, scaling = _rope_from_hf(has, refused)
-    if refused:
+    if (named := has.get("architectures")) and named != [_CLASS[family]]:
+        refused.append(f"architectures={named}: model_type={family} means {_CLASS[family]}")
+    wrong, ignored, model = _wrong_types(theirs, known), sorted(config.keys() - read), None
+    if not wrong:
+        # transformers 5 writes one mapping, earlier ones rope_theta beside rope_scaling.
+        rope = "rope_scaling" if has.get("rope_scaling") else "rope_parameters"
+        has["rope_theta"], has[rope] = _rope_from_hf(has, rope, refused, ignored)
+        divided = family == "llama" or has["head_dim"] is None
+        if has["head_dim"] is None:
+            has["head_dim"] = has["hidden_size"] // (has["num_attention_heads"] or 1)
+        if has["num_key_value_heads"] is None:
+            has["num_key_value_heads"] = has["num_attention_heads"]
+        keys = {**_FIELDS, ffn: "ffn_hidden_size", "rope_theta": "rotary_base", rope: "rope_scaling"}
+        shape = {ours: has[key] for key, ours in keys.items()} | {"qk_norm": has.get("use_qk_norm", False)}
+        names = {ours: key for key, ours in keys.items()}
+        try:
+            model = TypeAdapter(ModelConfig).validate_json(json.dumps(shape), strict=True)
+            refused += _shape_refusals(model, divided)
+            refused += _layer_refusals(has)
+        except ValidationError as error:
+            for e in error.errors():
+                key = ".".join(names.get(str(part), str(part)) for part in e["loc"])
+                given = functools.reduce(lambda at, part: at[part], e["loc"], cast(Any, shape))
+                wrong.append(f"{key}={given!r}: {e.get('ctx', {}).get('message', e['msg'])}")
+    if refused or wrong or model is None:
         raise ValueError(
-            "GPTModel cannot represent this model:\n" + "\n".join(f"  {line}" for line in refused)
+            "GPTModel cannot represent this model:\n" + "\n".join(f"  {line}" for line in refused + wrong)
         )
-    heads = has["num_attention_heads"]
-    has["num_key_value_heads"] = has["num_key_value_heads"] or heads
-    has["head_dim"] = has["head_dim"] or has["hidden_size"] // heads
-    model = ModelConfig(
-        **{field: has[key] for key, field in _FIELDS.items()},
-        ffn_hidden_size=has[ffn],
-        rotary_base=float(theta),
-        rope_scaling=scaling,
-        qk_norm=has.get("use_qk_norm", False),
-    )
-    return HfModel(family, model, has["max_position_embeddings"])
+    special = {key: has[key] for key in SPECIAL}
+    return HfModel(cast(Family, family), model, has["max_position_embeddings"], special, ignored)
 
 
-def _defaults(family: Family) -> dict[str, Any]:
-    """The values that the family's class takes for keys that a config.json lacks."""
-    of_class = type(require("transformers", "reading a config.json").AutoConfig.for_model(family))
-    fields = dataclasses.fields(of_class)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    return {**defaults, "rope_theta": of_class.default_theta}
+def _wrong_types(theirs: Any, config: dict[str, Any]) -> list[str]:
+    """Messages about values that the class does not take. `theirs`: a configuration of it, to try them."""
+    out = []
+    for key, value in config.items():
+        try:
+            copy = json.loads(json.dumps(value, allow_nan=False))
+            if key in type(theirs).__dataclass_fields__:
+                setattr(theirs, key, copy)
+        # The validators raise several classes.
+        except Exception as error:
+            out.append(f"{key}={value!r}: {str(error).strip().splitlines()[-1].strip()}")
+    return out
+
+
+def _shape_refusals(model: ModelConfig, divided: bool) -> list[str]:
+    """Messages about sizes that do not go together. `divided`: the heads share the hidden size."""
+    heads, groups, scaling = model.num_attention_heads, model.num_query_groups, model.rope_scaling
+    out = []
+    if heads % groups:
+        out.append(f"num_key_value_heads={groups}: does not divide num_attention_heads={heads}")
+    if divided and model.hidden_size % heads:
+        out.append(f"hidden_size={model.hidden_size}: no multiple of num_attention_heads={heads}")
+    elif model.head_dim % 2:
+        out.append(f"head_dim={model.head_dim}: must be even, because rotary embedding turns pairs")
+    if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        out.append(f"0 < low_freq_factor < high_freq_factor does not hold for {low}, {high}")
+    return out
 
 
 def _layer_refusals(has: dict[str, Any]) -> list[str]:
     """Messages about layers without rotary embedding, with experts, or that see less than the context."""
     layers, context = has["num_hidden_layers"], has["max_position_embeddings"]
-    out = []
-    window = has.get("sliding_window")
-    if window is not None and window < context:
-        out.append(f"sliding_window={window}: shorter than max_position_embeddings={context}")
+    given, out = has.get("layer_types"), list[str]()
+    kinds = given if isinstance(given, list) else [] if given is None else [given]
+    if context < 1:
+        out.append(f"max_position_embeddings={context}: must be positive")
+    others = [kind for kind in kinds if kind not in ("full_attention", "chunked_attention")]
+    out += dict.fromkeys(f"layer_types: {kind!r} is not supported" for kind in others)
+    if given is not None and len(kinds) != layers:
+        out.append(f"layer_types={given!r}: must be {layers} names, as num_hidden_layers says")
+    limits = {"sliding_window": True, "attention_chunk_size": given is None or "chunked_attention" in kinds}
+    for key in (key for key, counts in limits.items() if counts and has.get(key) is not None):
+        if not isinstance(has[key], int) or has[key] < context:
+            out.append(f"{key}={has[key]!r}: shorter than max_position_embeddings={context}")
     if has["model_type"] != "llama4_text":
         return out
-    interval = has["no_rope_layer_interval"]
-    rotary = has["no_rope_layers"] or [int((n + 1) % interval != 0) for n in range(layers)]
-    if not all(rotary[:layers]):
-        given = f"no_rope_layers={has['no_rope_layers']}, no_rope_layer_interval={interval}"
+    rotary, interval = has["no_rope_layers"], has["no_rope_layer_interval"]
+    # Without a list, every `interval`-th layer has none.
+    if not interval or ((len(rotary) != layers or not all(rotary)) if rotary else interval <= layers):
+        given = f"no_rope_layers={rotary}, no_rope_layer_interval={interval}"
         out.append(f"{given}: every layer must have rotary embedding")
     step, experts = has["interleave_moe_layer_step"], has["moe_layers"]
     # Without a list, every `step`-th layer has experts.
-    if experts or (experts is None and 0 < (step or 0) <= layers):
+    if experts or (experts is None and step <= layers):
         out.append(f"moe_layers={experts}, interleave_moe_layer_step={step}: no layer may have experts")
-    kinds = has["layer_types"] or ["chunked_attention"]
-    others = sorted({*kinds} - {"full_attention", "chunked_attention"})
-    out += [f"layer_types: {kind!r} is not supported" for kind in others]
-    chunk = has["attention_chunk_size"]
-    if "chunked_attention" in kinds and chunk is not None and chunk < context:
-        out.append(f"attention_chunk_size={chunk}: shorter than max_position_embeddings={context}")
     return out
 
 
@@ -180,27 +243,30 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {key: getattr(scaling, key) for key in ("rope_type", *_ROPE_NEEDS[scaling.rope_type], *original)}
 
 
-def _rope_from_hf(has: dict[str, Any], refused: list[str]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling. Adds a message to `refused` for each value that cannot be represented."""
-    # transformers 5 writes one mapping, earlier ones rope_theta beside rope_scaling.
-    field = "rope_scaling" if has.get("rope_scaling") else "rope_parameters"
+def _rope_from_hf(
+    has: dict[str, Any], field: str, refused: list[str], ignored: list[str]
+) -> tuple[Any, dict[str, Any] | None]:
+    """Base and scaling, not yet checked. Adds to `refused` a message for each value that cannot be
+    represented, and to `ignored` the keys that this kind of scaling does not read."""
     rope = has.get(field) or {}
+    if not isinstance(rope, dict):
+        refused.append(f"{field}={rope!r}: must be a mapping")
+        return 1, None
     theta = rope.get("rope_theta", has["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
-    share = rope.get("partial_rotary_factor", has.get("partial_rotary_factor", 1.0))
-    if share != 1:
+    share = rope.get("partial_rotary_factor", has.get("partial_rotary_factor"))
+    if share not in (None, 1):
         refused.append(f"{field}.partial_rotary_factor={share}: the whole head is turned")
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     refused += [f"{field}.{key}={rope[key]}: one rotary embedding serves all layers" for key in nested]
-    if kind not in _ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         refused.append(f"{field}.rope_type={kind!r}: only {', '.join(_ROPE_NEEDS)} are supported")
         return theta, None
     missing = [key for key in _ROPE_NEEDS[kind] if key not in rope]
     refused += [f"{field}.{key}: missing, and rope_type={kind!r} needs it" for key in missing]
-    if kind == "default" or missing:
-        return theta, None
-    scaling = {key: rope[key] for key in _ROPE_NEEDS[kind]}
+    scaling = {key: rope[key] for key in _ROPE_NEEDS[kind] if key in rope}
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])
         scaling["original_max_position_embeddings"] = has.get("original_max_position_embeddings", original)
-    return theta, RopeScaling(kind, **scaling)
+    ignored += [f"{field}.{key}" for key in rope if key not in {*scaling, *_ROPE_KEYS, *nested}]
+    return theta, None if kind == "default" or missing else {"rope_type": kind, **scaling}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter
 
 from megatron_r1 import backend  # (backend before megatron.core)
@@ -20,15 +20,18 @@ from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.export import config as hf_config
+from megatron_r1.export import origin
 from megatron_r1.export import weights as hf
+from megatron_r1.export.folder import Stored, read_json, stored_tensors, unread_files
 from megatron_r1.export.tokenizer import TokenizerFiles
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
-from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import finish, require_empty
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.files import sha256, sync, write_json
+from megatron_r1.system.terminal import say
+from megatron_r1.system.yaml_io import format_yaml
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -47,76 +50,110 @@ def to_hf(
 ) -> str:
     """Write the checkpoint `source`, of whatever layout, as a folder that `from_pretrained` reads.
 
-    `context`: longest sequence, tokens; None: `data.seq_length` of the checkpoint's run. `precision`: of the
-    written weights; None: as they are stored. `check`: write nothing. Returns a line that describes it.
+    `context`: longest sequence, tokens; None: that of the checkpoint's run, or of its import. `precision`: of
+    the written weights; None: as they are stored. `check`: write nothing. Returns a line that describes it.
     Takes one process and at most twice the memory of the weights. The folder appears whole or not at all.
-    Raises ValueError for a damaged checkpoint, a `target` that holds something, or a tokenizer that does
-    not fit.
+    Raises ValueError for a damaged checkpoint, weights that are not finite, a `target` that holds something,
+    or a tokenizer that does not fit or did not make the run's data.
     """
-    model = TypeAdapter(ModelConfig).validate_python(checkpoint_files.read_meta(source)["model"])
     if context is not None and context < 1:
         raise ValueError(f"--context {context}: the longest sequence has at least one token")
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {source} {model.vocab_size}; "
-            f"name the tokenizer that it was trained with"
-        )
-    precision = precision or _stored_precision(source)
-    end_of_text = tokenizer.end_of_text if tokenizer else None
-    config = hf_config.to_hf(model, context or _context(source), _TORCH_NAME[precision], end_of_text)
-    positions = f"{config['model_type']}, {config['max_position_embeddings']} positions"
-    summary = _summary(model, precision, positions)
+    meta = checkpoint_files.read_meta(source)
+    model = TypeAdapter(ModelConfig).validate_python(meta["model"])
+    context = context or origin.context_of(source)
+    special = {key: value for key, value in origin.imported(source).items() if key in hf_config.SPECIAL}
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {source} {model.vocab_size}; "
+                f"name the tokenizer that it was trained with"
+            )
+        origin.compare_tokenizer(source, meta["plan"], tokenizer.fingerprint)
+        special = tokenizer.special
     require_empty(target)
+    stored = precision or _stored_precision(source)
+    config = hf_config.to_hf(model, context, _TORCH_NAME[stored], special)
+    summary = _summary(model, stored, f"{config['model_type']}, {context} positions")
     if check:
         return summary
     with _appearing(target) as folder, process_groups(ParallelConfig()):
-        gpt = _empty_model(model, precision)
+        gpt = _empty_model(model, stored)
         load_checkpoint(source, gpt, None, model)
-        hf.save(hf.views(gpt, model, config["model_type"]), folder)
+        views = hf.views(gpt, model, config["model_type"])
+        for name, view in views.items():
+            hf.require_finite(name, view, source)
+        hf.save(views, folder)
+        # transformers takes all weights in this type.
+        if precision is None and stored == "bf16" and hf.holds_more_than_bf16(views):
+            config["torch_dtype"] = _TORCH_NAME["fp32"]
         write_json(folder / "config.json", config)
-        ends = {} if end_of_text is None else {"eos_token_id": end_of_text}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
+        named = {key: value for key, value in special.items() if value is not None}
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **named})
         for name, content in (tokenizer.files if tokenizer else {}).items():
             (folder / name).write_bytes(content)
             sync(folder / name)
     inputs = {str(source): checkpoint_files.identity(source)}
-    finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_weights(target))
+    finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_identity(target))
     return summary
 
 
 def to_megatron(source: Path, target: Path, precision: Precision | None = None, check: bool = False) -> str:
     """Write the weights of a Hugging Face folder as the checkpoint `target`/step_00000000.
 
-    Returns a line that describes the model. `check`: write nothing. `precision`: of the weights; None: bf16
-    where they are stored so, else fp32. Raises ValueError naming every field and tensor that GPTModel has no
-    place for, or for a `target` that holds something.
+    Returns a line that describes the model, and the `model:` section of a configuration below it. `check`:
+    write nothing, and read no numbers. `precision`: None takes bf16 where all matrices are stored so, else
+    fp32, which rounds nothing. The folder appears whole or not at all. Raises ValueError naming every field
+    and tensor that GPTModel has no place for, or for a `target` that holds something.
     """
     try:
-        described = hf_config.from_hf(json.loads((source / "config.json").read_text(encoding="utf-8")))
+        config = read_json(source / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{source} has no config.json; name a folder as save_pretrained writes it{suggest_path(source)}"
         ) from None
+    try:
+        described = hf_config.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from None
     require_empty(target)
-    model = described.model
-    precision = precision or ("bf16" if hf.stored_dtype(source) == "BF16" else "fp32")
-    summary = _summary(model, precision, f"from {described.family}")
-    if check:
-        return summary
+    model, stored = described.model, stored_tensors(source)
+    numbers = sum(math.prod(one.shape) for one in stored.values())
+    # Below, each tensor that does not fit is named, once the model is laid out in memory.
+    if model.parameters() > 10 * numbers:
+        raise ValueError(
+            f"{source}: config.json means {model.parameters():,} parameters, and the files hold {numbers:,}"
+        )
+    if described.ignored:
+        keys = ", ".join(described.ignored)
+        say(f"{source / 'config.json'}: not used, as in transformers' {described.family}: {keys}")
+    if unread := unread_files(source, stored.values()):
+        say(f"{source}: not read, as by transformers: {unread}")
+    # Norms are float32 in either model.
+    matrices = {one.dtype for one in stored.values() if len(one.shape) > 1}
+    precision = precision or ("bf16" if matrices == {"BF16"} else "fp32")
+    section = format_yaml({"model": dataclasses.asdict(model)}).rstrip()
+    summary = f"{_summary(model, precision, f'from {described.family}')}\n{section}"
     with process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
-        hf.load(hf.views(gpt, model, described.family), source)
-        path = save_checkpoint(target, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}").path
+        views = hf.views(gpt, model, described.family)
+        if check:
+            hf.load(views, source, check)
+            return summary
+        with _appearing(target) as folder:
+            hf.load(views, source)
+            save_checkpoint(folder, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}")
+            write_json(folder / origin.IMPORTED, {origin.CONTEXT: described.context, **described.special})
+    path = checkpoint_files.step_path(target, 0)
     outputs = {str(path): checkpoint_files.identity(path)}
-    finish(target, "convert from Hugging Face", inputs=_weights(source), outputs=outputs)
+    inputs = _identity(source, stored.values())
+    finish(target, "convert from Hugging Face", inputs=inputs, outputs=outputs)
     return summary
 
 
-def _weights(folder: Path) -> dict[str, str]:
+def _identity(folder: Path, stored: Iterable[Stored] | None = None) -> dict[str, str]:
     """The folder -> SHA-256 over the SHA-256 of its files of tensors, by name."""
-    files = [f"{path.name} {sha256(path)}\n" for path in sorted(folder.glob("*.safetensors"))]
+    names = {one.file for one in (stored_tensors(folder).values() if stored is None else stored)}
+    files = [f"{path.name} {sha256(path)}\n" for path in sorted(names)]
     return {str(folder): hashlib.sha256("".join(files).encode()).hexdigest()}
 
 
@@ -131,16 +168,10 @@ def _empty_model(model: ModelConfig, precision: Precision) -> Any:
 
 
 def _stored_precision(source: Path) -> Precision:
+    """fp32 if any matrix is stored so. Norms may be float32 in either."""
     stored = dist_checkpointing.load_tensors_metadata(str(source))
-    return "bf16" if stored["embedding.word_embeddings.weight"].dtype.itemsize == 2 else "fp32"
-
-
-def _context(source: Path) -> int:
-    """Longest sequence of the run that a checkpoint RUN/checkpoints/step_N lies in."""
-    config = RunDir(source.resolve().parent.parent).config
-    if not config.is_file():
-        raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
-    return yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_length"]
+    matrices = [n for n in stored if n.startswith(("embedding.", "decoder.")) and "norm" not in n]
+    return "fp32" if any(stored[name].dtype.itemsize > 2 for name in matrices) else "bf16"
 
 
 @contextmanager

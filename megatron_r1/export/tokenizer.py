@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.preprocess.tokenizer import HuggingFace, SentencePiece, TikToken, build_tokenizer
+from megatron_r1.preprocess.tokenizer import HuggingFace, SentencePiece, TikToken, Tokenizer, build_tokenizer
 from megatron_r1.system.errors import require
 
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SETTINGS, _NAMES = "tokenizer_config.json", "special_tokens_map.json"
+_COPIED = (_SETTINGS, _NAMES, "added_tokens.json", "chat_template.jinja")
+_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_BEGIN = "<|begin_of_text|>"
+"""Llama 3's token before a text."""
+_TEXTS = ["  Two words, 12345\n\n\tx'S don't", "漢字 é\u0301 🙂 Ωmega\u00a0_", "The <s> end.\r\n"]
+"""Texts on which readers of another kind differ."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,9 @@ class TokenizerFiles:
     """The token that ends a document."""
     files: dict[str, bytes]
     """File name -> content."""
+    special: dict[str, int | None] = field(default_factory=dict)
+    """Ids of the special tokens, by their keys in config.json."""
+    fingerprint: str = ""
 
 
 def tokenizer_files(kind: str, model: str | Path) -> TokenizerFiles:
@@ -32,25 +44,58 @@ def tokenizer_files(kind: str, model: str | Path) -> TokenizerFiles:
         files = _copies(Path(model), tokenizer)
     else:
         if isinstance(tokenizer, TikToken):
-            converted, end = tokenizer.tokenizer_json(tokenizer.specials()), tokenizer.decode([tokenizer.eod])
+            converted = tokenizer.tokenizer_json(tokenizer.specials())
+            names = {"eos_token": tokenizer.decode([tokenizer.eod])}
+            names |= {"bos_token": _BEGIN} if _BEGIN in tokenizer.specials() else {}
         else:
             assert isinstance(tokenizer, SentencePiece)
-            converted, end = _from_sentencepiece(Path(model))
-        files = {"tokenizer.json": converted.encode(), "tokenizer_config.json": _settings(end)}
-    return TokenizerFiles(tokenizer.vocab_size, tokenizer.eod, files)
+            converted, names = _from_sentencepiece(Path(model))
+        files = {"tokenizer.json": converted.encode(), _SETTINGS: _json(_CLASS | names)}
+    special = _special_of(files, tokenizer, str(model))
+    return TokenizerFiles(tokenizer.vocab_size, tokenizer.eod, files, special, tokenizer.fingerprint())
+
+
+def _special_of(files: Mapping[str, bytes], tokenizer: Tokenizer, model: str) -> dict[str, int | None]:
+    """Ids of the special tokens that AutoTokenizer finds in the files.
+
+    Raises ValueError where it cannot read them, gives other tokens, or adds a token that is not there.
+    """
+    library = require("transformers", "a tokenizer for transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**files, "config.json": b'{"model_type": "llama"}'}.items():
+            Path(folder, name).write_bytes(content)
+        try:
+            theirs = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            ids = theirs(_TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        except Exception as error:
+            raise ValueError(f"{model}: transformers cannot read this tokenizer: {error}") from None
+    special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    added = [name for name, number in special.items() if (number or 0) >= tokenizer.vocab_size]
+    if ids != tokenizer.encode_batch(_TEXTS) or special["eos_token_id"] != tokenizer.eod or added:
+        raise ValueError(
+            f"{model}: transformers would read the exported tokenizer with other tokens, as "
+            f"{type(theirs).__name__} with {special}; correct tokenizer_class or the tokens in {_SETTINGS}"
+        )
+    return special
 
 
 def _copies(model: Path, tokenizer: HuggingFace) -> dict[str, bytes]:
+    """The very tokenizer.json that was read, whatever its name, and the settings beside it."""
+    if not model.exists():
+        raise ValueError(f"{model} is no folder and no file here; give the local tokenizer's folder")
     folder = model if model.is_dir() else model.parent
     files = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
-    if "tokenizer.json" not in files:
-        raise ValueError(f"{model} is no folder and no file here; give the local tokenizer's folder")
-    files.setdefault("tokenizer_config.json", _settings(tokenizer.decode([tokenizer.eod])))
+    files["tokenizer.json"] = tokenizer.model_bytes
+    settings, names = (json.loads(files.get(name, b"{}")) for name in (_SETTINGS, _NAMES))
+    # Without a class, the model's own decides, whatever the tokenizer was.
+    needed = {**_CLASS, "eos_token": tokenizer.decode([tokenizer.eod])}
+    if lacking := {key: value for key, value in needed.items() if not {**names, **settings}.get(key)}:
+        files[_SETTINGS] = _json({**settings, **lacking})
     return files
 
 
-def _from_sentencepiece(model: Path) -> tuple[str, str]:
-    """The pieces as a tokenizer.json, by transformers' converter, and the piece that ends a text."""
+def _from_sentencepiece(model: Path) -> tuple[str, dict[str, str]]:
+    """The pieces as a tokenizer.json, by transformers' converter, and the names of the special tokens."""
     library = require("transformers.convert_slow_tokenizer", "a tokenizer.json of a SentencePiece model")
     extractor = library.SentencePieceExtractor(str(model))
     proto = extractor.proto
@@ -73,9 +118,9 @@ def _from_sentencepiece(model: Path) -> tuple[str, str]:
     merges = [(left, right) for left, right in parts["merges"] if {left, right, left + right} <= normal]
     converted = library.SpmConverter.build_tokenizer_from_spm_proto(proto, parts["vocab"], merges)
     converted.add_special_tokens(parts["additional_special_tokens"])
-    return converted.to_str(), trainer.eos_piece
+    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
+    return converted.to_str(), {name: proto.pieces[i].piece for name, i in ids.items() if i >= 0}
 
 
-def _settings(end_of_text: str) -> bytes:
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+def _json(settings: Mapping[str, Any]) -> bytes:
     return json.dumps(settings, ensure_ascii=False, indent=1).encode()

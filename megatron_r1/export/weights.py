@@ -7,7 +7,6 @@ halves, component i of half h stands at 2 i + h. One table of views (`views`) th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
+from megatron_r1.export.folder import EMBEDDING, HEAD, INDEX, SINGLE, check_tensors, stored_tensors
 from megatron_r1.system.files import naming, sync, write_json
 from megatron_r1.system.terminal import Progress
 
 SHARD_BYTES = 5_000_000_000
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
@@ -41,7 +39,7 @@ def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
         """[groups, heads, d, h] in the family's order of a head's components."""
         return heads if family == "llama" else heads.unflatten(2, (2, d // 2)).transpose(2, 3)
 
-    out = {_EMBEDDING: params["embedding.word_embeddings.weight"]}
+    out = {EMBEDDING: params["embedding.word_embeddings.weight"]}
     for n in range(model.num_layers):
         ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
         qkv = params[f"{ours}.self_attention.linear_qkv.weight"].view(groups, queries + 2, d, h)
@@ -83,7 +81,7 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
     with Progress("write", len(views), "tensors") as bar:
         for number, shard in enumerate(shards, 1):
             single = len(shards) == 1
-            file = directory / (_SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            file = directory / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
             with naming(file):
                 save_file(tensors(shard), file, metadata={"format": "pt"})
                 # safetensors lets the owner alone read it.
@@ -93,56 +91,44 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
             bar.advance(len(shard))
     if len(shards) > 1:
         total = sum(view.nbytes for view in views.values())
-        write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
 
 
 @torch.no_grad()
-def load(views: Mapping[str, Tensor], directory: Path) -> None:
-    """Fill the views from the safetensors of `directory`, one tensor in memory at a time.
+def load(views: Mapping[str, Tensor], directory: Path, check: bool = False) -> None:
+    """Fill the views from the safetensors of `directory`, one tensor in memory at a time. `check`: compare
+    names and shapes alone.
 
-    Raises ValueError where tensors are missing, left over, of another shape, or where the output layer is
-    not the embedding.
+    Raises ValueError as `stored_tensors` and `check_tensors` do, for numbers that are not finite, and where
+    the output layer is not the embedding.
     """
-    files = tensor_files(directory)
-    # The frequencies follow from config.json; early releases stored them.
-    extra = [n for n in files if n not in views and n != _HEAD and not n.endswith("rotary_emb.inv_freq")]
-    wrong = [f"{name}: missing" for name in views if name not in files]
-    wrong += [f"{name}: GPTModel has no place for it" for name in extra]
-    opened = {file: safe_open(file, framework="pt") for file in {*files.values()}}
-    for name in [name for name in views if name in files]:
-        shape, expected = opened[files[name]].get_slice(name).get_shape(), list(_shape(views[name]))
-        if shape != expected:
-            wrong.append(f"{name}: shape {shape}, expected {expected}")
-    if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise ValueError(f"{directory}: tensors do not fit config.json:\n  " + "\n  ".join(wrong[:10] + more))
+    stored = stored_tensors(directory)
+    check_tensors(directory, stored, {name: _shape(view) for name, view in views.items()})
+    if check:
+        return
+    files = {one.file for one in stored.values()}
+    opened = {file: safe_open(file, framework="pt") for file in files}
     with Progress("read", len(views), "tensors") as bar:
         for name, view in views.items():
-            view.copy_(opened[files[name]].get_tensor(name).view(view.shape))
+            view.copy_(opened[stored[name].file].get_tensor(name).view(view.shape))
+            require_finite(name, view, stored[name].file)
             bar.advance()
-    if _HEAD in files:
-        head = opened[files[_HEAD]].get_tensor(_HEAD)
-        if not torch.equal(head, opened[files[_EMBEDDING]].get_tensor(_EMBEDDING)):
-            raise ValueError(f"{directory}: {_HEAD} is not {_EMBEDDING}; only tied embeddings are supported")
+    if HEAD in stored:
+        head, embedding = (opened[stored[name].file].get_tensor(name) for name in (HEAD, EMBEDDING))
+        widest = torch.promote_types(head.dtype, embedding.dtype)
+        if not torch.equal(head.to(widest), embedding.to(widest)):
+            raise ValueError(f"{directory}: {HEAD} is not {EMBEDDING}; only tied embeddings are supported")
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file. Raises ValueError where `directory` has no safetensors."""
-    index, single = directory / _INDEX, directory / _SINGLE
-    if index.exists():
-        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if not single.exists():
-        raise ValueError(
-            f"{directory} has neither {_SINGLE} nor {_INDEX}; other formats become one by transformers' "
-            f"from_pretrained(...).save_pretrained(...)"
-        )
-    return dict.fromkeys(safe_open(single, framework="pt").keys(), single)
+def require_finite(name: str, tensor: Tensor, where: Path) -> None:
+    """Raise ValueError for NaN and infinite numbers."""
+    if wrong := tensor.numel() - int(tensor.isfinite().sum()):
+        raise ValueError(f"{where}: {wrong} of the {tensor.numel()} numbers of {name} are NaN or infinite")
 
 
-def stored_dtype(directory: Path) -> str:
-    """Of the embedding, as safetensors names it: BF16, F16, F32."""
-    file = tensor_files(directory).get(_EMBEDDING)
-    return safe_open(file, framework="pt").get_slice(_EMBEDDING).get_dtype() if file else "F32"
+def holds_more_than_bf16(views: Mapping[str, Tensor]) -> bool:
+    """Whether bf16 would round a number: megatron-core's own norms are float32 in a bf16 model."""
+    return any(not torch.equal(view, view.bfloat16().to(view.dtype)) for view in views.values())
 
 
 def _shape(view: Tensor) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from megatron_r1.influence.kfac import EKfac, Kfac, check_gradients
 from megatron_r1.influence.parameters import (
     Directions,
     Gradient,
+    dots,
     local_names,
     sum_over_shards,
     whole_shape,
@@ -118,7 +119,7 @@ class DataInf:
             """<g_l, w_l> over whole parameters, for `columns` tensors w_l: float64 [L, columns]."""
             part_LX = torch.zeros(len(names), columns, dtype=torch.float64, device=backend.device())
             for part_X, name in zip(part_LX, names, strict=True):
-                part_X.copy_(others[name].flatten(1) @ gradient[name].flatten())
+                part_X.copy_(dots(others[name], gradient[name]))
             return sum_over_shards(part_LX, names)
 
         def squares(gradient: Gradient) -> Tensor:

@@ -40,7 +40,7 @@ from megatron_r1.influence.plan import Job, Part, Work, measured_on_examples
 from megatron_r1.influence.store import hashes_of
 from megatron_r1.parallel import ParallelContext, sum_over
 from megatron_r1.records import CheckpointRef, Corpus
-from megatron_r1.run.stage import finish
+from megatron_r1.run.stage import note_launch, record_launch
 from megatron_r1.system.files import replacing
 from megatron_r1.system.terminal import Progress
 
@@ -68,9 +68,10 @@ class CheckpointDirections:
     pass_seconds: float = 0.0
     """Time of their passes."""
 
-    def __init__(self, engine: Engine, job: Job, ref: CheckpointRef):
+    def __init__(self, engine: Engine, job: Job, ref: CheckpointRef, launch: Launch):
         """Load the checkpoint's weights into `engine` and compute the directions."""
-        self._engine, self._work, self._ref, self._parts = engine, job.work, ref, job.parts[ref.step]
+        self._launch, self._engine, self._work = launch, engine, job.work
+        self._ref, self._parts = ref, job.parts[ref.step]
         self._curvature = CURVATURES[job.curvature]()
         self._cache = DirectionCache(job.work, self._parts[0], engine.context)
         load_checkpoint(ref.path, engine.gpt, None, job.work.config.model)
@@ -85,6 +86,11 @@ class CheckpointDirections:
             probe.name: squared_norm({n: v[c] for n, v in self.directions.items()}, engine.gpt) ** 0.5
             for c, probe in enumerate(probes)
         }
+        if bad := [name for name, norm in self.norms.items() if not 0 < norm < float("inf")]:
+            raise ValueError(
+                f"influence.curvature={job.curvature} makes the direction of {bad[0]} at step {ref.step} "
+                f"{self.norms[bad[0]]}; look at {ref.path}, or use influence.curvature=identity"
+            )
         self.seconds = time.monotonic() - start
 
     def _mean_gradient(self, probe: Corpus, bar: Progress) -> Gradient:
@@ -93,6 +99,7 @@ class CheckpointDirections:
             windows, start = self._engine.examples(probe, self._work.probing(probe)), time.monotonic()
             gradient = self._engine.mean_gradient(windows, bar.advance)
             self.windows_passed += len(windows)
+            self._launch.passed(len(windows))
             self.pass_seconds += time.monotonic() - start
         square = squared_norm(gradient, self._engine.gpt)
         if not 0 < square < float("inf"):
@@ -142,23 +149,51 @@ class CheckpointDirections:
         all_PR[:, context.data_rank] = all_PR.new_tensor(mine_P) / context.context_size
         return sum_over("tokens", all_PR).flatten()[: len(windows)].cpu()
 
-    def record(self, stage: str, passed: int, began: float) -> None:
-        """Add a ledger line for the complete scores, and remove the cache. The first rank calls this.
+    def finish(self) -> None:
+        """Record the launch, and remove the cache. All scores of the checkpoint are there."""
+        if self._engine.context.leads:
+            self._cache.clear()
+        self._launch.finish()
 
-        `passed`: examples that passed through the model, without the probing sets.
-        """
-        self._cache.clear()
-        config, data = self._work.config, self._work.data
-        finish(
-            Path(config.train.run),
-            f"{stage} step {self._ref.step}",
-            devices=self._engine.context.world_size,
-            tokens=(passed + self._work.probe_windows()) * config.data.seq_length,
-            seconds=time.time() - began,
-            inputs={str(self._ref.path): identity(self._ref.path)} | data.identities,
-            outputs=hashes_of(part.directory for part in self._parts),
-            again=True,
-        )
+
+class Launch:
+    """The ledger line of this launch's part of a checkpoint's scores. Every rank has one, the first acts.
+
+    `began`: seconds since the epoch.
+    """
+
+    def __init__(self, stage: str, job: Job, ref: CheckpointRef, context: ParallelContext, began: float):
+        self._job, self._ref, self._context = job, ref, context
+        self._name, self._began, self._tokens = f"{stage} step {ref.step}", began, 0
+        self._inputs = {str(ref.path): identity(ref.path)} | dict(job.work.data.identities)
+        self.passed(0)
+
+    def passed(self, rows: int) -> None:
+        """Note that rows of `data.seq_length` tokens have passed through the model."""
+        self._tokens += rows * self._job.work.config.data.seq_length
+        if self._context.leads:
+            line = {"tokens": self._tokens, "devices": self._context.world_size, "inputs": self._inputs}
+            note, seconds = launch_note(self._job, self._ref), time.time() - self._began
+            note_launch(note, name=self._name, seconds=seconds, **line)
+
+    def finish(self) -> None:
+        """Add the line, with the complete scores."""
+        self.passed(0)
+        if self._context.leads:
+            record_left(self._job, self._ref)
+
+
+def launch_note(job: Job, ref: CheckpointRef) -> Path:
+    """The file from which the next launch knows of one that was killed while it scored a checkpoint."""
+    folder = job.parts[ref.step][0].directory.parent
+    return folder.with_name(f".{folder.name}.launch.json")
+
+
+def record_left(job: Job, ref: CheckpointRef) -> None:
+    """Add the ledger line of the launch that has left a note, with the scores if they are complete."""
+    parts = job.parts[ref.step]
+    outputs = {} if any(part.left() for part in parts) else hashes_of(part.directory for part in parts)
+    record_launch(launch_note(job, ref), Path(job.work.config.train.run), outputs)
 
 
 class DirectionCache:
@@ -186,7 +221,10 @@ class DirectionCache:
         dist.all_reduce(exists, dist.ReduceOp.MIN)
         if not exists.item():
             return None
-        cached: Gradient = torch.load(path, map_location=backend.device(), weights_only=True)
+        try:
+            cached: Gradient = torch.load(path, map_location=backend.device(), weights_only=True)
+        except Exception as error:  # torch names none: RuntimeError, EOFError, UnpicklingError and others
+            raise ValueError(f"{path} is damaged ({error!s:.80}); remove it and score again") from None
         return cached
 
     def save(self, capability: str, gradient: Gradient) -> None:

@@ -9,6 +9,7 @@ A new method is a class with these methods, a line in `METHODS`, and its name in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1.influence.engine import Engine
-from megatron_r1.influence.parameters import Directions
+from megatron_r1.influence.parameters import Directions, product, times
 from megatron_r1.influence.projection import projected
 
 _BLOCK = 1 << 22
 """Elements of the per-example gradients formed at a time."""
-_CPU_BLOCK = 1 << 19
+_CPU_BLOCK = 1 << 18
 """Elements of one example's gradient formed at a time on a CPU, whose cache holds them."""
+_PIECE = 256
+"""Most products that float32 sums one after the other where examples are batched."""
 
 
 class Method(Protocol):
@@ -53,34 +56,48 @@ def dot_with_directions(a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor, squ
     `a` are the layer's inputs, `g` the gradients of its outputs. <sum_s g_sb a_sb^T, V_c> is computed over
     blocks of output rows. `squares` adds a column: the gradient's squared norm. Under tensor parallelism all
     tensors are this rank's shard, and the products are to be summed over ranks.
+
+    A layer has up to 10^8 products. float32 sums them in short pieces, and float64 sums the pieces: one sum
+    after the other in float32 is wrong in the fourth digit, and of squares it is too small.
     """
     out_BX = a_SBI.new_zeros(a_SBI.shape[1], len(direction_COI) + squares, dtype=torch.float64)
     # A CPU's plain products are faster than its batched ones (cpu_products.py).
     add = _add_one_by_one if a_SBI.device.type == "cpu" else _add_together
-    add(out_BX, a_SBI.transpose(0, 1), g_SBO.permute(1, 2, 0), direction_COI)
+    add(out_BX, a_SBI, g_SBO, direction_COI)
     return out_BX
 
 
-def _add_one_by_one(out_BX: Tensor, a_BSI: Tensor, g_BOS: Tensor, direction_COI: Tensor) -> None:
-    c, a_BSI = len(direction_COI), a_BSI.contiguous()
-    size = max(1, _CPU_BLOCK // a_BSI.shape[2])
-    for first in range(0, g_BOS.shape[1], size):
-        part_CP = direction_COI[:, first : first + size].flatten(1)
-        for out_X, a_SI, g_OS in zip(out_BX, a_BSI, g_BOS, strict=True):
-            gradient_P = (g_OS[first : first + size] @ a_SI).flatten().float()
-            out_X[:c].add_(torch.mv(part_CP, gradient_P))
+def _add_one_by_one(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor) -> None:
+    c, (_, outputs, inputs) = len(direction_COI), direction_COI.shape
+    size = max(1, _CPU_BLOCK // inputs)
+    for first in range(0, outputs, size):
+        left_SBL, right_SBR = g_SBO[..., first : first + size], a_SBI
+        part_CLR = direction_COI[:, first : first + size]
+        if outputs > inputs:
+            # With the longer axis as columns the gradient's product takes half the time.
+            left_SBL, right_SBR = right_SBR, left_SBL
+            part_CLR = part_CLR.transpose(1, 2).contiguous()
+        product_CLR = torch.empty_like(part_CLR)
+        for out_X, left_SL, right_SR in zip(out_BX, left_SBL.unbind(1), right_SBR.unbind(1), strict=True):
+            gradient_LR = product(left_SL, right_SR).float()
+            # torch sums pairwise, where a product of matrix and vector sums one after the other.
+            out_X[:c] += torch.mul(part_CLR, gradient_LR, out=product_CLR).sum(2).double().sum(1)
             if len(out_X) > c:
-                out_X[c].add_(torch.linalg.vector_norm(gradient_P).double().square())
+                out_X[c] += torch.square(gradient_LR, out=product_CLR[0]).sum(1).double().sum()
 
 
-def _add_together(out_BX: Tensor, a_BSI: Tensor, g_BOS: Tensor, direction_COI: Tensor) -> None:
-    c, (batch, _, inputs) = len(direction_COI), a_BSI.shape
+def _add_together(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor) -> None:
+    c, (batch, inputs) = len(direction_COI), a_SBI.shape[1:]
+    a_BSI, g_BSO = a_SBI.transpose(0, 1), g_SBO.transpose(0, 1)
     size = max(1, _BLOCK // batch // inputs)
-    for first in range(0, g_BOS.shape[1], size):
-        gradient_BP = torch.bmm(g_BOS[:, first : first + size], a_BSI).flatten(1).float()
-        out_BX[:, :c].add_(gradient_BP @ direction_COI[:, first : first + size].flatten(1).T)
+    piece = math.gcd(inputs, _PIECE)
+    for first in range(0, g_BSO.shape[2], size):
+        part_CRP = direction_COI[:, first : first + size].reshape(c, -1, piece)
+        gradient_BOI = product(g_BSO[..., first : first + size], a_BSI, _PIECE).float()
+        gradient_RBP = gradient_BOI.reshape(batch, -1, piece).transpose(0, 1)
+        out_BX[:, :c] += torch.bmm(gradient_RBP, part_CRP.permute(1, 2, 0)).double().sum(0)
         if out_BX.shape[1] > c:
-            out_BX[:, c].add_(torch.linalg.vector_norm(gradient_BP, dim=1).double().square())
+            out_BX[:, c] += torch.linalg.vector_norm(gradient_RBP, dim=2).double().square().sum(0)
 
 
 class WgradDot:
@@ -100,15 +117,15 @@ class WgradDot:
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         for c, direction_VD in enumerate(self.directions[name]):
             rows_BSD = F.embedding(index_BS, direction_VD)
-            row_BX[:, c] += torch.linalg.vecdot(g_BSD.float(), rows_BSD).sum(1)
+            row_BX[:, c] += torch.linalg.vecdot(g_BSD.float(), rows_BSD).double().sum(1)
         if self.squares:
-            row_BX[:, -1] += _squared_rows(index_BS, g_BSD.float())
+            row_BX[:, -1] += _squared_rows(index_BS, g_BSD.double())
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
-        gradient_BD = g_SBD.sum(0)
-        row_BX[:, : self.capabilities] += gradient_BD @ self.directions[name].T
+        gradient_BD = g_SBD.sum(0).double()
+        row_BX[:, : self.capabilities] += gradient_BD @ self.directions[name].double().T
         if self.squares:
-            row_BX[:, -1] += gradient_BD.double().square().sum(1)
+            row_BX[:, -1] += gradient_BD.square().sum(1)
 
     def results(self, row_NX: Tensor) -> dict[str, Tensor]:
         out = {"scores": row_NX[:, : self.capabilities]}
@@ -118,13 +135,13 @@ class WgradDot:
 
 
 def _squared_rows(index_BS: Tensor, g_BSD: Tensor) -> Tensor:
-    """Squared norm of each example's gradient of an embedding, [B]. Equal indices add up first."""
+    """Squared norm of each example's gradient of an embedding, float64 [B]. Equal indices add up first."""
     b, s, d = g_BSD.shape
     row = torch.arange(b, device=g_BSD.device)[:, None]
     key = index_BS * b + row
     used, place = torch.unique(key, return_inverse=True)
     sums = g_BSD.new_zeros(len(used), d).index_add_(0, place.flatten(), g_BSD.reshape(b * s, d))
-    square = sums.double().square().sum(1)
+    square = sums.square().sum(1)
     return square.new_zeros(b).index_add_(0, used % b, square)
 
 
@@ -145,7 +162,7 @@ class Ghost:
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         for c, direction_OI in enumerate(self.directions[name]):
-            passed_SBI = g_SBO @ direction_OI.to(g_SBO.dtype)
+            passed_SBI = times(g_SBO, direction_OI.to(g_SBO.dtype))
             self._add(row_BX, c, torch.linalg.vecdot(passed_SBI.float(), a_SBI.float()).T, 0)
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
@@ -155,7 +172,7 @@ class Ghost:
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
         for c, direction_D in enumerate(self.directions[name]):
-            self._add(row_BX, c, (g_SBD @ direction_D).T, first)
+            self._add(row_BX, c, (g_SBD.double() @ direction_D.double()).T, first)
 
     def _add(self, row_BX: Tensor, c: int, token_BS: Tensor, first: int) -> None:
         if self.per_token:
@@ -187,8 +204,8 @@ class LowRank(WgradDot):
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OR, right_IR = (factor.to(g_SBO.dtype) for factor in self._factors[name])
-        product_SBR = (g_SBO @ left_OR).float() * (a_SBI @ right_IR).float()
-        row_BX += product_SBR.sum(0).unflatten(-1, (self.capabilities, -1)).sum(-1)
+        product_SBR = times(g_SBO, left_OR).float() * times(a_SBI, right_IR).float()
+        row_BX += product_SBR.double().sum(0).unflatten(-1, (self.capabilities, -1)).sum(-1)
 
 
 def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +218,7 @@ def truncated(direction_COI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for direction_OI in direction_COI:
         outputs, inputs = direction_OI.shape
         wide = direction_OI if inputs <= outputs else direction_OI.T
-        vectors = torch.linalg.eigh((wide.T @ wide).double()).eigenvectors[:, -rank:].to(wide.dtype)
+        vectors = torch.linalg.eigh(product(wide, wide).double()).eigenvectors[:, -rank:].to(wide.dtype)
         factors.append((wide @ vectors, vectors) if inputs <= outputs else (vectors, wide @ vectors))
     left, right = zip(*factors, strict=True)
     return torch.cat(left, 1).contiguous(), torch.cat(right, 1).contiguous()

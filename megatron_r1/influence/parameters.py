@@ -10,12 +10,13 @@ serves `--check`, which runs without torch, so functions on tensors import torch
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from megatron_r1.system.errors import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,9 @@ Gradient = dict[str, "Tensor"]
 """Name in the whole model -> gradient of this rank's shard, float32; selected parameters only."""
 Directions = dict[str, "Tensor"]
 """Name in the whole model -> float32 [C, *shape of this rank's shard]; selected parameters only."""
+
+_PIECE = 128
+"""Products that float32 sums one after the other."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _LINEAR = (
@@ -46,7 +50,7 @@ def parameter_names(num_layers: int) -> list[str]:
 def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
     """Names selected by "all", "linear" (the layers' matrices), "embedding" or globs over names.
 
-    Raises ValueError, with similar names, for a glob that selects nothing.
+    Raises ValueError, with a similar name, for a glob that selects nothing.
     """
     names = parameter_names(num_layers)
     chosen: set[str] = set()
@@ -56,10 +60,9 @@ def select(layers: str | Sequence[str], num_layers: int) -> list[str]:
     for given in globs:
         matches = {name for glob in _KINDS.get(given, (given,)) for name in fnmatch.filter(names, glob)}
         if not matches:
-            near = difflib.get_close_matches(given, [*_KINDS, *names], n=3, cutoff=0.4) or names[:3]
             raise ValueError(
-                f"influence.layers={given!r} selects no parameter; near: {', '.join(near)}. Globs are "
-                f"matched against whole names: *mlp*, decoder.layers.0.*"
+                f"influence.layers={given!r} selects no parameter{suggest(given, [*_KINDS, *names])}. Use "
+                f"{', '.join(_KINDS)}, or globs over whole names: *mlp*, decoder.layers.0.*"
             )
         chosen |= matches
     return [name for name in names if name in chosen]
@@ -162,6 +165,31 @@ def squared_norm(gradient: Gradient, gpt: Any) -> float:
             parts_2[number] += g.double().square().sum()
     sum_over("tensor", parts_2[:1])
     return float(sum_over("pipeline", parts_2).sum())
+
+
+def product(left_KL: Tensor, right_KR: Tensor, piece: int = _PIECE) -> Tensor:
+    """sum_k left_k right_k^T, [.., L, R]: float32 sums `piece` products in order, and pairs of such sums.
+
+    The error of one sum in order grows with the root of its length, and exceeds the scores' sixth digit. bf16
+    is summed in one product, which rounds its result once.
+    """
+    half = left_KL.shape[-2] // 2
+    if half * 2 <= piece or left_KL.dtype.itemsize < 4:
+        return left_KL.mT @ right_KR
+    total_LR = product(left_KL[..., :half, :], right_KR[..., :half, :], piece)
+    return total_LR.add_(product(left_KL[..., half:, :], right_KR[..., half:, :], piece))
+
+
+def times(x_SBK: Tensor, matrix_KR: Tensor) -> Tensor:
+    """x M, [S, B, R], summed as `product` does, in pieces of twice the length: errors of tokens average."""
+    return product(x_SBK.flatten(0, 1).T, matrix_KR, 2 * _PIECE).unflatten(0, x_SBK.shape[:2])
+
+
+def dots(many_CX: Tensor, one_X: Tensor) -> Tensor:
+    """<v_c, g> of C float32 tensors v with another, float64 [C]. torch sums pairwise, and `mv` in order."""
+    import torch
+
+    return torch.stack([(v_X * one_X).sum(-1).double().sum() for v_X in many_CX])
 
 
 def complete_gradient(p: Parameter, gradient: Tensor) -> None:

@@ -18,7 +18,6 @@ from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.data.windows import Examples, choose
 from megatron_r1.influence import store
 from megatron_r1.influence.parameters import select
-from megatron_r1.influence.store import COLUMNS
 from megatron_r1.records import CheckpointRef, Corpus
 from megatron_r1.run.layout import RunDir
 
@@ -185,7 +184,13 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
     data = open_data(config, launched(), "score", also)
     work = Work(config, influence, data, sorted(set(influence.steps)) or available)
-    if mistakes := _unknown_ids(work):
+    empty = [corpus for corpus in data.corpora if not len(work.chosen(corpus))]
+    mistakes = [
+        f"data.sources.{c.name}: no document of {c.prefix} has two tokens, and so none has a label; use "
+        f"influence.unit=window, or leave the source out"
+        for c in empty
+    ]
+    if mistakes := mistakes or _unknown_ids(work):
         raise ConfigError(mistakes)
     return work
 
@@ -229,8 +234,6 @@ def _check_settings(influence: InfluenceConfig, config: Config, probes: Sequence
     out = []
     if not influence.directions:
         out.append("influence.directions: empty; name a probing set for at least one capability")
-    if taken := [name for name in influence.directions if name in COLUMNS]:
-        out.append(f"influence.directions.{taken[0]}: the name of a column of exported scores; use another")
     try:
         select(influence.layers, config.model.num_layers)
     except ValueError as error:
@@ -270,17 +273,12 @@ def _check_settings(influence: InfluenceConfig, config: Config, probes: Sequence
 
 
 def _check_places(influence: InfluenceConfig, config: Config, available: Sequence[int]) -> list[str]:
-    """Names that cannot be directories, and checkpoints that are not there."""
-    mistakes = [
-        f"data.sources.{name}: the name becomes a directory of scores; leave out '/' and a leading '.'"
-        for name in config.data.sources
-        if "/" in name or name.startswith(".")
-    ]
+    """Checkpoints that are not there."""
     if not available:
-        mistakes.append(f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)")
-    elif absent := sorted(set(influence.steps) - set(available)):
-        mistakes.append(f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}")
-    return mistakes
+        return [f"{config.train.run}: no checkpoint to score yet; train first (tools/train.py)"]
+    if absent := sorted(set(influence.steps) - set(available)):
+        return [f"influence.steps={absent}: no such checkpoints; {config.train.run} has {available}"]
+    return []
 
 
 def _available_steps(run: Path) -> list[int]:

@@ -21,10 +21,12 @@ from megatron_r1 import backend
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import (
     Directions,
+    product,
     shard_of_axis,
     sharded_and_replicated,
     split_axis,
     sum_over_model,
+    times,
     whole_shape,
 )
 
@@ -61,11 +63,10 @@ class Projection:
         """Projections of this rank's shards, [C, P]. Their sum over ranks is the whole model's."""
         out_CP = torch.zeros(capabilities, self.width, dtype=torch.float64, device=backend.device())
         for name, direction in directions.items():
-            sides = self.sides(name, direction.dtype)
-            part = direction @ sides[-1]
-            if len(sides) == 2:
-                part = (sides[0].T @ part).flatten(1)
-            out_CP[:, self.columns[name]] += part
+            *left, right = self.sides(name, torch.float64)
+            for out_P, v in zip(out_CP, direction, strict=True):
+                part = v.double() @ right
+                out_P[self.columns[name]] += (left[0].T @ part).flatten() if left else part
         return out_CP
 
 
@@ -99,20 +100,20 @@ class Projected:
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
         left_OK, right_IK = self.projection.sides(name, g_SBO.dtype)
-        self._add(name, g_SBO @ left_OK, a_SBI @ right_IK, row_BX)
+        self._add(name, times(g_SBO, left_OK), times(a_SBI, right_IK), row_BX)
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         left_VK, right_DK = self.projection.sides(name, torch.float32)
         left_BSK = F.embedding(index_BS, left_VK)
-        self._add(name, left_BSK.transpose(0, 1), (g_BSD.float() @ right_DK).transpose(0, 1), row_BX)
+        self._add(name, left_BSK.transpose(0, 1), times(g_BSD.float(), right_DK).transpose(0, 1), row_BX)
 
     def _add(self, name: str, left_SBK: Tensor, right_SBK: Tensor, row_BX: Tensor) -> None:
-        small_BKK = torch.bmm(left_SBK.float().permute(1, 2, 0), right_SBK.float().transpose(0, 1))
+        small_BKK = product(left_SBK.float().transpose(0, 1), right_SBK.float().transpose(0, 1))
         row_BX[:, self.projection.columns[name]] += small_BKK.flatten(1)
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
-        (side_DK,) = self.projection.sides(name, g_SBD.dtype)
-        row_BX[:, self.projection.columns[name]] += g_SBD.sum(0) @ side_DK
+        (side_DK,) = self.projection.sides(name, torch.float64)
+        row_BX[:, self.projection.columns[name]] += g_SBD.sum(0).double() @ side_DK
 
     def results(self, row_NX: Tensor) -> dict[str, Tensor]:
         scores_NC = row_NX @ self.direction_CP.to(row_NX.device).T

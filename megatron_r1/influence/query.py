@@ -17,12 +17,19 @@ import numpy as np
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.influence.directions import CheckpointDirections
+from megatron_r1.influence.directions import CheckpointDirections, Launch, launch_note, record_left
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.methods import METHODS, Method
 from megatron_r1.influence.plan import Job, Part
 from megatron_r1.influence.score import open_job, rows_left
-from megatron_r1.influence.store import ScoreStore, check_inputs, directory_of, fingerprint, read_manifest
+from megatron_r1.influence.store import (
+    ScoreStore,
+    check_inputs,
+    directory_of,
+    fingerprint,
+    read_arrays,
+    read_manifest,
+)
 from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run.layout import RunDir
@@ -57,13 +64,16 @@ def open_query(config: Config, output: Path, capabilities: Sequence[str] | None 
 
 def query_influence(job: Job, output: Path) -> None:
     """Write the missing answers of an `open_query`. Every rank of the launch calls this, in any layout."""
-    if not any(part.left() for part in job.all_parts()):
+    killed = any(launch_note(job, ref).is_file() for ref in job.refs)
+    if not killed and not any(part.left() for part in job.all_parts()):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()
     with process_groups(job.work.config.parallel) as context, holding(RunDir(output).influence, context):
         engine = Engine.build(job.work.config, job.work.data.eod, context)
+        for ref in job.refs if context.leads else ():
+            record_left(job, ref)
         for ref in job.refs:
             if rows_left(job.parts[ref.step]):
                 _ask(job, engine, ref)
@@ -96,22 +106,27 @@ def _answers(part: Part, output: Path) -> Part:
 def _ask(job: Job, engine: Engine, ref: CheckpointRef) -> None:
     """Every source at one checkpoint."""
     began = time.time()
-    at = CheckpointDirections(engine, job, ref)
+    launch = Launch("influence query", job, ref, engine.context, began)
+    at = CheckpointDirections(engine, job, ref, launch)
     method = METHODS[job.work.influence.method](at.directions, engine)
     if engine.context.leads:
         for part in job.parts[ref.step]:
             _write(part, at.norms, method)
-        at.record("influence query", 0, began)
+    at.finish()
 
 
 def _write(part: Part, direction_norms: dict[str, float], method: Method) -> None:
     """Projections times directions, in float64 as the first scores."""
     projected, names = Path(part.inputs["projected_in"]), ("projections", "losses", "tokens")
-    stored = {name: np.load(projected / f"{name}.npy", mmap_mode="r") for name in names}
+    stored = read_arrays(projected, read_manifest(projected) or {}, names)
+    if stored["projections"].shape[1] != method.width:
+        raise ValueError(f"{projected / 'projections.npy'} is damaged (its shape); score {projected} again")
     shapes = {"scores": (len(direction_norms),), "losses": ()}
     inputs = {**part.inputs, "direction_norms": direction_norms}
     store = ScoreStore(part.directory, inputs, part.example_N, stored["tokens"], shapes)
     for first in range(0, len(part.example_N), _ROWS):
         row_NP = torch.from_numpy(stored["projections"][first : first + _ROWS].astype(np.float64))
-        scores = method.results(row_NP)["scores"].numpy().astype(np.float32)
+        scores = method.results(row_NP)["scores"].float().numpy()
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{projected / 'projections.npy'} is not finite; score {projected} again")
         store.write(first, {"scores": scores, "losses": stored["losses"][first : first + _ROWS]})

@@ -20,7 +20,7 @@ from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import resolve
-from megatron_r1.influence.directions import CheckpointDirections
+from megatron_r1.influence.directions import CheckpointDirections, Launch, launch_note, record_left
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.gradients import score_examples
 from megatron_r1.influence.methods import METHODS, LowRank, Method, WgradDot, correlation
@@ -51,7 +51,8 @@ def compute_influence(config: Config, work: Work | None = None) -> None:
     job = open_job(config, work)
     standings = [check_inputs(part.directory, part.inputs) for part in job.all_parts()]
     influence = RunDir(Path(config.train.run)).influence
-    if all(standing is Standing.DONE for standing in standings):
+    killed = any(launch_note(job, ref).is_file() for ref in job.refs)
+    if not killed and all(standing is Standing.DONE for standing in standings):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
         return
@@ -91,6 +92,8 @@ class Scoring:
         self.began = process_start()
 
     def run(self) -> None:
+        for ref in self.job.refs if self.context.leads else ():
+            record_left(self.job, ref)
         left = {step: rows_left(parts) for step, parts in self.job.parts.items()}
         total = self.work.examples() * len(self.job.refs)
         done = total - sum(left.values())
@@ -109,7 +112,8 @@ class Scoring:
 
     def _score_checkpoint(self, ref: CheckpointRef, examples: int, later: int, bar: Progress) -> None:
         """`examples`: left at this checkpoint. `later`: left at those after it."""
-        at = CheckpointDirections(self.engine, self.job, ref)
+        launch = Launch("influence", self.job, ref, self.context, self.began)
+        at = CheckpointDirections(self.engine, self.job, ref, launch)
         about = ""
         if at.windows_passed:
             hours = at.pass_seconds / at.windows_passed * (examples + later) / 3600
@@ -122,9 +126,8 @@ class Scoring:
         if isinstance(method, LowRank):
             self._compare(method, at.directions, ref.step)
         for part in self.job.parts[ref.step]:
-            self._score_part(part, at, method, bar)
-        if self.context.leads:
-            at.record("influence", examples, self.began)
+            self._score_part(part, at, method, launch, bar)
+        at.finish()
         self.began = time.time()
 
     def _compare(self, low_rank: LowRank, directions: Directions, step: int) -> None:
@@ -150,7 +153,9 @@ class Scoring:
                 f"influence.rank, or use influence.method=wgrad-dot"
             )
 
-    def _score_part(self, part: Part, at: CheckpointDirections, method: Method, bar: Progress) -> None:
+    def _score_part(
+        self, part: Part, at: CheckpointDirections, method: Method, launch: Launch, bar: Progress
+    ) -> None:
         unit, shared_NC = self.work.influence.unit, self.work.shared(part)
         examples = self.engine.examples(part.corpus, part.example_N, unit)
         store = None
@@ -164,17 +169,22 @@ class Scoring:
         missing = [chunk for chunk in chunks if store is not None and store.missing(*chunk)]
         for first, last in broadcast_object(missing):
             row_NX, loss_N = score_examples(self.engine, method, examples, first, last)
-            bad = ~np.isfinite(row_NX).all(1)
-            if bad.any():
-                number = part.example_N[first + int(np.argmax(bad))]
-                raise ValueError(
-                    f"the score of {unit} {number} of {part.corpus.name} at step "
-                    f"{part.step} is not finite; nothing of its chunk was written"
-                )
             results = method.results(torch.from_numpy(row_NX))
             if shared_NC[first:last].any():
                 at.leave_out(results, part, first, shared_NC[first:last])
+            # As they are stored: float32 overflows where float64 does not.
+            arrays = {name: t.float().numpy() for name, t in results.items()}
+            arrays["losses"] = loss_N.astype(np.float32)
+            for name, array in arrays.items():
+                bad = ~np.isfinite(array).reshape(last - first, -1).all(1)
+                if bad.any():
+                    number = part.example_N[first + int(np.argmax(bad))]
+                    raise ValueError(
+                        f"{name} of {unit} {number} of {part.corpus.name} at step {part.step} are not "
+                        f"finite; nothing of its chunk was written. Look at that checkpoint's weights, or "
+                        f"leave the step out of influence.steps"
+                    )
             if store is not None:
-                arrays = {name: t.numpy().astype(np.float32) for name, t in results.items()}
-                new = store.write(first, {**arrays, "losses": loss_N.astype(np.float32)})
+                new = store.write(first, arrays)
+                launch.passed(new)
                 bar.advance(new, note=f"step {part.step} {part.corpus.name}")

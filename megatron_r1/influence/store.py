@@ -38,8 +38,13 @@ FORMAT = 3
 _FORMER = 2
 """An earlier format with the same scores. Its hashes of datasets and weights are of files, not identities.
 Scores of this format are read, but not continued."""
-_READ = ("source", "step", "position", "capabilities")
-"""Keys of a manifest that its readers rely on."""
+_READ = {"source": str, "step": int, "position": int, "capabilities": list}
+"""Keys of a manifest that its readers rely on, and their types."""
+_TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
+"""Types of the files that do not hold float32."""
+_AXES = {"scores": 2, "token_scores": 3, "projections": 2}
+"""Axes of the files that have more than the examples'."""
+_AGAIN = "remove its folder and score again"
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Keys of the manifest that change no score, or follow from others."""
 _WHOLE = 1 << 26
@@ -81,6 +86,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory of scores, None without one. Raises ValueError if damaged or unknown."""
     path, again = directory / "manifest.json", f"remove {directory} and score again"
     if not path.is_file():
+        if directory.exists():
+            raise ValueError(f"{directory} has no manifest.json, and nothing says what it holds; {again}")
         return None
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
@@ -91,6 +98,11 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; {again}")
     if missing:
         raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {again}")
+    if other := [key for key, kind in _READ.items() if not isinstance(manifest[key], kind)]:
+        raise ValueError(f"{path} is damaged ({other[0]} is {manifest[other[0]]!r:.40}); {again}")
+    place = f"step_{manifest['step']:08d}", manifest["source"]
+    if place != directory.parts[-2:]:
+        raise ValueError(f"{path} is of {'/'.join(place)}: its folder was copied or renamed; {again}")
     return manifest
 
 
@@ -115,7 +127,10 @@ def check_inputs(directory: Path, inputs: Mapping[str, Any], way_out: str | None
         )
 
     def whole() -> bool:
-        return bool(_array(directory / "written.npy", "r").all())
+        assert manifest is not None
+        norms = ("norms",) if manifest.get("influence", {}).get("norms") else ()
+        arrays = read_arrays(directory, manifest, ("scores", "losses", "tokens", *norms))
+        return bool(arrays["written"].all())
 
     return standing(manifest, inputs, whole, f"{directory} holds scores of other inputs", way_out, _NOTES)
 
@@ -142,8 +157,13 @@ class ScoreStore:
             arrays = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
             arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
             _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
+        if not np.array_equal(_array(directory / "examples.npy", "r"), example_N):
+            raise ValueError(f"{directory / 'examples.npy'} names other examples than its manifest; {_AGAIN}")
         self._results = {name: _array(directory / f"{name}.npy", "r+") for name in shapes}
         self._written = _array(directory / "written.npy", "r+")
+        for name, shape in shapes.items():
+            if self._results[name].shape != (len(example_N), *shape):
+                raise ValueError(f"{directory / f'{name}.npy'} is damaged (its shape); {_AGAIN}")
 
     def missing(self, first: int, last: int) -> bool:
         """Whether any of the rows [first, last) is still to be computed."""
@@ -181,8 +201,7 @@ def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
 
 def rows_written(directory: Path) -> int:
     """Number of examples with scores, 0 without a directory."""
-    path = directory / "written.npy"
-    return int(_array(path, "r").sum()) if path.is_file() else 0
+    return int(_array(directory / "written.npy", "r").sum()) if directory.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -194,15 +213,47 @@ class Scored:
     manifest: dict[str, Any]
 
     def array(self, name: str) -> np.ndarray:
-        return np.asarray(_array(self.directory / f"{name}.npy"))
+        """Raises ValueError, with the file, where it is missing, misshapen or not finite."""
+        return np.asarray(read_arrays(self.directory, self.manifest, (name,), None)[name])
+
+
+def read_arrays(
+    directory: Path, manifest: Mapping[str, Any], names: Iterable[str], mode: Literal["r"] | None = "r"
+) -> dict[str, Any]:
+    """Arrays by name, with `examples` and `written`. Raises ValueError where they do not fit each other, and
+    where the numbers of an example are not finite."""
+    names = dict.fromkeys(("examples", "written", *names))
+    arrays = {name: _array(directory / f"{name}.npy", mode) for name in names}
+    example_N, written_N = arrays["examples"], arrays["written"]
+    for name, array in arrays.items():
+        path = directory / f"{name}.npy"
+        columns = (len(manifest["capabilities"]),) if name == "scores" else array.shape[1:]
+        if array.shape != (meant := (len(example_N), *columns)):
+            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {meant}); {_AGAIN}")
+        if name in ("scores", "losses", "norms", "token_scores"):
+            bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & written_N
+            if bad_N.any():
+                example = example_N[bad_N.argmax()]
+                raise ValueError(
+                    f"{path}: {name} of {manifest['source']} are not finite, first of example {example}; "
+                    f"{_AGAIN}"
+                )
+    return arrays
 
 
 def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
     """An array of a directory of scores, mapped with a `mode`."""
+    meant = f"{_TYPES.get(path.stem, 'float32')} of {_AXES.get(path.stem, 1)} axes"
     try:
-        return np.load(path, mmap_mode=mode)
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove its folder and score again") from None
+        array = np.load(path, mmap_mode=mode)
+        found = f"{array.dtype} of {array.ndim} axes"
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {_AGAIN}") from None
+    except (EOFError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from None
+    if found != meant:
+        raise ValueError(f"{path} is damaged (it holds {found}, not {meant}); {_AGAIN}")
+    return array
 
 
 def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Scored]]:

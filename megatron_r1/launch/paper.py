@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_r1.config import Config
+from megatron_r1.system.yaml_io import read_yaml
 from megatron_r1.train.schedule import PhaseSpan, phase_spans
 
-PAPER: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+PAPER: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml")).tree
 SOURCES: dict[str, dict[str, float]] = PAPER["sources"]
 
 

@@ -30,7 +30,7 @@ class Launch:
     """Share of the peak that a run is assumed to reach."""
     peak_flops: float = 989e12
     """Of one GPU, dense bf16 (H100 SXM)."""
-    gpu_memory: int = 80 * GIB
+    gpu_memory: float = 80 * GIB
     """Bytes of one GPU."""
 
     def mistakes(self, config: Config) -> list[str]:
@@ -41,17 +41,8 @@ class Launch:
             out.append(f"--rank {self.rank}: {self.gpus} GPUs are ranks 0 to {self.gpus - 1}")
         if not 0 < self.mfu <= 1:
             out.append(f"--mfu {self.mfu}: a share of the peak, above 0 and at most 1")
-        if not 0 < self.peak_flops < math.inf or not self.gpu_memory > 0:
+        if not 0 < self.peak_flops < math.inf or not 0 < self.gpu_memory < math.inf:
             out.append("--peak-tflops and --gpu-memory must be positive and finite")
-        if self.gpus % max(1, config.parallel.model_ranks()) == 0:
-            tokens, layout = config.data.seq_length, config.parallel
-            parts = 2 * layout.context if layout.context > 1 else 1
-            parts *= layout.tensor if layout.sequence else 1
-            if parts and tokens % parts:
-                out.append(
-                    f"data.seq_length={tokens} does not divide into {parts} parts for parallel.context and "
-                    f"parallel.sequence; use a multiple of {parts}"
-                )
         return out + config_io.check_world(config, self.gpus)
 
 

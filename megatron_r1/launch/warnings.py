@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_r1.config import Config
+from megatron_r1.launch.paper import PAPER
 from megatron_r1.launch.plan import GIB, LaunchPlan
 
 MANY_EPOCHS = 40
 """Passes over a source from which a repetition is called out by itself."""
 REPEATED = 4
 """Passes beyond which a repeated source is listed."""
+LARGE = 4
+"""Multiple of the paper's tokens a step beyond which a step is called out."""
 PER_NODE = 8
 """GPUs of a node."""
 
 
 def warnings(plan: LaunchPlan) -> list[str]:
     config, gpus = plan.config, plan.launch.gpus
-    return [*_data(plan), *_gpus(config, gpus), *_heads(config), *_nodes(config, gpus), *_memory(plan)]
+    sizes = [*_gpus(config, gpus), *_batch(config), *_heads(config), *_nodes(config, gpus)]
+    return [*_data(plan), *sizes, *_memory(plan)]
 
 
 def _data(plan: LaunchPlan) -> Iterator[str]:
@@ -48,6 +52,16 @@ def _gpus(config: Config, gpus: int) -> Iterator[str]:
             f"the paper says 168 GPUs, 16 sequences each, and 500k steps for 2T tokens; those are "
             f"{tokens[0]} on 168 GPUs and {tokens[1]} on 128. This plan keeps the token budget: {gpus} GPUs, "
             f"{each:g} sequences for each of {data_parallel} data-parallel ranks, steps derived"
+        )
+
+
+def _batch(config: Config) -> Iterator[str]:
+    figures = PAPER["launch"]
+    paper = figures["GPUs"] * figures["sequences per GPU and step"] * figures["data.seq_length"]
+    if (times := config.tokens_per_step() / paper) > LARGE:
+        yield (
+            f"train.global_batch={config.train.global_batch}: {config.tokens_per_step():,} tokens a step are "
+            f"{times:.1f} times the paper's {paper:,}; its learning rates and steps are not meant for that"
         )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_r1.config import Config, MixConfig
 from megatron_r1.influence.store import Scored, hashes_of
@@ -16,6 +15,7 @@ from megatron_r1.mixture.masks import mask_files
 from megatron_r1.mixture.mixture import Mixture
 from megatron_r1.run.stage import finish
 from megatron_r1.system.files import replacing, sha256, write_json, write_text
+from megatron_r1.system.yaml_io import format_yaml
 
 _IDENTITIES = ("format", "weights", "data")
 """Entries of a score manifest that identify the checkpoint and the dataset."""
@@ -111,8 +111,8 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
     write_json(beside, report)
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     tree = {"phases": {mixture.phase: phase}}
-    write_text(output, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    outputs = {str(path): sha256(path) for path in (output, beside)}
+    write_text(output, head + format_yaml(tree, allow_unicode=True))
+    outputs = {str(path): sha256(path) for path in (output, beside, *(path for path, _ in files.values()))}
     finish(Path(config.train.run), f"mix {mixture.phase}", inputs=hashes, outputs=outputs)
 
 

@@ -44,9 +44,10 @@ def _of_run(run: Path, config: Config) -> Selected:
     selected, used = [], []
     for name in config.data.sources:
         score_NCK = tables[name].score_NCK[:, :, keep]
-        if not np.isfinite(score_NCK).all():
-            raise ValueError(f"{run}: scores of {name} are not finite; remove them and {again}")
         of_steps = [s for s in checkpoints[name] if s.step in steps]
+        length_N = tables[name].length_N
+        if not length_N.sum() > 0 or (length_N < 0).any():
+            raise ValueError(f"{of_steps[0].directory / 'tokens.npy'}: no numbers of tokens; {_AGAIN}")
         table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
         selected.append(in_units(table, of_steps, config.mix))
         used += of_steps
@@ -114,6 +115,9 @@ def in_units(table: ScoreTable, checkpoints: Sequence[Scored], mix: MixConfig) -
     return dataclasses.replace(table, score_NCK=np.stack(parts, axis=2))
 
 
+_AGAIN = "remove its folder and score again"
+
+
 def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
     named = checkpoint.manifest.get("direction_norms")
     if named is None or not (checkpoint.directory / "norms.npy").is_file():
@@ -121,6 +125,9 @@ def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
             f"mix.scale=cosine needs gradient norms, which {checkpoint.directory} lacks; score again with "
             f"influence.norms=true"
         )
-    norm_C = np.array([named[c] for c in checkpoint.manifest["capabilities"]], dtype=np.float64)
+    norm_C = np.array([named.get(c) for c in checkpoint.manifest["capabilities"]], dtype=np.float64)
+    if not np.isfinite(norm_C).all():
+        path = checkpoint.directory / "manifest.json"
+        raise ValueError(f"{path}: direction_norms are not all finite numbers; {_AGAIN}")
     product_NC = checkpoint.array("norms").astype(np.float64)[:, None] * norm_C
     return np.divide(score_NC, product_NC, out=np.zeros_like(score_NC), where=product_NC > 0)

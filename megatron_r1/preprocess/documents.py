@@ -1,4 +1,4 @@
-"""Inputs of preprocessing: documents in pieces of about a megabyte, and the faults that reject a document.
+"""Inputs of preprocessing and of tokenizer training: documents in pieces of about a megabyte.
 
     FILE.jsonl, also .gz, .zst      a document a line
     FILE.parquet                    a document a row
@@ -8,6 +8,8 @@
 
 A part of an input is a range of its bytes. A line or row belongs to the part in which it begins. A packed
 file cannot be read from the middle, so it belongs whole to the part that has its first byte.
+
+A bad line or value costs one document (`rows.py`). A file that cannot be read on is an `InputError`.
 """
 
 from __future__ import annotations
@@ -15,25 +17,37 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_r1.system.errors import require, suggest_path
+from megatron_r1.preprocess.rows import MARK, rows_of, text_bytes
+from megatron_r1.run.stage import read
+from megatron_r1.system.errors import require, require_utf8, suggest_path
 from megatron_r1.system.files import sha256
-
-try:
-    import orjson
-except ImportError:
-    orjson = None  # type: ignore[assignment,unused-ignore]
 
 PIECE_BYTES = 1 << 20
 PIECE_DOCUMENTS = 4096
 _ROWS_AT_ONCE = 1024
-_KEYS_SHOWN = 8
+_PACKED = (b"BZh", b"\xfd7zXZ", b"\x04\x22\x4d\x18", b"PK\x03\x04")
+_OTHERS = dict.fromkeys(
+    _PACKED, "is packed in a way that is not read; unpack it, or pack it as .gz or .zst"
+) | {
+    b"version https://git-lfs": "is a git-lfs pointer; fetch the file by git lfs pull",
+    b"\x1f\x8b": "is packed by gzip; name it .gz",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd; name it .zst",
+    b"PAR1": "is a parquet file; name it .parquet",
+    b"PARE": "is an encrypted parquet file; write it without encryption",
+    b"ARROW1": "is an Arrow file; give the folder of Dataset.save_to_disk, or a parquet file",
+}
+"""First bytes of files that are no JSON lines -> what they are, with the ending under which they are read."""
+
+
+class InputError(ValueError):
+    """An input cannot be read, or not to its end."""
 
 
 def piece_rule() -> list[int]:
@@ -66,20 +80,45 @@ class Input:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.files)
 
+    def check(self, keys: Sequence[str]) -> None:
+        """Raise InputError where the first bytes or the columns show that it cannot be read."""
+        raise NotImplementedError
+
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
         """Documents that begin in bytes [lo, hi), in order, cut by a rule that depends on the data alone."""
         raise NotImplementedError
 
+    def _check_beginning(self, first: bytes, ending: str) -> None:
+        for beginning, other in _OTHERS.items():
+            if first.startswith(beginning) and not (ending and other.endswith(f" {ending}")):
+                raise InputError(f"{self.name} {other}")
+
+    @contextmanager
+    def _reading(self, where: Callable[[], str] = str) -> Iterator[None]:
+        """Name the file, and the place in it, in whatever error its reader raises."""
+        try:
+            yield
+        except Exception as error:
+            # A file that is gone or closed to us has a message of its own.
+            if isinstance(error, InputError) or (isinstance(error, OSError) and error.filename is not None):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{self.name} is damaged{where()}: {reason}; mend it or leave it out") from None
+
 
 def open_input(name: str | Path) -> Input:
-    """Errors: FileNotFoundError, ValueError for a dataset that cannot be had or needs a library."""
+    """Errors: FileNotFoundError; ValueError for a dataset that cannot be had or needs a library, for a pipe,
+    for a name that is not UTF-8."""
+    require_utf8(str(name))
     path = Path(name)
     if str(name).startswith("hf:"):
         return Dataset(str(name), _load_dataset(str(name)))
     if path.is_dir():
         return Dataset(str(name), _load_saved(path))
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"input {path} does not exist{suggest_path(path)}")
+    if not path.is_file():
+        raise ValueError(f"input {path} is a pipe or a device, and inputs are read twice; write it to a file")
     kind = Parquet if path.suffix == ".parquet" else Lines
     return kind(str(path), [path])
 
@@ -104,8 +143,26 @@ class Lines(Input):
     read_digest = ""
     """SHA-256 of a plain file, known once `pieces` has given all of it."""
 
+    @property
+    def packed(self) -> bool:
+        return self.name.endswith((".gz", ".zst"))
+
+    def check(self, keys: Sequence[str]) -> None:
+        with open(self.files[0], "rb") as raw:
+            first = raw.read(64)
+            self._check_beginning(first, self.files[0].suffix)
+            if self.packed:
+                raw.seek(0)
+                with self._reading(), _unpacked(raw, self.name) as stream:
+                    if not first:
+                        raise EOFError("it is empty, which no packed file is")
+                    first = stream.read(64)
+                self._check_beginning(first, "")
+        if b"\0" in first[:4]:
+            raise InputError(f"{self.name} is no text in UTF-8; its first bytes are {first[:4]!r}")
+
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        packed = self.name.endswith((".gz", ".zst"))
+        packed = self.packed
         if hi <= lo or (packed and lo > 0):
             return
         with open(self.files[0], "rb", buffering=PIECE_BYTES) as raw, _unpacked(raw, self.name) as stream:
@@ -118,19 +175,17 @@ class Lines(Input):
             whole = not packed and not lo and hi == self.size
             while packed or at < hi:
                 want = PIECE_BYTES if packed else min(PIECE_BYTES, hi - at)
-                try:
+                with self._reading(lambda: f" after line {first - 1}"):  # noqa: B023
                     # The lines up to the one that brings them to `want` bytes; 0 would mean all.
                     rows = stream.readlines(want - 1) if want > 1 else [stream.readline()]
-                except (EOFError, OSError, zlib.error) as error:
-                    raise ValueError(f"{self.name} is damaged after line {first - 1}: {error}") from None
-                read = b"".join(rows)
-                if not read:
+                joined = b"".join(rows)
+                if not joined:
                     break
                 if whole:
-                    seen.update(read)
-                at += len(read)
+                    seen.update(joined)
+                at += len(joined)
                 if first == 1 and not lo:
-                    rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")
+                    rows[0] = rows[0].removeprefix(MARK)
                 position = raw.tell() if packed else at
                 for some in range(0, len(rows), PIECE_DOCUMENTS):
                     part = rows[some : some + PIECE_DOCUMENTS]
@@ -154,17 +209,23 @@ def _unpacked(raw: IO[bytes], path: str) -> IO[bytes]:
 class _Table(Input):
     """Numbered rows. A range of bytes stands for the same share of the rows."""
 
+    def check(self, keys: Sequence[str]) -> None:
+        columns, _ = self._open()
+        for key in keys:
+            if columns.count(key) != 1:
+                count = f"{columns.count(key)} columns" if key in columns else "no column"
+                has = ", ".join(columns)
+                raise InputError(f"{self.name} has {count} {key!r}; it has {has}: see --json-keys")
+
     def pieces(self, number: int, keys: Sequence[str], lo: int, hi: int) -> Iterator[Piece]:
-        (columns, rows), total = self._open(), max(1, self.size)
-        if missing := [key for key in keys if key not in columns]:
-            has = ", ".join(columns)
-            raise ValueError(f"{self.name} has no column {missing[0]!r}; it has {has}: see --json-keys")
+        self.check(keys)
+        (_, rows), total = self._open(), max(1, self.size)
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first = 1
         for table in self._tables(keys, start, end) if start < end else ():
             step = max(1, PIECE_BYTES * table.num_rows // max(1, table.nbytes))
             for at in range(0, table.num_rows, step):
-                part = _rows(table.slice(at, step))
+                part = rows_of(table.slice(at, step))
                 position = total * (start + first - 1 + len(part)) // rows
                 yield Piece(self.name, number, first, part, position)
                 first += len(part)
@@ -179,28 +240,45 @@ class _Table(Input):
 
 
 class Parquet(_Table):
+    def check(self, keys: Sequence[str]) -> None:
+        with open(self.files[0], "rb") as raw:
+            self._check_beginning(raw.read(64), ".parquet")
+        super().check(keys)
+
     def _open(self) -> tuple[list[str], int]:
-        with self._file() as file:
+        with self._reading(), self._file() as file:
             return file.schema_arrow.names, file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         with self._file() as file:
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-            befores = [sum(sizes[:g]) for g in range(len(sizes))]
+            befores = list(accumulate(sizes, initial=0))
             groups = [g for g, n in enumerate(sizes) if befores[g] < end and befores[g] + n > start]
             at = befores[groups[0]] if groups else 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=list(keys)):
+            batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=list(keys))
+            while at < end:
+                left = [g for g in groups if befores[g + 1] > at]
+                with self._reading(lambda: _damaged_group(file, left, keys)):  # noqa: B023
+                    batch = next(batches)
                 lo, hi = max(start - at, 0), min(end - at, batch.num_rows)
                 at += batch.num_rows
                 if lo < hi:
                     yield batch.slice(lo, hi - lo)
 
     def _file(self) -> Any:
+        # A checksum of a page is compared where its writer stored one.
         library = require("pyarrow.parquet", f"reading {self.name}")
+        return library.ParquetFile(self.name, page_checksum_verification=True)
+
+
+def _damaged_group(file: Any, groups: Sequence[int], keys: Sequence[str]) -> str:
+    """Where it is that a reader of these row groups has failed."""
+    for group in groups:
         try:
-            return library.ParquetFile(self.name)
-        except ValueError as error:
-            raise ValueError(f"{self.name} is damaged: {error}") from None
+            file.read_row_group(group, columns=list(keys))
+        except Exception:
+            return f" in row group {group}"
+    return ""
 
 
 class Dataset(_Table):
@@ -216,12 +294,17 @@ class Dataset(_Table):
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         dataset = self._dataset.select_columns(list(keys)).with_format("arrow")
         for lo in range(start, end, _ROWS_AT_ONCE):
-            yield dataset[lo : min(end, lo + _ROWS_AT_ONCE)]
+            with self._reading(lambda: f" after row {lo}"):  # noqa: B023
+                table = dataset[lo : min(end, lo + _ROWS_AT_ONCE)]
+                # It is mapped, so a wrong place of a text would be one anywhere in memory.
+                for texts in filter(None, map(text_bytes, table.columns)):
+                    texts.validate(full=True)
+            yield table
 
 
 def _load_saved(path: Path) -> Any:
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        names = (read(path / "dataset_dict.json") or {}).get("splits") or ["SPLIT"]
         splits = ", ".join(str(path / name) for name in names)
         raise ValueError(f"input {path} has several splits; give one of {splits}")
     if not (path / "state.json").is_file():
@@ -250,20 +333,10 @@ def _loaded(function: str, name: str, *args: Any, **options: Any) -> Any:
     library = require("datasets", f"reading {name}")
     try:
         return getattr(library, function)(*args, **options)
-    except (OSError, ValueError) as error:
-        # Its messages name neither what was asked for nor a way out.
-        raise ValueError(f"input {name} cannot be had from datasets: {error}") from None
-
-
-def _rows(table: Any) -> list[dict[str, Any]]:
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        arrow = require("pyarrow", "reading a table")
-        # One broken text must not reject its neighbours: as bytes, each is checked by itself.
-        as_bytes = {arrow.string(): arrow.binary(), arrow.large_string(): arrow.large_binary()}
-        fields = [field.with_type(as_bytes.get(field.type, field.type)) for field in table.schema]
-        return table.cast(arrow.schema(fields)).to_pylist()
+    except Exception as error:
+        # Its messages name neither what was asked for nor a way out, and damage leads to errors of any type.
+        reason = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise ValueError(f"input {name} cannot be had from datasets: {reason}") from None
 
 
 def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[int, int]]:
@@ -276,56 +349,3 @@ def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[in
         ranges.append((min(max(start, 0), size), min(max(end, 0), size)))
         start, end = start - size, end - size
     return ranges
-
-
-def parse(row: bytes | dict[str, Any]) -> dict[str, Any]:
-    """A JSON line as an object. Raises ValueError that says why a line is none."""
-    if isinstance(row, dict):
-        return row
-    if orjson is not None:
-        # Twice as fast, and stricter: the standard library decides about lines that it refuses.
-        try:
-            record = orjson.loads(row)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            return record
-    try:
-        record = json.loads(row.rstrip(b"\r\n").decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start}: {error.reason}") from None
-    except RecursionError:
-        raise ValueError("bad JSON: nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"bad JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"bad JSON: a {type(record).__name__} where an object is expected")
-    return record
-
-
-def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
-    """The text under a key, and its UTF-8. Raises ValueError that says why there is none."""
-    if key not in record:
-        names = [repr(name) for name in record][:_KEYS_SHOWN] or ["none"]
-        raise ValueError(f"missing key {key!r}: there {'are' if len(names) > 1 else 'is'} {', '.join(names)}")
-    text = record[key]
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"invalid UTF-8 at byte {error.start} of {key!r}: {error.reason}") from None
-    if not isinstance(text, str):
-        raise ValueError(f"non-string text: {key!r} is {type(text).__name__}")
-    if not text:
-        raise ValueError(f"empty document: {key!r} is ''")
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"invalid UTF-8: lone surrogate at character {error.start} of {key!r}") from None
-
-
-def reject(path: str, line: int, reason: str, row: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The record of a row that became no document."""
-    quoted = row if isinstance(row, bytes) else repr(row).encode("utf-8", "backslashreplace")
-    excerpt = quoted[:200].decode("utf-8", "backslashreplace").rstrip("\r\n")
-    return {"file": path, "line": line, "reason": reason, "excerpt": excerpt}

@@ -1,9 +1,10 @@
-"""Choice of the library that encodes: gigatoken where its tokens equal the reference's, else the reference.
+"""Choice of the library that encodes: gigatoken for vetted forms of tokenizers, else the reference.
 
 gigatoken is a BPE in Rust that remembers the pieces it has seen, 15 to 100 times faster than the references
-(`tokenizers`, `tiktoken`). It is taken only where it gives the reference's very tokens on a sample: hard
-strings, the tokenizer's own special-token strings, and documents of the input. During the run one document
-in 2048, chosen by its hash, is compared as well, and a difference stops the run.
+(`tokenizers`, `tiktoken`). It is taken only for the forms of tokenizer.json in `vetted.py`, and only where it
+gives the reference's very tokens on a sample: hard strings, the tokenizer's own special-token strings, and
+documents of the input. During the run one document in 2048, chosen by its hash, is compared as well, and a
+difference stops the run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from itertools import chain
 import numpy as np
 import psutil
 
+from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.preprocess.tokenizer import Tokenizer
+from megatron_r1.preprocess.vetted import Vetted, contested, split_digits, vet
 
 REMEMBERED_BYTES = 1 << 29
 """What gigatoken may remember before it is loaded afresh; without this its memory grows with the input."""
@@ -59,12 +62,20 @@ class Encoder:
 
 
 class Gigatoken(Encoder):
-    """`model`: the tokenizer in the form of a tokenizer.json (`Tokenizer.fast_model`)."""
+    """`model`: the tokenizer in the form of a tokenizer.json (`Tokenizer.fast_model`).
+
+    Texts with bytes that the vocabulary lacks, or with characters that Unicode has not assigned, are left to
+    the reference. ValueError with the feature that is not vetted.
+    """
 
     def __init__(self, tokenizer: Tokenizer, model: str):
         super().__init__(tokenizer)
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
         self.model = model
+        vetted = vet(model)
+        if not isinstance(vetted, Vetted):
+            raise UnvettedError(vetted)
+        self.vetted = vetted
         self._load()
 
     def _load(self) -> None:
@@ -72,24 +83,38 @@ class Gigatoken(Encoder):
 
         # The old one goes first: two of them never share the memory.
         self._model = None
-        self._model = load_hf_json(self.model)
+        self._model = load_hf_json(self.vetted.model)
         self._loaded = _memory()
 
     def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if _memory() - self._loaded > REMEMBERED_BYTES:
             self._load()
-        parts = [self.tokenizer.parts(text) for text in texts]
+        cut = split_digits if self.vetted.digits_apart else self.tokenizer.parts
+        parts = [cut(text) for text in texts]
         counts = np.array([len(some) for some in parts], dtype=np.int64)
-        if len(counts) and counts.max() > 1:
+        if (counts != 1).any():
             utf8 = [part.encode() for some in parts for part in some]
         flat, ends = self._rows(utf8)
-        return flat, np.diff(ends[np.append(0, np.cumsum(counts))])
+        lengths = np.diff(ends[np.append(0, np.cumsum(counts))].astype(np.int64))
+        unsure = {i for i, text in enumerate(texts) if contested(text, self.vetted.composed)}
+        foreign = np.flatnonzero(flat >= self.vetted.size)
+        unsure.update(np.searchsorted(np.cumsum(lengths), foreign, side="right").tolist())
+        if not unsure:
+            return flat, lengths
+        rows = np.split(flat, np.cumsum(lengths)[:-1])
+        for i in unsure:
+            rows[i] = np.array(self.tokenizer.encode(texts[i]), dtype=flat.dtype)
+        return np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64)
 
     def _rows(self, utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts, and where those of each begin and end, [texts + 1]. Takes one thread."""
         assert self._model is not None
         rows = self._model.encode_batch(list(utf8), parallel=False).layout
         return np.asarray(rows.content.data), np.asarray(rows.offsets.data)
+
+
+class UnvettedError(ValueError):
+    """A feature of a tokenizer.json that no vetted form has."""
 
 
 def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> tuple[Encoder, str]:
@@ -110,14 +135,16 @@ def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> t
                 return reference, f"{reference.name}, since {fast.name} gives other tokens for {text[:60]!r}"
     except ImportError:
         return reference, f"{reference.name}; pip install gigatoken for a faster one"
+    except UnvettedError as feature:
+        return reference, f"{reference.name}, since gigatoken is not vetted for {feature}"
     except (KeyboardInterrupt, SystemExit):
         raise
     # A panic in Rust is no Exception.
     except BaseException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {reason[:200]}"
+        return reference, f"{reference.name}, since gigatoken cannot load this tokenizer: {first_line(error)}"
     compared = f"{len(texts)} texts, {sum(map(len, texts))} characters"
-    return fast, f"{fast.name}, whose tokens equal {reference.name}'s on {compared}"
+    form = f"{fast.name}, vetted for the form {fast.vetted.form}"
+    return fast, f"{form}, whose tokens equal {reference.name}'s on {compared}"
 
 
 def _memory() -> int:

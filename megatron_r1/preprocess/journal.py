@@ -3,7 +3,8 @@
 `PREFIX.partial/` holds four files a key, by the key's number, and the journal:
 
     0.tokens  0.lengths  0.origins  0.rejects    documents in input order, rejects as JSON lines
-    journal                                      the request; then a line a commit: pieces, sizes of all files
+    journal                                      the request; then a line a commit: pieces, sizes of all
+                                                 files, number of the last piece's input, bytes skipped
 
 Pieces are committed together, since the system takes a few large writes in a quarter of the time of many
 small ones. A kill loses at most COMMIT_SECONDS of work or COMMIT_BYTES of tokens.
@@ -12,57 +13,63 @@ small ones. A kill loses at most COMMIT_SECONDS of work or COMMIT_BYTES of token
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from megatron_r1.data.indexed import map_array
+from megatron_r1.data.integrity import BinHashes
 from megatron_r1.data.provenance import ORIGIN
 from megatron_r1.preprocess.store import Stored, reject_line
 from megatron_r1.preprocess.workers import Encoded
-from megatron_r1.system.files import naming
+from megatron_r1.system.files import naming, replacing
 
 COMMIT_BYTES, COMMIT_SECONDS = 1 << 23, 1.0
-_FORMAT = 2
+_FORMAT = 3
 """Goes up when a journal of before could not be continued."""
 _KINDS = ("tokens", "lengths", "origins", "rejects")
 
 
 class Journal:
     """Files of the first pass. Opened again with the same request, a journal cuts every file back to the last
-    commit; with another request it begins anew. hashed: keep a SHA-256 of each key's tokens."""
+    commit; with other inputs, to the end of those before the first that differs; with another request it
+    begins anew. hashed: keep the hashes of each key's tokens.
+
+    `pieces`: committed before. `skipped`: bytes skipped in all pieces so far, by name.
+    """
 
     def __init__(self, work: Path, keys: Sequence[str], request: dict[str, Any], hashed: bool):
-        self.work, self.keys, self.pieces = work, keys, 0
-        header = json.dumps({"journal": _FORMAT, **request}).encode()
+        self.work, self.keys = work, keys
+        header = {"journal": _FORMAT, **request}
         paths = {(key, kind): work / f"{k}.{kind}" for k, key in enumerate(keys) for kind in _KINDS}
-        sizes, kept = [0] * len(paths), 0
-        last = _last_commit(work / "journal", header, list(paths.values()))
-        if last is None:
+        kept = _commits(work / "journal", header, list(paths.values()))
+        if not kept:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-        else:
-            self.pieces, sizes, kept = last
+        self.pieces, sizes, self._input, skipped = kept[-1] if kept else (0, [0] * len(paths), 0, {})
+        self.skipped = Counter(skipped)
+        # First: a file that is shorter than its journal says would end all of it.
+        with naming(work), replacing(work / "journal") as stream:
+            stream.writelines(json.dumps(line).encode() + b"\n" for line in (header, *kept))
         self._files = {which: _open(path) for which, path in paths.items()}
         self._log = _open(work / "journal")
-        for stream, size in zip((*self._files.values(), self._log), (*sizes, kept), strict=True):
+        for stream, size in zip(self._files.values(), sizes, strict=True):
             stream.truncate(size)
-        if last is None:
-            with naming(work):
-                self._log.write(header + b"\n")
-                self._log.flush()
-        self._added, self._committed = (self.pieces, sizes), self.pieces
+        self._added, self._committed = [self.pieces, sizes, self._input, skipped], self.pieces
         self._gathered, self._begun = 0, time.monotonic()
-        self._hashes = {}
-        for key in keys if hashed else ():
-            with open(paths[key, "tokens"], "rb") as stream:
-                self._hashes[key] = hashlib.file_digest(stream, "sha256")
+        self._hashes = {key: BinHashes().update_from(paths[key, "tokens"]) for key in keys if hashed}
+
+    @staticmethod
+    def holds_documents(work: Path) -> bool:
+        """Whether a run that ended has left documents to go on from."""
+        return any(path.stat().st_size for path in work.glob("*.lengths"))
 
     def rejects(self, key: str) -> int:
         """Number of rejects committed."""
@@ -75,8 +82,20 @@ class Journal:
         lengths = np.fromfile(path["lengths"], dtype=np.int32)
         tokens = map_array(path["tokens"], dtype, 0, int(lengths.sum(dtype=np.int64)))
         origins = map_array(path["origins"], ORIGIN, 0, len(lengths))
-        whole = (path["tokens"], self._hashes[key].hexdigest()) if self._hashes else None
+        whole = (path["tokens"], self._hashes[key]) if self._hashes else None
         return Stored(tokens, lengths, origins, path["rejects"], None, whole)
+
+    def begin(self, number: int) -> None:
+        """Name the input of the next piece. Where another is mended, all documents before it can stay."""
+        if number > self._input:
+            self._note()
+        self._input = number
+
+    def _note(self) -> None:
+        """Add the journal's line of all that was added. It holds once the other files are written, too."""
+        if self._added[0] > self._committed:
+            self._log.write(json.dumps(self._added).encode() + b"\n")
+            self._committed = self._added[0]
 
     def add(self, encoded: list[Encoded]) -> None:
         """Write a piece: the documents of every key."""
@@ -90,22 +109,21 @@ class Journal:
                 if self._hashes:
                     self._hashes[key].update(column.tokens.data)
         self.pieces += 1
+        self.skipped = self.skipped + encoded[0].skipped
         # At once, and only now: what an interrupted call has written is cut off again.
-        self._added = self.pieces, [stream.tell() for stream in self._files.values()]
+        sizes = [stream.tell() for stream in self._files.values()]
+        self._added = [self.pieces, sizes, self._input, self.skipped]
         if self._gathered >= COMMIT_BYTES or time.monotonic() - self._begun >= COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
         """Keep all that has been added, whatever happens to this process."""
-        pieces, sizes = self._added
-        if pieces > self._committed:
-            with naming(self.work):
-                # The order matters: what a journal line speaks of is already with the system.
-                for stream in self._files.values():
-                    stream.flush()
-                self._log.write(json.dumps([pieces, sizes]).encode() + b"\n")
-                self._log.flush()
-            self._committed = pieces
+        with naming(self.work):
+            # The order matters: what a journal line speaks of is already with the system.
+            for stream in self._files.values():
+                stream.flush()
+            self._note()
+            self._log.flush()
         self._gathered, self._begun = 0, time.monotonic()
 
     def close(self) -> None:
@@ -117,16 +135,23 @@ class Journal:
                 stream.close()
 
 
-def _last_commit(journal: Path, header: bytes, files: Sequence[Path]) -> tuple[int, list[int], int] | None:
-    """Pieces done, file sizes then, and length of the journal up to there; None for another request's."""
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
-    if len(lines) < 2 or lines[0] != header:
-        return None
-    pieces, sizes = json.loads(lines[-1])
+def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> list[Any]:
+    """The commits of a journal that hold: of the same request, and of inputs that are as they were."""
+    try:
+        before, *commits = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+    except (OSError, ValueError):
+        return []
+    if {**before, "inputs": None} != {**header, "inputs": None}:
+        return []
+    pairs = zip(before["inputs"], header["inputs"], strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     # After a loss of power the system may know less than the journal.
-    if any(not f.is_file() or f.stat().st_size < size for f, size in zip(files, sizes, strict=True)):
-        return None
-    return pieces, sizes, sum(len(line) + 1 for line in lines)
+    there = [path.stat().st_size if path.is_file() else 0 for path in files]
+    return [
+        commit
+        for commit in commits
+        if commit[2] < same and all(size <= length for size, length in zip(commit[1], there, strict=True))
+    ]
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -8,8 +8,8 @@ order (by seed and document number alone) into the final pair, with the origin o
 input, but for 40 bytes a document.
 
 A reject is a line or row that cannot become a document: bad JSON, no such key, no string, broken UTF-8, no
-tokens. Rejects are written with file and line to `PREFIX_KEY_rejects.jsonl`. More than `reject_limit` of them
-stop the run.
+tokens. Rejects are written with file and line to `PREFIX_KEY_document.side/rejects.jsonl`. More than
+`reject_limit` of them stop the run.
 
 Across nodes, shard i of n encodes an equal range of the inputs' bytes, in input order, into a pair of its
 own (`PREFIX_shard-i-of-n_KEY_document`). `merge` then makes the second pass over all of them: the result is
@@ -32,17 +32,17 @@ import numpy as np
 from megatron_r1.data.indexed import best_dtype, with_suffix
 from megatron_r1.preprocess.documents import (
     Input,
+    InputError,
     Piece,
     cut,
     digest,
     identity,
     open_input,
-    parse,
     piece_rule,
-    text_of,
 )
 from megatron_r1.preprocess.encoder import choose
 from megatron_r1.preprocess.journal import Journal
+from megatron_r1.preprocess.rows import check_keys, parse, text_of
 from megatron_r1.preprocess.store import (
     Stored,
     add_to_ledger,
@@ -55,6 +55,7 @@ from megatron_r1.preprocess.store import (
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.workers import Job, encode_in_order
 from megatron_r1.run.stage import Standing
+from megatron_r1.system.errors import require_utf8
 from megatron_r1.system.terminal import Progress, say
 
 FORMAT = 1
@@ -79,18 +80,20 @@ def preprocess(
     reject_limit: int = 100,
     encoder: str = "auto",
     shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
     check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
-    """Write `{output_prefix}_{key}_document.{bin,idx,docs.npy,json}` for each key; returns the sidecars by
-    prefix.
+    """Write `{output_prefix}_{key}_document.{bin,idx,json,side}` for each key. Returns sidecars by prefix.
 
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
     tool. reject_limit: documents of one key that may be rejected. encoder: "auto" or "reference". shard:
     (i, n) encodes the i-th of n parts for `merge`, with line numbers counted from where the part begins.
-    Outputs that match the inputs and options are left as they are; others of this tool are replaced. check:
+    Outputs that match the inputs and options are left as they are. Those of the same request are made again
+    where an input has changed since. Those of another request are refused, unless `overwrite` is set. check:
     only log what would be done, and return the sidecars that are there. Errors: ValueError, also where no
-    document is left (but for a shard); FileNotFoundError; OSError where the disk is full.
+    document is left (but for a shard); InputError for an input that cannot be read, with the work on those
+    before it kept; FileNotFoundError; OSError where the disk is full.
     """
     if workers < 1 or reject_limit < 0 or not inputs or not json_keys or encoder not in ("auto", "reference"):
         raise ValueError(
@@ -98,6 +101,9 @@ def preprocess(
             f"encoder={encoder}: take at least one worker, input and key, no negative limit, and as encoder "
             f"auto or reference"
         )
+    check_keys(json_keys)
+    require_utf8(f"{output_prefix}")
+    require_utf8(f"{tokenizer_model}")
     began, output = time.monotonic(), Path(output_prefix)
     sources = [open_input(name) for name in inputs]
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
@@ -120,10 +126,18 @@ def preprocess(
             raise ValueError("an input is given twice, which shards cannot tell apart")
         about |= {"seed": None, "shard": list(shard), "merged_seed": seed}
         base = shard_prefix(output, *shard)
+    ranges = cut(sources, shard)
+    for source, (lo, hi) in zip(sources, ranges, strict=True):
+        if lo < hi or not source.size:
+            source.check(json_keys)
     prefixes = {key: with_suffix(base, f"_{key}_document") for key in json_keys}
     work = with_suffix(base, ".partial")
     with contextlib.nullcontext() if check else exclusive(work, log):
-        there = {p: pair_standing(p, {**about, "key": key}, sources) for key, p in prefixes.items()}
+        names = [source.name for source in sources]
+        there = {
+            p: pair_standing(p, {**about, "key": key}, sources, names, overwrite)
+            for key, p in prefixes.items()
+        }
         done = {str(p): sidecar for p, (standing, sidecar) in there.items() if standing is Standing.DONE}
         states = {p: _state(p, standing, sidecar, work) for p, (standing, sidecar) in there.items()}
         if check:
@@ -145,17 +159,19 @@ def preprocess(
             shutil.rmtree(work, ignore_errors=True)
         else:
             try:
-                stats, ranges = [identity(source) for source in sources], cut(sources, shard)
+                stats = [identity(source) for source in sources]
                 chosen, why = choose(tokenizer, _sample(sources, ranges, json_keys), encoder)
                 log(f"encoder: {why}")
                 job = Job(tokenizer_model, chosen, json_keys, append_eod, workers, reject_limit)
-                request = {**about, "inputs": stats, "keys": list(json_keys), "pieces": piece_rule()}
-                stored, lines = _encode_all(job, work, request, sources, ranges, log)
+                request = {**about, "keys": list(json_keys), "pieces": piece_rule()}
+                request["inputs"] = [[stat, *span] for stat, span in zip(stats, ranges, strict=True)]
+                stored, lines, skipped = _encode_all(job, work, request, sources, ranges, log)
                 # Those of shards are hashed once, when they are merged.
                 digests = [digest(source) if shard is None else None for source in sources]
                 if [identity(source) for source in sources] != stats:
-                    raise ValueError("an input changed while it was read; run again when it is complete")
+                    raise InputError("an input changed while it was read; run again when it is complete")
                 about["inputs"] = [{**stat, "sha256": d} for stat, d in zip(stats, digests, strict=True)]
+                about["skipped"] = skipped
                 if shard is not None:
                     about["lines"] = lines
                 else:
@@ -168,10 +184,15 @@ def preprocess(
                     for key, prefix in prefixes.items()
                 }
                 shutil.rmtree(work)
-            except ValueError as error:
-                # As after an OSError, the next run goes on where a higher limit lets it.
-                if not isinstance(error, TooManyRejectsError):
+            except (InputError, TooManyRejectsError) as error:
+                if not Journal.holds_documents(work):
                     shutil.rmtree(work, ignore_errors=True)
+                    raise
+                kept = f"{work} keeps the documents before it, and the same command goes on from them"
+                raise type(error)(f"{error}; {kept}") from None
+            except ValueError:
+                # It may be the encoder's, whose tokens must go.
+                shutil.rmtree(work, ignore_errors=True)
                 raise
         add_to_ledger(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
     return done
@@ -202,7 +223,7 @@ def _sample(sources: Sequence[Input], ranges: Sequence[tuple[int, int]], keys: S
         for row in rows[:: max(1, 8 * len(rows) // _SAMPLE_DOCUMENTS)]:
             with contextlib.suppress(ValueError):
                 record = parse(row)
-                texts += [text_of(record, key)[0][:65536] for key in keys]
+                texts += [text_of(record, key)[0][:65536] for key in keys] if record else []
     ends = np.cumsum([len(text) for text in texts])
     return texts[: int(np.searchsorted(ends, _SAMPLE_CHARACTERS)) + 1]
 
@@ -214,8 +235,9 @@ def _encode_all(
     sources: Sequence[Input],
     ranges: Sequence[tuple[int, int]],
     log: Callable[[str], None],
-) -> tuple[dict[str, Stored], list[int]]:
-    """The first pass: documents of each key, and the number of lines or rows read of each input."""
+) -> tuple[dict[str, Stored], list[int], dict[str, int]]:
+    """The first pass: documents of each key, the number of lines or rows read of each input, and what was
+    skipped."""
     lines = [0] * len(sources)
     sizes = [hi - lo for lo, hi in ranges]
 
@@ -235,6 +257,7 @@ def _encode_all(
         if journal.pieces:
             log(f"going on after {journal.pieces} pieces of an interrupted run")
         for piece, encoded in encode_in_order(job, itertools.islice(read(), journal.pieces, None)):
+            journal.begin(piece.input)
             journal.add(encoded)
             before, at = sum(sizes[: piece.input]), piece.position - ranges[piece.input][0]
             progress.advance((before + min(at, sizes[piece.input])) // 1_000_000 - progress.done)
@@ -247,4 +270,7 @@ def _encode_all(
                         f"mend the input or raise --reject-limit"
                     )
         journal.commit()
-        return {key: journal.stored(key, np.dtype(request["dtype"])) for key in job.keys}, lines
+        if skipped := dict(sorted(journal.skipped.items())):
+            log(f"skipped: {', '.join(f'{count} {name}s' for name, count in skipped.items())}")
+        stored = {key: journal.stored(key, np.dtype(request["dtype"])) for key in job.keys}
+        return stored, lines, skipped

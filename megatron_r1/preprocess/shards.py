@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset, read_sidecar, with_suffix
-from megatron_r1.data.provenance import SUFFIX
+from megatron_r1.data.indexed import IndexedDataset, open_corpus, with_suffix
+from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.provenance import load_origins
+from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity, open_input
+from megatron_r1.preprocess.rows import check_keys
 from megatron_r1.preprocess.store import (
     Stored,
     add_to_ledger,
@@ -26,29 +32,80 @@ from megatron_r1.preprocess.store import (
     write_pair,
 )
 from megatron_r1.run.stage import Standing
+from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import say
 
+_ARRAY = "SLURM_ARRAY_TASK_"
 _ENVIRONMENT = (
-    ("RANK", "WORLD_SIZE", ""),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", ""),
+    ("RANK", "WORLD_SIZE"),
+    (f"{_ARRAY}ID", f"{_ARRAY}COUNT"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
 )
-"""Variables with this task's number, the number of tasks, and the first number, by default 0: of torchrun,
-a SLURM job array, srun."""
+"""Variables with this task's number and the number of tasks: of torchrun, a SLURM job array, srun."""
 
 
-def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """ "I/N", or "env": as torchrun or SLURM says. ValueError for anything else."""
+def parse_shard(
+    text: str, environment: Mapping[str, str] = os.environ, output_prefix: str | Path | None = None
+) -> tuple[int, int]:
+    """ "I/N", or "env": as torchrun or SLURM says. ValueError for anything else.
+
+    The numbers of a job array may have any step, or none, as in --array=1,3,7. SLURM does not tell a task
+    the numbers of the others. Tasks of an array without a step therefore take the next free shard, with a
+    link beside `output_prefix` that holds the task's number.
+    """
     if text == "env":
-        for index, count, first in _ENVIRONMENT:
-            if index in environment and count in environment:
-                return int(environment[index]) - int(environment.get(first, "0")), int(environment[count])
-        names = "; ".join(f"{index}, {count}" for index, count, _ in _ENVIRONMENT)
-        raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({names})")
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match:
+        for names in _ENVIRONMENT:
+            if environment.keys() >= set(names):
+                index, count = (_number(environment, name) for name in names)
+                if names[0].startswith(_ARRAY):
+                    index = _of_array(index, count, environment, output_prefix)
+                if not 0 <= index < count:
+                    raise ValueError(
+                        f"--shard env: {names[0]}={index} and {names[1]}={count}; give --shard I/N"
+                    )
+                return index, count
+        known = "; ".join(", ".join(names) for names in _ENVIRONMENT)
+        raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({known})")
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"--shard {text}: write I/N with I from 0 to N-1, or env")
     return int(match[1]), int(match[2])
+
+
+def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    value = environment.get(name, str(default))
+    if not re.fullmatch(r"\d+", value, re.ASCII):
+        raise ValueError(f"--shard env: {name}={value!r} is no number; give --shard I/N")
+    return int(value)
+
+
+def _of_array(task: int, count: int, environment: Mapping[str, str], output_prefix: str | Path | None) -> int:
+    """The shard of a task of a job array: its place in it, or the one that it claims."""
+    first, step = _number(environment, f"{_ARRAY}MIN"), _number(environment, f"{_ARRAY}STEP", 1)
+    last = _number(environment, f"{_ARRAY}MAX", first + step * (count - 1))
+    if last == first + step * (count - 1):
+        place, off = divmod(task - first, step or 1)
+        # An index beyond all is refused.
+        return count if off else place
+    if output_prefix is None:
+        raise ValueError(
+            f"--shard env: the {count} tasks from {first} to {last} have no common step, so they take their "
+            f"shards as they run; give --shard I/N"
+        )
+    folder = with_suffix(output_prefix, f"{_CLAIMS}{environment.get('SLURM_ARRAY_JOB_ID', '0')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        # Of several tasks one makes the link, on any file system. It stays, so that this task finds it again.
+        with contextlib.suppress(FileExistsError):
+            os.symlink(str(task), folder / str(index))
+        if os.readlink(folder / str(index)) == str(task):
+            return index
+    raise ValueError(
+        f"--shard env: {folder} holds {count} other tasks; remove it if they are of another array"
+    )
+
+
+_CLAIMS = ".array-"
 
 
 def merge(
@@ -56,15 +113,17 @@ def merge(
     *,
     json_keys: Sequence[str] = ("text",),
     reject_limit: int = 100,
+    overwrite: bool = False,
     check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
     """Join the shards of a prefix, found by name, into the pair that one run without shards would write.
 
-    The shards stay. check: only log what would be joined. Errors: FileNotFoundError for a missing shard,
-    ValueError for shards of different inputs or options, for a damaged one, and for more rejects in all than
-    the limit.
+    The shards stay. overwrite: replace a pair of another request. check: only log what would be joined.
+    Errors: FileNotFoundError for a missing shard, ValueError for shards of different inputs or options, for a
+    damaged one, for more rejects in all than the limit, and for a pair of another request.
     """
+    check_keys(json_keys)
     if reject_limit < 0 or not json_keys:
         raise ValueError(
             f"reject_limit={reject_limit}, {len(json_keys)} keys: take a key and no negative limit"
@@ -88,8 +147,10 @@ def merge(
                 continue
             read |= {str(shard): sidecar["bin_sha256"] for shard, sidecar in shards}
             sources = [_again(source) for source in about["inputs"]]
-            decides = {k: v for k, v in about.items() if k not in ("inputs", "encoder")}
-            standing, sidecar = pair_standing(prefix, decides, [source for source in sources if source])
+            decides = {k: v for k, v in about.items() if k not in ("inputs", "encoder", "skipped")}
+            names = [entry["path"] for entry in about["inputs"]]
+            here = [source for source in sources if source]
+            standing, sidecar = pair_standing(prefix, decides, here, names, overwrite)
             if standing is Standing.DONE:
                 log(f"already done: {prefix}.bin")
                 sidecars[str(prefix)] = sidecar
@@ -99,8 +160,8 @@ def merge(
             before = np.zeros(len(sources), dtype=np.int64)
             parts = []
             for shard, sidecar in shards:
-                dataset = IndexedDataset(shard)
-                origins = np.load(with_suffix(shard, SUFFIX), mmap_mode="r" if len(dataset) else None)
+                dataset = IndexedDataset(shard, share=None)
+                origins = load_origins(shard, dataset.num_documents)
                 rejects = rejects_of(shard)
                 parts.append(Stored(dataset.tokens, dataset.lengths, origins, rejects, before.tolist()))
                 before += sidecar["lines"]
@@ -108,6 +169,8 @@ def merge(
             sidecars[str(prefix)] = write_pair(parts, prefix, about, began, log)
         if not check:
             add_to_ledger(output, "merge", sidecars, read)
+            for claims in glob.glob(f"{glob.escape(str(output))}{_CLAIMS}*"):
+                shutil.rmtree(claims, ignore_errors=True)
     return sidecars
 
 
@@ -122,18 +185,27 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
         kinds = f"shards of {' and of '.join(map(str, counts))}; remove one kind"
         fault = kinds if counts else "no shards there"
         raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {fault}")
-    shards = []
+    shards, opened = [], []
+    # A shard's tokens, three parts of its index and its origins stay mapped, and a mapping holds a file.
+    allow_open_files(5 * counts[0], "mapped files of shards")
     for index in range(counts[0]):
         prefix = with_suffix(shard_prefix(output_prefix, index, counts[0]), f"_{key}_document")
-        sidecar = read_sidecar(prefix)
+        sidecar = read_sidecar(prefix, _NEEDED)
         if sidecar is None:
             raise FileNotFoundError(
                 f"{prefix} is missing or not finished; run --shard {index}/{counts[0]} again"
             )
-        if sidecar["documents"] != IndexedDataset(prefix).num_documents:
-            raise ValueError(f"{prefix}.json belongs to another pair; run --shard {index}/{counts[0]} again")
+        try:
+            opened.append(open_corpus(prefix.name, prefix))
+        except ValueError as error:
+            raise ValueError(f"{error} (run --shard {index}/{counts[0]} again)") from None
         shards.append((prefix, sidecar))
+    say_unchecked(opened)
     return shards
+
+
+_NEEDED = ("inputs", "encoder", "rejected", "lines", "documents", "tokens", "merged_seed", "bin_sha256")
+"""Fields of a shard's sidecar that the merge reads."""
 
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
@@ -144,7 +216,8 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     for _, sidecar in shards:
         about = {k: v for k, v in sidecar.items() if k not in own} | {"seed": sidecar["merged_seed"]}
         # The same file copied to another node has a time of its own.
-        described.append(about | {"inputs": [{**entry, "mtime_ns": 0} for entry in sidecar["inputs"]]})
+        inputs = [{**entry, "mtime_ns": 0} for entry in sidecar["inputs"]]
+        described.append(about | {"inputs": inputs, "skipped": {}})
     for (prefix, _), about in zip(shards, described, strict=True):
         for key, value in about.items():
             if value != described[0].get(key):
@@ -152,12 +225,14 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
                 raise ValueError(f"{prefix} and {first} differ in {key}: {value} and {described[0].get(key)}")
     encoders = sorted({sidecar["encoder"] for _, sidecar in shards})
     inputs = [dict(entry) for entry in shards[0][1]["inputs"]]
-    return described[0] | {"inputs": inputs, "encoder": ", ".join(encoders)}
+    skipped = sum((Counter(sidecar.get("skipped", {})) for _, sidecar in shards), Counter())
+    counts = dict(sorted(skipped.items()))
+    return described[0] | {"inputs": inputs, "skipped": counts, "encoder": ", ".join(encoders)}
 
 
 def _again(entry: dict[str, Any]) -> Input | None:
     """An input of the shards, if it is still there as it was."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         source = open_input(entry["path"])
         if identity(source)["bytes"] == entry["bytes"]:
             return source

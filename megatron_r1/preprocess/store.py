@@ -17,12 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, with_suffix
-from megatron_r1.data.provenance import ORIGIN, SUFFIX
+from megatron_r1.data.indexed import IndexedWriter, open_corpus, with_suffix
+from megatron_r1.data.integrity import REDO, BinHashes, DamagedBinError, check_bin, say_unchecked, side_file
+from megatron_r1.data.provenance import FORMER, ORIGIN, load_origins, origins_of
+from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
-from megatron_r1.run.stage import Standing, finish, read, standing
-from megatron_r1.system.files import json_bytes, naming, on_disk, open_exclusive, replacing
-from megatron_r1.system.terminal import Progress
+from megatron_r1.run import ledger
+from megatron_r1.run.stage import Standing, differences, finish, read, standing
+from megatron_r1.system.files import (
+    json_bytes,
+    naming,
+    on_disk,
+    open_exclusive,
+    remove_if_empty,
+    replacing,
+    sha256,
+)
+from megatron_r1.system.terminal import Progress, say
 
 COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
@@ -47,8 +58,14 @@ def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tuple[Standing, Sidecar]:
-    """The standing of a request's pair, and its sidecar (empty where none can be read)."""
+def pair_standing(
+    prefix: Path, about: Sidecar, sources: Sequence[Input], inputs: Sequence[str], overwrite: bool
+) -> tuple[Standing, Sidecar]:
+    """The standing of a request's pair, and its sidecar (empty where none can be read).
+
+    inputs: the names of all; sources: those that are there. ValueError for a pair of another request, unless
+    `overwrite` lets it be replaced.
+    """
     path = with_suffix(prefix, ".json")
     sidecar = read(path) or {}
     before = sidecar.get("inputs")
@@ -56,35 +73,93 @@ def pair_standing(prefix: Path, about: Sidecar, sources: Sequence[Input]) -> tup
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
     theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
-    return standing(theirs, ours, lambda: _is_whole(prefix, sidecar)), sidecar
+    found = standing(theirs, ours, lambda: _is_whole(prefix, sidecar))
+    if found is Standing.OTHER and not overwrite:
+        _refuse_other(prefix, sidecar, about, inputs)
+    return found, sidecar
 
 
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
     """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
+    if not isinstance(before, dict):
+        return False
     now = identity(source)
+    if not isinstance(before, dict):
+        return False
     if now.items() <= before.items():
         return True
     return now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
 
 
+def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequence[str]) -> None:
+    """ValueError for a pair of other options or names of inputs. Where only the content of inputs has changed
+    since, the same request makes the pair again."""
+    entries = sidecar.get("inputs")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
+        )
+    there = [entry.get("path") for entry in entries]
+    changed = differences({key: sidecar.get(key) for key in about}, about)
+    changed += [f"input {name} (there)" for name in there if name not in inputs][:2]
+    changed += [f"input {name} (here)" for name in inputs if name not in there][:2]
+    if changed or there != list(inputs):
+        raise ValueError(
+            f"{prefix}.bin is of another request: {', '.join(changed) or 'order of inputs'}. Restore these, "
+            f"name another --output-prefix, or replace it with --overwrite"
+        )
+
+
 def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
+    """Whether a pair is as it was written. Says the damage, if there is any."""
     try:
-        dataset = IndexedDataset(prefix)
-    except (OSError, ValueError):
+        corpus = open_corpus(prefix.name, prefix)
+        load_origins(prefix, corpus.documents)
+        read_sidecar(prefix, ["bin_sha256"])
+        say_unchecked([corpus])
+    except (OSError, ValueError) as error:
+        say(f"not as it was written: {error}")
         return False
-    counts = sidecar.get("documents"), sidecar.get("tokens")
-    return counts == (dataset.num_documents, len(dataset.tokens)) and with_suffix(prefix, SUFFIX).is_file()
+    return True
+
+
+def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[str], None]) -> None:
+    """Compare every byte of each key's pair, or of the pair that `output_prefix` names, with its hashes.
+
+    Raises DamagedBinError, ValueError for a pair that has no hash, FileNotFoundError where no pair is there.
+    """
+    named = with_suffix(output_prefix, ".idx").is_file()
+    for suffix in [""] if named else [f"_{key}_document" for key in json_keys]:
+        prefix = with_suffix(output_prefix, suffix)
+        corpus, sidecar = open_corpus(prefix.name, prefix), read_sidecar(prefix) or {}
+        if doubt := check_bin(prefix, sidecar, whole=True):
+            raise ValueError(f"{prefix}.bin cannot be verified: {doubt}")
+        digest = sha256(with_suffix(prefix, ".bin"))
+        if digest != sidecar.get("bin_sha256", digest):
+            raise DamagedBinError(
+                f"{prefix}.bin is damaged: its SHA-256 is not that of {prefix.name}.json; {REDO}"
+            )
+        if origins_of(prefix).is_file():
+            load_origins(prefix, corpus.documents)
+        log(f"{prefix}.bin: every byte is as it was written, SHA-256 {digest}")
 
 
 def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs: dict[str, str]) -> None:
-    """Add a ledger line of all keys together, beside the outputs. inputs: besides those in the sidecars."""
-    sources = [source for sidecar in sidecars.values() for source in sidecar["inputs"]]
-    # Those of a shard are hashed when it is merged: other shards read them, too.
-    hashed = {source["path"]: source["sha256"] for source in sources if source["sha256"]}
-    outputs = {prefix: sidecar["bin_sha256"] for prefix, sidecar in sidecars.items()}
-    tokens = sum(sidecar["tokens"] for sidecar in sidecars.values())
-    name = f"{stage} {output.name}"
-    finish(output.parent, name, tokens=tokens, inputs={**inputs, **hashed}, outputs=outputs)
+    """Add a ledger line to each key's side folder. inputs: besides those in the sidecars.
+
+    The keys share the time of the process.
+    """
+    name, seconds = f"{stage} {output.name}", (time.time() - ledger.process_start()) / max(1, len(sidecars))
+    # Earlier versions wrote one line of all keys, beside the outputs.
+    former = {item for line in ledger.read(output.parent) for item in (line.get("outputs") or {}).items()}
+    for prefix, sidecar in sidecars.items():
+        outputs = {prefix: sidecar["bin_sha256"]}
+        if former >= outputs.items():
+            continue
+        # Those of a shard are hashed when it is merged: other shards read them, too.
+        read = inputs | {of["path"]: of["sha256"] for of in sidecar["inputs"] if of.get("sha256")}
+        counts = {"tokens": sidecar["tokens"], "seconds": seconds}
+        finish(side_file(prefix, ""), name, inputs=read, outputs=outputs, **counts)
 
 
 def document_order(documents: int, seed: int | None) -> np.ndarray:
@@ -115,12 +190,17 @@ class Stored:
     rejects: Path
     lines_before: Sequence[int] | None = None
     """Lines or rows of each input that earlier shards read."""
-    whole: tuple[Path, str] | None = None
-    """The file of the tokens, where it may become the .bin as it is, and its SHA-256."""
+    whole: tuple[Path, BinHashes] | None = None
+    """The file of the tokens, where it may become the .bin as it is, and its hashes."""
 
 
 def rejects_of(prefix: Path) -> Path:
-    """The file of a pair's rejects, which is there if it has any."""
+    """The file of a pair's rejects, which is there if it has any: the former one where only that is there."""
+    path, former = side_file(prefix, "rejects.jsonl"), _former_rejects(prefix)
+    return former if former.is_file() and not path.is_file() else path
+
+
+def _former_rejects(prefix: Path) -> Path:
     return Path(f"{str(prefix).removesuffix('_document')}_rejects.jsonl")
 
 
@@ -128,7 +208,7 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
     """ValueError where no document is left, with the rejects written to say why."""
     if any(len(part.lengths) for part in parts):
         return
-    rejects, path = list(_rejects(parts, inputs)), rejects_of(prefix)
+    rejects, path = list(_rejects(parts, inputs)), side_file(prefix, "rejects.jsonl")
     if not rejects:
         names = ", ".join(source["path"] for source in inputs)
         raise ValueError(f"no document in {names}: nothing is written")
@@ -167,9 +247,11 @@ def write_pair(
     dtype = np.dtype(about["dtype"])
     lengths = np.concatenate([part.lengths for part in parts])
     reasons = Counter(rejected["reason"].split(":")[0] for rejected in _rejects(parts, about["inputs"]))
-    sidecar, origins_path = with_suffix(prefix, ".json"), with_suffix(prefix, SUFFIX)
-    rejects_path = rejects_of(prefix)
+    sidecar, origins_path = with_suffix(prefix, ".json"), side_file(prefix, "docs.npy")
+    rejects_path = side_file(prefix, "rejects.jsonl")
     with contextlib.ExitStack() as files:
+        # After a failed write, once its files are gone.
+        files.callback(remove_if_empty, side_file(prefix, ""))
         # They take their names in the opposite order, the sidecar last.
         sidecar_file = files.enter_context(replacing(sidecar))
         origins = files.enter_context(replacing(origins_path))
@@ -209,8 +291,8 @@ def write_pair(
                 on_disk(rejects_file)
 
         def forget_earlier() -> None:
-            sidecar.unlink(missing_ok=True)
-            rejects_path.unlink(missing_ok=True)
+            for path in (sidecar, rejects_path, _former_rejects(prefix), with_suffix(prefix, FORMER)):
+                path.unlink(missing_ok=True)
 
         writer.finalize(forget_earlier)
     log(

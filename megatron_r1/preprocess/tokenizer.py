@@ -2,7 +2,9 @@
 
 A document is text and nothing else: a string such as "</s>" or "<|end_of_text|>" within it is encoded
 as the characters it is made of and never becomes the special token, so that no document can end itself.
-(Megatron parses such strings in the Hugging Face and tiktoken kinds; on any other text tokens are equal.)
+Tokens of the Hugging Face kind are those of transformers' AutoTokenizer with `split_special_tokens=True`,
+where added tokens that are not special are text, too. (Megatron parses such strings in the Hugging Face and
+tiktoken kinds; on any other text tokens are equal.)
 """
 
 from __future__ import annotations
@@ -11,12 +13,29 @@ import base64
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1.system.errors import require, suggest, suggest_path
+from megatron_r1.preprocess.auto_tokenizer import (
+    SETTINGS,
+    auto_tokenizer,
+    end_token,
+    existing,
+    find_file,
+    first_line,
+    is_rebuilt,
+    named_eos,
+    read_model,
+    read_settings,
+    spells_end,
+    without_spelling,
+)
+from megatron_r1.preprocess.vetted import pipeline, published
+from megatron_r1.system.errors import require, suggest
 
 
 class Tokenizer(Protocol):
@@ -24,8 +43,9 @@ class Tokenizer(Protocol):
     library: str
     """The package behind it."""
     vocab_size: int
+    """The largest id + 1. Not each smaller id need be a token."""
     eod: int
-    """The token that ends a document."""
+    """The token that ends a document. `encode` never gives it for the text of it."""
     model_bytes: bytes
     """The model's file."""
     _model: Any
@@ -53,7 +73,7 @@ class Tokenizer(Protocol):
         return None
 
     def fingerprint(self) -> str:
-        """SHA-256 over kind and model: equal fingerprints give equal tokens."""
+        """SHA-256 over all that decides tokens: equal fingerprints give equal tokens."""
         return _fingerprint(self.kind, self.model_bytes)
 
 
@@ -64,20 +84,16 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
     SentencePieceTokenizer   a .model file
     HuggingFaceTokenizer     tokenizer.json, a folder with it, or a hub name (read from the local cache
                              or fetched)
-    TikTokenizer             tiktoken ranks, as Llama 3's `tokenizer.model`
+    TikTokenizer             the tiktoken ranks of Llama 3, cl100k, o200k or Qwen, known by their hash
+    TikTokenizer:FAMILY      other tiktoken ranks, with the pattern and special tokens of a family: llama3,
+                             cl100k, o200k or qwen
 
-    Errors: ValueError for an unknown kind, a model of another kind or a missing library,
-    FileNotFoundError for no model.
+    Errors: ValueError for an unknown kind, a model that is of another kind, damaged or unsafe, or a missing
+    library; FileNotFoundError for no model.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer kind {kind!r}{suggest(kind, KINDS)}")
     return KINDS[kind](Path(model))
-
-
-def _existing(model: Path, kind: str) -> Path:
-    if not model.exists():
-        raise FileNotFoundError(f"{kind}: no tokenizer model at {model}{suggest_path(model)}")
-    return model
 
 
 def _fingerprint(kind: str, *parts: bytes) -> str:
@@ -93,7 +109,7 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, model: Path):
         library = require("sentencepiece", self.kind)
-        self.model_bytes = _existing(model, self.kind).read_bytes()
+        self.model_bytes = read_model(existing(model, self.kind))
         try:
             self._model = library.SentencePieceProcessor(model_proto=self.model_bytes)
         except RuntimeError:
@@ -101,9 +117,12 @@ class SentencePiece(Tokenizer):
                 f"{model} is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
             ) from None
         self.vocab_size: int = self._model.vocab_size()
+        # -1 also for a user-defined symbol, which a document's text could spell.
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
-            raise ValueError(f"{model} defines no </s>, which ends a document; train it with one")
+            raise ValueError(
+                f"{model} defines no </s>, which ends a document, as a control symbol; train it with one"
+            )
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_utf8(text))
@@ -117,45 +136,86 @@ class SentencePiece(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """By `tokenizers`, the library under transformers' fast tokenizers; transformers is not imported."""
+    """By `tokenizers`, the library under transformers' fast tokenizers.
+
+    transformers is imported only where the folder's settings let AutoTokenizer build something else than
+    tokenizer.json says.
+    """
 
     kind = "HuggingFaceTokenizer"
     library = "tokenizers"
 
     def __init__(self, model: Path):
-        library = require("tokenizers", self.kind)
-        path = _hf_file(model, "tokenizer.json")
-        if path is None:
+        names = ("tokenizer.json", *SETTINGS)
+        files = {name: file for name in names if (file := find_file(model, name)) is not None}
+        if "tokenizer.json" not in files:
             raise FileNotFoundError(
                 f"{self.kind}: {model} has no tokenizer.json; write one with "
                 f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        self.model_bytes = path.read_bytes()
-        self._model = library.Tokenizer.from_str(self.model_bytes.decode())
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
-        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
-        self.eod: int = self._find_eod(model)
+        self._path = path = files["tokenizer.json"]
+        self.model_bytes = read_model(path)
+        plain, spec = self._load(self.model_bytes), json.loads(self.model_bytes)
+        settings = {name: read_settings(file) for name, file in files.items() if name in SETTINGS}
+        eos = named_eos(model, settings)
+        self._rules: list[bytes] = []
+        """All that decides tokens beside tokenizer.json and the end token."""
+        if is_rebuilt(settings, plain):
+            built, eos = auto_tokenizer(path, files, settings)
+            spec = json.loads(built)
+            if (ours := pipeline(spec)) != pipeline(json.loads(plain.to_str())):
+                self._rules.append(json.dumps(ours, sort_keys=True).encode())
+        if spec["model"].get("dropout"):
+            raise ValueError(
+                f"{path}: dropout={spec['model']['dropout']} gives other tokens each time; "
+                f'set "dropout": null in it'
+            )
+        eos = end_token(path, eos, plain)
+        if any(not token["special"] for token in spec.get("added_tokens") or []):
+            self._rules.append(b"added tokens are text")
+        for token in spec.get("added_tokens") or []:
+            token["special"] = True
+        self._spec = {**spec, "truncation": None, "padding": None}
+        self._model = self._encoder = self._load(json.dumps(self._spec).encode())
+        self.eod = int(self._model.token_to_id(eos))
+        if spells_end(self._spec["model"], eos):
+            self._rules.append(b"the end token is text")
+            self._spec = without_spelling({**self._spec, "added_tokens": []}, eos)
+            self._encoder = self._load(json.dumps(self._spec).encode())
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > 2**31 - 1:
+            raise ValueError(f"{path}: id {self.vocab_size - 1} is larger than an int32 holds")
+        try:
+            self.encode("a1 \u0378\n漢🙂")
+        # A panic in Rust is no Exception.
+        except BaseException as error:
+            raise self._unreadable(error) from None
 
-    def _find_eod(self, model: Path) -> int:
-        names: list[str] = []
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if with_eos := _hf_file(model, name):
-                token = json.loads(with_eos.read_text(encoding="utf-8")).get("eos_token")
-                names.append(token["content"] if isinstance(token, dict) else token or "")
-        # A bare tokenizer.json does not say which token ends a text; these names leave no doubt.
-        for token in (*names, "<|end_of_text|>", "<|endoftext|>", "</s>"):
-            number = self._model.token_to_id(token)
-            if token and number is not None:
-                return int(number)
-        raise ValueError(f"{model} names no eos_token; add tokenizer_config.json with one beside it")
+    def _load(self, content: bytes) -> Any:
+        library = require("tokenizers", self.kind)
+        try:
+            model = library.Tokenizer.from_str(content.decode())
+        except BaseException as error:
+            raise self._unreadable(error) from None
+        model.encode_special_tokens = True
+        model.no_truncation()
+        model.no_padding()
+        return model
+
+    def _unreadable(self, error: BaseException) -> BaseException:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        version = require("tokenizers", self.kind).__version__
+        return ValueError(
+            f"{self._path} does not work with tokenizers {version}: {first_line(error)}; copy it again if it "
+            f"is damaged, or save it anew with AutoTokenizer of a version that reads it"
+        )
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(_utf8(text), add_special_tokens=False).ids
+        return self._encoder.encode(_utf8(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._model.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
+        encodings = self._encoder.encode_batch_fast([_utf8(t) for t in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -165,43 +225,12 @@ class HuggingFace(Tokenizer):
         return [token["content"] for token in json.loads(self.model_bytes).get("added_tokens") or []]
 
     def fast_model(self) -> str | None:
-        model = json.loads(self.model_bytes)
-        # As `encode_special_tokens` has it: such strings are text.
-        added = [token for token in model.get("added_tokens") or [] if not token.get("special")]
-        plain = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
-        return json.dumps({**model, **plain})
+        return json.dumps({**self._spec, "post_processor": None})
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.kind, self.model_bytes, str(self.eod).encode())
+        return _fingerprint(self.kind, self.model_bytes, str(self.eod).encode(), *self._rules)
 
 
-def _hf_file(model: Path, name: str) -> Path | None:
-    """`name` within a folder, beside a tokenizer.json, or of a hub name (org/model); None: not there."""
-    if model.exists():
-        folder = model if model.is_dir() else model.parent
-        path = model if model.is_file() and name == "tokenizer.json" else folder / name
-        return path if path.is_file() else None
-    if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
-        _existing(model, "HuggingFaceTokenizer")
-    hub = require("huggingface_hub", "HuggingFaceTokenizer")
-    try:
-        return Path(hub.hf_hub_download(str(model), name))
-    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
-        unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
-        if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
-            raise FileNotFoundError(
-                f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from None
-        return None
-
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>"}
-_LLAMA3_SPECIALS = 256
 # Llama 3's own limits: tiktoken's pattern matcher runs out of stack on longer ones.
 _LONGEST_TEXT, _LONGEST_RUN = 400_000, 25_000
 _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
@@ -219,39 +248,46 @@ def _may_have_long_run(text: str) -> bool:
 
 
 class TikToken(Tokenizer):
-    """Tiktoken ranks, one "base64 rank" a line; splitting and special tokens are Llama 3's."""
+    """Tiktoken ranks, one "base64 rank" a line. family: of published.yaml; None: that of this file."""
 
     kind = "TikTokenizer"
     library = "tiktoken"
 
-    def __init__(self, model: Path):
+    def __init__(self, model: Path, family: str | None = None):
         library = require("tiktoken", self.kind)
-        self.model_bytes = _existing(model, self.kind).read_bytes()
-        ranks: dict[bytes, int] = {}
-        try:
-            for line in self.model_bytes.splitlines():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
+        self.model_bytes = read_model(existing(model, self.kind))
+        self._ranks = ranks = _read_ranks(model, self.model_bytes)
+        families, n = published()["families"], len(ranks)
+        sha256 = hashlib.sha256(self.model_bytes).hexdigest()
+        known = next((name for name, one in families.items() if one["sha256"] == sha256), None)
+        if family is None and known is None:
+            titles = ", ".join(one["title"] for one in families.values())
             raise ValueError(
-                f"{model} line {len(ranks) + 1} is not 'base64 rank'; TikTokenizer reads tiktoken ranks such "
-                f"as Llama 3's tokenizer.model"
-            ) from None
-        n = len(ranks)
-        if sorted(ranks.values()) != list(range(n)):
-            raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")
-        self._ranks = ranks
-        self._specials = {
-            _LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): n + i for i in range(_LLAMA3_SPECIALS)
-        }
+                f"{model} is not the published file of {titles}, and ranks do not say how text is split and "
+                f"which special tokens follow; name the family whose rules hold: --tokenizer-type "
+                f"{' or '.join(f'{self.kind}:{name}' for name in families)}"
+            )
+        if family and known and family != known:
+            raise ValueError(f"{model} is the file of {known}, not of {family}; give {self.kind}")
+        name = family or known
+        if not known:
+            # So that a sidecar says how to build it again.
+            self.kind = f"{TikToken.kind}:{name}"
+        self._fingerprint_kind = TikToken.kind if name == "llama3" else f"{TikToken.kind}:{name}"
+        self._family = one = families[name]
+        names = [one["specials"].get(str(i), one["others"].format(i, i - 3)) for i in range(one["count"])]
+        self._specials = {token: n + i for i, token in enumerate(names)}
         self._model = library.Encoding(
-            name=model.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self._specials
+            name=model.name, pat_str=one["pattern"], mergeable_ranks=ranks, special_tokens=self._specials
         )
-        self.vocab_size = n + _LLAMA3_SPECIALS
-        self.eod: int = self._specials["<|end_of_text|>"]
+        self.vocab_size = n + one["count"]
+        self.eod: int = self._specials[one["eod"]]
 
     def encode(self, text: str) -> list[int]:
-        return list(chain.from_iterable(map(self._model.encode_ordinary, self.parts(_utf8(text)))))
+        text = _utf8(text)
+        if self._family.get("composed"):
+            text = unicodedata.normalize("NFC", text)
+        return list(chain.from_iterable(map(self._model.encode_ordinary, self.parts(text))))
 
     def parts(self, text: str) -> list[str]:
         if len(text) <= _LONGEST_RUN:
@@ -269,16 +305,53 @@ class TikToken(Tokenizer):
     def fast_model(self) -> str | None:
         return self.tokenizer_json()
 
+    def fingerprint(self) -> str:
+        return _fingerprint(self._fingerprint_kind, self.model_bytes)
+
     def tokenizer_json(self, specials: Sequence[str] = ()) -> str:
         """The ranks as a tokenizer.json, with `specials` as the tokens after them."""
         library = require("transformers.convert_slow_tokenizer", "a tokenizer.json of tiktoken ranks")
-        converter = library.TikTokenConverter(pattern=_LLAMA3_SPLIT, extra_special_tokens=specials)
+        converter = library.TikTokenConverter(pattern=self._family["pattern"], extra_special_tokens=specials)
         # Its own reader keeps a copy of each file by path, and would give the ranks of an earlier one.
         converter.load_tiktoken_bpe = lambda _: self._ranks
-        return converter.converted().to_str()
+        converted = converter.converted()
+        if self._family.get("composed"):
+            converted.normalizer = require("tokenizers.normalizers", self.kind).NFC()
+        return converted.to_str()
 
 
-KINDS = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}
+def _read_ranks(model: Path, content: bytes) -> dict[bytes, int]:
+    """Token -> rank. ValueError unless the ranks are 0 to n - 1 and each byte has one."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            word, rank = line.split()
+            token = base64.b64decode(word, validate=True)
+            ranks[token], twice = int(rank), token in ranks
+        except ValueError:
+            raise ValueError(
+                f"{model} line {number} is not 'base64 rank'; TikTokenizer reads tiktoken ranks such as "
+                f"Llama 3's tokenizer.model"
+            ) from None
+        if twice:
+            raise ValueError(
+                f"{model} line {number}: the token {token!r} is listed twice; copy the file again"
+            )
+    n = len(ranks)
+    if sorted(ranks.values()) != list(range(n)):
+        raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(
+            f"{model} has no rank for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}, so "
+            f"not every text can be encoded; copy the file again"
+        )
+    return ranks
+
+
+KINDS: dict[str, Any] = {t.kind: t for t in (SentencePiece, HuggingFace, TikToken)}
+KINDS |= {f"{TikToken.kind}:{family}": partial(TikToken, family=family) for family in published()["families"]}
+# Megatron's of this name gives the tokens of ours, and ends a document with </s>, too.
+KINDS["GPTSentencePieceTokenizer"] = SentencePiece
 
 
 def _utf8(text: str) -> str:

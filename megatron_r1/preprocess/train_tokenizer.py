@@ -1,18 +1,21 @@
-"""Train a SentencePiece BPE tokenizer on JSONL texts."""
+"""Make a tokenizer: train a SentencePiece BPE on documents, or convert GPT-2's vocabulary and merges."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.preprocess.documents import digest, open_input
+from megatron_r1.preprocess.documents import Input, Lines, digest, open_input
+from megatron_r1.preprocess.rows import parse, text_of
 from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
-from megatron_r1.system.errors import require
-from megatron_r1.system.files import replacing
+from megatron_r1.system.errors import require, require_utf8
+from megatron_r1.system.files import replacing, write_json, write_text
+
+_END = "<|endoftext|>"
 
 
 def train_tokenizer(
@@ -34,22 +37,27 @@ def train_sentencepiece(
     json_key: str = "text",
     max_bytes: int = 30_000_000,
 ) -> int:
-    """Train a BPE model on JSONL texts and write it; returns the bytes of text it has seen.
+    """Train a BPE model on texts and write it; returns the bytes of text it has seen.
 
-    Of each input an equal share of `max_bytes` is taken, lines picked by their hash, so that the same
-    files give the same model. Text survives a round trip exactly (spaces, tabs, newlines, any Unicode,
-    by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits stand alone.
-    Errors: FileNotFoundError, ValueError for a bad line or for a vocabulary the text cannot fill.
+    Inputs are those of preprocessing. Of each an equal share of `max_bytes` is taken, rows picked by their
+    hash, so that the same files give the same model. Text survives a round trip exactly (spaces, tabs,
+    newlines, any Unicode, by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits
+    stand alone. Errors: FileNotFoundError, InputError, ValueError for a row without text or for a vocabulary
+    the text cannot fill.
     """
     trainer = require("sentencepiece", SentencePiece.kind).SentencePieceTrainer
     model, seen = io.BytesIO(), 0
     mistakes: list[Exception] = []
+    require_utf8(str(output))
+    sources = [open_input(name) for name in inputs]
+    for source in sources:
+        source.check([json_key])
 
     def pieces() -> Iterator[str]:
         nonlocal seen
         try:
-            for path in inputs:
-                for text, size in _sample(Path(path), json_key, max_bytes // len(inputs)):
+            for source in sources:
+                for text, size in _sample(source, json_key, max_bytes // len(sources)):
                     seen += size
                     yield from _by_lines(text, 4000)
         except Exception as error:
@@ -84,19 +92,52 @@ def train_sentencepiece(
     return seen
 
 
-def _sample(path: Path, json_key: str, max_bytes: int) -> Iterator[tuple[str, int]]:
+def _sample(source: Input, json_key: str, max_bytes: int) -> Iterator[tuple[str, int]]:
     """Texts, and the bytes of each."""
-    share = min(1.0, max_bytes / max(1, path.stat().st_size))
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little") >= share * 2**64:
-                continue
-            try:
-                text = str(json.loads(line)[json_key])
-                # JSON lets lone surrogates in, UTF-8 does not.
-                yield text, len(text.encode())
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: no text under {json_key!r} ({error!r})") from None
+    # Only a plain file says how much text it holds.
+    plain = isinstance(source, Lines) and not source.packed
+    size = source.size if plain else sum(len(line) for _, line, _ in _rows(source, json_key))
+    share = min(1.0, max_bytes / max(1, size))
+    for number, line, row in _rows(source, json_key):
+        if int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little") >= share * 2**64:
+            continue
+        try:
+            if (record := parse(row)) is not None:
+                text, data = text_of(record, json_key)
+                yield text, len(data)
+        except ValueError as error:
+            raise ValueError(f"{source.name}:{number}: no text under {json_key!r}: {error}") from None
+
+
+def _rows(source: Input, json_key: str) -> Iterator[tuple[int, bytes, bytes | dict[str, Any]]]:
+    """Number of each row, its bytes, and the row."""
+    for piece in source.pieces(0, [json_key], 0, source.size):
+        for number, row in enumerate(piece.rows, piece.first):
+            yield number, row if isinstance(row, bytes) else repr(row).encode("utf-8", "replace"), row
+
+
+def convert_gpt2(vocab_file: str | Path, merge_file: str | Path, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json that give the tokens of Megatron's GPT2BPETokenizer.
+
+    Errors: OSError, ValueError for files that it would read otherwise, or in which a byte has no token.
+    """
+    library, merges = require("tokenizers", "GPT2BPETokenizer"), Path(merge_file).read_bytes()
+    if not merges.startswith(b"#version") or not merges.endswith(b"\n"):
+        raise ValueError(
+            f"{merge_file} is no merges.txt: it begins with #version, and its last line is whole"
+        )
+    try:
+        model = library.Tokenizer(library.models.BPE.from_file(str(vocab_file), str(merge_file)))
+    except Exception as error:
+        raise ValueError(f"{vocab_file}, {merge_file}: no vocab.json and merges.txt ({error})") from None
+    vocab, bytes_ = model.get_vocab(), library.pre_tokenizers.ByteLevel.alphabet()
+    if missing := [token for token in (_END, *bytes_) if token not in vocab]:
+        raise ValueError(f"{vocab_file} lacks {len(missing)} of {_END} and 256 bytes, such as {missing[0]!r}")
+    model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = library.decoders.ByteLevel()
+    model.add_special_tokens([_END])
+    write_text(folder / "tokenizer.json", model.to_str())
+    write_json(folder / "tokenizer_config.json", {"eos_token": _END})
 
 
 def _by_lines(text: str, limit: int) -> Iterable[str]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +19,9 @@ import numpy as np
 
 from megatron_r1.data.indexed import best_dtype
 from megatron_r1.data.provenance import ORIGIN, text_hashes
-from megatron_r1.preprocess.documents import Piece, parse, reject, text_of
+from megatron_r1.preprocess.documents import Piece
 from megatron_r1.preprocess.encoder import COMPARED, Encoder, Gigatoken
+from megatron_r1.preprocess.rows import parse, reject, text_of
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 
 LONGEST = 2**31 - 1
@@ -37,6 +38,8 @@ class Encoded:
     origins: np.ndarray
     """[documents] of provenance.ORIGIN."""
     rejects: list[dict[str, Any]]
+    skipped: Counter[str]
+    """Of the piece, whatever the key."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ def encode_piece(encoder: Encoder, piece: Piece, keys: Sequence[str], append_eod
 
     Raises ValueError where the encoder's tokens are not the reference's.
     """
-    columns = [_Column(key) for key in keys]
+    skipped: Counter[str] = Counter()
+    columns = [_Column(key, skipped) for key in keys]
     for number, row in enumerate(piece.rows, piece.first):
         try:
-            record = parse(row)
+            record = parse(row, skipped)
         except ValueError as error:
             for column in columns:
                 column.rejects.append(reject(piece.path, number, str(error), row))
+            continue
+        if record is None:
             continue
         for column in columns:
             try:
@@ -81,6 +87,7 @@ class _Column:
     """The texts and rejects of one key of a piece."""
 
     key: str
+    skipped: Counter[str]
     texts: list[str] = field(default_factory=list)
     utf8: list[bytes] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -103,9 +110,14 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
                 )
     lengths = np.where(counts, counts + append_eod, 0)
     good = (lengths > 0) & (lengths <= LONGEST)
+    # Only where the end token also stands for what the vocabulary lacks: such a document would end itself.
+    ended = np.searchsorted(np.cumsum(counts), np.flatnonzero(flat == tokenizer.eod), side="right")
+    good[ended] = False
     if not good.all():
         for i in np.flatnonzero(~good):
             reason = f"{lengths[i]} tokens, more than an index can say" if lengths[i] else "no tokens"
+            if i in ended:
+                reason = f"text that becomes the end token, {tokenizer.eod}"
             excerpt = column.texts[i][:200].encode()
             column.rejects.append(reject(piece.path, column.lines[i], reason, excerpt))
         column.rejects.sort(key=lambda rejected: rejected["line"])
@@ -119,7 +131,7 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
     flat = flat.astype(best_dtype(tokenizer.vocab_size), copy=False)
     if append_eod:
         flat = np.insert(flat, np.cumsum(lengths - 1), tokenizer.eod)
-    return Encoded(flat, lengths.astype(np.int32), origins, column.rejects)
+    return Encoded(flat, lengths.astype(np.int32), origins, column.rejects, column.skipped)
 
 
 _worker: tuple[Encoder, Sequence[str], bool] | None = None
@@ -153,6 +165,14 @@ def _work(piece: Piece) -> list[Encoded]:
     return encode_piece(encoder, piece, keys, append_eod)
 
 
+def _until_mistake(pieces: Iterable[Piece], mistakes: list[Exception]) -> Iterator[Piece]:
+    """The pieces that can be read. The pool's own are not lost with an input that cannot be read on."""
+    try:
+        yield from pieces
+    except (ValueError, OSError) as error:
+        mistakes.append(error)
+
+
 def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[Encoded]]]:
     """Encode by worker processes; results come in the order of the pieces, a few at a time in memory."""
     if job.workers == 1:
@@ -164,13 +184,16 @@ def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, 
     fast_model = job.encoder.model if isinstance(job.encoder, Gigatoken) else None
     start = job.encoder.tokenizer.kind, job.model, fast_model, job.keys, job.append_eod
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, start)
-    submitted = ((piece, pool.submit(_work, piece)) for piece in pieces)
+    mistakes: list[Exception] = []
+    submitted = ((piece, pool.submit(_work, piece)) for piece in _until_mistake(pieces, mistakes))
     try:
         waiting = deque(islice(submitted, 3 * job.workers))
         while waiting:
             waiting.extend(islice(submitted, 1))
             piece, future = waiting.popleft()
             yield piece, future.result()
+        if mistakes:
+            raise mistakes[0]
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died, most often for want of memory; run again with fewer --workers to go on"

@@ -71,7 +71,8 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
     ValueError where the given one is another.
     """
     sidecars = (read_sidecar(source.prefix) for source in reading.run.config.data.sources.values())
-    sidecar = next((sidecar for sidecar in sidecars if sidecar), None)
+    named = {"tokenizer_type", "tokenizer_fingerprint"}
+    sidecar = next((sidecar for sidecar in sidecars if sidecar and named <= sidecar.keys()), None)
     if sidecar is None:
         return None
     kind, wanted = sidecar["tokenizer_type"], sidecar["tokenizer_fingerprint"]

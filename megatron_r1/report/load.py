@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1 import config_io
+from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
@@ -20,6 +21,8 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.terminal import say
+from megatron_r1.train.metrics import describe_lost, lost_steps
+from megatron_r1.train.resume import first_step
 
 _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
@@ -39,6 +42,8 @@ class Run:
     """Phase that has trained at least a step, in order -> its last step's line."""
     stages: list[dict[str, Any]]
     """The ledger's lines, in order; of a report's own run also those of the stages that it stands on."""
+    lost: list[tuple[int, int]] = field(default_factory=list)
+    """Stretches of steps, first and last, that were trained and whose lines are gone from metrics.jsonl."""
 
     @property
     def name(self) -> str:
@@ -63,6 +68,11 @@ class Run:
     @property
     def end(self) -> dict[str, Any]:
         return self.last[self.phases[-1]]
+
+    @property
+    def reach(self) -> float:
+        """Tokens after the last step, whether its line is there or lost."""
+        return max([float(self.end["tokens"]), *(self.config.tokens_per_step() * b for _, b in self.lost)])
 
     @property
     def skipped(self) -> np.ndarray:
@@ -106,8 +116,11 @@ class Reading:
         return by_phase if len(by_phase) == len(both) else {run.name: run for run in both}
 
 
-def read_run(root: Path) -> Run:
-    """A run directory. Raises ValueError, with the way out, where there is nothing to report on."""
+def read_run(root: Path, branch: bool = False) -> Run:
+    """A run directory. Raises ValueError, with the way out, where there is nothing to report on.
+
+    `branch`: it may begin at any step, as a control does.
+    """
     files = RunDir(root)
     if not files.config.is_file():
         raise ValueError(
@@ -115,9 +128,19 @@ def read_run(root: Path) -> Run:
             f"{suggest_path(root)}"
         )
     columns, first, last = _read_metrics(files.metrics)
+    saved = checkpoint_files.saved_steps(files.checkpoints)
     if not last:
-        raise ValueError(f"{files.metrics}: no step recorded yet; train first: tools/train.py {files.config}")
-    return Run(root, config_io.load([str(files.config)]), columns, first, last, ledger.read(root))
+        first_train = f"no step recorded yet; train first: tools/train.py {files.config}"
+        restore = f"has lost its lines, for step {saved[-1]:,} was saved; restore it" if saved else ""
+        raise ValueError(f"{files.metrics}: {restore or first_train}")
+    config = config_io.load([str(files.config)])
+    steps = columns["step"].astype(int).tolist()
+    begin = min(steps) if branch else first_step(files, config, steps)
+    if lost := lost_steps(steps, begin, max([*steps, *saved])):
+        say(f"warning: {describe_lost(files.metrics, lost)}; the page marks them")
+    if damaged := ledger.damaged(root):
+        say(f"{root}/ledger.jsonl: {damaged} of its lines cannot be read; what they cost is left out")
+    return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, dict[str, Any]]]:
@@ -130,7 +153,8 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
         for text in lines:
             try:
                 line = json.loads(text)
-                phase = line["phase"]
+                # A TypeError where one of them is not a text, or not a number.
+                phase, _ = line["phase"] + "", line["step"] + line["tokens"] + 0
             except (ValueError, TypeError, KeyError):
                 # A last line without its end is one that the run has not finished to write.
                 damaged += text.endswith(b"\n")
@@ -157,7 +181,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
     sources = run.config.data.sources
     return Reading(
         replace(run, stages=stages),
-        read_run(control) if control else None,
+        read_run(control, branch=True) if control else None,
         read_scores(root, sources),
         scored(root, sources),
         _read_json(root / "mix.json", "make the mixture again, or move it away"),

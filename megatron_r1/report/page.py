@@ -20,6 +20,7 @@ from megatron_r1.report import examples, plots, summary, tables
 from megatron_r1.report.load import Reading
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_text
+from megatron_r1.train.metrics import describe_lost
 
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 # Turning the wheel alone scrolls the page.
@@ -128,6 +129,8 @@ class Report:
                 "report": self,
                 "plots": plots,
                 "tables": tables,
+                "RunDir": RunDir,
+                "lost": describe_lost,
                 "ranks": summary.ranks(self.reading.run),
                 "configuration": config_io.dump(self.reading.run.config),
                 "specs": {f.anchor: [_in_page(panel) for panel in f.panels] for f in self.figures},

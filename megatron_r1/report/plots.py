@@ -14,16 +14,28 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-import yaml
 
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import summary
 from megatron_r1.report.load import Points, Reading, Run
+from megatron_r1.system.yaml_io import parse_yaml
 
-PAGE: dict[str, Any] = yaml.safe_load((files(__package__) / "page.yaml").read_text(encoding="utf-8"))
+PAGE: dict[str, Any] = parse_yaml((files(__package__) / "page.yaml").read_text("utf-8"), "page.yaml").tree
 _SHADES = 4
+_BETWEEN = [0, 4, 8, 12, 2, 6, 10, 1, 3, 5, 7, 9, 11]
+"""Shades of a hue in the order in which sources get them, in quarters of the way from one to the next."""
+
+
+def _blend(shades: Sequence[str], quarters: int) -> str:
+    """A colour between two neighbouring shades, channel by channel."""
+    channels = zip(*(bytes.fromhex(shade[1:]) for shade in shades), strict=True)
+    return f"#{bytes(round(np.interp(quarters / 4, range(_SHADES), of)) for of in channels).hex()}"
+
+
 COLORS: dict[str, list[str]] = {name: both.split() for name, both in PAGE["colors"].items()} | {
-    f"{hue}-{i}": of.split()[i::_SHADES] for hue, of in PAGE["hues"].items() for i in range(_SHADES)
+    f"{hue}-{i}": [_blend(of.split()[:_SHADES], at), _blend(of.split()[_SHADES:], at)]
+    for hue, of in PAGE["hues"].items()
+    for i, at in enumerate(_BETWEEN)
 }
 """Name -> colour in light and in dark mode."""
 INK, CONTROL = "var(--ink)", "var(--control)"
@@ -41,7 +53,7 @@ def colors(domains: Mapping[str, str]) -> dict[str, str]:
     for i, domain in enumerate(dict.fromkeys((*CAPABILITIES, *domains.values()))):
         hue = hues[i if i < len(CAPABILITIES) else len(CAPABILITIES) + i % (len(hues) - len(CAPABILITIES))]
         members = [s for s in domains if domains[s] == domain]
-        of |= {s: f"var(--{hue}-{shade % _SHADES})" for shade, s in enumerate(members)}
+        of |= {s: f"var(--{hue}-{shade % len(_BETWEEN)})" for shade, s in enumerate(members)}
     return of
 
 
@@ -63,7 +75,7 @@ def redraw(chart: Any, mark: str, tips: str = "", **channels: Any) -> Any:
     # Altair takes 20 ms to find the class of a dictionary.
     typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
     chart = chart.encode(**typed, **({"tooltip": fields} if fields else {}))
-    chart.mark = {"type": kind, **yaml.safe_load(f"{{{options}}}")}
+    chart.mark = {"type": kind, **parse_yaml(f"{{{options}}}", mark).tree}
     return chart
 
 
@@ -148,7 +160,7 @@ def curves(
     order = sorted(drawn, key=lambda c: -ends[c.name])
     texts = json.dumps({name: f"{name}  {value:{form}}" for name, value in ends.items()})
     legend = PAGE["legend"] | {"labelExpr": f"{texts}[datum.label]"}
-    every, last = [row["value"] for row in rows], max(run.end["tokens"], *(row["tokens"] for row in rows))
+    every, last = [row["value"] for row in rows], max(run.reach, *(row["tokens"] for row in rows))
     base = draw(
         rows,
         "line",
@@ -212,8 +224,17 @@ def loss(reading: Reading) -> Panels:
     ]
     mark = "tick color: var(--negative), size: 12, clip: true"
     marks = draw(skipped, mark, "arm step:,", x="tokens:Q", y=alt.value(294))
+    size = reading.run.config.tokens_per_step()
+    gaps = [
+        {"arm": arm, "first": a, "last": b, "tokens": float((a - 1) * size), "end": float(b * size)}
+        for arm, run in reading.arms.items()
+        for a, b in run.lost
+    ]
+    # A stroke, too: a few steps of a long run are narrower than a pixel.
+    mark = "rect color: var(--negative), opacity: 0.25, stroke: var(--negative), clip: true"
+    lost = draw(gaps, mark, "arm first:, last:,", x="tokens:Q", x2="end:Q")
     drawn = over_steps(reading, "loss", color="var(--muted)", height=300)
-    return [panel([*chart.layer, marks], height=300) for chart in drawn]
+    return [panel([*chart.layer, *([lost] if gaps else []), marks], height=300) for chart in drawn]
 
 
 def loss_by_source(reading: Reading) -> Panels:
@@ -416,7 +437,7 @@ def checkpoints(run: Run, saved: Sequence[summary.Saved]) -> Panels:
         rows,
         "tick size: 15, clip: true",
         "lane step:, tokens:.3s",
-        x=tokens(0.0, 1.01 * max(run.end["tokens"], *(row["tokens"] for row in rows))),
+        x=tokens(0.0, 1.01 * max(run.reach, *(row["tokens"] for row in rows))),
         y={"field": "lane", "type": "nominal", "sort": order, "axis": axis},
         color={"condition": partial, "value": INK},
     )

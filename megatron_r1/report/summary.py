@@ -278,9 +278,10 @@ def ranks(run: Run) -> int | None:
 def launch(run: Run, tool: str, *overrides: str) -> str:
     """The command that starts a tool with the run's configuration, on as many ranks as have trained it."""
     count = ranks(run) or 2
-    nodes = -(-count // _PER_NODE)
+    # The fewest nodes that share the ranks evenly.
+    nodes = next(n for n in range(-(-count // _PER_NODE), count + 1) if count % n == 0)
     where = f"--nnodes {nodes} " if nodes > 1 else ""
-    start = f"torchrun {where}--nproc-per-node {-(-count // nodes)} tools/{tool}.py {RunDir(run.root).config}"
+    start = f"torchrun {where}--nproc-per-node {count // nodes} tools/{tool}.py {RunDir(run.root).config}"
     return " ".join([start, *overrides])
 
 
@@ -290,6 +291,8 @@ def control_command(run: Run) -> str:
     if len(run.phases) > 1:
         step = run.last[run.phases[-2]]["step"]
         start = [f"train.init_from={checkpoint_files.step_path(RunDir(run.root).checkpoints, step)}"]
+        # The run's own beginning, which is not the control's.
+        start += ["train.init_weights=null"] if run.config.train.init_weights else []
     weights = f"phases.{run.phases[-1]}.weights=uniform"
     return launch(run, "train", f"train.run={run.root / 'control'}", *start, weights)
 

@@ -1,8 +1,8 @@
 """The ledger: one JSON line per stage with its inputs, outputs and cost (appendix D.3).
 
 A run's own stages are in RUN/ledger.jsonl. Stages that serve any run (tokenizers, tokens, probing sets) have
-a ledger.jsonl beside their outputs. `lineage` finds the stages that a run depends on, by the hashes of its
-inputs.
+a ledger.jsonl beside their outputs, tokens in PREFIX.side. `lineage` finds the stages that a run depends on,
+by the hashes of its inputs.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def process_start() -> float:
     return float(psutil.Process(os.getpid()).create_time())
 
 
+def damaged(run: Path) -> int:
+    """Lines that cannot be read, one that a crash cut short at the end left out."""
+    path = run / "ledger.jsonl"
+    return read_jsonl(path)[1] if path.is_file() else 0
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     """Every line, in order, without lines that a crash cut short and lines that are no stage."""
     path = run / "ledger.jsonl"
@@ -88,7 +94,9 @@ def lineage(root: Path) -> list[dict[str, Any]]:
     readers = read(root)
     while readers:
         inputs = [item for line in readers for item in _hashes(line, "inputs").items()]
-        for folder in {Path(path).resolve().parent for path, _ in inputs} - ledgers.keys():
+        paths = [Path(path).resolve() for path, _ in inputs]
+        beside = {path.parent for path in paths} | {path.with_name(path.name + ".side") for path in paths}
+        for folder in beside - ledgers.keys():
             ledgers[folder] = read(folder)
         wanted = {value for _, value in inputs}
         candidates = [line for lines in ledgers.values() for line in lines if line not in made]

@@ -139,3 +139,21 @@ def finish(
     ledger.append(
         directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs
     )
+
+
+def note_launch(note: Path, **line: Any) -> None:
+    """Keep in the file `note` the arguments that `finish` would get, but outputs, for a launch that goes on.
+
+    Long stages call this as they go, and `record_launch` at their end. The next launch calls `record_launch`
+    at its beginning, for one that was killed.
+    """
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, line)
+
+
+def record_launch(note: Path, directory: Path, outputs: Hashes) -> None:
+    """Add the line in `note`, where there is one, to `directory`/ledger.jsonl, and remove the note."""
+    line = read(note)
+    if line is not None:
+        finish(directory, outputs=outputs, again=True, **line)
+    note.unlink(missing_ok=True)

@@ -50,3 +50,11 @@ def require(module: str, user: str, install: str = "") -> ModuleType:
         package = (error.name or module).split(".")[0]
         message = f"{user} needs the package {package} ({error}): pip install {install or package}"
         raise ValueError(message) from None
+
+
+def require_utf8(name: str) -> None:
+    """Raise ValueError for a name that is not UTF-8: sidecars, ledgers and manifests could not hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!a} is not UTF-8, so no record could name it; rename it") from None

@@ -91,6 +91,12 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that a failed write has left without a file."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def on_disk(stream: IO[bytes]) -> None:
     """Everything written to an open file reaches the disk, or it raises."""
     stream.flush()

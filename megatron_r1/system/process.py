@@ -12,11 +12,13 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -95,13 +97,18 @@ def owner_environment() -> dict[str, str]:
 
 
 def exit_when_orphaned() -> None:
-    """End this process (status 1) once its parent, or the owner in the environment, is gone."""
+    """End this process (status 1) once its parent, or the owner in the environment, is gone. The first rank
+    says so, if somebody still reads."""
     parent = os.getppid()
     owner = os.environ.get(_OWNER)
 
     def watch() -> None:
         while os.getppid() == parent and (owner is None or _alive(owner)):
             time.sleep(_LOOK_SECONDS)
+        if os.environ.get("RANK", "0") == "0":
+            why = f"error: process {os.getpid()} ends because the command that started it is gone"
+            with suppress(OSError, ValueError):
+                print(f"{why}; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="exit-when-orphaned", daemon=True).start()
@@ -174,3 +181,23 @@ def keep_freed_memory() -> None:
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})
+
+
+_OPEN_BESIDES = 150
+"""Files and sockets that a launch's process opens beside its datasets."""
+
+
+def allow_open_files(count: int, what: str, besides: int = _OPEN_BESIDES) -> None:
+    """Raise this process's limit of open files for `count` files that stay open.
+
+    Raises ValueError with the number needed where the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, no_limit = count + besides, resource.RLIM_INFINITY
+    if hard != no_limit and hard < needed:
+        raise ValueError(
+            f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}: raise it "
+            f"(ulimit -Hn {needed})"
+        )
+    if soft != no_limit and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+from megatron_r1.system.errors import require_utf8
 
 _EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -80,12 +83,15 @@ def _duration(seconds: float) -> str:
 TRACEBACK = "MEGATRON_R1_TRACEBACK"
 """Environment: set it to see where a message comes from."""
 _STATUSES = """Exit status: 0 done, 2 a mistake in what was asked or found (one message says which), 130
-interrupted; any other is a fault, with its traceback."""
+interrupted, 141 the output was closed; any other is a fault, with its traceback."""
 
 
 def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
     """A tool's parser, from its docstring: what it does, then the options, then, from the first command in it
-    on, examples. `statuses`: exit statuses of this tool alone."""
+    on, examples. `statuses`: exit statuses of this tool alone. Ends the tool for a word that is not UTF-8."""
+    with user_errors():
+        for word in sys.argv[1:]:
+            require_utf8(word)
     what, examples = re.split(r"\n\n(?=python |torchrun )", doc, maxsplit=1)
     return argparse.ArgumentParser(
         description=what,
@@ -100,16 +106,33 @@ def announce_torch(run: str) -> None:
         say(f"{run}: configuration checked; loading torch, which takes some seconds")
 
 
+def _reader_is_gone() -> bool:
+    """Whether what this process prints went to a pipe that nobody reads any more, as of `| head`."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn ValueError, OSError and a busy run directory into `error: ...` on stderr and status 2."""
+    """Turn ValueError, OSError and a busy run directory into `error: ...` on stderr and status 2.
+
+    A reader of the output that is gone ends the tool in silence, as SIGPIPE ends other programs.
+    """
     from megatron_r1.system.process import RunBusyError
 
     try:
         yield
+        sys.stdout.flush()
     except (ValueError, OSError, RunBusyError) as error:
         if os.environ.get(TRACEBACK):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            # Python flushes both once more when it ends.
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            sys.exit(141)
         if is_first_rank():
             say(f"error: {error}")
         else:

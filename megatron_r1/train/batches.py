@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_r1.data.loader import BatchLoader, whole_batch
 from megatron_r1.data.open import OpenData
 from megatron_r1.parallel import ParallelContext, on_device
 from megatron_r1.records import Batch
+from megatron_r1.system.terminal import say
 
 _READ_AHEAD = 256
 """Windows that a rank asks for before they are needed."""
@@ -52,6 +54,7 @@ class StepBatches:
         """Micro-batches of a step."""
         self.error: Exception | None = None
         self._end = sum(config.phase_steps(name) for name in config.phases) * self._global_batch
+        self._one_id: Counter[str] = Counter()
         self._asked = 0
         """Samples before this one have been asked for."""
 
@@ -60,6 +63,24 @@ class StepBatches:
         self._read_ahead(first_sample)
         self.error = None
         return self._fault_tolerant(first_sample)
+
+    def one_id_windows(self) -> int:
+        """Windows that are one id throughout among those drawn since the last call.
+
+        Names a source's 1st, 10th, 100th of this launch and so on. Ranks that share samples count them once.
+        """
+        drawn, self._loader.one_id = self._loader.one_id, []
+        if not self._context.first_of_copy:
+            return 0
+        for corpus, window, token in drawn:
+            self._one_id[corpus.name] += 1
+            count = self._one_id[corpus.name]
+            if str(count).strip("0") == "1":
+                say(
+                    f"warning: source {corpus.name}: window {window} of {corpus.prefix}.bin is id {token} "
+                    f"throughout, as {count - 1} before it on rank {self._context.rank}; see if it is damaged"
+                )
+        return len(drawn)
 
     def _read_ahead(self, first_sample: int) -> None:
         """Ask for this rank's windows of the coming steps, so that a cold page cache is no wall."""

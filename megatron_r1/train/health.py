@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_r1.config import HealthConfig
 from megatron_r1.system.terminal import say
@@ -16,12 +17,14 @@ from megatron_r1.system.terminal import say
 _REMEMBERED = 128
 _ENOUGH = 16
 """Accepted steps from which on a spike is distinguished from the beginning of training."""
+_WINDOW = 32
+"""Accepted steps whose median loss is compared with the best such median."""
 HUNG = 75
 """Exit status of a rank that its watchdog ended: EX_TEMPFAIL, the launch may be tried again."""
 
 
 class TooManyBadStepsError(ValueError):
-    """Training stops: step after step had to be skipped."""
+    """Training stops: the loss has risen and stays high, or step after step was not finite."""
 
 
 class UnreadableDataError(OSError):
@@ -29,59 +32,97 @@ class UnreadableDataError(OSError):
 
 
 class StepGuard:
-    """Decides whether a step's gradient may change the weights, alike on every rank.
+    """Decides which steps are skipped and when a run stops, alike on every rank.
 
-    A step is bad when its loss or gradient norm is not finite, or is more than `loss_spike` or
-    `grad_norm_spike` times the median of the last accepted steps. Its history is part of the training
+    A step is skipped only if its loss or gradient norm is not finite. A finite spike is clipped and taken:
+    weights that stay as they are would give the next step the same spike. `spike` tells of it. A run stops
+    when the median loss of the last 32 accepted steps is more than `loss_spike` nats above the best such
+    median of the phase, or after `max_skipped` skipped steps in a row. The history is part of the training
     state (`history`, `load`), so that a resumed run decides as the interrupted one would have.
     """
 
     def __init__(self, config: HealthConfig):
         self._config = config
         self._accepted: list[tuple[float, float]] = []
+        self._judged = 0
+        """Accepted steps since the phase began, or since the run stopped; `_WINDOW` at most."""
+        self.best: tuple[float, int] | None = None
+        """Lowest median loss of the phase, and the step at which it was reached. None: before the first."""
         self.skipped_in_a_row = 0
+        self.spike: str | None = None
+        """What is unusual about the gradient norm of the last step, if it was taken."""
 
     def refuses(self, loss: float, grad_norm: float) -> str | None:
         """The reason to skip this step, or None."""
-        reason = self._reason(loss, grad_norm)
-        if reason is None:
-            self.skipped_in_a_row = 0
-            self._accepted = [*self._accepted[1 - _REMEMBERED :], (loss, grad_norm)]
-        else:
-            self.skipped_in_a_row += 1
-        return reason
-
-    def _reason(self, loss: float, grad_norm: float) -> str | None:
-        limits = (self._config.loss_spike, self._config.grad_norm_spike)
-        for number, (what, value) in enumerate((("loss", loss), ("gradient norm", grad_norm))):
+        self.spike = None
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
+                self.skipped_in_a_row += 1
                 return f"{what} is {value}"
-            if limits[number] and len(self._accepted) >= _ENOUGH:
-                usual = statistics.median(accepted[number] for accepted in self._accepted)
-                if value > limits[number] * usual:
-                    return f"{what} {value:.4g} is {value / usual:.3g} times the usual {usual:.4g}"
+        limit = self._config.grad_norm_spike
+        if limit and len(self._accepted) >= _ENOUGH:
+            usual = statistics.median(norm for _, norm in self._accepted)
+            if grad_norm > limit * usual:
+                times = grad_norm / usual
+                self.spike = f"gradient norm {grad_norm:.4g} is {times:.3g} times the usual {usual:.4g}"
+        self.skipped_in_a_row = 0
+        self._accepted = [*self._accepted[1 - _REMEMBERED :], (loss, grad_norm)]
+        self._judged = min(self._judged + 1, _WINDOW)
         return None
 
-    def check(self) -> None:
-        """Raise TooManyBadStepsError once `max_skipped` steps in a row were bad."""
+    def check(self, step: int = 0) -> None:
+        """Raise TooManyBadStepsError if the run is to stop after `step`. Call this after every step.
+
+        The next decision then needs a full count of further steps, so that the same command goes on.
+        """
+        reason = self._reason(step)
+        if reason is not None:
+            self._judged = self.skipped_in_a_row = 0
+            raise TooManyBadStepsError(reason)
+
+    def _reason(self, step: int) -> str | None:
         if self.skipped_in_a_row >= self._config.max_skipped:
-            raise TooManyBadStepsError(
+            return (
                 f"{self.skipped_in_a_row} steps in a row were skipped (health.max_skipped="
-                f"{self._config.max_skipped}): lower the learning rate, look at the sample ranges named "
-                f"above, or raise health.loss_spike / health.grad_norm_spike if the jumps are meant"
+                f"{self._config.max_skipped}): their loss or gradient norm is not finite"
             )
+        rise, limit = self.rise(step), self._config.loss_spike
+        if self.best is None or not limit or rise <= limit:
+            return None
+        best, at = self.best
+        return (
+            f"the median loss of the last {_WINDOW} accepted steps, {best + rise:.4f}, is {rise:.4f} nats "
+            f"above the phase's best, {best:.4f} at step {at} (health.loss_spike={limit:g})"
+        )
+
+    def rise(self, step: int) -> float:
+        """Nats by which the median loss of the last accepted steps is above the phase's best, 0 at that.
+
+        Call this once after `step`: its median becomes the best where it is.
+        """
+        if self._judged < _WINDOW:
+            return 0.0
+        median = statistics.median(loss for loss, _ in self._accepted[-_WINDOW:])
+        if self.best is None or median < self.best[0]:
+            self.best = median, step
+        return median - self.best[0]
 
     def forget(self) -> None:
         """Clear the history. A new mixture or schedule has other losses."""
-        self._accepted = []
+        self._accepted, self._judged, self.best = [], 0, None
 
     def history(self) -> dict[str, object]:
         """For a checkpoint; JSON keeps doubles exactly."""
-        return {"accepted": self._accepted, "skipped_in_a_row": self.skipped_in_a_row}
+        counts = {"skipped_in_a_row": self.skipped_in_a_row, "judged": self._judged}
+        return {"accepted": self._accepted, **counts, "best": self.best}
 
-    def load(self, history: dict[str, object]) -> None:
-        self._accepted = [(loss, norm) for loss, norm in history["accepted"]]  # type: ignore[attr-defined]
-        self.skipped_in_a_row = int(history["skipped_in_a_row"])  # type: ignore[call-overload]
+    def load(self, history: dict[str, Any]) -> None:
+        """Take over a history. One of an earlier version has no best median, which then begins here."""
+        self._accepted = [(loss, norm) for loss, norm in history["accepted"]]
+        self.skipped_in_a_row = int(history["skipped_in_a_row"])
+        self._judged = int(history.get("judged", min(len(self._accepted), _WINDOW)))
+        best = history.get("best")
+        self.best = best and (best[0], best[1])
 
 
 class Watchdog:

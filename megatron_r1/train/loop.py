@@ -28,7 +28,7 @@ from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
 from megatron_r1.train.batches import StepBatches
 from megatron_r1.train.evaluate import Evaluation
-from megatron_r1.train.health import StepGuard, UnreadableDataError, Watchdog
+from megatron_r1.train.health import StepGuard, TooManyBadStepsError, UnreadableDataError, Watchdog
 from megatron_r1.train.metrics import MetricsLog, RankLog, cost_line, open_log, rank_line, step_line
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retention
@@ -50,8 +50,10 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     if resume.is_finished(config):
         lines = resume.describe_start(config, data)
         if is_first_rank():
+            resume.record_end(config)
             print("\n".join(lines), flush=True)
         return
+    resume.check_beginning(config, data)
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
@@ -72,24 +74,27 @@ class Trainer:
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
         # Asked by one rank for all: of a pair without a sidecar it takes a read of the whole index.
-        identities: dict[str, str] = broadcast_object(data.identities if context.leads else None)
-        self.plan_text = resume.plan_text(data, identities)
+        asked = (data.identities, data.drawn_from) if context.leads else None
+        identities, drawn_from = broadcast_object(asked)
+        self.plan_text = resume.plan_text(data, drawn_from)
         self.batches = StepBatches(config, data, context)
         self.shape = Shape(config.train.micro_batch, config.data.seq_length, len(data.corpora))
         self.training = build_training(config)
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
-        self.state = self._resume(data, identities)
+        self.state = self._resume(data, drawn_from)
         self.inputs = {**files, **identities}
         """For the ledger: files and datasets -> their identities."""
         self.spans = phase_spans(config)
         self.last_step = self.spans[-1].end
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
-        self.agreement = DelayedAllReduce(flags=2 + context.world_size)
+        self.agreement = DelayedAllReduce(flags=3 + context.world_size)
         self.busy_R = [0.0] * context.world_size
         """Seconds that each rank was busy in the step before."""
+        self.one_id = 0
+        """Windows of one id throughout, which all ranks drew in the step before."""
         self.saving = 0.0
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
@@ -100,7 +105,7 @@ class Trainer:
         self.rank_log = RankLog(run.rank_log(context.rank))
         self.began = process_start()
 
-    def _resume(self, data: OpenData, identities: Mapping[str, str]) -> TrainState:
+    def _resume(self, data: OpenData, drawn_from: Mapping[str, str]) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
         train, model = self.config.train, self.config.model
         _, last = resume.standing(self.config)
@@ -113,19 +118,12 @@ class Trainer:
         if not begin:
             return TrainState()
         path = Path(begin)
-        resume.check_past(path, self.config, data, identities)
+        resume.check_past(path, self.config, data, drawn_from)
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model)
         self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:
             self.guard.load(state.guard)
         self.context.announce(f"{self.run.root}: continues from {path}")
-        damaged = checkpoint_files.damaged(self.run.checkpoints) if self.context.leads else []
-        if damaged:
-            names = ", ".join(path.name for path in damaged)
-            say(
-                f"{self.run.root}: warning: {names} cannot be read (damaged, or another version's); the run "
-                f"goes on without"
-            )
         return state
 
     def train(self) -> None:
@@ -147,6 +145,7 @@ class Trainer:
                 if self.state.step < span.end and not self.stopping:
                     self._train_phase(span)
         if self.log is not None:
+            self.log.add_saving(self.saving)
             self.log.close()
         self.rank_log.close()
 
@@ -165,10 +164,13 @@ class Trainer:
                 if self.state.step % self.config.train.probe_every == 0 or self.state.step == span.end:
                     self.watchdog.heard(more=_LONG)
                     line |= self.evaluation.measure()
+                if self.one_id:
+                    line["one_id_windows"] = self.one_id
                 bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 if self.log is not None:
                     self.log.write(line)
                 self.rank_log.write(rank_line(line, self.training.busy.seconds, leads, bar.line()))
+                self._check_health(span)
                 self._between_steps(span)
                 self.watchdog.heard()
         if leads:
@@ -197,7 +199,7 @@ class Trainer:
             devices=self.context.world_size,
             tokens=(step - first) * self.config.tokens_per_step(),
             seconds=time.time() - self.began,
-            inputs={**self.inputs, **self.origin},
+            inputs={**self.inputs, **resume.masks_of(span), **self.origin},
             checkpoints=[ref.path for ref in saved if ref.step > first],
         )
         path = checkpoint_files.step_path(self.run.checkpoints, step)
@@ -221,36 +223,44 @@ class Trainer:
             self.guard.refuses,
             discard=lambda: self.batches.error is not None,
         )
-        if result.refused is not None:
-            self._look_into(result.refused, span)
+        self._tell(result, span)
         state.step += 1
         state.samples += config.train.global_batch
         state.tokens += config.tokens_per_step()
-        state.guard = self.guard.history()
         return result
 
-    def _look_into(self, reason: str, span: PhaseSpan) -> None:
-        """Find out why no rank took a step. Unreadable data and too many bad steps end the run."""
+    def _tell(self, result: StepResult, span: PhaseSpan) -> None:
+        """Say why a step was skipped, or is unusual. Data that a rank could not read end the run."""
         first, error = self.state.samples, self.batches.error
         where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        errors = gather_objects(None if error is None else str(error))
-        failed = next((rank for rank, message in enumerate(errors) if message), None)
-        if failed is None and self.context.leads:
-            say(f"{self.run.root}: {where}: skipped, {reason}")
-        try:
+        if result.refused is not None:
+            errors = gather_objects(None if error is None else str(error))
+            failed = next((rank for rank, message in enumerate(errors) if message), None)
             if failed is not None:
+                self._save(span)
+                self.saver.wait()
                 message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
                 raise error or UnreadableDataError(message)
-            self.guard.check()
-        except (OSError, ValueError):
+        if self.context.leads and (result.refused or self.guard.spike):
+            taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
+            say(f"{self.run.root}: {where}: {f'skipped, {result.refused}' if result.refused else taken}")
+
+    def _check_health(self, span: PhaseSpan) -> None:
+        """Save and stop where the guard says so. The error has the ways on."""
+        try:
+            self.guard.check(self.state.step)
+        except TooManyBadStepsError as error:
+            self.state.guard = self.guard.history()
             self._save(span)
             self.saver.wait()
-            raise
+            way_on = resume.way_on(self.run, span, self.state.step, self.guard.best)
+            raise TooManyBadStepsError(f"{self.run.root}: {error}; {way_on}") from None
+        self.state.guard = self.guard.history()
 
     def _between_steps(self, span: PhaseSpan) -> None:
         """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
         step = self.state.step
-        stop, writing, *busy_us = self.agreement.result()
+        stop, writing, self.one_id, *busy_us = self.agreement.result()
         self.busy_R = [us / 1e6 for us in busy_us]
         start = time.perf_counter()
         self.saver.poll(writing)
@@ -264,7 +274,8 @@ class Trainer:
         self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
         mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
-        self.agreement.submit(self.stop.requested, self.saver.writing, *mine)
+        one_id = self.batches.one_id_windows()
+        self.agreement.submit(self.stop.requested, self.saver.writing, one_id, *mine)
 
     def _save(self, span: PhaseSpan) -> None:
         # First: a run that resumes at this checkpoint never writes these steps' lines again.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,25 @@ class MetricsLog:
         """Nested groups become TensorBoard's `group/name`."""
         with naming(self._run.metrics):
             self._file.write(json.dumps(line) + "\n")
-        scalars = _scalars(line)
+        self._show(_scalars(line), line["step"])
+        self._last = line
+
+    def _show(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
-            self.board.add_scalar(name, value, line["step"])
+            self.board.add_scalar(name, value, step)
         for other in self._others:
-            other.log(scalars, line["step"])
+            other.log(scalars, step)
+
+    def add_saving(self, seconds: float) -> None:
+        """Add the wait for the launch's last checkpoint to the last line that was written."""
+        self.flush()
+        line, old = self._last, len(json.dumps(self._last)) + 1
+        line["saving_seconds"] += seconds
+        # One write, and no shorter than what it replaces.
+        with naming(self._run.metrics), open(self._run.metrics, "r+b", buffering=0) as file:
+            file.seek(-old, os.SEEK_END)
+            file.write(json.dumps(line).encode().ljust(old - 1) + b"\n")
+        self._show({_GROUPS["saving_seconds"]: line["saving_seconds"]}, line["step"])
 
     def flush(self) -> None:
         with naming(self._run.metrics):
@@ -103,9 +118,10 @@ def step_line(
     before = span.start * config.train.global_batch
     in_phase = {name: n - plan.count(name, before) for name, n in drawn.items()}
     total = sum(in_phase.values())
+    masks = next(phase.keep for phase in plan.phases if phase.start == before)
     loss_N, tokens_N = result.loss_N.tolist(), result.tokens_N.tolist()
     labels = zip(span.share, loss_N, tokens_N, strict=True)
-    return {
+    line = {
         "step": state.step,
         "phase": span.name,
         "samples": state.samples,
@@ -120,6 +136,9 @@ def step_line(
         "grad_norm": result.grad_norm,
         "skipped": int(result.refused is not None),
     }
+    if masks:
+        line["kept_by_source"] = {name: m.bitmap.kept / m.bitmap.windows for name, m in masks.items()}
+    return line
 
 
 def cost_line(config: Config, seconds: float, saving: float, busy_R: list[float]) -> dict[str, Any]:
@@ -189,6 +208,7 @@ _GROUPS = {
     "grad_norm": "health/grad_norm",
     "rank_me": "health/rank_me",
     "skipped": "health/skipped",
+    "one_id_windows": "health/one_id_windows",
     "slowest_rank": "health/slowest_rank",
     "slowest_ratio": "health/slowest_ratio",
     "memory_bytes": "health/memory_bytes",
@@ -204,10 +224,25 @@ _GROUPS = {
 }
 
 
+def lost_steps(steps: Iterable[int], first: int, last: int) -> list[tuple[int, int]]:
+    """Stretches of the steps `first` to `last` that are not among `steps`: first and last step of each."""
+    known = sorted({step for step in steps if first <= step <= last})
+    ends = zip([first - 1, *known], [*known, last + 1], strict=True)
+    return [(before + 1, after - 1) for before, after in ends if after - before > 1]
+
+
+def describe_lost(path: Path, lost: Sequence[tuple[int, int]]) -> str:
+    """`PATH has lost the lines of step 7, 9 to 12, 5 in all`. Names the first eight stretches."""
+    named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in lost[:8]]
+    more = f" and {len(lost) - 8} other places" if len(lost) > 8 else ""
+    count = sum(b - a + 1 for a, b in lost)
+    return f"{path} has lost the lines of step {', '.join(named)}{more}, {count:,} in all"
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The steps of a run, in order. Says how many lines cannot be read, and leaves them out."""
     lines, damaged = read_jsonl(path) if path.exists() else ([], 0)
-    steps = [line for line in lines if "step" in line]
+    steps = [line for line in lines if isinstance(line.get("step"), int)]
     if damaged := damaged + len(lines) - len(steps):
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
     return steps

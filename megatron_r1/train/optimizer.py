@@ -109,7 +109,7 @@ def guarded_step(
     every rank.
     """
     if optimizer.prepare_grads():
-        return math.inf, "gradients are not finite"
+        return math.inf, refuses(math.inf)
     if discard:
         next(p for p in optimizer.get_parameters() if p.numel()).grad.fill_(math.nan)
     norm = float(optimizer.get_grad_norm())

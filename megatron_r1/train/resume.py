@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -20,18 +22,26 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import Hashes
 from megatron_r1.run.stage import Standing, finish
-from megatron_r1.system.files import write_text
+from megatron_r1.system.files import sha256, write_text
+from megatron_r1.system.process import RunLock
 from megatron_r1.system.terminal import say
-from megatron_r1.train.metrics import read
-from megatron_r1.train.schedule import epochs_by_phase, late_edits, phase_spans
+from megatron_r1.train.metrics import describe_lost, lost_steps, read
+from megatron_r1.train.schedule import PhaseSpan, epochs_by_phase, late_edits, phase_spans
 
 
 def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
     """Where the run stands by its newest complete checkpoint, and that checkpoint.
 
-    `check_past` tells whether the checkpoint is this recipe's.
+    `check_past` tells whether the checkpoint is this recipe's. Raises ValueError where the only checkpoints
+    are damaged ones: a run that begins anew would write over what is known of the old one.
     """
-    saved = checkpoint_files.complete_checkpoints(RunDir(Path(config.train.run)).checkpoints)
+    directory = RunDir(Path(config.train.run)).checkpoints
+    saved = checkpoint_files.complete_checkpoints(directory)
+    if not saved and (damaged := checkpoint_files.damaged(directory)):
+        raise ValueError(
+            f"{damaged[-1]} has lost its {checkpoint_files.META}, and the run has no other checkpoint to go "
+            f"on from; restore the file, or remove {directory} to begin anew, or name another train.run"
+        )
     if not saved:
         return Standing.NEW, None
     finished = saved[-1].step >= phase_spans(config)[-1].end
@@ -43,10 +53,10 @@ def is_finished(config: Config) -> bool:
     return standing(config)[0] is Standing.DONE
 
 
-def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[str, str]) -> None:
+def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[str, str]) -> None:
     """Raise ValueError if a checkpoint has seen other data than this recipe would have drawn.
 
-    `identities`: prefix -> identity of each dataset as it is now.
+    `drawn_from`: that of OpenData, as the first rank has it.
     """
     meta = checkpoint_files.read_meta(path)
     step, samples = meta["state"]["step"], meta["state"]["samples"]
@@ -56,9 +66,22 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
             f"{step} steps; phases are counted in steps, so keep train.global_batch={samples // step}, or "
             f"begin a new run"
         )
+    # A step's tokens are its samples times their length, in checkpoints of every version.
+    if samples and (before := meta["state"]["tokens"] // samples) != config.data.seq_length:
+        raise ValueError(
+            f"data.seq_length={config.data.seq_length}, but {path} has drawn windows of {before} tokens; the "
+            f"same numbers would name other windows, so keep data.seq_length={before}, or begin a new run "
+            f"(train.init_weights takes the weights alone)"
+        )
     plan_file.check_extends(data.plan, plan_file.from_json(meta["plan"], samples), samples)
-    seen, now = plan_file.datasets_of(meta["plan"]), _by_source(data, identities)
-    other = [name for name in seen if data.plan.count(name, samples) and seen[name] != now[name]]
+    seen = plan_file.datasets_of(meta["plan"])
+    # Plans of earlier versions have no sample of the tokens.
+    other = [
+        name
+        for name in seen
+        if data.plan.count(name, samples)
+        and seen[name] not in (drawn_from[name], drawn_from[name].partition("+")[0])
+    ]
     if other:
         raise ValueError(
             f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
@@ -66,13 +89,9 @@ def check_past(path: Path, config: Config, data: OpenData, identities: Mapping[s
         )
 
 
-def plan_text(data: OpenData, identities: Mapping[str, str]) -> str:
-    """The data plan as JSON, for checkpoints and `RUN/plan.json`; `identities` as of `check_past`."""
-    return plan_file.to_json(data.plan, _by_source(data, identities))
-
-
-def _by_source(data: OpenData, identities: Mapping[str, str]) -> dict[str, str]:
-    return {corpus.name: identities[str(corpus.prefix)] for corpus in data.corpora}
+def plan_text(data: OpenData, drawn_from: Mapping[str, str]) -> str:
+    """The data plan as JSON, for checkpoints and `RUN/plan.json`; `drawn_from` as of `check_past`."""
+    return plan_file.to_json(data.plan, drawn_from)
 
 
 def edits(config: Config, step: int) -> list[str]:
@@ -85,26 +104,107 @@ def describe_start(config: Config, data: OpenData) -> list[str]:
     """Lines that say where training would begin. Raises ValueError if the recipe does not fit the run."""
     run, end, (state, last) = config.train.run, phase_spans(config)[-1].end, standing(config)
     if last is None:
+        check_beginning(config, data)
         begins = config.train.init_from or config.train.init_weights
-        return [f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
-    check_past(last.path, config, data, data.identities)
+        return [*_losses(config, 0), f"{run}: begins with {begins or 'random weights'}, {end:,} steps"]
+    check_past(last.path, config, data, data.drawn_from)
     checkpoint_files.check_model(last.path, config.model)
     if state is Standing.DONE:
-        return [f"{run}: finished before, at {last.path}", *edits(config, end)]
-    return [f"{run}: goes on from {last.path}, {end - last.step:,} steps to go", *edits(config, last.step)]
+        return [*_losses(config, end), f"{run}: finished before, at {last.path}", *edits(config, end)]
+    going = f"{run}: goes on from {last.path}, {end - last.step:,} steps to go"
+    return [*_losses(config, last.step), going, *edits(config, last.step)]
+
+
+def check_beginning(config: Config, data: OpenData) -> None:
+    """Raise ValueError if a new run cannot begin with the checkpoint that the configuration names."""
+    train, fresh = config.train, standing(config)[1] is None
+    if fresh and train.init_weights:
+        checkpoint_files.check_model(Path(train.init_weights), config.model, checkpoint_files.NOT_WEIGHTS)
+    elif fresh and train.init_from:
+        checkpoint_files.check_model(Path(train.init_from), config.model)
+        check_past(Path(train.init_from), config, data, data.drawn_from)
+
+
+def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None) -> list[str]:
+    """What the run directory has lost of the steps to `step`, and which steps after it are trained again.
+
+    `lines`: those of metrics.jsonl, where they were read.
+    """
+    run = RunDir(Path(config.train.run))
+    steps = [line["step"] for line in (read(run.metrics) if lines is None else lines)]
+    out = []
+    if damaged := checkpoint_files.damaged(run.checkpoints):
+        out.append(
+            f"{run.root}: warning: {', '.join(path.name for path in damaged)} cannot be read (damaged, or "
+            f"another version's); the run goes on without"
+        )
+    if lost := lost_steps(steps, first_step(run, config, steps), step):
+        out.append(f"{run.root}: warning: {describe_lost(run.metrics, lost)}; the report marks them")
+    if max(steps, default=0) > step:
+        out.append(f"{run.root}: steps {step + 1:,} to {max(steps):,} were trained and are trained again")
+    return out
+
+
+def first_step(run: RunDir, config: Config, steps: Iterable[int]) -> int:
+    """The first step of a run: 1, or that behind the checkpoint that it branched off.
+
+    Where neither the configuration nor the ledger tells that, the first of `steps`, which were recorded.
+    """
+    if config.train.init_weights:
+        return 1
+    launches = [line.get("inputs") or () for line in ledger.read(run.root) if line["stage"][:6] == "train "]
+    for path in map(Path, [config.train.init_from or "", *(launches[0] if launches else ())]):
+        number = path.name.removeprefix("step_")
+        if path.parent.name == "checkpoints" and number.isdecimal():
+            return int(number) + 1
+    return min(steps, default=1) if config.train.init_from else 1
+
+
+def way_on(run: RunDir, span: PhaseSpan, step: int, best: tuple[float, int] | None) -> str:
+    """What a user may do about a run that the step guard has stopped at `step`.
+
+    `best`: the lowest median loss of the phase and its step, None before the first median.
+    """
+    # The update of the best step itself may be the one that did the harm.
+    earlier = [n for n in checkpoint_files.saved_steps(run.checkpoints) if best and n < best[1]]
+    path_of = partial(checkpoint_files.step_path, run.checkpoints)
+    back = f"move the checkpoints after {path_of(earlier[-1])} away" if earlier else "begin a new run"
+    return (
+        f"{path_of(step)} is saved. To go back, {back} and lower phases.{span.name}.learning_rate. To go on "
+        f"from here, start the same command, which stops again if the loss stays; with health.loss_spike=0 "
+        f"health.max_skipped={span.steps + 1} it does not"
+    )
 
 
 def record_start(config: Config, step: int, plan: str) -> None:
     """Bring the run directory up to date with a launch that begins at `step`.
 
-    Says edits, adds the ledger lines of killed launches, writes config.yaml and plan.json.
+    Says edits and losses, adds the ledger lines of killed launches, writes config.yaml and plan.json.
     """
     run = RunDir(Path(config.train.run))
     for line in edits(config, step):
         say(f"{run.root}: {line}")
-    record_killed_launches(config, step)
+    lines = read(run.metrics)
+    for line in _losses(config, step, lines):
+        say(line)
+    record_killed_launches(config, step, lines)
     write_text(run.config, config_io.dump(config))
     write_text(run.plan, plan)
+
+
+def record_end(config: Config) -> None:
+    """Add the ledger line of a finished run whose last launch was killed before it could."""
+    run, end = RunDir(Path(config.train.run)), phase_spans(config)[-1].end
+    if _last_recorded(run) < end:
+        lock = RunLock(run.root)
+        lock.take()
+        record_killed_launches(config, end)
+        lock.release()
+
+
+def masks_of(span: PhaseSpan) -> dict[str, str]:
+    """Keep mask of the phase -> SHA-256 of its file, where that is there."""
+    return {path: sha256(path) for path in span.config.keep.values() if Path(path).is_file()}
 
 
 def record_phase(
@@ -129,17 +229,16 @@ def record_phase(
     )
 
 
-def record_killed_launches(config: Config, step: int) -> None:
+def record_killed_launches(config: Config, step: int, lines: list[dict[str, Any]] | None = None) -> None:
     """Add ledger lines for launches that were killed.
 
     Counts their checkpoints and step times from metrics.jsonl, including steps after `step`, which will be
-    trained again. Call this before metrics.jsonl is truncated to `step`.
+    trained again. Call this before metrics.jsonl is truncated to `step`. `lines`: its lines, where they were
+    read.
     """
     run = RunDir(Path(config.train.run))
-    recorded = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
-    names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
-    last = max((int(name) for name in names if name.isdecimal()), default=0)
-    lines = [line for line in read(run.metrics) if line["step"] > last]
+    last = _last_recorded(run)
+    lines = [line for line in (read(run.metrics) if lines is None else lines) if line["step"] > last]
     saved = [ref for ref in checkpoint_files.complete_checkpoints(run.checkpoints) if last < ref.step <= step]
     for span in phase_spans(config):
         mine = [line for line in lines if line.get("phase") == span.name]
@@ -155,10 +254,18 @@ def record_killed_launches(config: Config, step: int) -> None:
             span.name,
             devices=mine[-1].get("ranks", 1),
             tokens=sum(line["step"] <= step for line in mine) * config.tokens_per_step(),
-            seconds=sum(line["seconds"] + line.get("saving_seconds", 0.0) for line in mine),
-            inputs={sources[name].prefix: identity for name, identity in seen.items() if name in sources},
+            seconds=sum(line.get("seconds", 0.0) + line.get("saving_seconds", 0.0) for line in mine),
+            inputs={sources[name].prefix: seen[name].partition("+")[0] for name in seen if name in sources}
+            | masks_of(span),
             checkpoints=outputs,
         )
+
+
+def _last_recorded(run: RunDir) -> int:
+    """Step of the newest checkpoint that the ledger names, 0 where it names none."""
+    recorded = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
+    names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def summary(config: Config, data: OpenData) -> str:

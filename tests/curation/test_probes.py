@@ -145,13 +145,13 @@ def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, doc
     sources = write_all(tmp_path, documents)
     out, said = tmp_path / "out", []
     first = curate_probes(sources, CAPABILITIES, out, log=said.append, **OPTIONS)
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*.*") if p.is_file()}
     assert curate_probes(sources, CAPABILITIES, out, log=said.append, **OPTIONS) == first
     assert said == [f"already done: {out / 'manifest.json'}"]
     (out / "probe_code.bin").unlink()
     assert curate_probes(sources, CAPABILITIES, out, **OPTIONS) == first
     assert {name: content for name, (_, content) in before.items()} == {
-        p.name: p.read_bytes() for p in out.iterdir()
+        p.name: p.read_bytes() for p in out.rglob("*.*") if p.is_file()
     }
     changed = curate_probes(sources, CAPABILITIES, out, **{**OPTIONS, "tokens_per_source": 100})
     assert changed["files"] != first["files"]
@@ -209,7 +209,7 @@ def test_command_line(tmp_path, documents):
         return subprocess.run(words, cwd=ROOT, env=path, capture_output=True, text=True)
 
     wrong = run("code")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: 'code' is not NAME=VALUE with a name of its own\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --capabilities 'code': not NAME=VALUE\n")
     right = run("code=a,b", "knowledge=c")
     assert right.returncode == 0, right.stderr
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["request"]["tokens_per_source"] == 200

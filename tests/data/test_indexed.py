@@ -243,7 +243,7 @@ def test_failed_writer_leaves_the_pair_that_was_there(tmp_path):
         writer.add_document(np.array([9]))
         raise RuntimeError
     np.testing.assert_array_equal(IndexedDataset(prefix)[0], DOCUMENTS[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair.bin", "pair.idx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair.bin", "pair.idx", "pair.side"]
 
 
 def test_replacing_keeps_the_old_file_on_error(tmp_path):
@@ -276,7 +276,7 @@ def test_corpus_of_the_leading_documents(tmp_path):
     assert open_corpus("s", prefix).tokens == 506
     corpus = open_corpus("s", prefix, documents=2)
     assert (corpus.documents, corpus.tokens, corpus.dtype, corpus.tokenizer_hash) == (2, 4, "uint16", None)
-    with pytest.raises(ValueError, match=r"source s: documents=6, but .* has 5"):
+    with pytest.raises(ValueError, match=r"documents=6, but .* has 5"):
         open_corpus("s", prefix, documents=6)
 
 

@@ -176,3 +176,20 @@ def test_a_mask_knows_what_it_was_made_for(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 20, seed=3)
     with pytest.raises(config_io.ConfigError, match=r"phases.one.*"):
         open_data(config_io.load(words)).plan  # noqa: B018
+
+
+@pytest.mark.parametrize("what", ["windows", "stretches", "order", "type"])
+def test_a_mask_that_contradicts_itself_is_damaged(what: str, tmp_path: Path) -> None:
+    corpus = written(tmp_path, [40] * 6)
+    path, windows = tmp_path / "keep.npz", corpus.windows(16)
+    save_documents(path, corpus, np.array([True, False, True, False, True, False]), 16)
+    parts = dict(np.load(path))
+    assert load_mask("web", windows, path).seq_length == 16
+    if what == "windows":
+        parts["windows"] = np.zeros_like(parts["windows"])
+    else:
+        wrong = {"stretches": parts["stretches"][:1], "order": parts["stretches"][::-1]}
+        parts["stretches"] = wrong.get(what, parts["stretches"].astype(np.float32))
+    np.savez(path, **parts)
+    with pytest.raises(ValueError, match=r"keep\.npz\), for \d+ windows of 16 tokens, is damaged"):
+        load_mask("web", windows, path)

@@ -236,3 +236,15 @@ def test_plan_and_corpora_must_agree(plan: BlendPlan, corpora: list[Corpus]) -> 
     # The order of the corpora does not matter: they go by name.
     one = BatchLoader(plan, corpora[::-1], S).batch(np.arange(9)).tokens_BS
     assert torch.equal(one, BatchLoader(plan, corpora, S).batch(np.arange(9)).tokens_BS)
+
+
+def test_windows_of_one_id_are_noted(tmp_path: Path) -> None:
+    stream = STREAMS["web"].copy()
+    stream[3 * S : 5 * S + 5] = 0
+    stream.tofile(tmp_path / "web.bin")
+    damaged = Corpus("web", tmp_path / "web", 3, len(stream), "uint16", None)
+    plan = BlendPlan({"web": damaged.windows(S)})
+    plan.add_phase(0, {"web": 1})
+    loader = BatchLoader(plan, [damaged], S)
+    loader.batch(np.arange(damaged.windows(S)))
+    assert sorted(loader.one_id, key=lambda place: place[1]) == [(damaged, 3, 0), (damaged, 4, 0)]

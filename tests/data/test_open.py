@@ -115,10 +115,42 @@ def test_phases_meet_at_whole_steps(words: list[str]) -> None:
     assert plan.count("a", 20) == 10 and plan.count("a", 32) == 10 and plan.count("b", 32) == 22
 
 
+def write_ended(prefix: Path, ends: list[int]) -> None:
+    """A pair of documents that end with these tokens, which stand nowhere else."""
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for end in ends:
+            writer.add_document(np.append(np.full(40, 100), end))
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([5] * 20, ""),
+        ([], ""),
+        ([5] * 15 + [6] * 5, "data.eod=5 ends 15 of 20 documents looked at; windows attend from the others"),
+        ([5] * 5 + [6] * 15, "data.eod=5 ends 5 of 20 documents looked at (15 of them end with 6); name the"),
+        ([5] * 5000 + [6] * 4000, "data.eod=5 ends 569 of 1024 documents looked at; windows attend"),
+    ],
+)
+def test_documents_end_where_the_index_says(
+    ends: list[int], message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ended(tmp_path / "a", [5] * 20)
+    write_ended(tmp_path / "b", ends)
+    apart = [*words, "data.cross_documents=false", "data.eod=5"]
+    if "name the" in message or not ends:
+        assert any(message in mistake for mistake in mistakes(apart))
+        return
+    opened(apart)
+    assert message in capsys.readouterr().err
+
+
 def test_documents_apart_need_a_known_end(words: list[str], tmp_path: Path) -> None:
     apart = [*words, "data.cross_documents=false"]
+    for name in "ab":
+        write_ended(tmp_path / name, [5] * 20)
     assert "a has no sidecar that names its end-of-document token" in mistakes(apart)[0]
-    assert opened([*apart, "data.eod=0"])[1].eod == 0
+    assert opened([*apart, "data.eod=5"])[1].eod == 5
     sidecar(tmp_path / "a", "1" * 64, 128)
     assert "was preprocessed without --append-eod" in mistakes([*apart, "data.eod=0"])[0]
     for name in "ab":
@@ -133,7 +165,8 @@ def test_a_probing_set_without_a_window_is_refused(words: list[str], tmp_path: P
     write_corpus(tmp_path / "none", 0, seed=0)
     (found,) = mistakes([*words, f"data.probes={{code: '{tmp_path}/none'}}"])
     assert found == (
-        "data.probes.code: 0 tokens are less than one window of data.seq_length=32; set more documents aside"
+        "data.probes.code: 0 tokens are less than one window of data.seq_length=32, which takes 33; set more "
+        "documents aside"
     )
 
 

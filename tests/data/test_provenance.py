@@ -55,21 +55,43 @@ def test_mask_by_content(made):
     assert not origins.among([]).any()
 
 
+def test_megatrons_merging_tool_takes_the_folder(made):
+    """It passes over folders, and wants an .idx or a .bin for the stem of each file."""
+    files = sorted(path.name for path in made[0].parent.glob("out*") if path.is_file())
+    assert files == [f"out_text_document.{kind}" for kind in ("bin", "idx", "json")]
+    beside = sorted(path.name for path in Path(f"{made[0]}.side").iterdir())
+    assert beside == ["docs.npy", "hashes.npy", "ledger.jsonl", "rejects.jsonl"]
+
+
 def test_costs_28_bytes_a_document(made):
-    assert Path(f"{made[0]}.docs.npy").stat().st_size == 192 + 28 * len(TEXTS)
+    assert Path(f"{made[0]}.side/docs.npy").stat().st_size == 192 + 28 * len(TEXTS)
 
 
 def test_file_of_another_pair_is_refused(made, tmp_path):
     prefix = tmp_path / "pair"
     for suffix in (".bin", ".idx"):
         Path(f"{prefix}{suffix}").write_bytes(Path(f"{made[0]}{suffix}").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"pair\.docs\.npy does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"pair\.side/docs\.npy does not exist"):
         read_provenance(prefix)
-    records = np.load(f"{made[0]}.docs.npy")
-    np.save(f"{prefix}.docs.npy", records[:-1])
+    records = np.load(f"{made[0]}.side/docs.npy")
+    Path(f"{prefix}.side").mkdir()
+    np.save(f"{prefix}.side/docs.npy", records[:-1])
     with pytest.raises(ValueError, match="belongs to another pair"):
         read_provenance(prefix)
-    np.save(f"{prefix}.docs.npy", records)
-    Path(f"{prefix}.docs.npy").write_bytes(Path(f"{prefix}.docs.npy").read_bytes()[:-5])
+    np.save(f"{prefix}.side/docs.npy", records)
+    Path(f"{prefix}.side/docs.npy").write_bytes(Path(f"{prefix}.side/docs.npy").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"docs\.npy is damaged"):
         read_provenance(prefix)
+    records["line"][3:] = 0
+    np.save(f"{prefix}.side/docs.npy", records)
+    with pytest.raises(ValueError, match=r"docs\.npy is damaged: document 3 has line 0"):
+        read_provenance(prefix)
+
+
+def test_origins_beside_the_pair_are_read_too(made, tmp_path):
+    """Earlier versions wrote them there."""
+    prefix = tmp_path / "pair"
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefix}{suffix}").write_bytes(Path(f"{made[0]}{suffix}").read_bytes())
+    Path(f"{prefix}.docs.npy").write_bytes(Path(f"{made[0]}.side/docs.npy").read_bytes())
+    np.testing.assert_array_equal(read_provenance(prefix).hashes, read_provenance(made[0]).hashes)

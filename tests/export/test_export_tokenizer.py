@@ -6,6 +6,7 @@ import base64
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as protocol
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from megatron_r1.export.tokenizer import tokenizer_files
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from tests.faults.inputs import added, tokenizer, tokenizer_folder
 from tests.preprocess.test_tokenizer import CODE, HARD
 
 TEXTS = [Path(__file__).read_text(), *HARD]
@@ -68,7 +70,7 @@ def tiktoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer"])
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer:llama3"])
 def test_transformers_gives_the_same_tokens(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -85,6 +87,10 @@ def test_transformers_gives_the_same_tokens(
     assert [theirs.decode(ours.encode(text)) for text in TEXTS] == TEXTS
     assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
     assert (written.end_of_text, written.vocab_size) == (ours.eod, ours.vocab_size)
+
+    special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    assert written.special == special and special["bos_token_id"] is not None
+    assert written.fingerprint == ours.fingerprint()
 
     # And once more through this project's own reader of what was written.
     again = tokenizer_files("HuggingFaceTokenizer", tmp_path)
@@ -110,3 +116,72 @@ def test_a_normalising_sentencepiece_model_is_refused(sentencepiece: Path, tmp_p
     (tmp_path / "sp.model").write_bytes(proto.SerializeToString())
     with pytest.raises(ValueError, match="without normalisation"):
         tokenizer_files("SentencePieceTokenizer", tmp_path / "sp.model")
+
+
+PAD = {"content": "<pad>", "special": True}
+LEGACY: dict[str, Any] = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": PAD}
+NAMES: dict[str, Any] = {**LEGACY, "pad_token": {"__type": "AddedToken", **PAD}}
+
+
+def named(folder: Path, **settings: object) -> Path:
+    """The tokenizer of `plain_tokenizer` with tokens for the start of a text and for padding."""
+    model = tokenizer()
+    model["added_tokens"] += [added("<s>", 260), added("<pad>", 261)]
+    plain = tokenizer_folder(folder, model)
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "legacy", "expected"),
+    [
+        (NAMES, {}, (260, 0, 261)),
+        ({**NAMES, "tokenizer_class": "GPT2TokenizerFast"}, {}, (260, 0, 261)),
+        # Named by the older file alone.
+        ({}, LEGACY, (260, 0, 261)),
+        ({"eos_token": "<|endoftext|>"}, {}, (None, 0, None)),
+        # A bare file: this project knows the end token by its name.
+        ({}, {}, (None, 0, None)),
+    ],
+)
+def test_special_tokens_and_template_survive(
+    settings: dict[str, Any], legacy: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    folder = named(tmp_path / "mine", **settings)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    if legacy:
+        (folder / "special_tokens_map.json").write_text(json.dumps(legacy))
+    written = tokenizer_files("HuggingFaceTokenizer", folder)
+    assert tuple(written.special.values()) == expected
+    assert written.files["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+    for name, content in {**written.files, "config.json": b'{"model_type": "llama4_text"}'}.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == expected
+    assert theirs.chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # A class that splits texts in its own way.
+        {**NAMES, "tokenizer_class": "BertTokenizerFast"},
+        {**NAMES, "tokenizer_class": "T5Tokenizer"},
+    ],
+)
+def test_a_tokenizer_that_transformers_would_read_as_another_is_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        tokenizer_files("HuggingFaceTokenizer", named(tmp_path / "mine", **settings))
+
+
+def test_a_token_that_the_file_lacks_counts_or_is_refused(tmp_path: Path) -> None:
+    folder = named(tmp_path / "mine", **{**NAMES, "pad_token": "<not there>"})
+    try:
+        written = tokenizer_files("HuggingFaceTokenizer", folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+        return
+    # transformers adds it.
+    assert written.special["pad_token_id"] == 262 < written.vocab_size

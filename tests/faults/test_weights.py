@@ -19,7 +19,6 @@ from tests.faults.inputs import (
     Answer,
     Tools,
     add_shards,
-    fault,
     hf_folder,
     jsonl,
     line_of,
@@ -54,9 +53,7 @@ def changed(one: dict[str, Any], other: dict[str, Any]) -> dict[str, int]:
     return {name: count for name, count in differ.items() if count}
 
 
-@pytest.mark.parametrize(
-    "stale", [False, pytest.param(True, marks=fault("c07", "an older index's shards are imported"))]
-)
+@pytest.mark.parametrize("stale", [False, True])
 def test_the_single_file_is_read_and_no_index_left_behind(tools: Tools, tmp_path: Path, stale: bool) -> None:
     folder = hf_folder(tmp_path / "hf")
     if stale:
@@ -70,9 +67,7 @@ def test_the_single_file_is_read_and_no_index_left_behind(tools: Tools, tmp_path
     assert changed(tensors_of(folder), tensors_of(exported(tools))) == {}
 
 
-@pytest.mark.parametrize(
-    "others", ["bfloat16", pytest.param("float32", marks=fault("c08", "all matrices are rounded to bf16"))]
-)
+@pytest.mark.parametrize("others", ["bfloat16", "float32"])
 def test_no_stored_number_is_rounded(tools: Tools, tmp_path: Path, others: str) -> None:
     import torch
 
@@ -87,7 +82,6 @@ def test_no_stored_number_is_rounded(tools: Tools, tmp_path: Path, others: str) 
 
 
 @pytest.mark.parametrize("beside", [True, False])
-@fault("c11", "the tokenizer.json beside it is exported, or it is said to be no file")
 def test_the_tokenizer_that_is_named_is_exported(tools: Tools, tmp_path: Path, beside: bool) -> None:
     other = tokenizer()
     other["model"]["merges"] = []
@@ -106,7 +100,7 @@ def test_the_tokenizer_that_is_named_is_exported(tools: Tools, tmp_path: Path, b
     "key",
     [
         "unknown_to_all",
-        pytest.param("use_qk_norm", marks=fault("c16", "QK norm is on, with the rows of a llama")),
+        "use_qk_norm",
     ],
 )
 def test_a_key_of_another_class_changes_no_model(tools: Tools, tmp_path: Path, key: str) -> None:
@@ -121,7 +115,6 @@ def test_a_key_of_another_class_changes_no_model(tools: Tools, tmp_path: Path, k
     assert changed(tensors_of(folder), tensors_of(back)) == {}
 
 
-@fault("c18", "SafetensorError, a traceback without the file")
 def test_a_file_cut_short_is_named(tools: Tools, tmp_path: Path) -> None:
     file = hf_folder(tmp_path / "hf") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -130,9 +123,7 @@ def test_a_file_cut_short_is_named(tools: Tools, tmp_path: Path) -> None:
     line_of(answer.text, r"^error: .*hf/model\.safetensors")
 
 
-@pytest.mark.parametrize(
-    "misplaced", [None, pytest.param(EMBEDDING, marks=fault("c28", "a traceback without the file"))]
-)
+@pytest.mark.parametrize("misplaced", [None, EMBEDDING])
 def test_an_index_that_names_another_shard_is_told(
     tools: Tools, tmp_path: Path, misplaced: str | None
 ) -> None:
@@ -152,9 +143,9 @@ def test_an_index_that_names_another_shard_is_told(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        pytest.param("num_key_value_heads", 3, marks=fault("c22", "RuntimeError on a shape"), id="groups"),
-        pytest.param("num_hidden_layers", "2", marks=fault("c22", "TypeError"), id="text"),
-        pytest.param("rms_norm_eps", None, marks=fault("c23", "a checkpoint that none can read"), id="null"),
+        pytest.param("num_key_value_heads", 3, id="groups"),
+        pytest.param("num_hidden_layers", "2", id="text"),
+        pytest.param("rms_norm_eps", None, id="null"),
         pytest.param("attention_bias", True, id="control"),
     ],
 )
@@ -183,9 +174,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "own", [True, pytest.param(False, marks=fault("c30", "exported with a tokenizer that made no data"))]
-)
+@pytest.mark.parametrize("own", [True, False])
 def test_a_run_is_exported_with_the_tokenizer_of_its_data(
     tools: Tools, tmp_path: Path, trained: Path, own: bool
 ) -> None:

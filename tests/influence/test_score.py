@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from megatron_r1.data.indexed import IndexedDataset, identity_of, open_corpus
 from megatron_r1.data.windows import choose
 from megatron_r1.influence import directions
 from megatron_r1.influence import engine as engine_module
+from megatron_r1.influence import score as score_module
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
 from megatron_r1.influence.score import compute_influence
-from megatron_r1.influence.store import ScoreStore, read_scores
+from megatron_r1.influence.store import ScoreStore, read_scores, write_parquet
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import ScoreTable
+from megatron_r1.run import stage
 from megatron_r1.run.ledger import read as read_ledger
 from megatron_r1.system.files import sha256
 from tests import launch
@@ -275,7 +278,7 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         whole,
         influence={
             "steps": [2, 3],
-            "directions": {"x": f"{tmp_path}/x", "loss": f"{tmp_path}/x"},
+            "directions": {"x": f"{tmp_path}/x"},
             "norms": True,
             "layers": ["linears"],
         },
@@ -286,9 +289,8 @@ def test_mistakes_come_together_and_say_the_way_out(whole: Config, tmp_path: Pat
         "influence.steps=[3]: no such checkpoints",
         "has [2, 4]",
         f"influence.directions.x: {tmp_path}/x.idx does not exist",
-        "influence.directions.loss: the name of a column of exported scores",
         "set parallel.context=1",
-        "influence.layers='linears' selects no parameter; near: linear",
+        "influence.layers='linears' selects no parameter; did you mean linear?",
     ):
         assert part in text, text
     assert "launch a multiple of 2" in influence_mistakes(changed(whole, parallel={"tensor": 2}), 3)[0]
@@ -569,3 +571,134 @@ def test_an_estimate_is_operations_over_their_rate(whole: Config, tmp_path: Path
     assert estimate(early, 1, 1.0, 1.0).startswith("100 examples x 3 checkpoints, at most ")
     with pytest.raises(ValueError, match="give steps"):
         estimate(changed(early, influence={"steps": []}), 1, 1.0, 1.0)
+
+
+def test_a_killed_launch_is_in_the_ledger(trained: Config, tmp_path: Path) -> None:
+    """Two launches of step 2, each with what passed through the model in it, and one of step 4."""
+    config = copied(trained, tmp_path)
+    with pytest.raises(RankFailedError, match="-9"):
+        on_ranks(1, _killed_at, config, 3, False)
+    run = Path(config.train.run)
+    note = run / "influence/.step_00000002.launch.json"
+    assert read_ledger(run) == [] and json.loads(note.read_text())["seconds"] > 0
+    on_ranks(1, compute_influence, config)
+    lines = [line for line in read_ledger(run) if line["stage"] == "influence step 2"]
+    assert [bool(line["outputs"]) for line in lines] == [False, True] and not note.exists()
+    assert lines[0]["inputs"] == lines[1]["inputs"]
+    work = lay_plan(config)
+    assert lines[0]["tokens"] == (2 * 16 + work.probe_windows()) * SEQ
+    assert lines[1]["tokens"] == (work.examples() - 2 * 16) * SEQ, "the directions were on disk"
+
+
+def test_a_launch_killed_with_all_scores_there_is_recorded_with_them(whole: Config, tmp_path: Path) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    config = changed(whole, train={"run": str(tmp_path / "run")})
+    ledger, note = tmp_path / "run/ledger.jsonl", tmp_path / "run/influence/.step_00000004.launch.json"
+    *before, last = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(before))
+    line = json.loads(last)
+    stage.note_launch(note, name=line["stage"], inputs=line["inputs"], seconds=1.0)
+    on_ranks(1, compute_influence, config)
+    found = read_ledger(tmp_path / "run")[-1]
+    assert found["stage"] == "influence step 4" and not note.exists()
+    assert list(found["outputs"].values()) == list(line["outputs"].values())
+
+
+def _replace(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        np.save(directory / name, change(np.load(directory / name)))
+
+    return damage
+
+
+def _nan(array: np.ndarray) -> np.ndarray:
+    array[3] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "written.npy").unlink(), r"b/written\.npy is missing; remove its folder and score"),
+        (lambda d: (d / "scores.npy").unlink(), r"b/scores\.npy is missing; remove its folder and score"),
+        (
+            lambda d: (d / "manifest.json").unlink(),
+            r"b has no manifest\.json, .*; remove .*b and score again",
+        ),
+        (_replace("written.npy", lambda w: w.astype(np.int8)), r"written\.npy is damaged \(it holds int8"),
+        (_replace("written.npy", lambda w: w[:-1]), r"written\.npy is damaged \(its shape is \[\d+\], not"),
+        (_replace("scores.npy", lambda s: s[:, :1]), r"scores\.npy is damaged \(its shape is"),
+        (
+            _replace("scores.npy", lambda s: s.astype(np.float64)),
+            r"scores\.npy is damaged \(it holds float64",
+        ),
+        (
+            _replace("scores.npy", _nan),
+            r"scores\.npy: scores of b are not finite, first of example \d+; remove",
+        ),
+        (_replace("losses.npy", _nan), r"losses\.npy: losses of b are not finite"),
+        (lambda d: (d / "losses.npy").write_bytes(b"PK\x05\x06" + bytes(18)), r"losses\.npy is damaged"),
+    ],
+)
+def test_scores_that_are_not_what_they_say_are_named(
+    whole: Config, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    """By the writer, the reader of mixtures and the report, and the table."""
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    run, config = tmp_path / "run", changed(whole, train={"run": str(tmp_path / "run")})
+    damage(run / "influence/step_00000004/b")
+    readers = {"writer": lambda: examples_left(lay_plan(config))}
+    if "has no manifest" not in message:
+        readers["table"] = lambda: write_parquet(run, tmp_path / "scores.parquet")
+    if "losses" not in message and "has no manifest" not in message:
+        readers["mixture"] = lambda: read_scores(run)
+    for reader in readers.values():
+        with pytest.raises(ValueError, match=message):
+            reader()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "4"}, r"manifest\.json is damaged \(step is '4'\); remove"),
+        ({"capabilities": "code"}, r"is damaged \(capabilities is 'code'\)"),
+        ({"source": "a"}, r"is of step_00000004/a: its folder was copied or renamed; remove .*/b and score"),
+    ],
+)
+def test_a_manifest_of_another_place_or_type_is_named(
+    whole: Config, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(whole.train.run, tmp_path / "run")
+    path = tmp_path / "run/influence/step_00000004/b/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        read_scores(tmp_path / "run")
+
+
+def test_rows_of_other_examples_are_not_continued(whole: Config, tmp_path: Path) -> None:
+    """The manifest is of these examples, and examples.npy is not."""
+    directory = tmp_path / "run/influence/step_00000004/b"
+    shutil.copytree(Path(whole.train.run) / "influence/step_00000004/b", directory)
+    number_N = np.load(directory / "examples.npy")
+    inputs = json.loads((directory / "manifest.json").read_text())
+    with pytest.raises(ValueError, match=r"examples\.npy names other examples than its manifest"):
+        ScoreStore(directory, inputs, number_N + 1, np.load(directory / "tokens.npy"), {"losses": ()})
+
+
+def _overflowing(config: Config) -> None:
+    original = score_module.score_examples
+
+    def huge(*args: Any) -> tuple[np.ndarray, np.ndarray]:
+        rows_NX, loss_N = original(*args)
+        rows_NX[2] = 1e39
+        return rows_NX, loss_N
+
+    score_module.score_examples = huge  # this fork's own
+    compute_influence(config)
+
+
+def test_a_score_beyond_float32_is_not_stored(trained: Config, tmp_path: Path) -> None:
+    config = copied(trained, tmp_path)
+    with pytest.raises(RankFailedError, match=r"scores of window \d+ of a at step 2 are not finite"):
+        on_ranks(1, _overflowing, config)
+    assert not np.load(tmp_path / "run/influence/step_00000002/a/written.npy").any()

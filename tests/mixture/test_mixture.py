@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,8 +125,37 @@ def test_scores_that_are_missing_or_not_finite_are_refused(config: Config) -> No
     score(config, "a", 0, 40, 1.0)
     assert make_mixture(config)[0].steps == (10, 30), "b has no scores at step 40"
     score(config, "b", 0, 40, float("nan"))
-    with pytest.raises(ValueError, match="scores of b are not finite"):
+    with pytest.raises(ValueError, match=r"step_00000040/b/scores.npy: scores of b are not finite, first"):
         make_mixture(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "scores",
+            float("-inf"),
+            r"step_00000010/a/scores.npy: scores of a are not finite, first",
+        ),
+        ("tokens", 0, r"/a/tokens.npy: no numbers of tokens"),
+        ("tokens", -5, r"/a/tokens.npy: no numbers of tokens"),
+        ("norms", float("nan"), r"step_00000010/a/norms.npy: norms of a are not finite, first"),
+        ("manifest", None, r"step_00000010/a/manifest.json: direction_norms are not all finite"),
+    ],
+)
+def test_a_damaged_file_of_scores_is_named(config: Config, name: str, value: Any, message: str) -> None:
+    for directory in Path(config.train.run).glob("influence/step_*/*"):
+        np.save(directory / "norms.npy", np.ones(3, np.float32))
+        manifest = json.loads((directory / "manifest.json").read_text())
+        norms = {"x": 1.0} if name == "manifest" else {"x": 1.0, "y": 1.0}
+        (directory / "manifest.json").write_text(json.dumps({**manifest, "direction_norms": norms}))
+        if name != "manifest":
+            array = np.load(directory / f"{name}.npy")
+            np.save(directory / f"{name}.npy", np.full_like(array, value))
+    scale = "raw" if name in ("scores", "tokens") else "cosine"
+    with pytest.raises(ValueError, match=message) as caught:
+        make_mixture(dataclasses.replace(config, mix=dataclasses.replace(MIX, scale=scale)))
+    assert "\n" not in str(caught.value)
 
 
 def test_summed_losses_give_the_same_mixture_and_cosines_need_norms(config: Config, tmp_path: Path) -> None:

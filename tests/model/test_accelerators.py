@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_r1 import backend
-from tests.launch import ROOT
+from tests.gpu import gpu
 
 LAYERS = """
 import sys
@@ -47,48 +45,53 @@ for ours, theirs in zip(outputs[True], outputs[False], strict=True):
 """
 
 
-@pytest.mark.skipif(not backend.has_transformer_engine(), reason="needs a GPU and transformer_engine")
+@pytest.mark.skipif(not gpu.has("transformer_engine"), reason="needs a GPU and transformer_engine")
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-3), ("bf16", 3e-2)], ids=["fp32", "bf16"])
 def test_transformer_engine_s_layers_compute_what_ours_do(
     precision: str, most: float, tmp_path: Path
 ) -> None:
     """Logits and gradients, from a checkpoint that the one wrote and the other read."""
-    command = [sys.executable, "-c", LAYERS, precision, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    errors = [float(line) for line in done.stdout.split()[-2:]]
+    errors = [float(line) for line in gpu.python(LAYERS, precision, tmp_path).split()[-2:]]
     assert all(0 < error < most for error in errors), errors
+
+
+ADAM = """
+import importlib
+import sys
+import torch
+from megatron_r1.train.optimizer import FusedAdam
+
+theirs = importlib.import_module(sys.argv[1]).FusedAdam
+parameters = [torch.nn.Parameter(torch.ones(300, device="cuda")) for _ in range(2)]
+options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+optimizers = [kind([p], **options) for kind, p in zip((FusedAdam, theirs), parameters, strict=True)]
+for step in range(10):
+    gradient = torch.randn(300, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+    for parameter, optimizer in zip(parameters, optimizers, strict=True):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
+torch.testing.assert_close(*parameters)
+for name in ("exp_avg", "exp_avg_sq"):
+    torch.testing.assert_close(states[0][name], states[1][name])
+print("equal")
+"""
 
 
 @pytest.mark.parametrize(
     ("module", "there"),
     [
         pytest.param(
-            "transformer_engine.pytorch.optimizers", backend.has_transformer_engine(), id="transformer_engine"
+            "transformer_engine.pytorch.optimizers", gpu.has("transformer_engine"), id="transformer_engine"
         ),
-        pytest.param("apex.optimizers", backend.has_apex(), id="apex"),
+        pytest.param("apex.optimizers", gpu.has("apex", "amp_C"), id="apex"),
     ],
 )
 def test_a_fused_adam_steps_as_ours_does(module: str, there: bool) -> None:
     """By the interface that both document: ten steps of AdamW, and the state that checkpoints hold."""
     if not there:
         pytest.skip(f"needs a GPU and {module}")
-    from megatron_r1.train.optimizer import FusedAdam
-
-    theirs = pytest.importorskip(module).FusedAdam
-    parameters = [torch.nn.Parameter(torch.ones(300, device="cuda")) for _ in range(2)]
-    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizers = [
-        kind([parameter], **options) for kind, parameter in zip((FusedAdam, theirs), parameters, strict=True)
-    ]
-    for step in range(10):
-        gradient = torch.randn(300, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
-        for parameter, optimizer in zip(parameters, optimizers, strict=True):
-            parameter.grad = gradient.clone()
-            optimizer.step()
-    states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
-    torch.testing.assert_close(*parameters)
-    for name in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(states[0][name], states[1][name])
+    assert gpu.python(ADAM, module).endswith("equal\n")
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def test_a_configuration_says_what_is_wrong_with_its_scaling() -> None:
             [*TINY_MODEL, wrong.replace("orignal", "original_max_position_embeddings").replace("8}", "0}")]
         )
     for mistake in (
-        "factor=0.5 must be at least 1",
-        "for 4.0, 4.0",
+        "factor=0.5 must be a finite number of at least 1",
+        "low_freq_factor=4.0 is not below high_freq_factor=4.0",
         "original_max_position_embeddings=0 must",
     ):
         assert mistake in str(error.value)

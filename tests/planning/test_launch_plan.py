@@ -62,12 +62,23 @@ def test_warnings_name_what_is_odd() -> None:
     for part in (
         "phase1 sum to 100.01, not 100",
         "odd sum to 0.9, not 1",
-        "wiki 76.8",
         "no phase draws: nemotron-science",
         "2.75T on 168 GPUs and 2.10T on 128",
         "model.head_dim=62 has no flash attention",
     ):
         assert part in output, output
+
+
+def test_a_batch_ten_times_the_papers_is_called_out() -> None:
+    config = config_io.load([*PRETRAIN[:2], "train={global_batch: 26880, micro_batch: 16}"])
+    output = "\n".join(warnings(plan_launch(config, Launch(168), build=False)))
+    assert "train.global_batch=26880: 55,050,240 tokens a step are 10.0 times the paper's 5,505,024" in output
+
+
+def test_assumptions_that_are_no_numbers_are_refused() -> None:
+    for launch in (Launch(168, gpu_memory=float("nan")), Launch(168, peak_flops=float("inf"))):
+        with pytest.raises(ConfigError, match="--peak-tflops and --gpu-memory must be positive and finite"):
+            plan_launch(pretrain(), launch, build=False)
 
 
 def test_a_launch_without_oddities_has_no_warnings() -> None:

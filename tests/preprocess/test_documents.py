@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.data.provenance import read_provenance
-from megatron_r1.preprocess import documents
+from megatron_r1.preprocess import documents, rows
 from megatron_r1.preprocess.documents import cut, open_input
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
@@ -48,7 +48,7 @@ def pair(folder: Path, name: str, source: str, **options) -> list[bytes]:
     prefix = folder / name
     model = folder / "sp.model"
     preprocess([source], prefix, "SentencePieceTokenizer", model, log=lambda line: None, **options)
-    return [Path(f"{prefix}_text_document{e}").read_bytes() for e in (".bin", ".idx", ".docs.npy")]
+    return [Path(f"{prefix}_text_document{e}").read_bytes() for e in (".bin", ".idx", ".side/docs.npy")]
 
 
 @pytest.mark.parametrize("form", ["saved", "hf:saved", "hf:splits:train", "files/train.parquet", "hf:files"])
@@ -83,7 +83,7 @@ def test_parts_join_to_the_whole(folder, name, count, monkeypatch):
     for index in range(count):
         [(lo, hi)] = cut([source], (index, count))
         for piece in source.pieces(0, ["text"], lo, hi):
-            found += [documents.parse(row)["text"] for row in piece.rows]
+            found += [rows.parse(row)["text"] for row in piece.rows]
     assert found == TEXTS
 
 
@@ -94,12 +94,21 @@ def test_broken_utf8_in_a_table_costs_one_row(folder, tmp_path):
     parquet.write_table(arrow.table({"text": column}), tmp_path / "in.parquet")
     (tmp_path / "sp.model").write_bytes((folder / "sp.model").read_bytes())
     pair(tmp_path, "out", str(tmp_path / "in.parquet"))
-    [rejected] = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    [rejected] = [json.loads(line) for line in (tmp_path / "out_text_document.side/rejects.jsonl").open()]
     assert (rejected["line"], rejected["reason"]) == (
         2,
         "invalid UTF-8 at byte 1 of 'text': invalid start byte",
     )
     assert read_provenance(tmp_path / "out_text_document").lines.tolist() != [2]
+
+
+def test_broken_utf8_in_a_saved_dataset_costs_one_row(tmp_path, hub):
+    texts = arrow.array([b"good", b"b\xffd", b"fine"], arrow.binary())
+    strings = arrow.Array.from_buffers(arrow.string(), 3, texts.buffers())
+    hub.Dataset(arrow.table({"text": strings})).save_to_disk(tmp_path / "saved")
+    source = open_input(tmp_path / "saved")
+    [piece] = source.pieces(0, ["text"], 0, source.size)
+    assert [row["text"] for row in piece.rows] == [b"good", b"b\xffd", b"fine"]
 
 
 LINES = [
@@ -117,7 +126,7 @@ LINES = [
 
 def verdict(line: bytes) -> str:
     try:
-        return repr(documents.text_of(documents.parse(line), "text"))
+        return repr(rows.text_of(rows.parse(line), "text"))
     except ValueError as error:
         return str(error)
 
@@ -136,7 +145,7 @@ def test_fast_reader_of_json_changes_no_verdict(line, edits):
             data[place : place + 1] = b"" if strike else bytes([byte])
     fast = verdict(bytes(data))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "orjson", None)
+        patch.setattr(rows, "orjson", None)
         assert fast == verdict(bytes(data))
 
 

@@ -126,7 +126,7 @@ def test_result_does_not_depend_on_workers(tmp_path, model, monkeypatch):
     two, _ = run(source, tmp_path / "two", model, workers=2)
     assert pair(tmp_path / "one") == pair(tmp_path / "two")
     assert one == two
-    rejects = [(tmp_path / f"{n}_text_rejects.jsonl").read_bytes() for n in ("one", "two")]
+    rejects = [(tmp_path / f"{n}_text_document.side/rejects.jsonl").read_bytes() for n in ("one", "two")]
     assert rejects[0] == rejects[1] != b""
 
 
@@ -180,7 +180,7 @@ def test_several_inputs_and_keys(tmp_path, model):
 
 BAD_LINES = [
     (b'{"text": "cut', "bad JSON: Unterminated string"),
-    (b"", "bad JSON: Expecting value"),
+    (b"nul", "bad JSON: Expecting value"),
     (b"[1, 2]", "bad JSON: a list where an object is expected"),
     (b"[" * 100_000, "bad JSON: nested too deep"),
     (b'{"body": "x"}', "missing key 'text': there is 'body'"),
@@ -203,7 +203,7 @@ def test_every_bad_line_is_quoted_with_its_place(tmp_path, model):
     sidecar, said = run(source, tmp_path / "out", model, seed=None)
     kept = TEXTS[:3] + [TEXTS[5]] * len(BAD_LINES)
     assert pair(tmp_path / "out") == oracle(tmp_path / "oracle", kept, model)
-    rejects = [json.loads(line) for line in (tmp_path / "out_text_rejects.jsonl").open()]
+    rejects = [json.loads(line) for line in (tmp_path / "out_text_document.side/rejects.jsonl").open()]
     assert [r["line"] for r in rejects] == [4 + 2 * i for i in range(len(BAD_LINES))]
     for reject, (line, reason) in zip(rejects, BAD_LINES, strict=True):
         assert reject["reason"].startswith(reason)
@@ -242,9 +242,9 @@ def test_no_document_is_an_error_and_writes_no_pair(tmp_path, model, texts, mess
     out.mkdir()
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "in.jsonl", out / "x", model, json_keys=keys)
-    assert [path.name for path in out.iterdir()] == ["x_text_rejects.jsonl"] * bool(texts)
+    assert [path.name for path in out.iterdir()] == ["x_text_document.side"] * bool(texts)
     if texts:
-        rejects = [json.loads(line) for line in (out / "x_text_rejects.jsonl").open()]
+        rejects = [json.loads(line) for line in (out / "x_text_document.side/rejects.jsonl").open()]
         assert [r["line"] for r in rejects] == [1, 2, 3]
 
 
@@ -267,7 +267,7 @@ def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, mod
     _, said = run(source, tmp_path / "out", model)
     assert "already done" in said
     assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns == stamp
-    for change in ({"seed": 9}, {}):
+    for change in ({"seed": 9, "overwrite": True}, {"overwrite": True}):
         _, said = run(source, tmp_path / "out", model, **change)
         assert "already done" not in said
     assert pair(tmp_path / "out") == first
@@ -432,7 +432,7 @@ def test_disk_full_at_any_moment_names_a_file_and_loses_nothing(tmp_path, model,
         for share in (*np.linspace(0, 0.99, 20), 1 - 40 / total):
             room[0] = int(total * share)
             with pytest.raises(OSError, match=r"No space left on device: .*/out") as raised:
-                run(source, tmp_path / "out", model, seed=seed)
+                run(source, tmp_path / "out", model, seed=seed, overwrite=True)
             assert raised.value.errno == errno.ENOSPC
             room[0] = 1 << 40
             assert {*tmp_path.iterdir()} - {tmp_path / "out.partial"} == {*left}

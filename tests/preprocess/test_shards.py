@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 ROOT = Path(__file__).parents[2]
 KIND = "SentencePieceTokenizer"
 TEXTS = [f"Document {i}: {'words and  spaces ' * (i % 7)}\n\tline {i * i}" for i in range(300)]
-ENDINGS = ("text_document.bin", "text_document.idx", "text_document.docs.npy", "text_document.json")
+ENDINGS = ("text_document.bin", "text_document.idx", "text_document.side/docs.npy", "text_document.json")
 
 
 def jsonl(path: Path, texts) -> Path:
@@ -69,7 +70,7 @@ def test_merged_is_the_unsharded_run(tmp_path, model, inputs, count, seed):
     preprocess(inputs, tmp_path / "one", KIND, model, seed=seed, append_eod=True, log=quiet)
     shards(inputs, tmp_path / "out", model, count, seed=seed)
     merge(tmp_path / "out", log=quiet)
-    for ending in (*ENDINGS, "text_rejects.jsonl"):
+    for ending in (*ENDINGS, "text_document.side/rejects.jsonl"):
         assert (tmp_path / f"out_{ending}").read_bytes() == (tmp_path / f"one_{ending}").read_bytes(), ending
     assert not list(tmp_path.glob("*partial*"))
     said: list[str] = []
@@ -103,7 +104,7 @@ def test_killed_shard_goes_on_and_the_others_are_not_touched(tmp_path, model, in
     shards(inputs, tmp_path / "out", model, 3)
     with pytest.raises(FileNotFoundError, match=r"shard-00001-of-00003.* run --shard 1/3 again"):
         for path in tmp_path.glob("out_shard-00001-of-00003_text_document.*"):
-            path.unlink()
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         merge(tmp_path / "out", log=quiet)
     stamp = (tmp_path / "out_shard-00000-of-00003_text_document.bin").stat().st_mtime_ns
     shards(inputs, tmp_path / "out", model, 3)
@@ -154,8 +155,8 @@ def test_shards_without_any_document_are_not_merged(tmp_path, model):
     with pytest.raises(ValueError, match=r"every document is rejected for key 'text'.*: 4, the first"):
         merge(tmp_path / "out", log=quiet)
     made = set(tmp_path.iterdir()) - set(left)
-    assert made == {tmp_path / "out_text_rejects.jsonl"}
-    assert [json.loads(line)["line"] for line in made.pop().open()] == [1, 2, 3, 4]
+    assert made == {tmp_path / "out_text_document.side"}
+    assert [json.loads(line)["line"] for line in (made.pop() / "rejects.jsonl").open()] == [1, 2, 3, 4]
 
 
 def test_which_shard_we_are():
@@ -164,9 +165,68 @@ def test_which_shard_we_are():
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}
     assert parse_shard("env", array) == (6, 8)
     assert parse_shard("env", {"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}) == (2, 3)
-    for wrong in ("3", "a/b", "-1/2", "env"):
+    for wrong in ("3", "a/b", "-1/2", "2/2", "0/0", "env"):
         with pytest.raises(ValueError, match="--shard"):
             parse_shard(wrong, {})
+    odd = {f"SLURM_ARRAY_TASK_{k}": v for k, v in zip(("ID", "COUNT", "MAX", "STEP"), "1342", strict=True)}
+    for variables in ({"RANK": "x", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "2", "SLURM_NTASKS": "2"}, odd):
+        with pytest.raises(ValueError, match=r"--shard env: .*give --shard I/N"):
+            parse_shard("env", variables)
+
+
+def tasks(ids: list[int], step: int = 1, job: str = "7") -> list[dict[str, str]]:
+    """The variables of each task of a job array, as Slurm sets them."""
+    shared = {"COUNT": len(ids), "MIN": min(ids), "MAX": max(ids), "STEP": step}
+    return [
+        {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {**shared, "ID": task}.items()}
+        | {"SLURM_ARRAY_JOB_ID": job}
+        for task in ids
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "step"),
+    [([0, 1, 2], 1), ([5, 6, 7, 8, 9], 1), ([0, 2, 4], 2), ([1, 8, 15], 7), ([3], 1), ([4, 14], 10)],
+)
+def test_a_task_of_an_array_with_a_step_is_its_place_in_it(ids, step):
+    found = [parse_shard("env", variables) for variables in tasks(ids, step)]
+    assert found == [(place, len(ids)) for place in range(len(ids))]
+
+
+@pytest.mark.parametrize("ids", [[1, 3, 7], [2, 4, 6], [1, 3, 5, 7, 20], [0, 1, 4], [9, 2, 30, 4]])
+def test_tasks_of_any_other_array_take_a_shard_each(tmp_path, ids):
+    prefix = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"have no common step.*give --shard I/N"):
+        parse_shard("env", tasks(ids)[0])
+    # As they come, each twice: a task that is requeued goes on with its shard.
+    found = [parse_shard("env", variables, prefix) for variables in tasks(ids)[::-1]]
+    again = [parse_shard("env", variables, prefix) for variables in tasks(ids)]
+    assert sorted(found) == [(place, len(ids)) for place in range(len(ids))]
+    assert again == found[::-1]
+    # Another array begins anew.
+    assert parse_shard("env", tasks(ids, job="8")[-1], prefix) == (0, len(ids))
+
+
+def test_shards_of_an_array_without_a_step_are_merged(tmp_path, model):
+    source, prefix = jsonl(tmp_path / "in.jsonl", ["", *TEXTS]), tmp_path / "out"
+    source.write_text(source.read_text().replace("}\n{", "}\n\n{"))
+    preprocess([source], tmp_path / "one", KIND, model, log=quiet)
+    for variables in tasks([2, 3, 7])[::-1]:
+        preprocess([source], prefix, KIND, model, shard=parse_shard("env", variables, prefix), log=quiet)
+    merge(prefix, log=quiet)
+    for ending in (*ENDINGS, "text_document.side/rejects.jsonl"):
+        assert (tmp_path / f"out_{ending}").read_bytes() == (tmp_path / f"one_{ending}").read_bytes(), ending
+    assert json.loads((tmp_path / "out_text_document.json").read_text())["skipped"] == {"blank line": 300}
+    assert not list(tmp_path.glob("out.array*"))
+
+
+def test_a_pair_of_another_request_is_not_merged_over(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess([source], tmp_path / "out", KIND, model, seed=1, log=quiet)
+    shards([source], tmp_path / "out", model, 2)
+    with pytest.raises(ValueError, match=r"another request: .*seed.*--overwrite"):
+        merge(tmp_path / "out", log=quiet)
+    merge(tmp_path / "out", overwrite=True, log=quiet)
 
 
 def test_command_lines_under_torchrun(tmp_path, model):

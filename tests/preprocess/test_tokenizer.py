@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import sys
 import warnings
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from tests.faults.inputs import plain_tokenizer
+from tests.launch import ROOT
 
 CODE = (
     'def f(x: int) -> str:\n\treturn  f"{x!r:>10}"   \n\n\nclass A:\n    """Doc."""\n\n    y = 1234567890\n'
@@ -72,7 +75,7 @@ def tiktoken(corpus):
     tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    "]
     path = corpus.with_name("tokenizer.model")
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return build_tokenizer("TikTokenizer", path)
+    return build_tokenizer("TikTokenizer:llama3", path)
 
 
 @pytest.fixture(params=["sentencepiece", "huggingface", "tiktoken"])
@@ -139,6 +142,48 @@ def test_training_names_the_line_without_text(tmp_path):
         train_sentencepiece([path], tmp_path / "no.model", vocab_size=300)
 
 
+def test_training_reads_what_preprocessing_reads(corpus, tmp_path):
+    """Packed files, tables, blank lines and byte order marks; the same texts give the same model."""
+    lines = corpus.read_bytes().splitlines()
+    spread = b"\n\n \n".join(lines[:100]) + b"\r\n\xef\xbb\xbf" + b"\n".join(lines[100:]) + b"\n\n"
+    (tmp_path / "spread.jsonl").write_bytes(spread)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    models = []
+    for source in (corpus, tmp_path / "spread.jsonl", tmp_path / "packed.jsonl.gz"):
+        train_sentencepiece([source], tmp_path / "sp.model", vocab_size=400)
+        models.append((tmp_path / "sp.model").read_bytes())
+    assert models[1:] == models[:1] * 2
+    size = corpus.stat().st_size
+    seen = train_sentencepiece(
+        [tmp_path / "packed.jsonl.gz"], tmp_path / "some.model", 400, max_bytes=size // 4
+    )
+    assert size // 8 < seen < size // 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": null}', r"in\.jsonl:2: no text under 'text': non-string text: 'text' is NoneType"),
+        (b'{"text": ["a"]}', r"in\.jsonl:2: .*is list"),
+        (b'{"text": 7}', r"in\.jsonl:2: .*is number"),
+        (b'{"text": "\\ud800"}', r"in\.jsonl:2: .*lone surrogate"),
+        (b'{"text": "\xff"}', r"in\.jsonl:2: .*invalid UTF-8"),
+        (b"[" * 2000, r"in\.jsonl:2: .*nested too deep"),
+    ],
+)
+def test_training_refuses_what_preprocessing_rejects(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        train_sentencepiece([tmp_path / "in.jsonl"], tmp_path / "sp.model", vocab_size=300)
+    assert not (tmp_path / "sp.model").exists()
+
+
+def test_training_names_a_file_that_is_packed_otherwise(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(gzip.compress(b'{"text": "good"}'))
+    with pytest.raises(ValueError, match=r"in\.jsonl is packed by gzip; name it \.gz$"):
+        train_sentencepiece([tmp_path / "in.jsonl"], tmp_path / "sp.model", vocab_size=300)
+
+
 def test_tiktoken_long_runs(tiktoken):
     """A million spaces stop tiktoken itself; runs are cut after every 25,000 characters."""
     text = "x" + " " * 1_000_000 + "y" * 60_000
@@ -151,7 +196,7 @@ def test_fingerprint_tells_kinds_and_models_apart(sentencepiece, huggingface, ti
     prints = {t.fingerprint() for t in (sentencepiece, huggingface, tiktoken)}
     other = tmp_path / "other.model"
     other.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
-    prints.add(build_tokenizer("TikTokenizer", other).fingerprint())
+    prints.add(build_tokenizer("TikTokenizer:llama3", other).fingerprint())
     assert len(prints) == 4
 
 
@@ -211,3 +256,12 @@ def test_nemo_s_tokenizers_give_the_same_tokens(sentencepiece, corpus):
     assert (theirs.vocab_size, theirs.eos_id) == (sentencepiece.vocab_size, sentencepiece.eod)
     for text in (CODE, "  two before", "</s> stays text", "naïve 漢字"):
         assert theirs.text_to_ids(text) == sentencepiece.encode(text)
+
+
+def test_the_example_of_the_docs_holds(tmp_path):
+    """docs/data.md shows how special tokens differ from transformers' default."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    section = page.split("## Special tokens")[1].split("## ")[0]
+    code = "".join(line[4:] or "\n" for line in section.splitlines(keepends=True) if line.startswith("    "))
+    assert code.count("assert") == 3
+    exec(code, {"folder": plain_tokenizer(tmp_path / "tokenizer")})

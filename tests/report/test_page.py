@@ -73,6 +73,15 @@ def test_cards_say_what_the_data_say(whole: Path) -> None:
         assert len(re.findall(rf"{re.escape(difference)}[^,]*, one run, no interval", text)) == 2
 
 
+def test_lost_lines_are_said_on_the_page(pair: Path) -> None:
+    path = pair / "control" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:9] + lines[12:]))
+    text = shown(pair)[1]
+    assert f"{path} has lost the lines of step 110 to 112, 3 in all." in text
+    assert "A shaded stretch is steps whose lines metrics.jsonl has lost." in text
+
+
 def test_what_is_missing_is_said_with_the_command_that_makes_it(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1][:40])
@@ -91,7 +100,7 @@ def test_a_run_whose_every_loss_is_no_number_is_still_reported(run: Path) -> Non
 
 
 def test_names_that_mean_something_in_markup_are_escaped(tmp_path: Path) -> None:
-    make_arm(tmp_path / "r<&>", "second", "uniform", 0, 0.0, {'a<b> & "c"</script>': "x&y", "plain": "code"})
+    make_arm(tmp_path / "r<&>", "second", "uniform", 0, 0.0, {"a": 'x<b> & "c"</script>', "plain": "code"})
     page, text = shown(tmp_path / "r<&>")
     assert "<b>" not in page.split("<script")[0] and page.count("</script>") == 2 and "r<&>" in text
 

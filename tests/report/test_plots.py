@@ -63,6 +63,32 @@ def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run:
     assert raw == [step for step in range(1, 176) if step not in (40, 90)]
 
 
+def test_lost_steps_are_a_shaded_stretch_that_the_axis_reaches(pair: Path) -> None:
+    save(pair, 175)
+    lines = (pair / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (pair / "metrics.jsonl").write_text("".join(lines[:19] + lines[24:150]))
+    reading = load.read_all(pair)
+    (panel,) = plots.loss(reading)
+    found = [(row["arm"], row["first"], row["last"], row["tokens"], row["end"]) for row in rows(panel, -2)]
+    assert [of[1:3] for of in found] == [(20, 24), (151, 175)] and found[0][0] == "influence"
+    assert [of[3:] for of in found] == [
+        pytest.approx((a * TOKENS, b * TOKENS)) for a, b in ((19, 24), (150, 175))
+    ]
+    x = panel.to_dict()["layer"][0]["layer"][0]["encoding"]["x"]
+    assert x["scale"]["domain"][1] == pytest.approx(1.01 * 175 * TOKENS)
+    # Nothing is marked where nothing is lost.
+    (pair / "metrics.jsonl").write_text("".join(lines))
+    (whole,) = plots.loss(load.read_all(pair))
+    assert len(whole.layer) == len(panel.layer) - 1
+
+
+def test_sources_of_one_domain_differ_in_colour() -> None:
+    shades = plots.colors({f"s{n}": "code" if n < 13 else "math" for n in range(20)})
+    assert len({*shades.values()}) == 20
+    for mode in (0, 1):
+        assert len({plots.COLORS[shade[6:-1]][mode] for shade in shades.values()}) == 20
+
+
 def test_long_curves_are_thinned_and_keep_their_extremes(run: Path) -> None:
     reading = load.read_all(run)
     steps = np.arange(1.0, 1_000_001)

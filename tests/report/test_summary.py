@@ -160,3 +160,82 @@ def test_numbers_as_they_are_written() -> None:
     times = [tables.duration(value) for value in (9.96, 59.7, 3_599.6)]
     assert times == ["10\xa0s", "1\xa0min 00\xa0s", "1\xa0h 00\xa0min"]
     assert [tables.signed(value) for value in (-0.0004, -0.0412)] == ["0.000", "−0.041"]
+
+
+def lose(run: Path, *steps: int) -> None:
+    """Drop the lines of these steps."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] not in steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "lost"),
+    [
+        ([7, 8, 40], [(7, 8), (40, 40)]),
+        (range(171, 176), [(171, 175)]),
+        (range(1, 4), [(1, 3)]),
+        ([], []),
+    ],
+)
+def test_lost_lines_are_known_and_told(
+    run: Path, steps: list[int], lost: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run, 100, 175)
+    lose(run, *steps)
+    found = load.read_run(run)
+    assert found.lost == lost and ("has lost the lines of step" in capsys.readouterr().err) == bool(lost)
+    assert found.reach == 175 * TOKENS
+
+
+def test_lines_of_the_ledger_that_cannot_be_read_are_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(run / "ledger.jsonl", "a") as file:
+        file.write('{"stage": "train\n{"stage": "mi')
+    load.read_run(run)
+    assert "ledger.jsonl: 1 of its lines cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_without_lines_and_with_checkpoints_has_lost_them(run: Path) -> None:
+    save(run, 100)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="has lost its lines, for step 100 was saved"):
+        load.read_run(run)
+
+
+def test_a_control_and_a_branch_have_lost_nothing_of_before_the_fork(pair: Path) -> None:
+    assert load.read_all(pair).control.lost == []  # type: ignore[union-attr]
+    text = (pair / "control" / "config.yaml").read_text()
+    (pair / "control" / "config.yaml").write_text(
+        text.replace("init_from: null", f"init_from: {pair}/checkpoints/step_00000100")
+    )
+    assert load.read_run(pair / "control").lost == []
+
+
+@pytest.mark.parametrize("line", ['{"step": 3, "phase": [1], "tokens": 5}', '{"step": null, "phase": "one"}'])
+def test_a_line_of_other_types_is_a_damaged_one(
+    run: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert load.read_run(run).end["step"] == 175
+    assert "1 of its lines cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launch"),
+    [(8, "--nproc-per-node 8"), (16, "--nnodes 2 --nproc-per-node 8"), (17, "--nnodes 17 --nproc-per-node 1"),
+     (18, "--nnodes 3 --nproc-per-node 6"), (20, "--nnodes 4 --nproc-per-node 5")],
+)  # fmt: skip
+def test_a_command_starts_as_many_ranks_as_trained(run: Path, ranks: int, launch: str) -> None:
+    ledger.append(run, "train influence", devices=ranks, seconds=1.0)
+    assert summary.launch(load.read_run(run), "train").startswith(f"torchrun {launch} tools/train.py")
+
+
+def test_a_control_of_a_run_that_began_with_weights_is_a_command_that_loads(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("init_weights: null", "init_weights: other/step_00000009"))
+    words = summary.control_command(load.read_run(run)).partition("tools/train.py ")[2].split()
+    train = config_io.load(words).train
+    assert (train.init_from, train.init_weights) == (f"{run}/checkpoints/step_00000100", None)

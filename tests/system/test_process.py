@@ -33,8 +33,10 @@ print(child.pid, flush=True); child.wait()
 """
 
 
-def start(code: str, *words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True)
+def start(code: str, *words: object, log: Path | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, words)]
+    with open(log or os.devnull, "w") as error:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True)
 
 
 def test_a_second_launch_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
@@ -60,19 +62,24 @@ def test_a_surviving_rank_keeps_the_next_launch_out(tmp_path: Path) -> None:
     RunLock(tmp_path).take(patience=0.2)
 
 
-def test_a_child_ends_with_its_parent() -> None:
-    parent = start(PARENT)
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_child_ends_with_its_parent_and_says_why(tmp_path: Path) -> None:
+    parent = start(PARENT, log=tmp_path / "log")
     assert parent.stdout
     lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
     child = int((lines - {"child"}).pop())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     for _ in range(100):
-        try:
-            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return
-        if state == "Z":
+        if not alive(child):
+            text = f"error: process {child} ends because the command that started it is gone"
+            assert text in (tmp_path / "log").read_text()
             return
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)

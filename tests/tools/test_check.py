@@ -81,7 +81,7 @@ def test_of_preprocessing_before_and_after(data: Path) -> None:
     call("preprocess_data", *preprocess(data, "a"))
     said = checked(data, "preprocess_data", *preprocess(data, "a"))
     assert f"a_text_document.bin: done before, {DOCUMENTS} documents" in said
-    other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod")
+    other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod", "--overwrite")
     assert "of other inputs or options: is replaced" in other
 
 
@@ -91,7 +91,11 @@ def test_of_merging_shards(data: Path) -> None:
     said = checked(data, "preprocess_data", "--merge", "--output-prefix", data / "b")
     assert f"2 shards, {DOCUMENTS} documents" in said
     call("preprocess_data", "--merge", "--output-prefix", data / "b")
-    told = [line for line in ledger.read(data) if line["stage"].endswith(" b")]
+    folders = [
+        data / f"b{part}_text_document.side"
+        for part in ("_shard-00000-of-00002", "_shard-00001-of-00002", "")
+    ]
+    told = [line for folder in folders for line in ledger.read(folder)]
     assert [line["stage"] for line in told] == ["preprocess b", "preprocess b", "merge b"]
     parts = {value for line in told[:2] for value in line["outputs"].values()}
     text = hashlib.sha256((data / "b.jsonl").read_bytes()).hexdigest()

@@ -10,10 +10,10 @@ from megatron_r1.config import Config
 from tests import launch
 
 
-def written(root: Path) -> Path:
-    """Two datasets, `a` and `b`."""
+def written(root: Path, end: int | None = None) -> Path:
+    """Two datasets, `a` and `b`. end: as of write_corpus."""
     for number, name in enumerate("ab"):
-        launch.write_corpus(root / name, 60, seed=number)
+        launch.write_corpus(root / name, 60, seed=number, end=end)
     return root
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -29,21 +31,72 @@ def test_what_is_not_finite_is_refused_at_once(value: float) -> None:
     assert guard.refuses(3.0, 1.0) is None
 
 
-def test_a_spike_is_one_against_the_median_of_what_was_accepted() -> None:
+def test_a_finite_spike_is_taken_and_told_against_the_median_of_what_was_accepted() -> None:
     guard = warmed()
-    assert guard.refuses(2.9, 19.0) is None
-    assert guard.refuses(2.9, 21.0) == "gradient norm 21 is 21 times the usual 1"
-    assert guard.refuses(6.5, 1.0) is not None
-    # A refused step does not become usual.
-    assert guard.refuses(2.9, 21.0) is not None
+    assert (guard.refuses(2.9, 19.0), guard.spike) == (None, None)
+    assert guard.refuses(6.5, 21.0) is None
+    assert guard.spike == "gradient norm 21 is 21 times the usual 1"
+    # A skipped step tells its own reason.
+    assert guard.refuses(2.9, math.inf) and guard.spike is None
+    silent = warmed(HealthConfig(grad_norm_spike=0))
+    assert silent.refuses(2.9, 1e9) is None and silent.spike is None
 
 
 def test_a_start_is_no_spike_and_a_new_phase_is_a_start() -> None:
     guard = warmed(steps=10)
-    assert guard.refuses(30.0, 500.0) is None
+    assert guard.refuses(30.0, 500.0) is None and guard.spike is None
     guard = warmed()
     guard.forget()
-    assert guard.refuses(30.0, 500.0) is None
+    assert guard.refuses(30.0, 500.0) is None and guard.spike is None
+
+
+def stops(guard: StepGuard, losses: list[float], first: int = 1) -> list[int]:
+    """Steps at which the guard stops a run of these losses."""
+    out = []
+    for step, loss in enumerate(losses, first):
+        guard.refuses(loss, 1.0)
+        try:
+            guard.check(step)
+        except TooManyBadStepsError:
+            out.append(step)
+    return out
+
+
+def oracle(losses: list[float], limit: float, window: int = 32) -> list[int]:
+    """The rule, read off the whole list: a full window from the begin, and again after each stop."""
+    out, best, since = [], math.inf, 0
+    for end in range(1, len(losses) + 1):
+        if end - since < window:
+            continue
+        median = statistics.median(losses[end - window : end])
+        best = min(best, median)
+        if limit and median > best + limit:
+            out, since = [*out, end], end
+    return out
+
+
+NOISE = random.Random(3)
+RISEN = [3.0 + NOISE.gauss(0, 0.1) + (0.5 if step > 60 else 0.0) for step in range(200)]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 0.25, 0.6])
+def test_a_run_stops_when_the_median_loss_has_risen_and_again_after_a_window(limit: float) -> None:
+    found = stops(StepGuard(HealthConfig(loss_spike=limit)), RISEN)
+    assert found == oracle(RISEN, limit) and bool(found) == (0 < limit < 0.5)
+
+
+def test_a_spike_shorter_than_half_a_window_stops_nothing_and_a_new_phase_has_its_own_best() -> None:
+    assert stops(StepGuard(HealthConfig()), [3.0] * 60 + [9.0] * 15 + [3.0] * 60) == []
+    guard = StepGuard(HealthConfig())
+    assert stops(guard, [3.0] * 60) == []
+    guard.forget()
+    assert stops(guard, [4.0] * 60) == []
+
+
+def test_skipped_losses_enter_no_median() -> None:
+    losses = [value for loss in RISEN[:100] for value in (loss, math.nan)]
+    stopped = stops(StepGuard(HealthConfig()), losses)
+    assert stopped == [2 * step - 1 for step in oracle(RISEN[:100], HealthConfig().loss_spike)]
 
 
 def test_it_gives_up_after_so_many_in_a_row() -> None:
@@ -57,15 +110,21 @@ def test_it_gives_up_after_so_many_in_a_row() -> None:
 
 
 def test_its_history_survives_a_checkpoint() -> None:
-    one = warmed()
-    one.refuses(math.nan, 1.0)
-    two = StepGuard(HealthConfig())
-    two.load(json.loads(json.dumps(one.history())))
-    assert two.history() == {
-        "accepted": [tuple(a) for a in one.history()["accepted"]],  # type: ignore[attr-defined]
-        "skipped_in_a_row": 1,
-    }
-    assert two.refuses(2.9, 21.0) == one.refuses(2.9, 21.0) is not None
+    """Cut anywhere, before or after a stop, the resumed run decides as the uninterrupted one."""
+    straight, config = stops(StepGuard(HealthConfig()), RISEN), HealthConfig()
+    for cut in range(0, 200, 7):
+        one, two = StepGuard(config), StepGuard(config)
+        found = stops(one, RISEN[:cut])
+        two.load(json.loads(json.dumps(one.history())))
+        assert found + stops(two, RISEN[cut:], cut + 1) == straight
+
+
+def test_a_history_of_an_earlier_version_is_read() -> None:
+    guard = StepGuard(HealthConfig())
+    guard.load({"accepted": [[3.0, 1.0]] * 128, "skipped_in_a_row": 2})
+    assert guard.skipped_in_a_row == 2 and guard.best is None
+    # Its losses are the first window, so that a rise is seen at once.
+    assert stops(guard, [3.0] + [9.0] * 20) == [17]
 
 
 def test_the_slowest_rank_against_the_middle_one() -> None:

@@ -45,7 +45,7 @@ def config(root: Path, run: str, *more: str) -> Config:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank's runs, the reference, attending across documents and within them."""
-    root = small.written(tmp_path_factory.mktemp("layouts"))
+    root = small.written(tmp_path_factory.mktemp("layouts"), end=7)
     on_ranks(1, loop.train, config(root, "one", "phases.one.steps=1"))
     on_ranks(1, loop.train, config(root, "one"))
     on_ranks(1, loop.train, config(root, "apart", *APART, branch(root)))

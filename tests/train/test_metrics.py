@@ -43,6 +43,20 @@ def test_lines_that_cannot_be_read_are_said_and_the_others_stay(
     assert "metrics.jsonl: 2 of its lines cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("before", "wait"), [(0.0, 0.1234567), (0.30000000000000004, 0.2), (1e-07, 12345.6)])
+def test_the_wait_for_the_last_checkpoint_is_added_to_the_last_line(
+    tmp_path: Path, before: float, wait: float
+) -> None:
+    log = MetricsLog(RunDir(tmp_path), step=0)
+    lines: list[dict[str, Any]] = [{"step": n, "saving_seconds": before, "loss": 0.5} for n in (1, 2)]
+    for line in lines:
+        log.write(line)
+    log.add_saving(wait)
+    log.close()
+    found = read(tmp_path / "metrics.jsonl")
+    assert [line["saving_seconds"] for line in found] == [before, before + wait] and len(found[1]) == 3
+
+
 def test_tensorboard_shows_the_configuration(tmp_path: Path) -> None:
     config = small.config(tmp_path, "run", 2)
     open_log(RunDir(tmp_path), 0, config).close()

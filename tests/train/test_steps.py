@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
-from megatron_r1.data.indexed import IndexedDataset, IndexedWriter
+from megatron_r1.data.indexed import IndexedDataset, IndexedWriter, open_corpus
+from megatron_r1.run import ledger
+from megatron_r1.system.files import sha256
 from megatron_r1.train import loop
 from megatron_r1.train.health import TooManyBadStepsError, UnreadableDataError
 from tests.distributed import RankFailedError, on_ranks
@@ -19,6 +24,7 @@ from tests.train import small
 from tests.train.small import figures
 
 STEPS = 6
+RARE = ["model.num_layers=2", "train.checkpoint_every=100", "train.probe_every=100"]
 
 
 def config(root: Path, run: str, *more: str) -> Config:
@@ -67,7 +73,91 @@ def test_too_many_bad_steps_end_the_run_with_a_checkpoint(root: Path) -> None:
     with pytest.raises(RankFailedError, match=TooManyBadStepsError.__name__):
         on_ranks(2, _with_bad_steps, config(root, "worse", "health.max_skipped=2"), bad)
     saved = checkpoint_files.complete_checkpoints(root / "worse" / "checkpoints")
-    assert [ref.step for ref in saved] == [2, 4]
+    assert [ref.step for ref in saved] == [2, 4, 5]
+    # The samples of the bad steps are gone by, so the same command goes on behind them.
+    on_ranks(2, loop.train, config(root, "worse", "health.max_skipped=2"))
+    lines = [json.loads(line) for line in (root / "worse" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["skipped"]) for line in lines] == [
+        (1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 0)
+    ]  # fmt: skip
+
+
+def _with_rates(config: Config, factor: dict[int, float]) -> None:
+    """Train, but in these steps (from 1) the learning rate is multiplied."""
+    took, begun = loop.set_schedule, []
+
+    def schedule(optimizer: Any, lr: float, weight_decay: float) -> None:
+        begun.append(lr)
+        took(optimizer, lr * factor.get(len(begun), 1.0), weight_decay)
+
+    loop.set_schedule = schedule
+    loop.train(config)
+
+
+def test_masks_and_the_last_wait_are_in_ledger_and_metrics(root: Path) -> None:
+    mask = root / "mask.npy"
+    windows = open_corpus("a", root / "a").windows(32)
+    np.save(mask, np.arange(windows) % 2 == 0)
+    words = [*RARE, f"phases.one.keep={{a: {mask}}}"]
+    on_ranks(1, loop.train, config(root, "masked", *words))
+    lines = [json.loads(line) for line in (root / "masked" / "metrics.jsonl").read_text().splitlines()]
+    kept = -(-windows // 2) / windows
+    assert [line["kept_by_source"] for line in lines] == [{"a": kept}] * STEPS
+    # Nothing was written while the last step was taken, and its checkpoint was waited for.
+    assert lines[-1]["saving_seconds"] > 1e-3
+    (stage,) = ledger.read(root / "masked")
+    assert stage["inputs"][str(mask)] == sha256(mask)
+    assert stage["seconds"] > sum(line["seconds"] + line["saving_seconds"] for line in lines)
+    unmasked = (root / "one" / "metrics.jsonl").read_text()
+    assert "kept_by_source" not in unmasked
+
+
+def test_a_run_outlives_a_bad_update(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The guard before skipped steps 18 to 27 here, because the weights stayed bad, and then stopped."""
+    words = [*RARE, "health.grad_norm_spike=3"]
+    on_ranks(1, _with_rates, small.config(root, "outlives", 40, *words), {17: 30.0})
+    losses = [of[0] for of in figures(root / "outlives").values()]
+    assert losses[17] > losses[15] + 3 and losses[-1] < losses[10] < losses[17]
+    told = re.search(r"step 18, samples 136 to 143: (.*)", capsys.readouterr().out)
+    assert told and re.fullmatch(
+        r"gradient norm \S+ is \S+ times the usual \S+; taken .optimizer.clip_grad=1.", told[1]
+    )
+
+
+def test_a_loss_that_stays_high_stops_the_run_with_ways_on(root: Path) -> None:
+    """Cut before and gone on with, it stops at the same step. Then by each way that the message names."""
+    rates, rare = (
+        dict.fromkeys(range(41, 200), 100.0),
+        [*RARE, "train.checkpoint_every=30", "model.num_layers=1"],
+    )
+    with pytest.raises(RankFailedError) as failed:
+        on_ranks(1, _with_rates, small.config(root, "risen", 80, *rare), rates)
+    steps = figures(root / "risen")
+    stop = max(steps)
+    message = re.search(r"TooManyBadStepsError: (.*)", str(failed.value))
+    assert message and 45 < stop < 75 and not any(math.isnan(of[0]) for of in steps.values())
+    directory = root / "risen" / "checkpoints"
+    ways = (
+        rf"nats above the phase's best, .* \(health.loss_spike=0.2\); {directory}/step_{stop:08d} is saved.*"
+    )
+    ways += rf"checkpoints after {directory}/step_00000030 away and lower phases.one.learning_rate"
+    assert re.search(ways, message[1])
+    # The same decisions over a cut, whichever steps a launch began with.
+    with pytest.raises(RankFailedError, match="TooManyBadStepsError"):
+        on_ranks(1, _with_rates, small.config(root, "cut", 46, *rare), rates)
+        later = {step - 46: rate for step, rate in rates.items()}
+        on_ranks(1, _with_rates, small.config(root, "cut", 80, *rare), later)
+    assert {n: of[:2] for n, of in figures(root / "cut").items()} == {n: of[:2] for n, of in steps.items()}
+    # On from here, whatever the loss.
+    words = re.search(r"with (health\S+ health\S+) it does not", message[1])
+    assert words
+    shutil.copytree(root / "risen", root / "on")
+    on_ranks(1, _with_rates, small.config(root, "on", 80, *rare, *words[1].split()), rates)
+    assert max(figures(root / "on")) == 80
+    # Back, with a lower rate.
+    shutil.rmtree(directory / f"step_{stop:08d}")
+    on_ranks(2, loop.train, small.config(root, "risen", 80, *rare, "phases.one.learning_rate=0.005"))
+    assert figures(root / "risen")[80][0] < steps[35][0]
 
 
 def _with_a_lost_file(config: Config, step: int) -> None:

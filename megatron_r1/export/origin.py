@@ -1,0 +1,73 @@
+"""Facts that lie around a checkpoint and not in it. Imports no torch.
+
+A run has a context and a tokenizer. An imported checkpoint has the context and the special tokens of its
+Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.checkpoint.files import read_meta
+from megatron_r1.config_io import read_tree
+from megatron_r1.data.indexed import identity_of
+from megatron_r1.data.plan_file import datasets_of
+from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.export.folder import read_json
+from megatron_r1.run.layout import RunDir
+from megatron_r1.system.terminal import say
+
+IMPORTED, CONTEXT = "huggingface.json", "max_position_embeddings"
+"""Beside an imported checkpoint: the keys of config.json that a checkpoint has no place for."""
+
+
+def imported(source: Path) -> dict[str, Any]:
+    """The content of `IMPORTED`, context and ids of special tokens. Empty for a run's checkpoint."""
+    path = source.resolve().parent / IMPORTED
+    return read_json(path) if path.is_file() else {}
+
+
+def context_of(source: Path) -> int:
+    """Longest sequence, tokens: `data.seq_length` of the run that RUN/checkpoints/step_N lies in, or the
+    context that the checkpoint was imported with.
+
+    Raises ValueError where neither says one, and for no complete checkpoint.
+    """
+    read_meta(source)
+    context = imported(source).get(CONTEXT) or _data_of_run(source).get("seq_length")
+    if not isinstance(context, int) or context < 1:
+        raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
+    return context
+
+
+def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
+    """Raise ValueError where the data of the checkpoint's run was made with another tokenizer.
+
+    `plan`: the checkpoint's data plan, whose identities tell whether a dataset is still the one trained on.
+    Says so where no dataset tells its tokenizer.
+    """
+    identities = datasets_of(plan)
+    for name, spec in (_data_of_run(source).get("sources") or {}).items():
+        sidecar = read_sidecar(spec["prefix"]) or {}
+        made_with = sidecar.get("tokenizer_fingerprint")
+        # Of a pair without hashes, a hash of sampled tokens follows after a "+".
+        trained_on = identities.get(name, "").partition("+")[0]
+        if made_with is None or trained_on not in ("", identity_of(spec["prefix"])):
+            continue
+        if made_with != fingerprint:
+            raise ValueError(
+                f"the tokenizer {fingerprint[:12]} is not the run's: by {spec['prefix']}.json its data was "
+                f"made with {sidecar.get('tokenizer_type')} {made_with[:12]}; name that, or none"
+            )
+        return
+    say(f"the tokenizer is not compared: no dataset of the run of {source} tells which one made it")
+
+
+def _data_of_run(source: Path) -> dict[str, Any]:
+    """`data` of the run's configuration. Empty where the checkpoint lies in no run."""
+    config, mistakes = RunDir(source.resolve().parent.parent).config, list[str]()
+    data = read_tree(config, mistakes).get("data") if config.is_file() else None
+    if mistakes:
+        raise ValueError(f"{mistakes[0]}; it is the run's configuration")
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,189 @@
+"""What transformers' AutoTokenizer makes of a folder with a tokenizer.json.
+
+A tokenizer.json does not stand alone: tokenizer_config.json names a class, and many classes build the
+pipeline anew by rules of their own. Where that may be, AutoTokenizer is asked for the pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.system.errors import require, suggest_path
+
+
+def existing(model: Path, kind: str) -> Path:
+    if not model.exists():
+        raise FileNotFoundError(f"{kind}: no tokenizer model at {model}{suggest_path(model)}")
+    return model
+
+
+def read_model(path: Path) -> bytes:
+    """A model's file. ValueError for one that is no model of any kind."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the tokenizer's file in it")
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"{path} is empty; copy the tokenizer again")
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+_AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizer_config.json for which AutoTokenizer takes tokenizer.json as it is."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    content = read_model(path)
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {first_line(error)}; copy it again or mend it") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}, not the settings of a tokenizer by name")
+    return settings
+
+
+def named_eos(model: Path, settings: dict[str, dict[str, Any]]) -> str | None:
+    """The eos_token of the settings; None: they name none."""
+    folder = model if model.is_dir() else model.parent
+    names: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = settings.get(name, {}).get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if token is not None and (not isinstance(content, str) or not content):
+            raise ValueError(f"{folder / name}: eos_token={token!r} is no token; give its text")
+        if content is not None:
+            names[name] = content
+    if len(set(names.values())) > 1:
+        both = " and ".join(f"{token!r} by {name}" for name, token in names.items())
+        raise ValueError(f"{model}: eos_token is {both}; let both name the same one")
+    return next(iter(names.values()), None)
+
+
+def end_token(path: Path, named: str | None, file_model: Any) -> str:
+    """The end token, which `file_model`, the tokenizer.json at `path`, has. A bare one does not name it."""
+    usual = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+    there = [token for token in usual if file_model.token_to_id(token) is not None]
+    if named is None and len(there) == 1:
+        return there[0]
+    if named is None:
+        also = f", and the vocabulary has {' and '.join(there)}" if there else ""
+        raise ValueError(
+            f"no eos_token is named for {path}{also}; name one in tokenizer_config.json beside it"
+        )
+    if file_model.token_to_id(named) is None:
+        raise ValueError(
+            f"{path} lacks {named!r}, the eos_token of its tokenizer_config.json or special_tokens_map.json; "
+            f"name one that it has"
+        )
+    return named
+
+
+def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
+    """Whether AutoTokenizer may build something else than tokenizer.json says."""
+    config, special = (settings.get(name, {}) for name in SETTINGS[:2])
+    if config.get("tokenizer_class") not in _AS_IT_IS or {"auto_map", "fix_mistral_regex"} & config.keys():
+        return True
+    if not settings.keys().isdisjoint(("added_tokens.json", "config.json")):
+        return True
+    # Tokens that tokenizer.json lacks get ids of their own.
+    named: list[Any] = []
+    for key, value in chain(config.items(), special.items()):
+        if key.endswith("_token"):
+            named.append(value)
+        elif key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            named += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    contents = (token.get("content") if isinstance(token, dict) else token for token in named)
+    return any(isinstance(token, str) and file_model.token_to_id(token) is None for token in contents)
+
+
+def auto_tokenizer(
+    path: Path, files: dict[str, Path], settings: dict[str, dict[str, Any]]
+) -> tuple[str, str | None]:
+    """The tokenizer.json of AutoTokenizer's tokenizer, and its end token."""
+    name = settings.get("tokenizer_config.json", {}).get("tokenizer_class") or "of config.json"
+    library = require("transformers", f"the tokenizer class {name} at {path}", "transformers")
+    # A folder of its own, since the file may have another name, and others beside it are not meant.
+    with tempfile.TemporaryDirectory() as folder:
+        for file, source in files.items():
+            Path(folder, file).write_bytes(source.read_bytes())
+        try:
+            built = library.AutoTokenizer.from_pretrained(
+                folder, split_special_tokens=True, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{path}: AutoTokenizer of transformers {library.__version__} cannot build the class {name}: "
+                f"{first_line(error)}; take out what it objects to, or save the tokenizer anew"
+            ) from None
+    base, own = library.PreTrainedTokenizerFast, type(built)
+    if not isinstance(built, base) or any(
+        getattr(own, method) is not getattr(base, method) for method in ("__call__", "_encode_plus")
+    ):
+        raise ValueError(
+            f"{path}: AutoTokenizer builds {own.__name__}, which does not encode as tokenizers does; "
+            f"name tokenizer_class PreTrainedTokenizerFast if tokenizer.json alone says how to encode"
+        )
+    return built.backend_tokenizer.to_str(), built.eos_token
+
+
+def spells_end(model: dict[str, Any], eos: str) -> bool:
+    """Whether text can become the end token as an ordinary word of the vocabulary."""
+    vocab = model.get("vocab") or {}
+    if isinstance(vocab, list):
+        return any(entry[0] == eos for entry in vocab)
+    if eos not in vocab or eos == model.get("unk_token"):
+        return False
+    if model.get("type") != "BPE" or model.get("ignore_merges") or len(eos) == 1:
+        return True
+    return any(left + right == eos for left, right in map(_pair, model["merges"]))
+
+
+def _pair(merge: Any) -> Sequence[str]:
+    return merge.split(" ", 1) if isinstance(merge, str) else merge
+
+
+def without_spelling(spec: dict[str, Any], eos: str) -> dict[str, Any]:
+    """`spec` with another name for the end token, which no text has: it ends in a noncharacter."""
+    model, other = dict(spec["model"]), f"{eos}\U0010ffff\ufdd0"
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [[other if entry[0] == eos else entry[0], *entry[1:]] for entry in vocab]
+    else:
+        model["vocab"] = {other if token == eos else token: number for token, number in vocab.items()}
+    if "merges" in model:
+        merges = [_pair(merge) for merge in model["merges"]]
+        model["merges"] = [pair for pair in merges if eos not in (*pair, "".join(pair))]
+    return {**spec, "model": model}
+
+
+def find_file(model: Path, name: str) -> Path | None:
+    """`name` within a folder, beside a tokenizer.json, or of a hub name (org/model); None: not there."""
+    if model.exists():
+        folder = model if model.is_dir() else model.parent
+        path = model if model.is_file() and name == "tokenizer.json" else folder / name
+        return path if path.is_file() else None
+    if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
+        existing(model, "HuggingFaceTokenizer")
+    hub = require("huggingface_hub", "HuggingFaceTokenizer")
+    try:
+        return Path(hub.hf_hub_download(str(model), name))
+    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
+        unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
+        if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
+            raise FileNotFoundError(
+                f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from None
+        return None
