@@ -144,3 +144,24 @@ def test_scores_and_norms_are_exact(vocabulary: int) -> None:
     """
     rows = [tuple(map(float, line.split())) for line in gpu.python(EXACT, vocabulary).splitlines()[-4:]]
     assert max(score for score, _ in rows) < 1e-7 and max(square for _, square in rows) < 2e-6, rows
+
+
+DIGITS = """
+from megatron_r1 import backend
+from megatron_r1.influence.methods import dot_with_directions
+from tests.influence.test_exactness import KINDS, SHAPES, error, exact, layer
+
+for shape in SHAPES:
+    for kind in KINDS:
+        a, g, v = layer(shape, kind)
+        true_BC, true_B = exact(a, g, v)
+        out = dot_with_directions(*(x.to(backend.device()) for x in (a, g, v)), squares=True).cpu()
+        worst = max(error(out[:, :2], true_BC), float(((out[:, 2].sqrt() - true_B).abs() / true_B).max()))
+        print(worst / (1e-6 if "vocabulary" in shape else 4e-7), kind, shape)
+"""
+
+
+def test_products_have_the_digits_of_float32() -> None:
+    """Errors as shares of what they may be, of all shapes and kinds of numbers that the CPU's test has."""
+    lines = gpu.python(DIGITS).splitlines()
+    assert len(lines) == 15 and all(float(line.split()[0]) < 1 for line in lines), lines
