@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,8 +32,13 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def _products() -> None:
+def _products() -> Iterator[None]:
+    """One thread: the suite runs a test on each core."""
     cpu_products.use_onednn()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def layer(shape: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
