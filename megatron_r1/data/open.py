@@ -117,12 +117,34 @@ def open_data(
     every = (*opened.corpora, *opened.probes, *opened.directions)
     if is_first_rank():
         say_unchecked(every)
-    if mistakes := [*opener.mistakes, *also(opened)]:
+        _say_trained_on(opened)
+    if mistakes := [*opener.mistakes, *_named_twice(opened.corpora), *also(opened)]:
         raise ConfigError(mistakes)
     if use in ("train", "score"):
         # Each stays open as long as windows are drawn from it.
         allow_open_files(len(every), "datasets")
     return opened
+
+
+def _named_twice(corpora: Iterable[Corpus]) -> list[str]:
+    """Mistakes: sources of one pair of files. Each draws documents that the other draws, or leaves out."""
+    first: dict[Path, str] = {}
+    return [
+        f"data.sources.{corpus.name}: its pair is that of data.sources.{name}; name "
+        f"{corpus.prefix} once, and give it the weight of both"
+        for corpus in corpora
+        if (name := first.setdefault(corpus.prefix.resolve(), corpus.name)) != corpus.name
+    ]
+
+
+def _say_trained_on(opened: OpenData) -> None:
+    sources = {corpus.prefix.resolve(): corpus.name for corpus in opened.corpora}
+    for probe in opened.probes:
+        if name := sources.get(probe.prefix.resolve()):
+            say(
+                f"warning: data.probes.{probe.name} is the pair of data.sources.{name}, so its loss is not "
+                f"held out"
+            )
 
 
 _DOCUMENTS = 1024

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.checkpoint.files import read_meta
 from megatron_r1.config_io import read_tree
-from megatron_r1.data.indexed import identity_of
+from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.data.plan_file import datasets_of
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.export.folder import read_json
@@ -35,7 +35,7 @@ def context_of(source: Path) -> int:
     Raises ValueError where neither says one, and for no complete checkpoint.
     """
     read_meta(source)
-    context = imported(source).get(CONTEXT) or _data_of_run(source).get("seq_length")
+    context = imported(source).get(CONTEXT) or _section_of_run(source, "data").get("seq_length")
     if not isinstance(context, int) or context < 1:
         raise ValueError(f"{source} lies in no run that says its data.seq_length; give --context TOKENS")
     return context
@@ -47,27 +47,40 @@ def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
     `plan`: the checkpoint's data plan, whose identities tell whether a dataset is still the one trained on.
     Says so where no dataset tells its tokenizer.
     """
-    identities = datasets_of(plan)
-    for name, spec in (_data_of_run(source).get("sources") or {}).items():
-        sidecar = read_sidecar(spec["prefix"]) or {}
+    identities, start, absent = datasets_of(plan), _start_of(source), list[str]()
+    for name, spec in (_section_of_run(source, "data").get("sources") or {}).items():
+        prefix = start / spec["prefix"]
+        if not with_suffix(prefix, ".idx").is_file():
+            absent.append(str(prefix))
+            continue
+        sidecar = read_sidecar(prefix) or {}
         made_with = sidecar.get("tokenizer_fingerprint")
         # Of a pair without hashes, a hash of sampled tokens follows after a "+".
         trained_on = identities.get(name, "").partition("+")[0]
-        if made_with is None or trained_on not in ("", identity_of(spec["prefix"])):
+        if made_with is None or trained_on not in ("", identity_of(prefix)):
             continue
         if made_with != fingerprint:
             raise ValueError(
-                f"the tokenizer {fingerprint[:12]} is not the run's: by {spec['prefix']}.json its data was "
+                f"the tokenizer {fingerprint[:12]} is not the run's: by {prefix}.json its data was "
                 f"made with {sidecar.get('tokenizer_type')} {made_with[:12]}; name that, or none"
             )
         return
-    say(f"the tokenizer is not compared: no dataset of the run of {source} tells which one made it")
+    why = f"{absent[0]}.idx is not there" if absent else f"no dataset of the run of {source} tells its own"
+    say(f"the tokenizer is not compared with the run's data: {why}")
 
 
-def _data_of_run(source: Path) -> dict[str, Any]:
-    """`data` of the run's configuration. Empty where the checkpoint lies in no run."""
+def _start_of(source: Path) -> Path:
+    """The folder that relative paths of the checkpoint's run begin in: that of its launch."""
+    root = source.resolve().parent.parent
+    parts = Path(_section_of_run(source, "train").get("run") or "").parts
+    relative = parts and not Path(*parts).is_absolute() and root.parts[-len(parts) :] == parts
+    return Path(*root.parts[: -len(parts)]) if relative else Path()
+
+
+def _section_of_run(source: Path, name: str) -> dict[str, Any]:
+    """A section of the run's configuration. Empty where the checkpoint lies in no run."""
     config, mistakes = RunDir(source.resolve().parent.parent).config, list[str]()
-    data = read_tree(config, mistakes).get("data") if config.is_file() else None
+    section = read_tree(config, mistakes).get(name) if config.is_file() else None
     if mistakes:
         raise ValueError(f"{mistakes[0]}; it is the run's configuration")
-    return data if isinstance(data, dict) else {}
+    return section if isinstance(section, dict) else {}

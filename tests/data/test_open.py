@@ -214,3 +214,18 @@ def test_ranks_without_torchrun_all_find_damage(words: list[str], tmp_path: Path
         for process in processes:
             process.kill()
     assert all(f"{index} is damaged at offset" in log.read_text() for log in logs)
+
+
+def test_sources_of_one_pair_are_refused_and_a_probe_of_one_is_told(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "there" / ".." / "a"
+    (tmp_path / "there").mkdir()
+    assert any(
+        "its pair is that of data.sources.a;" in m
+        for m in mistakes([*words, f"data.sources.c.prefix={other}"])
+    )
+    opened([*words, f"data.probes.p={other}"])
+    assert (
+        "data.probes.p is the pair of data.sources.a, so its loss is not held out" in capsys.readouterr().err
+    )

@@ -68,3 +68,12 @@ def test_a_context_that_a_run_does_not_say_is_asked_for(text: str, tmp_path: Pat
     (tmp_path / "run" / "config.yaml").write_text("data: [")
     with pytest.raises(ValueError, match=r"config\.yaml, line 1: .*; it is the run's configuration"):
         context_of(checkpoint)
+
+
+def test_relative_datasets_of_a_run_are_found_from_anywhere(tmp_path: Path) -> None:
+    """Where the run began, not where the conversion runs."""
+    checkpoint = run(tmp_path, a=OTHER)
+    tree = {"train": {"run": "run"}, "data": {"sources": {"a": {"prefix": "a"}}}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match="the tokenizer f1 is not the run's"):
+        compare_tokenizer(checkpoint, "{}", "f1")
