@@ -38,20 +38,13 @@ def main() -> None:
             for source in inputs:
                 source.check([args.json_key])
                 print(f"input {source.name}: {source.size:,} bytes, of its text up to {share:.1f} MB")
-            there = "is written"
-            if Path(args.output).exists():
-                there = (
-                    "is replaced" if args.overwrite else "is there: another is refused without --overwrite"
-                )
+            there = "is replaced" if args.overwrite else "is there; another needs --overwrite"
+            there = there if Path(args.output).exists() else "is written"
             print(f"output {args.output}: {args.vocab_size:,} tokens, {there}")
             return
+        most = int(args.max_megabytes * 1e6)
         tokenizer, seen = train_tokenizer(
-            args.input,
-            args.output,
-            args.vocab_size,
-            args.json_key,
-            int(args.max_megabytes * 1e6),
-            args.overwrite,
+            args.input, args.output, args.vocab_size, args.json_key, most, args.overwrite
         )
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "

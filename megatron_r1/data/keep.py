@@ -64,15 +64,7 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
                 seq_length, count = int(archive["seq_length"]), int(archive["count"])
                 corpus = str(archive["corpus"])
                 where += f", for {count} windows of {seq_length} tokens,"
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        OverflowError,
-        IsADirectoryError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OverflowError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
             f"with megatron_r1.data.keep.save_documents"
