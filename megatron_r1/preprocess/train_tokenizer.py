@@ -22,8 +22,8 @@ def train_tokenizer(
     inputs: Sequence[str],
     output: str,
     vocab_size: int,
-    json_key: str,
-    max_bytes: int,
+    json_key: str = "text",
+    max_bytes: int = 30_000_000,
     overwrite: bool = False,
 ) -> tuple[Tokenizer, int]:
     """Call `train_sentencepiece` and add a ledger line. Returns the tokenizer and the bytes of text seen."""
