@@ -22,6 +22,9 @@ from megatron_r1.preprocess.train_tokenizer import convert_gpt2
 from megatron_r1.system.terminal import say, tool_parser, user_errors
 
 GPT2 = "GPT2BPETokenizer"
+_VERIFY = ("output_prefix", "json_keys")
+_MERGE = (*_VERIFY, "reject_limit", "overwrite", "check", "workers", "log_interval")
+"""Arguments beside these flags."""
 _SENTENCES = "sentence splitting is out of scope; split the documents before, or leave the flag out"
 _WORKERS = "leave it out, and time --workers yourself; the result does not depend on it"
 _VOCABULARY = "leave it out; the tokenizer has its size and its special tokens"
@@ -103,16 +106,22 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         refuse(args)
+        if os.path.basename(args.output_prefix) in ("", ".", ".."):
+            raise ValueError(
+                f"--output-prefix {args.output_prefix!r} is a folder; add the beginning of a name"
+            )
     gpt2 = args.tokenizer_type == GPT2
     given = {"--input": args.input, "--tokenizer-type": args.tokenizer_type}
     if gpt2:
         given |= {"--vocab-file": args.vocab_file, "--merge-file": args.merge_file}
     else:
         given["--tokenizer-model"] = args.tokenizer_model
-    if args.merge and (args.shard or any(given.values())):
-        parser.error("--merge takes --output-prefix, --json-keys and --reject-limit only")
-    if args.verify and (args.shard or args.merge or any(given.values())):
-        parser.error("--verify takes --output-prefix and --json-keys only")
+    # The others would be without effect, though people mean one by them.
+    decides = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for flag, also in (("merge", _MERGE), ("verify", _VERIFY)):
+        if getattr(args, flag) and (others := [n for n in decides if n not in (flag, *also)]):
+            takes = ", ".join(f"--{name.replace('_', '-')}" for name in also)
+            parser.error(f"--{flag} takes {takes} only, not --{others[0].replace('_', '-')}")
     missing = [name for name, value in given.items() if not value]
     if missing and not (args.merge or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -137,7 +146,7 @@ def main() -> None:
             )
         else:
             if gpt2:
-                convert_gpt2(args.vocab_file, args.merge_file, Path(model))
+                convert_gpt2(args.vocab_file, args.merge_file, Path(model), args.overwrite)
             preprocess(
                 args.input,
                 args.output_prefix,

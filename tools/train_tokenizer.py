@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_r1.preprocess.documents import open_input
+from megatron_r1.preprocess.documents import open_inputs
 from megatron_r1.preprocess.train_tokenizer import train_tokenizer
 from megatron_r1.system.terminal import tool_parser, user_errors
 
@@ -25,21 +25,26 @@ def main() -> None:
         default=30,
         help="text to learn from, an equal share of each input (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace another model of this name")
     parser.add_argument("--check", action="store_true", help="print what would be read, and exit")
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():
+        if not 0 < args.max_megabytes < float("inf"):
+            raise ValueError(f"--max-megabytes {args.max_megabytes}: take a number above 0")
         if args.check:
-            inputs = [open_input(name) for name in args.input]
+            inputs = open_inputs(args.input)
             share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)
             for source in inputs:
                 source.check([args.json_key])
                 print(f"input {source.name}: {source.size:,} bytes, of its text up to {share:.1f} MB")
-            there = "is replaced" if Path(args.output).exists() else "is written"
+            there = "is replaced" if args.overwrite else "is there; another needs --overwrite"
+            there = there if Path(args.output).exists() else "is written"
             print(f"output {args.output}: {args.vocab_size:,} tokens, {there}")
             return
+        most = int(args.max_megabytes * 1e6)
         tokenizer, seen = train_tokenizer(
-            args.input, args.output, args.vocab_size, args.json_key, int(args.max_megabytes * 1e6)
+            args.input, args.output, args.vocab_size, args.json_key, most, args.overwrite
         )
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "

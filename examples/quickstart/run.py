@@ -110,7 +110,7 @@ def stages(directory: Path, size: Size) -> list[Stage]:
             "train tokenizer",
             python(
                 "tools/train_tokenizer.py", "--input", *jsonl.values(), "--vocab-size", size.vocab_size,
-                "--max-megabytes", 7, "--output", tokenizer,
+                "--max-megabytes", 7, "--output", tokenizer, "--overwrite",
             ),
             [tokenizer],
         ),

@@ -234,10 +234,12 @@ def _check_tokenizers(opened: Sequence[_Source], end_documents: bool) -> None:
                 f"source {source.name} was tokenized by {str(theirs)[:12]} ({source.dataset.dtype}), "
                 f"{first.name} by {str(ours)[:12]} ({first.dataset.dtype}); use one tokenizer"
             )
-        if end_documents and source.capability and not source.sidecar.get("append_eod"):
+        eod = source.sidecar.get("eod") if source.sidecar.get("append_eod") else None
+        ended = eod is not None and eod <= np.iinfo(source.dataset.dtype).max
+        if end_documents and source.capability and not ended:
             raise ValueError(
-                f"--end-documents: source {source.name} was preprocessed without --append-eod, so its own "
-                f"documents have no end either; preprocess it again with --append-eod"
+                f"--end-documents: source {source.name} was preprocessed without --append-eod, or its "
+                f"sidecar names no end token that it can hold; preprocess it again with --append-eod"
             )
 
 
@@ -312,6 +314,7 @@ def _write_set(
             "documents": writer.num_documents,
             "tokens": writer.num_tokens,
             "bin_sha256": writer.sha256,
+            "idx_sha256": writer.idx_sha256,
         }
         write_json(with_suffix(prefix, ".json"), sidecar)
 

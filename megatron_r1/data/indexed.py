@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import os
 import struct
 from array import array
@@ -30,7 +31,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from megatron_r1.data.integrity import REDO, BinHashes, check_bin, side_file
+from megatron_r1.data.integrity import REDO, BinHashes, check_bin, check_file, side_file
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.system.files import (
@@ -50,6 +51,8 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 _CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 _CHECKED_AT_ONCE = 1 << 22
 _WRITTEN_AT_ONCE = 1 << 15
+_COMPARED = 64 << 20
+"""An index of up to so many bytes is compared with its hash when a pair is opened."""
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -254,6 +257,14 @@ class IndexedWriter:
         """Hash of the .bin so far."""
         return self._hashes.sha256
 
+    @property
+    def idx_sha256(self) -> str:
+        """Hash of the .idx, once all documents are added."""
+        digest = hashlib.sha256()
+        for part in self._index():
+            digest.update(part)
+        return digest.hexdigest()
+
     def add_document(self, tokens: np.ndarray) -> None:
         """Append one document, [T]; ValueError for a token that the dtype cannot hold."""
         self.add_documents(tokens, np.array([np.size(tokens)], dtype=np.int64))
@@ -407,6 +418,8 @@ def open_corpus(
                 dataset._raise_damaged(
                     dataset._idx, at, f"document entry {entry} is {dataset.documents[entry]}"
                 )
+        if dataset._idx.stat().st_size <= _COMPARED:
+            check_file(dataset._idx, sidecar, "idx_sha256", share)
     doubt = check_bin(prefix, sidecar or {}, share)
     if documents is None:
         documents = dataset.num_documents

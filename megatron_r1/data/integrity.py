@@ -40,7 +40,7 @@ _ZEROS = _hash(bytes(_STRETCH))
 
 
 class DamagedBinError(ValueError):
-    """A .bin does not hold the bytes that were written."""
+    """A .bin, or a file beside it, does not hold the bytes that were written."""
 
 
 def side_file(prefix: str | Path, name: str) -> Path:
@@ -132,6 +132,16 @@ def check_bin(
     return "; ".join(filter(None, reasons))
 
 
+def check_file(path: Path, sidecar: Mapping[str, Any], field: str, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise DamagedBinError where a file beside a .bin has not the SHA-256 in `field`, if that is there.
+
+    One of the ranks of `share` reads the file.
+    """
+    part, parts = share
+    if field in sidecar and zlib.crc32(bytes(path)) % parts == part and sha256(path) != sidecar[field]:
+        raise DamagedBinError(f"{path} is not the file that was written: its SHA-256 is another; {REDO}")
+
+
 def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | None:
     """Hashes of a pair's stretches, [stretches] uint64, or None where there are none.
 
@@ -141,13 +151,13 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     try:
         words = np.load(path, mmap_mode="r")
         expected = _HEAD - -size // _STRETCH
-        if words.dtype != np.uint64 or words.shape != (expected,):
-            raise ValueError(f"{words.dtype} {words.shape}, and the .bin needs {expected} words")
+        if not isinstance(words, np.ndarray) or words.dtype != np.uint64 or words.shape != (expected,):
+            raise ValueError(f"it is no array of uint64 [{expected}], as the .bin needs")
         if sidecar.get("bin_sha256", whole_hash(words)) != whole_hash(words):
             raise ValueError(f"its SHA-256 is not that of {Path(prefix).name}.json")
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError) as error:
         raise ValueError(
             f"{path} is damaged, or of another pair: {error}; {REDO}, with this folder"
         ) from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,14 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     stretch_N2 = seq_length = corpus = None
     count = windows
     try:
-        bits = mask if isinstance(mask, np.ndarray) else np.load(mask, allow_pickle=False)
+        bits = mask if isinstance(mask, np.ndarray) else _load(name, Path(mask))
         if not isinstance(bits, np.ndarray):
             with bits as archive:
                 bits, stretch_N2 = archive["windows"], archive["stretches"]
                 seq_length, count = int(archive["seq_length"]), int(archive["count"])
                 corpus = str(archive["corpus"])
                 where += f", for {count} windows of {seq_length} tokens,"
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OverflowError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
             f"with megatron_r1.data.keep.save_documents"
@@ -88,6 +89,16 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
         digest.update(stretch_N2.tobytes())
     bitmap = Keep(windows, packed)
     return KeptWindows(bitmap, packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus)
+
+
+def _load(name: str, path: Path) -> Any:
+    """The content of a mask's file. Raises ValueError where its name, SOURCE-HASH, is not true."""
+    content, named = path.read_bytes(), re.fullmatch(r"(.+)-([0-9a-f]{16})\.np[yz]", path.name)
+    if named and hashlib.sha256(content).hexdigest()[:16] != named[2]:
+        raise ValueError("damaged: its name holds another hash")
+    if named and named[1] != name:
+        raise ValueError(f"its name says that it was made for '{named[1]}'")
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _agrees(stretch_N2: np.ndarray, packed: np.ndarray, windows: int, seq_length: int) -> bool:

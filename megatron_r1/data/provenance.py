@@ -71,8 +71,10 @@ def load_origins(prefix: str | Path, documents: int) -> np.ndarray:
         raise FileNotFoundError(f"{path} does not exist; tools/preprocess_data.py writes it")
     try:
         records = np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError) as error:
         raise ValueError(f"{path} is damaged ({error}); make the pair again") from None
+    if not isinstance(records, np.ndarray):
+        raise ValueError(f"{path} is damaged: it is no array; make the pair again")
     if records.dtype != ORIGIN or records.shape != (documents,):
         raise ValueError(
             f"{path} belongs to another pair: {records.shape} records of {records.dtype}, where the pair has "

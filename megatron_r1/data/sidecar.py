@@ -40,7 +40,7 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_digest(value: Any) -> bool:
@@ -63,9 +63,12 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("seed", "merged_seed"), ("a number or null", lambda v: v is None or type(v) is int)),
     "eod": ("a whole number from 0 on, or null", lambda v: v is None or _is_count(v)),
     "append_eod": ("true or false", lambda v: isinstance(v, bool)),
-    "bin_sha256": ("64 hexadecimal digits", _is_digest),
+    **dict.fromkeys(("bin_sha256", "idx_sha256", "docs_sha256"), ("64 hexadecimal digits", _is_digest)),
     "inputs": ("a list of files", _are_inputs),
     "lines": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_count, v))),
-    "rejected": ("numbers by reason", lambda v: isinstance(v, dict) and all(map(_is_count, v.values()))),
+    **dict.fromkeys(
+        ("rejected", "skipped"),
+        ("numbers by reason", lambda v: isinstance(v, dict) and all(map(_is_count, v.values()))),
+    ),
 }
 """Fields that are read somewhere. Others are notes."""

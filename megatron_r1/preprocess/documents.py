@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from megatron_r1.system.files import sha256
 PIECE_BYTES = 1 << 20
 PIECE_DOCUMENTS = 4096
 _ROWS_AT_ONCE = 1024
+_BEGINNING = 512
+"""Bytes of a file that show its kind."""
 _PACKED = (b"BZh", b"\xfd7zXZ", b"\x04\x22\x4d\x18", b"PK\x03\x04")
 _OTHERS = dict.fromkeys(
     _PACKED, "is packed in a way that is not read; unpack it, or pack it as .gz or .zst"
@@ -44,6 +47,10 @@ _OTHERS = dict.fromkeys(
     b"ARROW1": "is an Arrow file; give the folder of Dataset.save_to_disk, or a parquet file",
 }
 """First bytes of files that are no JSON lines -> what they are, with the ending under which they are read."""
+
+
+_TAR = slice(257, _BEGINNING)
+"""The place of an archive's name for itself. Nearly all lines between the headers would become documents."""
 
 
 class InputError(ValueError):
@@ -92,6 +99,8 @@ class Input:
         for beginning, other in _OTHERS.items():
             if first.startswith(beginning) and not (ending and other.endswith(f" {ending}")):
                 raise InputError(f"{self.name} {other}")
+        if first[_TAR].startswith(b"ustar"):
+            raise InputError(f"{self.name} is a tar archive; unpack it and name its files")
 
     @contextmanager
     def _reading(self, where: Callable[[], str] = str) -> Iterator[None]:
@@ -123,6 +132,20 @@ def open_input(name: str | Path) -> Input:
     return kind(str(path), [path])
 
 
+def open_inputs(names: Sequence[str | Path]) -> list[Input]:
+    """`open_input` for each. ValueError for a file that is named twice: its documents would come twice."""
+    sources, known = [open_input(name) for name in names], dict[str, Input]()
+    for source in sources:
+        first = known.setdefault(os.path.realpath(source.name), source)
+        if first is not source:
+            also = "" if first.name == source.name else f", first as {first.name}"
+            raise ValueError(
+                f"input {source.name} is given twice{also}: its documents would come twice; name it once, "
+                f"or copy it if that is meant"
+            )
+    return sources
+
+
 def identity(source: Input) -> dict[str, Any]:
     """The identity of an input, without reading it."""
     newest = max((path.stat().st_mtime_ns for path in source.files), default=0)
@@ -149,14 +172,14 @@ class Lines(Input):
 
     def check(self, keys: Sequence[str]) -> None:
         with open(self.files[0], "rb") as raw:
-            first = raw.read(64)
+            first = raw.read(_BEGINNING)
             self._check_beginning(first, self.files[0].suffix)
             if self.packed:
                 raw.seek(0)
                 with self._reading(), _unpacked(raw, self.name) as stream:
                     if not first:
                         raise EOFError("it is empty, which no packed file is")
-                    first = stream.read(64)
+                    first = stream.read(_BEGINNING)
                 self._check_beginning(first, "")
         if b"\0" in first[:4]:
             raise InputError(f"{self.name} is no text in UTF-8; its first bytes are {first[:4]!r}")
@@ -242,7 +265,7 @@ class _Table(Input):
 class Parquet(_Table):
     def check(self, keys: Sequence[str]) -> None:
         with open(self.files[0], "rb") as raw:
-            self._check_beginning(raw.read(64), ".parquet")
+            self._check_beginning(raw.read(_BEGINNING), ".parquet")
         super().check(keys)
 
     def _open(self) -> tuple[list[str], int]:

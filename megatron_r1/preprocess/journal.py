@@ -4,7 +4,8 @@
 
     0.tokens  0.lengths  0.origins  0.rejects    documents in input order, rejects as JSON lines
     journal                                      the request; then a line a commit: pieces, sizes of all
-                                                 files, number of the last piece's input, bytes skipped
+                                                 files, number of the last piece's input, bytes skipped,
+                                                 XXH3-64 of what came to each file
 
 Pieces are committed together, since the system takes a few large writes in a quarter of the time of many
 small ones. A kill loses at most COMMIT_SECONDS of work or COMMIT_BYTES of tokens.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import xxhash
 
 from megatron_r1.data.indexed import map_array
 from megatron_r1.data.integrity import BinHashes
@@ -32,7 +34,7 @@ from megatron_r1.preprocess.workers import Encoded
 from megatron_r1.system.files import naming, replacing
 
 COMMIT_BYTES, COMMIT_SECONDS = 1 << 23, 1.0
-_FORMAT = 3
+_FORMAT = 4
 """Goes up when a journal of before could not be continued."""
 _KINDS = ("tokens", "lengths", "origins", "rejects")
 
@@ -53,7 +55,7 @@ class Journal:
         if not kept:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-        self.pieces, sizes, self._input, skipped = kept[-1] if kept else (0, [0] * len(paths), 0, {})
+        self.pieces, sizes, self._input, skipped, _ = kept[-1] if kept else (0, [0] * len(paths), 0, {}, [])
         self.skipped = Counter(skipped)
         # First: a file that is shorter than its journal says would end all of it.
         with naming(work), replacing(work / "journal") as stream:
@@ -62,7 +64,9 @@ class Journal:
         self._log = _open(work / "journal")
         for stream, size in zip(self._files.values(), sizes, strict=True):
             stream.truncate(size)
-        self._added, self._committed = [self.pieces, sizes, self._input, skipped], self.pieces
+        self._added, self._committed = [self.pieces, sizes, self._input, skipped, []], self.pieces
+        self._coming = {which: xxhash.xxh3_64() for which in paths}
+        """Of what has been added since the last line of the journal."""
         self._gathered, self._begun = 0, time.monotonic()
         self._hashes = {key: BinHashes().update_from(paths[key, "tokens"]) for key in keys if hashed}
 
@@ -96,15 +100,19 @@ class Journal:
         if self._added[0] > self._committed:
             self._log.write(json.dumps(self._added).encode() + b"\n")
             self._committed = self._added[0]
+            for coming in self._coming.values():
+                coming.reset()
 
     def add(self, encoded: list[Encoded]) -> None:
         """Write a piece: the documents of every key."""
         with naming(self.work):
             for key, column in zip(self.keys, encoded, strict=True):
-                self._files[key, "tokens"].write(column.tokens.data)
-                self._files[key, "lengths"].write(column.lengths.data)
-                self._files[key, "origins"].write(column.origins.data)
-                self._files[key, "rejects"].writelines(map(reject_line, column.rejects))
+                rejects = b"".join(map(reject_line, column.rejects))
+                arrays = column.tokens, column.lengths, column.origins
+                content: list[Any] = [*(array.data for array in arrays), rejects]
+                for kind, data in zip(_KINDS, content, strict=True):
+                    self._files[key, kind].write(data)
+                    self._coming[key, kind].update(data)
                 self._gathered += column.tokens.nbytes
                 if self._hashes:
                     self._hashes[key].update(column.tokens.data)
@@ -112,7 +120,8 @@ class Journal:
         self.skipped = self.skipped + encoded[0].skipped
         # At once, and only now: what an interrupted call has written is cut off again.
         sizes = [stream.tell() for stream in self._files.values()]
-        self._added = [self.pieces, sizes, self._input, self.skipped]
+        hashes = [coming.intdigest() for coming in self._coming.values()]
+        self._added = [self.pieces, sizes, self._input, self.skipped, hashes]
         if self._gathered >= COMMIT_BYTES or time.monotonic() - self._begun >= COMMIT_SECONDS:
             self.commit()
 
@@ -147,11 +156,27 @@ def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> li
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     # After a loss of power the system may know less than the journal.
     there = [path.stat().st_size if path.is_file() else 0 for path in files]
-    return [
+    kept = [
         commit
         for commit in commits
         if commit[2] < same and all(size <= length for size, length in zip(commit[1], there, strict=True))
     ]
+    before_each = [[0] * len(files), *(commit[1] for commit in kept)]
+    sound = takewhile(lambda pair: _holds(files, *pair), zip(before_each, kept, strict=False))
+    return [commit for _, commit in sound]
+
+
+def _holds(files: Sequence[Path], before: Sequence[int], commit: Sequence[Any]) -> bool:
+    """Whether the files hold what a commit added: after a loss of power their sizes may be right all the
+    same."""
+    for path, lo, hi, digest in zip(files, before, commit[1], commit[4], strict=True):
+        # A commit is small enough to be read at once.
+        if lo < hi:
+            with open(path, "rb") as stream:
+                stream.seek(lo)
+                if xxhash.xxh3_64_intdigest(stream.read(hi - lo)) != digest:
+                    return False
+    return True
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -37,7 +37,7 @@ from megatron_r1.preprocess.documents import (
     cut,
     digest,
     identity,
-    open_input,
+    open_inputs,
     piece_rule,
 )
 from megatron_r1.preprocess.encoder import choose
@@ -49,6 +49,7 @@ from megatron_r1.preprocess.store import (
     exclusive,
     pair_standing,
     refuse_empty,
+    shard_counts,
     shard_prefix,
     write_pair,
 )
@@ -105,7 +106,7 @@ def preprocess(
     require_utf8(f"{output_prefix}")
     require_utf8(f"{tokenizer_model}")
     began, output = time.monotonic(), Path(output_prefix)
-    sources = [open_input(name) for name in inputs]
+    sources = open_inputs(inputs)
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
     # All that decides the bytes, beside the inputs.
     about: dict[str, Any] = {
@@ -122,8 +123,11 @@ def preprocess(
     if shard is not None:
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard {shard[0]} of {shard[1]}: the first is 0, the last {shard[1] - 1}")
-        if len({source.name for source in sources}) < len(sources):
-            raise ValueError("an input is given twice, which shards cannot tell apart")
+        if others := [n for key in json_keys for n in shard_counts(output, key) if n != shard[1]]:
+            raise ValueError(
+                f"--shard {shard[0]}/{shard[1]}: {output} has shards of {others[0]}, and a merge "
+                f"takes one kind; give that number of shards, remove them, or name another --output-prefix"
+            )
         about |= {"seed": None, "shard": list(shard), "merged_seed": seed}
         base = shard_prefix(output, *shard)
     ranges = cut(sources, shard)

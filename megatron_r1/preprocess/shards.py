@@ -28,6 +28,7 @@ from megatron_r1.preprocess.store import (
     pair_standing,
     refuse_empty,
     rejects_of,
+    shard_counts,
     shard_prefix,
     write_pair,
 )
@@ -176,11 +177,7 @@ def merge(
 
 def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
     """Prefix and sidecar of each shard, in order. Errors: FileNotFoundError, ValueError for one of others."""
-    name, suffix = re.escape(output_prefix.name), re.escape(f"_{key}_document.json")
-    pattern = re.compile(rf"{name}_shard-\d+-of-(\d+){suffix}")
-    folder = output_prefix.parent
-    matches = map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else [])
-    counts = sorted({int(match[1]) for match in matches if match})
+    counts = shard_counts(output_prefix, key)
     if len(counts) != 1:
         kinds = f"shards of {' and of '.join(map(str, counts))}; remove one kind"
         fault = kinds if counts else "no shards there"
@@ -195,6 +192,16 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
             raise FileNotFoundError(
                 f"{prefix} is missing or not finished; run --shard {index}/{counts[0]} again"
             )
+        if sidecar["shard"] != [index, counts[0]] or len(sidecar["lines"]) != len(sidecar["inputs"]):
+            raise ValueError(
+                f"{prefix}.json is of another shard: it says shard {sidecar['shard']}, and lines of "
+                f"{len(sidecar['lines'])} inputs; run --shard {index}/{counts[0]} again"
+            )
+        rejects, count = rejects_of(prefix), sum(sidecar["rejected"].values())
+        if count and not rejects.is_file():
+            raise FileNotFoundError(
+                f"{rejects} is missing, with {count} rejects; run --shard {index}/{counts[0]} again"
+            )
         try:
             opened.append(open_corpus(prefix.name, prefix))
         except ValueError as error:
@@ -204,14 +211,24 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
     return shards
 
 
-_NEEDED = ("inputs", "encoder", "rejected", "lines", "documents", "tokens", "merged_seed", "bin_sha256")
+_NEEDED = (
+    "shard",
+    "inputs",
+    "encoder",
+    "rejected",
+    "lines",
+    "documents",
+    "tokens",
+    "merged_seed",
+    "bin_sha256",
+)
 """Fields of a shard's sidecar that the merge reads."""
 
 
 def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """The sidecar of the merged pair without its counts. ValueError where two shards differ in it."""
     own = {"tool", "shard", "lines", "merged_seed", "encoder"}
-    own |= {"documents", "tokens", "rejected", "bin_sha256"}
+    own |= {"documents", "tokens", "rejected", "bin_sha256", "idx_sha256", "docs_sha256"}
     described = []
     for _, sidecar in shards:
         about = {k: v for k, v in sidecar.items() if k not in own} | {"seed": sidecar["merged_seed"]}

@@ -6,8 +6,12 @@ Every file takes its name when it is whole, the sidecar last. A pair with a side
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +22,15 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.indexed import IndexedWriter, open_corpus, with_suffix
-from megatron_r1.data.integrity import REDO, BinHashes, DamagedBinError, check_bin, say_unchecked, side_file
+from megatron_r1.data.integrity import (
+    REDO,
+    BinHashes,
+    DamagedBinError,
+    check_bin,
+    check_file,
+    say_unchecked,
+    side_file,
+)
 from megatron_r1.data.provenance import FORMER, ORIGIN, load_origins, origins_of
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
@@ -45,6 +57,15 @@ Sidecar = dict[str, Any]
 
 def shard_prefix(output_prefix: str | Path, index: int, count: int) -> Path:
     return with_suffix(output_prefix, f"_shard-{index:05d}-of-{count:05d}")
+
+
+def shard_counts(output_prefix: Path, key: str) -> list[int]:
+    """The numbers of shards, N of I/N, of which finished ones are there; ascending."""
+    name, suffix = re.escape(output_prefix.name), re.escape(f"_{key}_document.json")
+    pattern = re.compile(rf"{name}_shard-\d+-of-(\d+){suffix}")
+    folder = output_prefix.parent
+    matches = map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else [])
+    return sorted({int(match[1]) for match in matches if match})
 
 
 @contextlib.contextmanager
@@ -139,8 +160,10 @@ def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[s
             raise DamagedBinError(
                 f"{prefix}.bin is damaged: its SHA-256 is not that of {prefix.name}.json; {REDO}"
             )
+        check_file(with_suffix(prefix, ".idx"), sidecar, "idx_sha256")
         if origins_of(prefix).is_file():
             load_origins(prefix, corpus.documents)
+            check_file(origins_of(prefix), sidecar, "docs_sha256")
         log(f"{prefix}.bin: every byte is as it was written, SHA-256 {digest}")
 
 
@@ -226,9 +249,13 @@ def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Itera
     names = [source["path"] for source in inputs]
     for part in parts:
         for line in part.rejects.open("rb") if part.rejects.is_file() else ():
-            rejected = json.loads(line)
-            if part.lines_before is not None:
-                rejected["line"] += part.lines_before[names.index(rejected["file"])]
+            try:
+                rejected = json.loads(line)
+                if part.lines_before is not None:
+                    rejected["line"] += part.lines_before[names.index(rejected["file"])]
+                rejected["reason"].split()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{part.rejects} is damaged ({error!r}); {REDO}") from None
             yield rejected
 
 
@@ -259,11 +286,14 @@ def write_pair(
         writer = files.enter_context(IndexedWriter(prefix, dtype))
         descr = np.lib.format.dtype_to_descr(ORIGIN)
         header = {"descr": descr, "fortran_order": False, "shape": (len(lengths),)}
-        np.lib.format.write_array_header_1_0(origins, header)
+        np.lib.format.write_array_header_1_0(head := io.BytesIO(), header)
+        origins.write(head.getvalue())
+        docs = hashlib.sha256(head.getvalue())
         whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
         if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
             with naming(origins_path):
                 origins.write(parts[0].origins.data)
+            docs.update(parts[0].origins.data)
         else:
             tokens_MB = -(-int(lengths.sum(dtype=np.int64)) * dtype.itemsize // 1_000_000)
             progress = files.enter_context(Progress("store", tokens_MB, "MB", show=tokens_MB >= _SHOWN_MB))
@@ -271,6 +301,7 @@ def write_pair(
                 writer.add_documents(tokens, counts)
                 with naming(origins_path):
                     origins.write(records.data)
+                docs.update(records.data)
                 progress.advance(writer.num_tokens * dtype.itemsize // 1_000_000 - progress.done)
         described = {
             "tool": _tool(),
@@ -279,6 +310,8 @@ def write_pair(
             "tokens": writer.num_tokens,
             "rejected": dict(sorted(reasons.items())),
             "bin_sha256": writer.sha256,
+            "idx_sha256": writer.idx_sha256,
+            "docs_sha256": docs.hexdigest(),
         }
         with naming(sidecar):
             sidecar_file.write(json_bytes(described))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.preprocess.documents import Input, Lines, digest, open_input
+from megatron_r1.preprocess.documents import Input, Lines, digest, open_inputs
 from megatron_r1.preprocess.rows import parse, text_of
 from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
@@ -19,11 +19,16 @@ _END = "<|endoftext|>"
 
 
 def train_tokenizer(
-    inputs: Sequence[str], output: str, vocab_size: int, json_key: str = "text", max_bytes: int = 30_000_000
+    inputs: Sequence[str],
+    output: str,
+    vocab_size: int,
+    json_key: str = "text",
+    max_bytes: int = 30_000_000,
+    overwrite: bool = False,
 ) -> tuple[Tokenizer, int]:
     """Call `train_sentencepiece` and add a ledger line. Returns the tokenizer and the bytes of text seen."""
-    sources = [open_input(name) for name in inputs]
-    seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes)
+    sources = open_inputs(inputs)
+    seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes, overwrite)
     tokenizer = build_tokenizer(SentencePiece.kind, output)
     digests, outputs = {source.name: digest(source) for source in sources}, {output: tokenizer.fingerprint()}
     finish(Path(output).parent, "train tokenizer", inputs=digests, outputs=outputs)
@@ -36,6 +41,7 @@ def train_sentencepiece(
     vocab_size: int,
     json_key: str = "text",
     max_bytes: int = 30_000_000,
+    overwrite: bool = False,
 ) -> int:
     """Train a BPE model on texts and write it; returns the bytes of text it has seen.
 
@@ -43,13 +49,15 @@ def train_sentencepiece(
     hash, so that the same files give the same model. Text survives a round trip exactly (spaces, tabs,
     newlines, any Unicode, by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits
     stand alone. Errors: FileNotFoundError, InputError, ValueError for a row without text or for a vocabulary
-    the text cannot fill.
+    the text cannot fill; ValueError also for an `output` of another content, unless `overwrite` is set.
     """
     trainer = require("sentencepiece", SentencePiece.kind).SentencePieceTrainer
     model, seen = io.BytesIO(), 0
     mistakes: list[Exception] = []
     require_utf8(str(output))
-    sources = [open_input(name) for name in inputs]
+    if Path(output).is_dir():
+        raise ValueError(f"{output} is a folder; name the model's file")
+    sources = open_inputs(inputs)
     for source in sources:
         source.check([json_key])
 
@@ -87,6 +95,7 @@ def train_sentencepiece(
         mistakes.append(ValueError(f"vocab_size {vocab_size} does not fit {seen} bytes of text: {detail}"))
     if mistakes:
         raise mistakes[0]
+    _refuse_other(Path(output), model.getvalue(), overwrite)
     with replacing(output) as stream:
         stream.write(model.getvalue())
     return seen
@@ -116,10 +125,22 @@ def _rows(source: Input, json_key: str) -> Iterator[tuple[int, bytes, bytes | di
             yield number, row if isinstance(row, bytes) else repr(row).encode("utf-8", "replace"), row
 
 
-def convert_gpt2(vocab_file: str | Path, merge_file: str | Path, folder: Path) -> None:
+def _refuse_other(output: Path, content: bytes, overwrite: bool) -> None:
+    """ValueError for a file of another content: datasets may have been made with it."""
+    if output.exists() and not overwrite and output.read_bytes() != content:
+        raise ValueError(
+            f"{output} is there and holds something else, which datasets may need; name another output, or "
+            f"replace it with --overwrite"
+        )
+
+
+def convert_gpt2(
+    vocab_file: str | Path, merge_file: str | Path, folder: Path, overwrite: bool = False
+) -> None:
     """Write tokenizer.json and tokenizer_config.json that give the tokens of Megatron's GPT2BPETokenizer.
 
-    Errors: OSError, ValueError for files that it would read otherwise, or in which a byte has no token.
+    Errors: OSError, ValueError for files that it would read otherwise, or in which a byte has no token, and
+    for a folder that holds another tokenizer, unless `overwrite` lets it be replaced.
     """
     library, merges = require("tokenizers", "GPT2BPETokenizer"), Path(merge_file).read_bytes()
     if not merges.startswith(b"#version") or not merges.endswith(b"\n"):
@@ -136,6 +157,7 @@ def convert_gpt2(vocab_file: str | Path, merge_file: str | Path, folder: Path) -
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = library.decoders.ByteLevel()
     model.add_special_tokens([_END])
+    _refuse_other(folder / "tokenizer.json", model.to_str().encode(), overwrite)
     write_text(folder / "tokenizer.json", model.to_str())
     write_json(folder / "tokenizer_config.json", {"eos_token": _END})
 

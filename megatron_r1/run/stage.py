@@ -96,7 +96,9 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
 
     def whole() -> bool:
         # A manifest that lists no files is never whole.
-        files = content.get("files", {manifest.name: None})
+        files = content.get("files") or {manifest.name: None}
+        if not isinstance(files, dict):
+            return False
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
 

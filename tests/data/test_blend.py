@@ -1,5 +1,6 @@
 """The blend against an oracle, against megatron-core, and at its limits."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -524,6 +525,19 @@ def test_a_changed_mask_file_or_text_is_refused(tmp_path: Path) -> None:
     np.save(path, np.arange(100) > 4)
     with pytest.raises(ValueError, match=r"phase 0: the keep mask of 'web', .*web.npy, changed"):
         from_json(text)
+
+
+def test_a_mask_whose_name_is_of_other_content_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "mask.npy", np.arange(100) > 3)
+    content = (tmp_path / "mask.npy").read_bytes()
+    path = tmp_path / f"web-{hashlib.sha256(content).hexdigest()[:16]}.npy"
+    path.write_bytes(content)
+    BlendPlan({"web": 100}).add_phase(0, [1], keep={"web": path})
+    with pytest.raises(ValueError, match="its name says that it was made for 'web'"):
+        BlendPlan({"code": 100}).add_phase(0, [1], keep={"code": path})
+    path.write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(ValueError, match=r"keep mask of 'web' \(.*damaged: its name holds another hash"):
+        BlendPlan({"web": 100}).add_phase(0, [1], keep={"web": path})
 
 
 def test_extends_says_what_changed() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,57 @@ def test_every_byte_can_be_compared(tools: Tools, holed: tuple[list[Any], bytes]
         line_of(answer.text, r"^out_text_document\.bin: every byte is as it was written")
     answer = tools(*verify, tmp_path / "nothing")
     assert answer.status == 2 and "nothing_text_document.idx does not exist" in answer.text
+
+
+def test_files_of_a_pair_of_another_order_are_told(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    for name, seed in (("out", 1), ("other", 2)):
+        words = ["--input", source, "--output-prefix", tmp_path / name, "--seed", seed]
+        answer = tools("preprocess_data", *words, "--tokenizer-type", KIND, "--tokenizer-model", plain)
+        assert answer.status == 0, answer.text
+    for name in (".idx", ".side/docs.npy"):
+        path = Path(f"{tmp_path}/out_text_document{name}")
+        whole = path.read_bytes()
+        path.write_bytes(Path(f"{tmp_path}/other_text_document{name}").read_bytes())
+        answer = tools("preprocess_data", "--verify", "--output-prefix", tmp_path / "out")
+        assert answer.status == 2
+        line_of(answer.text, rf"^error: out_text_document{name} is not the file that was written")
+        path.write_bytes(whole)
+    assert tools("preprocess_data", "--verify", "--output-prefix", tmp_path / "out").status == 0
+    answer = tools("preprocess_data", "--merge", "--no-shuffle", "--output-prefix", tmp_path / "out")
+    assert answer.status == 2 and "not --no-shuffle" in answer.text
+    answer = tools("preprocess_data", "--verify", "--output-prefix", f"{tmp_path}/")
+    assert answer.status == 2 and "is a folder" in answer.text
+
+
+def test_an_input_named_twice_and_an_archive_are_refused(tools: Tools, plain: Path, tmp_path: Path) -> None:
+    source, link = jsonl(tmp_path / "in.jsonl", DOCUMENTS), tmp_path / "link.jsonl"
+    link.symlink_to(source)
+    for again in (source, link):
+        answer = tools.preprocess("out", [source, again], plain)
+        assert answer.status == 2
+        line_of(answer.text, rf"^error: input {again.name} is given twice")
+    answer = tools("train_tokenizer", "--input", source, link, "--output", tmp_path / "sp.model")
+    assert answer.status == 2 and "link.jsonl is given twice, first as in.jsonl" in answer.text
+    with tarfile.open(tmp_path / "in.tar.gz", "w:gz") as archive:
+        archive.add(source)
+    answer = tools.preprocess("out", tmp_path / "in.tar.gz", plain)
+    assert answer.status == 2 and "in.tar.gz is a tar archive" in answer.text
+
+
+def test_a_tokenizer_is_not_replaced_by_another(tools: Tools, tmp_path: Path) -> None:
+    source, model = jsonl(tmp_path / "in.jsonl", DOCUMENTS * 9), tmp_path / "sp.model"
+    words = ["--input", source, "--output", model, "--vocab-size"]
+    assert tools("train_tokenizer", *words, 290).status == 0
+    first = model.read_bytes()
+    assert tools("train_tokenizer", *words, 290).status == 0
+    answer = tools("train_tokenizer", *words, 291)
+    assert answer.status == 2 and model.read_bytes() == first
+    line_of(answer.text, r"^error: sp\.model is there and holds something else.* --overwrite")
+    assert tools("train_tokenizer", *words, 291, "--overwrite").status == 0
+    assert model.read_bytes() != first
+    answer = tools("train_tokenizer", *words, 290, "--max-megabytes", "inf")
+    assert answer.status == 2 and "--max-megabytes inf" in answer.text
 
 
 def test_a_dataset_with_a_hole_is_not_done(

@@ -346,6 +346,20 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path, model, where, pieces, ke
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_bytes_lost_to_a_crash_are_encoded_again(tmp_path, model):
+    source = jsonl(tmp_path / "in.jsonl", [*TEXTS, ""])
+    with pytest.raises(ValueError, match="more than 0 documents rejected"):
+        run(source, tmp_path / "out", model, reject_limit=0)
+    tokens = tmp_path / "out.partial/0.tokens"
+    # Of the right size, as a file system may leave it that wrote the size first.
+    half = tokens.stat().st_size // 2
+    tokens.write_bytes(tokens.read_bytes()[:half] + bytes(tokens.stat().st_size - half))
+    run(source, tmp_path / "whole", model)
+    run(source, tmp_path / "out", model)
+    assert pair(tmp_path / "out") == pair(tmp_path / "whole")
+
+
 def test_workers_end_with_a_killed_run(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS * 1000)
     options = [

@@ -130,8 +130,29 @@ def test_shards_of_other_options_are_refused(tmp_path, model):
         preprocess([source], tmp_path / "out", KIND, model, shard=(index, 2), seed=seed, log=quiet)
     with pytest.raises(ValueError, match="differ in seed: 2 and 1"):
         merge(tmp_path / "out", log=quiet)
-    preprocess([source], tmp_path / "out", KIND, model, shard=(0, 3), seed=1, log=quiet)
-    with pytest.raises(FileNotFoundError, match="shards of 2 and of 3; remove one kind"):
+    # At once: a merge would refuse both kinds.
+    with pytest.raises(ValueError, match=r"--shard 0/3: .*out has shards of 2"):
+        preprocess([source], tmp_path / "out", KIND, model, shard=(0, 3), seed=1, log=quiet)
+
+
+def test_a_shard_under_the_name_of_another_is_refused(tmp_path, model):
+    shards([jsonl(tmp_path / "in.jsonl", ["", *TEXTS])], tmp_path / "out", model, 2)
+    first, second = (f"out_shard-0000{i}-of-00002_text_document" for i in (0, 1))
+    (tmp_path / f"{first}.side/rejects.jsonl").rename(tmp_path / "rejects.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"rejects\.jsonl is missing, with 1 rejects"):
+        merge(tmp_path / "out", log=quiet)
+    (tmp_path / f"{first}.side/rejects.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"rejects\.jsonl is damaged \(KeyError"):
+        merge(tmp_path / "out", log=quiet)
+    (tmp_path / "rejects.jsonl").rename(tmp_path / f"{first}.side/rejects.jsonl")
+    about = json.loads((tmp_path / f"{first}.json").read_text())
+    (tmp_path / f"{first}.json").write_text(json.dumps({**about, "lines": []}))
+    with pytest.raises(ValueError, match="lines of 0 inputs"):
+        merge(tmp_path / "out", log=quiet)
+    (tmp_path / f"{first}.json").write_text(json.dumps(about))
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(tmp_path / f"{first}{suffix}", tmp_path / f"{second}{suffix}")
+    with pytest.raises(ValueError, match=rf"{second}\.json is of another shard: it says shard \[0, 2\]"):
         merge(tmp_path / "out", log=quiet)
 
 

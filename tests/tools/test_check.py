@@ -73,7 +73,7 @@ def checked(folder: Path, tool: str, *words: object) -> str:
 
 def test_of_the_tokenizer(data: Path) -> None:
     said = checked(data, "train_tokenizer", *tokenizer(data))
-    assert f"{(data / 'a.jsonl').stat().st_size:,} bytes" in said and "300 tokens, is replaced" in said
+    assert f"{(data / 'a.jsonl').stat().st_size:,} bytes" in said and "300 tokens, is there" in said
 
 
 def test_of_preprocessing_before_and_after(data: Path) -> None:

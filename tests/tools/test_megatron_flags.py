@@ -73,6 +73,12 @@ def oracle(text: str, vocab: Path, merges: Path) -> list[int]:
 def test_gpt2_s_files_give_gpt2_s_tokens(tmp_path):
     files = gpt2(tmp_path)
     convert_gpt2(*files, tmp_path / "hf")
+    # The same again, but not in place of another.
+    convert_gpt2(*files, tmp_path / "hf")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is there and holds something else"):
+        convert_gpt2(*files, tmp_path / "mine")
     tokenizer = build_tokenizer("HuggingFaceTokenizer", tmp_path / "hf")
     assert tokenizer.eod == tokenizer.vocab_size - 1
     draw = random.Random(1)
