@@ -164,10 +164,10 @@ def from_hf(config: dict[str, Any]) -> HfModel:
             model = TypeAdapter(ModelConfig).validate_json(json.dumps(shape), strict=True)
             refused += _shape_refusals(model, divided)
             refused += _layer_refusals(has)
-            given = {key: config[key] for key in SPECIAL if key in config}
+            tokens = {key: config[key] for key in SPECIAL if key in config}
             refused += [
                 f"{key}={ids!r}: no token of vocab_size={model.vocab_size}"
-                for key, ids in given.items()
+                for key, ids in tokens.items()
                 if any(
                     (number or 0) >= model.vocab_size for number in (ids if isinstance(ids, list) else [ids])
                 )

@@ -165,14 +165,15 @@ class HuggingFace(Tokenizer):
         if is_rebuilt(settings, plain):
             built, eos, maker = auto_tokenizer(path, files, settings)
             spec = json.loads(built)
-            if (ours := pipeline(spec)) != (file := pipeline(json.loads(plain.to_str()))):
+            ours, written = pipeline(spec), pipeline(json.loads(plain.to_str()))
+            if ours != written:
                 self._rules.append(json.dumps(ours, sort_keys=True).encode())
-                others, own = (
-                    " and ".join(differences(*pair, "")[:3]) for pair in ((ours, file), (file, ours))
-                )
+                built_parts = " and ".join(differences(ours, written, "")[:3])
+                written_parts = " and ".join(differences(written, ours, "")[:3])
                 self.note = (
-                    f"tokens are those of {maker}, which has {others} where {path} has {own}; if the file is "
-                    f'meant, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+                    f"tokens are those of {maker}, which has {built_parts} where {path} has {written_parts}; "
+                    f'if the file is meant, write "tokenizer_class": "PreTrainedTokenizerFast" in '
+                    f"tokenizer_config.json"
                 )
         if spec["model"].get("dropout"):
             raise ValueError(
