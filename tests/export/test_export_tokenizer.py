@@ -183,6 +183,20 @@ def test_a_tokenizer_that_transformers_would_read_as_another_is_refused(
         tokenizer_files("HuggingFaceTokenizer", named(tmp_path / "mine", **settings))
 
 
+def test_a_class_that_only_config_json_names_is_not_lost(tmp_path: Path) -> None:
+    """The class splits as the file does on the usual texts, and otherwise on others."""
+    folder = named(tmp_path / "mine", **NAMES)
+    model = json.loads((folder / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    model["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, model["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="would read the exported tokenizer with other tokens"):
+        tokenizer_files("HuggingFaceTokenizer", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, "tokenizer_class": "Qwen2Tokenizer"}))
+    assert tokenizer_files("HuggingFaceTokenizer", folder).special["eos_token_id"] == 0
+
+
 def test_a_token_that_the_file_lacks_counts_or_is_refused(tmp_path: Path) -> None:
     folder = named(tmp_path / "mine", **{**NAMES, "pad_token": "<not there>"})
     try:
