@@ -59,6 +59,7 @@ def to_hf(
     if context is not None and context < 1:
         raise ValueError(f"--context {context}: the longest sequence has at least one token")
     meta = checkpoint_files.read_meta(source)
+    checkpoint_files.raise_corrupt(source, checkpoint_files.corruptions(source, meta["files"]))
     model = TypeAdapter(ModelConfig).validate_python(meta["model"])
     context = context or origin.context_of(source)
     special = {key: value for key, value in origin.imported(source).items() if key in hf_config.SPECIAL}
@@ -178,7 +179,9 @@ def _stored_precision(source: Path) -> Precision:
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to fill that takes its name when the block ends well; on any error nothing is left."""
     require_empty(target)
-    folder = target.absolute().with_name(f".{target.absolute().name}.partial")
+    # Where it is a link, the folder that it leads to.
+    target = target.resolve()
+    folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

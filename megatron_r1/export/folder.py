@@ -7,6 +7,7 @@ other readers would take other files, or in which index and shards disagree, is 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         )
     index, where = directory / INDEX, _weight_map(directory / INDEX)
     shards = {*where.values()}
-    if (directory / SINGLE).is_file():
+    if os.path.lexists(directory / SINGLE):
         if shards - {SINGLE}:
             raise ValueError(
                 f"{directory} has both {SINGLE} and {INDEX}, which names {min(shards - {SINGLE})}; remove "
@@ -103,8 +104,8 @@ def check_tensors(
                 wrong.append(f"{name}: GPTModel has no place for it")
         elif one.dtype not in _FLOATS:
             wrong.append(f"{name}: {one.dtype} in {one.file.name}; weights are {', '.join(_FLOATS)}")
-        elif name != HEAD and one.shape != expected[name]:
-            wrong.append(f"{name}: shape {[*one.shape]}, expected {[*expected[name]]}")
+        elif one.shape != (shape := expected[EMBEDDING if name == HEAD else name]):
+            wrong.append(f"{name}: shape {[*one.shape]}, expected {[*shape]}")
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         lines = "\n  ".join(wrong[:10] + more)
@@ -113,7 +114,7 @@ def check_tensors(
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Empty without an index."""
-    if not index.is_file():
+    if not os.path.lexists(index):
         return {}
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -130,7 +131,7 @@ def _header(file: Path) -> dict[str, Stored]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
             return {n: Stored(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing, and {INDEX} names it; download it") from None
+        raise ValueError(f"{file} is missing, though {INDEX} or a link names it; download it") from None
     except (OSError, SafetensorError) as error:
         way = "download it again, by git lfs pull where it is a pointer of git-lfs"
         raise ValueError(f"{file} is damaged, or no safetensors ({error}); {way}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.preprocess.tokenizer import HuggingFace, SentencePiece, TikToken, Tokenizer, build_tokenizer
+from megatron_r1.preprocess.vetted import pipeline
 from megatron_r1.system.errors import require
 
 _SETTINGS, _NAMES = "tokenizer_config.json", "special_tokens_map.json"
@@ -71,7 +72,12 @@ def _special_of(files: Mapping[str, bytes], tokenizer: Tokenizer, model: str) ->
             raise ValueError(f"{model}: transformers cannot read this tokenizer: {error}") from None
     special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     added = [name for name, number in special.items() if (number or 0) >= tokenizer.vocab_size]
-    if ids != tokenizer.encode_batch(_TEXTS) or special["eos_token_id"] != tokenizer.eod or added:
+    other = ids != tokenizer.encode_batch(_TEXTS)
+    if isinstance(tokenizer, HuggingFace):
+        # Texts do not show every rule.
+        built = (theirs.backend_tokenizer, tokenizer._model)
+        other |= len({json.dumps(pipeline(json.loads(one.to_str())), sort_keys=True) for one in built}) > 1
+    if other or special["eos_token_id"] != tokenizer.eod or added:
         raise ValueError(
             f"{model}: transformers would read the exported tokenizer with other tokens, as "
             f"{type(theirs).__name__} with {special}; correct tokenizer_class or the tokens in {_SETTINGS}"

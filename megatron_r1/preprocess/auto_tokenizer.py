@@ -51,6 +51,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {first_line(error)}; copy it again or mend it") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, not the settings of a tokenizer by name")
+    if others := settings.get("fast_tokenizer_files"):
+        raise ValueError(
+            f"{path}: fast_tokenizer_files={others} lets transformers read another file than tokenizer.json; "
+            f"take the key out to mean tokenizer.json"
+        )
     return settings
 
 
@@ -87,6 +92,11 @@ def end_token(path: Path, named: str | None, file_model: Any) -> str:
             f"{path} lacks {named!r}, the eos_token of its tokenizer_config.json or special_tokens_map.json; "
             f"name one that it has"
         )
+    if len(named) == 1 and named in file_model.get_vocab(with_added_tokens=False):
+        raise ValueError(
+            f"{path}: eos_token={named!r} is one character of the vocabulary, which many texts hold; name "
+            f"a token that no text holds"
+        )
     return named
 
 
@@ -102,7 +112,7 @@ def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
     for key, value in chain(config.items(), special.items()):
         if key.endswith("_token"):
             named.append(value)
-        elif key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        elif key.endswith("special_tokens") or key == "added_tokens_decoder":
             named += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     contents = (token.get("content") if isinstance(token, dict) else token for token in named)
     return any(isinstance(token, str) and file_model.token_to_id(token) is None for token in contents)
@@ -110,8 +120,8 @@ def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
 
 def auto_tokenizer(
     path: Path, files: dict[str, Path], settings: dict[str, dict[str, Any]]
-) -> tuple[str, str | None]:
-    """The tokenizer.json of AutoTokenizer's tokenizer, and its end token."""
+) -> tuple[str, str | None, str]:
+    """The tokenizer.json of AutoTokenizer's tokenizer, its end token, and its class and version."""
     name = settings.get("tokenizer_config.json", {}).get("tokenizer_class") or "of config.json"
     library = require("transformers", f"the tokenizer class {name} at {path}", "transformers")
     # A folder of its own, since the file may have another name, and others beside it are not meant.
@@ -135,7 +145,8 @@ def auto_tokenizer(
             f"{path}: AutoTokenizer builds {own.__name__}, which does not encode as tokenizers does; "
             f"name tokenizer_class PreTrainedTokenizerFast if tokenizer.json alone says how to encode"
         )
-    return built.backend_tokenizer.to_str(), built.eos_token
+    maker = f"{own.__name__} of transformers {library.__version__}"
+    return built.backend_tokenizer.to_str(), built.eos_token, maker
 
 
 def spells_end(model: dict[str, Any], eos: str) -> bool:

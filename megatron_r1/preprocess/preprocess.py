@@ -108,6 +108,8 @@ def preprocess(
     began, output = time.monotonic(), Path(output_prefix)
     sources = open_inputs(inputs)
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    if tokenizer.note:
+        log(f"tokenizer: {tokenizer.note}")
     # All that decides the bytes, beside the inputs.
     about: dict[str, Any] = {
         "format": FORMAT,

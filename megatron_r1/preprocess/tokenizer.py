@@ -34,7 +34,7 @@ from megatron_r1.preprocess.auto_tokenizer import (
     spells_end,
     without_spelling,
 )
-from megatron_r1.preprocess.vetted import pipeline, published
+from megatron_r1.preprocess.vetted import differences, pipeline, published
 from megatron_r1.system.errors import require, suggest
 
 
@@ -48,6 +48,8 @@ class Tokenizer(Protocol):
     """The token that ends a document. `encode` never gives it for the text of it."""
     model_bytes: bytes
     """The model's file."""
+    note: str = ""
+    """What a user must know of the tokens; empty: nothing."""
     _model: Any
     """The package's own object."""
 
@@ -161,10 +163,18 @@ class HuggingFace(Tokenizer):
         self._rules: list[bytes] = []
         """All that decides tokens beside tokenizer.json and the end token."""
         if is_rebuilt(settings, plain):
-            built, eos = auto_tokenizer(path, files, settings)
+            built, eos, maker = auto_tokenizer(path, files, settings)
             spec = json.loads(built)
-            if (ours := pipeline(spec)) != pipeline(json.loads(plain.to_str())):
+            ours, written = pipeline(spec), pipeline(json.loads(plain.to_str()))
+            if ours != written:
                 self._rules.append(json.dumps(ours, sort_keys=True).encode())
+                built_parts = " and ".join(differences(ours, written, "")[:3])
+                written_parts = " and ".join(differences(written, ours, "")[:3])
+                self.note = (
+                    f"tokens are those of {maker}, which has {built_parts} where {path} has {written_parts}; "
+                    f'if the file is meant, write "tokenizer_class": "PreTrainedTokenizerFast" in '
+                    f"tokenizer_config.json"
+                )
         if spec["model"].get("dropout"):
             raise ValueError(
                 f"{path}: dropout={spec['model']['dropout']} gives other tokens each time; "

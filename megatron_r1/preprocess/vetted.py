@@ -56,7 +56,7 @@ def vet(model: str) -> Vetted | str:
     parts = pipeline(full)
     for key in ("vocab", "merges", "unk_token"):
         parts["model"].pop(key, None)
-    features = {name: _differences(parts, form, "") for name, form in published()["forms"].items()}
+    features = {name: differences(parts, form, "") for name, form in published()["forms"].items()}
     # The nearest form: that with the fewest parts of another type.
     form = min(
         features, key=lambda name: (sum('{"type"' in one for one in features[name]), len(features[name]))
@@ -101,14 +101,14 @@ def _without(value: Any, key: str) -> Any:
     return [_without(part, key) for part in value] if isinstance(value, list) else value
 
 
-def _differences(given: Any, form: Any, path: str) -> list[str]:
+def differences(given: Any, form: Any, path: str) -> list[str]:
     """What `given` has and `form` has not, each as "path=value"."""
     if isinstance(given, dict) and isinstance(form, dict) and given.get("type") == form.get("type"):
         keys = [(key, f"{path}.{key}" if path else key) for key in {**form, **given}]
-        return [one for key, name in keys for one in _differences(given.get(key), form.get(key), name)]
+        return [one for key, name in keys for one in differences(given.get(key), form.get(key), name)]
     if isinstance(given, list) and isinstance(form, list) and len(given) == len(form):
         both = enumerate(zip(given, form, strict=True))
-        return [one for i, (left, right) in both for one in _differences(left, right, f"{path}[{i}]")]
+        return [one for i, (left, right) in both for one in differences(left, right, f"{path}[{i}]")]
     return [] if given == form else [f"{path}={json.dumps(given, ensure_ascii=False)[:200]}"]
 
 

@@ -113,9 +113,12 @@ def answer(manifest: Path, request: Request, files: Iterable[Path], **facts: Any
 
 
 def require_empty(target: Path) -> None:
-    """Raise ValueError where a folder to write is a file or holds something."""
+    """Raise ValueError where a folder to write is a file, lies below one, or holds something."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; name another, or remove it")
+    there = next(parent for parent in target.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{target} cannot be made, because {there} is a file; name another folder")
 
 
 def finish(

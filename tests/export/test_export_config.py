@@ -103,6 +103,8 @@ def test_a_model_survives_the_way_through_transformers(
         (LLAMA, {"initializer_range": 0.0}, "initializer_range=0.0: must be positive"),
         (LLAMA, {"attention_bias": 0}, "attention_bias=0: "),
         (LLAMA, {"eos_token_id": "2"}, "eos_token_id='2': "),
+        (LLAMA, {"pad_token_id": 9}, "pad_token_id=9: no token of vocab_size=9"),
+        (LLAMA, {"eos_token_id": [2, 12]}, "eos_token_id=[2, 12]: no token of vocab_size=9"),
         (LLAMA, {"rope_theta": None}, "rope_theta=None: "),
         (LLAMA, {"rope_theta": -1.0}, "rope_theta=-1.0: must be positive"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling='linear': must be a mapping"),

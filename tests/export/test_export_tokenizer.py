@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from megatron_r1.export.tokenizer import tokenizer_files
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from megatron_r1.preprocess.vetted import published
 from tests.faults.inputs import added, tokenizer, tokenizer_folder
 from tests.preprocess.test_tokenizer import CODE, HARD
 
@@ -64,13 +65,16 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiktoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    ", b"te", b"text"]
+    tokens = [bytes([i]) for i in range(256)] + [b"de", b"  ", b"def", b"    ", b"te", b"text", b"12", b"123"]
+    tokens += [b"1234", b"\n\n", b" \n"]
     path = tmp_path_factory.mktemp("tiktoken") / "tokenizer.model"
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
     return path
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer:llama3"])
+@pytest.mark.parametrize(
+    "kind", ["SentencePieceTokenizer", *(f"TikTokenizer:{name}" for name in published()["families"])]
+)
 def test_transformers_gives_the_same_tokens(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -84,12 +88,15 @@ def test_transformers_gives_the_same_tokens(
     drawn = drawn_texts(2000)
     assert theirs(drawn, **plain)["input_ids"] == ours.encode_batch(drawn)
     assert [theirs.encode(text, **plain) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
-    assert [theirs.decode(ours.encode(text)) for text in TEXTS] == TEXTS
+    assert [theirs.decode(ours.encode(text)) for text in TEXTS] == list(
+        map(ours.decode, map(ours.encode, TEXTS))
+    )
     assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
     assert (written.end_of_text, written.vocab_size) == (ours.eod, ours.vocab_size)
 
     special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    assert written.special == special and special["bos_token_id"] is not None
+    assert written.special == special
+    assert (special["bos_token_id"] is not None) == (kind[:4] == "Sent" or kind.endswith("llama3"))
     assert written.fingerprint == ours.fingerprint()
 
     # And once more through this project's own reader of what was written.
@@ -174,6 +181,20 @@ def test_a_tokenizer_that_transformers_would_read_as_another_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}"):
         tokenizer_files("HuggingFaceTokenizer", named(tmp_path / "mine", **settings))
+
+
+def test_a_class_that_only_config_json_names_is_not_lost(tmp_path: Path) -> None:
+    """The class splits as the file does on the usual texts, and otherwise on others."""
+    folder = named(tmp_path / "mine", **NAMES)
+    model = json.loads((folder / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    model["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, model["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="would read the exported tokenizer with other tokens"):
+        tokenizer_files("HuggingFaceTokenizer", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, "tokenizer_class": "Qwen2Tokenizer"}))
+    assert tokenizer_files("HuggingFaceTokenizer", folder).special["eos_token_id"] == 0
 
 
 def test_a_token_that_the_file_lacks_counts_or_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from megatron_r1.export.folder import INDEX, SINGLE, check_tensors, read_json, stored_tensors, unread_files
+from megatron_r1.export.folder import (
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    check_tensors,
+    read_json,
+    stored_tensors,
+    unread_files,
+)
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -124,6 +133,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
         (holding(b""), f"/{SINGLE} is damaged"),
         (holding(b"\xff" * 64), f"/{SINGLE} is damaged"),
         (holding(POINTER), "git lfs pull"),
+        (lambda folder: (folder / SINGLE).symlink_to("gone"), f"/{SINGLE} is missing, though"),
     ],
 )
 def test_a_folder_that_is_damaged_or_means_two_things_is_refused_by_name(
@@ -141,6 +151,12 @@ def test_tensors_that_no_checkpoint_holds_exactly_are_refused_by_name(dtype: str
     save_file({"a": np.ones((2, 3), dtype), "b": np.ones(2, np.float16)}, tmp_path / SINGLE)
     with pytest.raises(ValueError, match=rf"a: [A-Z0-9]+ in {SINGLE}; weights are F32, BF16, F16"):
         check_tensors(tmp_path, stored_tensors(tmp_path), {"a": (2, 3), "b": (2,)})
+
+
+def test_an_output_layer_of_another_shape_is_told_before_numbers_are_read(tmp_path: Path) -> None:
+    save_file({EMBEDDING: np.ones((2, 3), "f4"), HEAD: np.ones((3, 3), "f4")}, tmp_path / SINGLE)
+    with pytest.raises(ValueError, match=rf"{HEAD}: shape \[3, 3\], expected \[2, 3\]"):
+        check_tensors(tmp_path, stored_tensors(tmp_path), {EMBEDDING: (2, 3)})
 
 
 @pytest.mark.parametrize("text", ['{"a": ', "[1]", "", "\ufeff{}", "[" * 100_000])

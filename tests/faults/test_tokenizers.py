@@ -187,6 +187,7 @@ NAMES: dict[str, Any] = {"eos_token": END}
         ({"pad_token": "[PAD]", "clean_up_tokenization_spaces": True}, {}),
         ({}, {"config.json": {"model_type": "qwen2"}}),
         ({}, {"added_tokens.json": {"<new>": 260}}),
+        ({"model_specific_special_tokens": {"image_token": "<new>"}}, {}),
     ],
 )
 def test_tokens_are_autotokenizer_s(tmp_path: Path, settings: Any, more: Any) -> None:
@@ -216,6 +217,10 @@ def test_tokens_are_autotokenizer_s(tmp_path: Path, settings: Any, more: Any) ->
             {"auto_map": {"AutoTokenizer": ["x.Mine", None]}, "tokenizer_class": "Mine"},
             "cannot build the class Mine",
         ),
+        (
+            {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]},
+            "tokenizer_config.json: fast_tokenizer_files=['tokenizer.4.0.0.json'] lets transformers read",
+        ),
         ({"eos_token": 5}, "tokenizer_config.json: eos_token=5 is no token"),
         ({"eos_token": "de"}, "eos_token is 'de' by tokenizer_config.json and '<|endoftext|>' by special"),
     ],
@@ -227,6 +232,29 @@ def test_a_class_that_encodes_otherwise_is_refused(tmp_path: Path, settings: Any
     with pytest.raises(ValueError) as raised:
         build_tokenizer(KIND, folder)
     assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize("letter", ["a", "Ġ"])
+def test_an_end_token_that_texts_are_made_of_is_refused(tmp_path: Path, letter: str) -> None:
+    """The texts would lose it: "Ġ" stands for a space."""
+    folder = tokenizer_folder(tmp_path / "tokenizer", tokenizer(), end=letter)
+    with pytest.raises(ValueError, match=f"eos_token='{letter}' is one character of the vocabulary"):
+        build_tokenizer(KIND, folder)
+
+
+def test_a_part_that_the_class_leaves_out_is_told(tools: Tools, tmp_path: Path) -> None:
+    model = tokenizer()
+    digits = {"type": "Digits", "individual_digits": True}
+    model["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, model["pre_tokenizer"]]}
+    folder = tokenizer_folder(tmp_path / "model", model)
+    source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    for name in ("GPT2Tokenizer", "PreTrainedTokenizerFast"):
+        (folder / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": name}))
+        answer = tools.preprocess(name, source, folder, "--check")
+        assert answer.status == 0, answer.text
+        assert ("tokens are those of" in answer.text) == (name == "GPT2Tokenizer")
+        if name == "GPT2Tokenizer":
+            line_of(answer.text, r"tokenizer: .* of GPT2Tokenizer of transformers .* model/tokenizer.*Digits")
 
 
 def test_a_bare_tokenizer_with_two_usual_end_tokens_is_refused(tmp_path: Path) -> None:

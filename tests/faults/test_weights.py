@@ -162,6 +162,28 @@ def test_a_value_that_makes_no_model_is_refused_by_its_field(
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("file", [".metadata", "__0_1.distcp"])
+def test_a_damaged_checkpoint_is_named_by_a_check_too(
+    tools: Tools, tmp_path: Path, file: str, check: bool
+) -> None:
+    assert imported(tools, hf_folder(tmp_path / "hf")).status == 0
+    checkpoint = tmp_path / "imported" / "step_00000000"
+    (checkpoint / file).unlink()
+    words = ["--check"] if check else []
+    answer = tools("convert_checkpoint", "--to", "hf", checkpoint, tmp_path / "back", *words)
+    assert answer.status == 2, answer.text
+    line_of(answer.text, rf"^error: imported/step_00000000 is damaged: {file} is missing")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_link_to_an_empty_folder_is_filled(tools: Tools, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "imported").symlink_to("real")
+    assert imported(tools, hf_folder(tmp_path / "hf")).status == 0
+    assert (tmp_path / "real" / "step_00000000").is_dir() and (tmp_path / "imported").is_symlink()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on data of `plain_tokenizer`, which lies in "mine"."""

@@ -93,6 +93,8 @@ def test_a_folder_to_write_is_empty_or_not_there(tmp_path: Path) -> None:
     for target in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="exists and is not an empty folder; name another, or remove it"):
             require_empty(target)
+    with pytest.raises(ValueError, match=r"new cannot be made, because .*/file is a file"):
+        require_empty(tmp_path / "file" / "some" / "new")
 
 
 def test_the_stage_in_the_docstring_runs_once(tmp_path: Path) -> None:
