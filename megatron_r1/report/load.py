@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +20,13 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.terminal import say
-from megatron_r1.train.metrics import describe_lost, lost_steps
+from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
 
 _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
+_NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
+"""Of a step's line: values that figures and tables rely on."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -138,8 +139,8 @@ def read_run(root: Path, branch: bool = False) -> Run:
     begin = min(steps) if branch else first_step(files, config, steps)
     if lost := lost_steps(steps, begin, max([*steps, *saved])):
         say(f"warning: {describe_lost(files.metrics, lost)}; the page marks them")
-    if damaged := ledger.damaged(root):
-        say(f"{root}/ledger.jsonl: {damaged} of its lines cannot be read; what they cost is left out")
+    if damage := ledger.describe_damage(root):
+        say(damage)
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
@@ -148,28 +149,25 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
     columns: dict[str, array[float]] = {}
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
-    steps = damaged = 0
-    with open(path if path.exists() else os.devnull, "rb") as lines:
-        for text in lines:
-            try:
-                line = json.loads(text)
-                # A TypeError where one of them is not a text, or not a number.
-                phase, _ = line["phase"] + "", line["step"] + line["tokens"] + 0
-            except (ValueError, TypeError, KeyError):
-                # A last line without its end is one that the run has not finished to write.
-                damaged += text.endswith(b"\n")
-                continue
-            values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-            for group in _GROUPS:
-                values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
-            for name in [name for name in values if name not in columns]:
-                columns[name] = array("d", [math.nan]) * steps
-            for name, column in columns.items():
-                column.append(values.get(name, math.nan))
-            first, last[phase], steps = first or line, line, steps + 1
-    if damaged:
-        say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
-    return {name: np.array(column) for name, column in columns.items()}, first, last
+    for count, line in enumerate(read_lines(path, _NEEDED)):
+        values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        for group in _GROUPS:
+            values |= {f"{group}/{name}": v for name, v in line.get(group, {}).items()}
+        for name in [name for name in values if name not in columns]:
+            columns[name] = array("d", [math.nan]) * count
+        for name, column in columns.items():
+            column.append(values.get(name, math.nan))
+        step, phase = line["step"], line["phase"]
+        first = line if not first or step <= first["step"] else first
+        last[phase] = line if phase not in last or step >= last[phase]["step"] else last[phase]
+    if not first:
+        return {}, first, last
+    # In the order of the steps. Of several lines of a step, the last.
+    step_T = np.array(columns["step"])[::-1]
+    row_T = len(step_T) - 1 - np.unique(step_T, return_index=True)[1]
+    tell_repeated(path, len(step_T) - len(row_T))
+    last = dict(sorted(last.items(), key=lambda item: item[1]["step"]))
+    return {name: np.array(column)[row_T] for name, column in columns.items()}, first, last
 
 
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:

@@ -138,6 +138,8 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
             f"{run.root}: warning: {', '.join(path.name for path in damaged)} cannot be read (damaged, or "
             f"another version's); the run goes on without"
         )
+    if damage := ledger.describe_damage(run.root):
+        out.append(f"{run.root}: warning: {damage}")
     if lost := lost_steps(steps, first_step(run, config, steps), step):
         out.append(f"{run.root}: warning: {describe_lost(run.metrics, lost)}; the report marks them")
     if max(steps, default=0) > step:
@@ -152,7 +154,7 @@ def first_step(run: RunDir, config: Config, steps: Iterable[int]) -> int:
     """
     if config.train.init_weights:
         return 1
-    launches = [line.get("inputs") or () for line in ledger.read(run.root) if line["stage"][:6] == "train "]
+    launches = [line["inputs"] for line in ledger.read(run.root) if line["stage"][:6] == "train "]
     for path in map(Path, [config.train.init_from or "", *(launches[0] if launches else ())]):
         number = path.name.removeprefix("step_")
         if path.parent.name == "checkpoints" and number.isdecimal():
@@ -263,7 +265,7 @@ def record_killed_launches(config: Config, step: int, lines: list[dict[str, Any]
 
 def _last_recorded(run: RunDir) -> int:
     """Step of the newest checkpoint that the ledger names, 0 where it names none."""
-    recorded = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
+    recorded = [Path(path) for line in ledger.read(run.root) for path in line["outputs"]]
     names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 

@@ -155,10 +155,12 @@ def test_lost_lines_are_told_before_and_at_a_start(
 def test_lines_of_no_step_are_damaged_ones(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     saved(config, 4)
     path = recorded(config, 1, 2, 4)
-    bad = ['{"step": null}', '{"step": "3"}', "\x00\x00", "[3]", '{"step": 4, "phase": "one"}']
+    again = '{"step": 4, "phase": "one", "seconds": 2.0}'
+    bad = ['{"step": null}', '{"step": "3"}', "\x00\x00", "[3]", again]
     path.write_text(path.read_text() + "\n".join(bad) + "\n")
     record_start(config, 4, "{}")
     assert "step 3, 1 in all" in (text := capsys.readouterr().err) and "4 of its lines cannot be read" in text
+    assert "1 lines too many" in text
     assert ledger.read(path.parent)[0]["seconds"] == 6.0
 
 
