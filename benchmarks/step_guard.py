@@ -198,6 +198,7 @@ def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+@user_errors()
 def train_alone(trial: Trial, output: Path, size: str) -> None:
     """Train, and write what became of it. The process of a run calls this."""
     torch.set_num_threads(1)
@@ -211,9 +212,11 @@ def train_alone(trial: Trial, output: Path, size: str) -> None:
             stopped = str(error)
     metrics = RunDir(Path(config.train.run)).metrics
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    if not lines:
+        raise ValueError(f"{trial.name}: {stopped}")
     told = [line for line in "".join(ear.heard).splitlines() if "gradient norm" in line]
     result = {
-        "steps": lines[-1]["step"] if lines else trial.first,
+        "steps": lines[-1]["step"],
         "stopped": stopped,
         "skipped": sum(line["skipped"] for line in lines),
         "told": len(told),
