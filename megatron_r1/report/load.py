@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.config import Config
+from megatron_r1.config import Config, MixConfig
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
@@ -182,7 +183,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
         read_run(control, branch=True) if control else None,
         read_scores(root, sources),
         scored(root, sources),
-        _read_json(root / "mix.json", "make the mixture again, or move it away"),
+        _made_mix(root / "mix.json"),
         _measured_impact(root / "measured_impact.json"),
         tokenizer,
     )
@@ -194,6 +195,25 @@ def _read_json(path: Path, way_out: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
+
+
+def _made_mix(path: Path) -> dict[str, Any] | None:
+    way_out = "make the mixture again, or move it away"
+    made: dict[str, Any] | None = _read_json(path, way_out)
+    if made is None:
+        return None
+    try:
+        shape = len(made["capabilities"]), len(set(made["steps"]))
+        alpha_CK = np.array(made["alpha"], dtype=np.float64)
+        known = {f.name for f in fields(MixConfig)}
+        settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
+        TypeAdapter(MixConfig).validate_python(settings)
+        if alpha_CK.shape != shape or 0 in shape or not np.isfinite(alpha_CK).all():
+            raise ValueError("its alpha")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        about = " ".join(str(error).split())[:80]
+        raise ValueError(f"{path} is damaged ({about}); {way_out}") from None
+    return made
 
 
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:

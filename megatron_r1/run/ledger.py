@@ -99,7 +99,7 @@ def _is_stage(line: dict[str, Any]) -> bool:
         if not isinstance(told, (dict, list)):
             return False
         texts += [*told, *(told.values() if isinstance(told, dict) else ())]
-    numbers = [line.get(name) for name in ("seconds", "device_hours", "tokens", "devices")]
+    numbers: list[Any] = [line.get(name) for name in ("seconds", "device_hours", "tokens", "devices")]
     return (
         all(isinstance(text, str) and "\0" not in text for text in texts)
         and bool(line["stage"].strip())

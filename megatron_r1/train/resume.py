@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -35,7 +36,11 @@ def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
     `check_past` tells whether the checkpoint is this recipe's. Raises ValueError where the only checkpoints
     are damaged ones: a run that begins anew would write over what is known of the old one.
     """
-    directory = RunDir(Path(config.train.run)).checkpoints
+    root = Path(config.train.run)
+    there = next((path for path in (root, *root.absolute().parents) if os.path.lexists(path)), root)
+    if not os.path.isdir(there):
+        raise ValueError(f"train.run={root}: {there} is no directory; name another run directory")
+    directory = RunDir(root).checkpoints
     saved = checkpoint_files.complete_checkpoints(directory)
     if not saved and (damaged := checkpoint_files.damaged(directory)):
         raise ValueError(

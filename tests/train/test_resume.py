@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -20,7 +21,7 @@ from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import sha256
 from megatron_r1.train.loop import train
 from megatron_r1.train.metrics import describe_lost, lost_steps
-from megatron_r1.train.resume import first_step, record_killed_launches, record_start, summary
+from megatron_r1.train.resume import first_step, record_killed_launches, record_start, standing, summary
 from tests.train import small
 
 
@@ -252,3 +253,11 @@ def test_a_killed_launch_is_recorded_with_its_keep_masks(config: Config, tmp_pat
     record_killed_launches(kept, 8)
     (line,) = ledger.read(Path(config.train.run))
     assert line["inputs"][str(mask)] == sha256(mask)
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_in_a_file_is_refused_before_it_begins(config: Config, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("")
+    train = dataclasses.replace(config.train, run=f"{tmp_path}/taken{below}")
+    with pytest.raises(ValueError, match=rf"train\.run=.*: {tmp_path}/taken is no directory; name another"):
+        standing(dataclasses.replace(config, train=train))
