@@ -164,8 +164,8 @@ def test_screenshot(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "made",
-    [{}, "x", {"steps": [[1]]}, {"alpha": [[1.0, 2.0]]}, {"alpha": "x"}, {"alpha": [[float("nan")]]}, {"mix": [1]},
-     {"mix": {"scale": "z"}}, {"mix": {"keep_above": "x"}}, {"steps": [], "alpha": []}],
+    [{}, "x", {"steps": [[1]]}, {"alpha": [[1.0, 2.0]]}, {"alpha": "x"}, {"alpha": [[float("nan")]]},
+     {"mix": [1]}, {"mix": {"scale": "z"}}, {"mix": {"keep_above": "x"}}, {"steps": [], "alpha": []}],
 )  # fmt: skip
 def test_a_mixture_of_another_form_is_one_line(tmp_path: Path, made: object) -> None:
     whole = {"capabilities": ["code"], "steps": [50], "alpha": [[0.5]], "mix": {"phase": "a"}}
