@@ -18,6 +18,8 @@ seed, and for every seed for which the guard acted. A guard that did not act has
 runs stand for both. The last three set in a fault. They are to be stopped within 100 steps, and the shard is
 to be named within 10.
 
+Each run is a process of its own: the threads of a training in process stay when it ends.
+
 Printed are the budget, then two tables: means over seeds with 95 % intervals of Student's t. Run again, the
 study goes on where it was cut off.
 """
@@ -30,6 +32,7 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -184,10 +187,22 @@ class Ear(io.TextIOBase):
 
 
 def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
-    """Train, and what became of it; from the disk where it was measured before."""
+    """Train in a process of its own, and what became of it; from the disk where it was measured before."""
     path = output / "trials" / f"{trial.name}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
+    if not path.exists():
+        child = multiprocessing.get_context("spawn").Process(target=train_alone, args=(trial, output, size))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise ValueError(f"{trial.name} ended with status {child.exitcode}; its message stands above")
+    return dict(json.loads(path.read_text()))
+
+
+@user_errors()
+def train_alone(trial: Trial, output: Path, size: str) -> None:
+    """Train, and write what became of it. The process of a run calls this."""
+    torch.set_num_threads(1)
+    path = output / "trials" / f"{trial.name}.json"
     shutil.rmtree(output / "runs" / trial.name, ignore_errors=True)
     stopped, ear = "", Ear()
     with fault(trial, trial.config(output, size)) as config, contextlib.redirect_stderr(ear):
@@ -197,9 +212,11 @@ def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
             stopped = str(error)
     metrics = RunDir(Path(config.train.run)).metrics
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    if not lines:
+        raise ValueError(f"{trial.name}: {stopped}")
     told = [line for line in "".join(ear.heard).splitlines() if "gradient norm" in line]
     result = {
-        "steps": lines[-1]["step"] if lines else trial.first,
+        "steps": lines[-1]["step"],
         "stopped": stopped,
         "skipped": sum(line["skipped"] for line in lines),
         "told": len(told),
@@ -213,7 +230,6 @@ def measure(trial: Trial, output: Path, size: str) -> dict[str, Any]:
     write_json(path, result)
     if trial.arm != "quickstart":
         shutil.rmtree(RunDir(Path(config.train.run)).checkpoints, ignore_errors=True)
-    return result
 
 
 def rise(losses: list[float]) -> float:

@@ -366,7 +366,7 @@ class InfluenceConfig(_Strict):
 class MixConfig(_Strict):
     """From scores to source weights and keep masks (Eqs. 4-6)."""
 
-    phase: str
+    phase: Annotated[str, _name()]
     """Phase whose weights are written."""
     runs: ByCapability[Text] = field(default_factory=dict)
     """Capability -> run whose scores for it count, the paper's form of Eq. 3. Empty: train.run for all."""

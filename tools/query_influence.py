@@ -25,7 +25,8 @@ def main() -> None:
         config = config_io.load(options.config)
         from megatron_r1.influence.query import open_query, query_influence
 
-        names = options.capabilities and [name.strip() for name in options.capabilities.split(",")]
+        named: str | None = options.capabilities
+        names = None if named is None else [name.strip() for name in named.split(",")]
         job = open_query(config, options.output, names)
         if options.check:
             asked, windows = ", ".join(job.work.influence.directions), job.work.probe_windows()

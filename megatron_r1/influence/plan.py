@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -304,8 +305,11 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
     influence = config.influence
     if influence is None:
         raise ConfigError(["influence: missing section; add a file that has it (see examples/influence)"])
-    if not (peak_tflops > 0 and utilisation > 0 and devices > 0):
-        raise ValueError(f"peak {peak_tflops} and utilisation {utilisation} must be positive")
+    if not (0 < peak_tflops < math.inf and 0 < utilisation <= 1 and devices > 0):
+        raise ValueError(
+            f"--peak-tflops {peak_tflops} must be positive and finite, "
+            f"--utilisation {utilisation} above 0 and at most 1"
+        )
     try:
         work = lay_plan(config)
         rows, probes, checkpoints, most = work.rows(), work.probe_windows(), len(work.steps), ""

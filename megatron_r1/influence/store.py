@@ -40,6 +40,12 @@ _FORMER = 2
 Scores of this format are read, but not continued."""
 _READ = {"source": str, "step": int, "position": int, "capabilities": list}
 """Keys of a manifest that its readers rely on, and their types."""
+_OPTIONAL = {
+    **dict.fromkeys(("influence", "data", "directions", "direction_norms"), dict),
+    "weights": str,
+    "seq_length": int,
+}
+"""Types of further keys, where they are there."""
 _TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
 """Types of the files that do not hold float32."""
 _AXES = {"scores": 2, "token_scores": 3, "projections": 2}
@@ -92,13 +98,14 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         form, missing = manifest.get("format"), [key for key in _READ if key not in manifest]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {again}") from None
     if form not in (FORMAT, _FORMER):
         raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; {again}")
     if missing:
         raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {again}")
-    if other := [key for key, kind in _READ.items() if not isinstance(manifest[key], kind)]:
+    kinds = _READ | {key: kind for key, kind in _OPTIONAL.items() if key in manifest}
+    if other := [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]:
         raise ValueError(f"{path} is damaged ({other[0]} is {manifest[other[0]]!r:.40}); {again}")
     place = f"step_{manifest['step']:08d}", manifest["source"]
     if place != directory.parts[-2:]:
@@ -225,6 +232,8 @@ def read_arrays(
     names = dict.fromkeys(("examples", "written", *names))
     arrays = {name: _array(directory / f"{name}.npy", mode) for name in names}
     example_N, written_N = arrays["examples"], arrays["written"]
+    if (np.diff(example_N) <= 0).any() or (example_N < 0).any():
+        raise ValueError(f"{directory / 'examples.npy'} is damaged (numbers do not ascend); {_AGAIN}")
     for name, array in arrays.items():
         path = directory / f"{name}.npy"
         columns = (len(manifest["capabilities"]),) if name == "scores" else array.shape[1:]
@@ -289,15 +298,16 @@ def read_scores(run: Path, only: Collection[str] | None = None) -> list[ScoreTab
     for source, checkpoints in scored(run, only).items():
         first = checkpoints[0]
         capabilities, example_N = first.manifest["capabilities"], first.array("examples")
+        length_N = first.array("tokens")
         for other in checkpoints[1:]:
             same = other.manifest["capabilities"] == capabilities
-            if not same or not np.array_equal(other.array("examples"), example_N):
+            same = same and np.array_equal(other.array("examples"), example_N)
+            if not same or not np.array_equal(other.array("tokens"), length_N):
                 raise ValueError(
                     f"{other.directory} holds other capabilities or examples than {first.directory}; "
                     f"remove one of the two checkpoints and score again"
                 )
         steps = tuple(s.step for s in checkpoints)
-        length_N = first.array("tokens")
         score_NCK = np.stack([s.array("scores") for s in checkpoints], axis=2)
         tables.append(ScoreTable(source, tuple(capabilities), steps, example_N, length_N, score_NCK))
     return tables

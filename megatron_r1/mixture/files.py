@@ -98,7 +98,7 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
         "scores": {
             _name(s, mix): {
                 "scores_sha256": hashes[str(s.directory)],
-                **{k: s.manifest[k] for k in _IDENTITIES},
+                **{k: s.manifest.get(k) for k in _IDENTITIES},
             }
             for s in used
         },

@@ -104,7 +104,7 @@ def _check(corpus: Corpus, manifest: Mapping[str, Any], unit: str, seq_length: i
             f"scores of {corpus.name} are of windows of {scored_with} tokens, data.seq_length={seq_length} "
             f"cuts others; score again at {seq_length}"
         )
-    if manifest["data"]["hash"] != dataset_identity(corpus.prefix, manifest["format"]):
+    if manifest.get("data", {}).get("hash") != dataset_identity(corpus.prefix, manifest["format"]):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 
 

@@ -174,7 +174,7 @@ def add_to_ledger(output: Path, stage: str, sidecars: dict[str, Sidecar], inputs
     """
     name, seconds = f"{stage} {output.name}", (time.time() - ledger.process_start()) / max(1, len(sidecars))
     # Earlier versions wrote one line of all keys, beside the outputs.
-    former = {item for line in ledger.read(output.parent) for item in (line.get("outputs") or {}).items()}
+    former = {item for line in ledger.read(output.parent) for item in line["outputs"].items()}
     for prefix, sidecar in sidecars.items():
         outputs = {prefix: sidecar["bin_sha256"]}
         if former >= outputs.items():

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.config import Config
+from megatron_r1.config import Config, MixConfig
 from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.terminal import say
-from megatron_r1.train.metrics import describe_lost, lost_steps
+from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
 
 _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
+_NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
+"""Of a step's line: values that figures and tables rely on."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -138,8 +140,8 @@ def read_run(root: Path, branch: bool = False) -> Run:
     begin = min(steps) if branch else first_step(files, config, steps)
     if lost := lost_steps(steps, begin, max([*steps, *saved])):
         say(f"warning: {describe_lost(files.metrics, lost)}; the page marks them")
-    if damaged := ledger.damaged(root):
-        say(f"{root}/ledger.jsonl: {damaged} of its lines cannot be read; what they cost is left out")
+    if damage := ledger.describe_damage(root):
+        say(damage)
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
@@ -148,28 +150,25 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
     columns: dict[str, array[float]] = {}
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
-    steps = damaged = 0
-    with open(path if path.exists() else os.devnull, "rb") as lines:
-        for text in lines:
-            try:
-                line = json.loads(text)
-                # A TypeError where one of them is not a text, or not a number.
-                phase, _ = line["phase"] + "", line["step"] + line["tokens"] + 0
-            except (ValueError, TypeError, KeyError):
-                # A last line without its end is one that the run has not finished to write.
-                damaged += text.endswith(b"\n")
-                continue
-            values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-            for group in _GROUPS:
-                values |= {f"{group}/{name}": v for name, v in (line.get(group) or {}).items()}
-            for name in [name for name in values if name not in columns]:
-                columns[name] = array("d", [math.nan]) * steps
-            for name, column in columns.items():
-                column.append(values.get(name, math.nan))
-            first, last[phase], steps = first or line, line, steps + 1
-    if damaged:
-        say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
-    return {name: np.array(column) for name, column in columns.items()}, first, last
+    for count, line in enumerate(read_lines(path, _NEEDED)):
+        values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        for group in _GROUPS:
+            values |= {f"{group}/{name}": v for name, v in line.get(group, {}).items()}
+        for name in [name for name in values if name not in columns]:
+            columns[name] = array("d", [math.nan]) * count
+        for name, column in columns.items():
+            column.append(values.get(name, math.nan))
+        step, phase = line["step"], line["phase"]
+        first = line if not first or step <= first["step"] else first
+        last[phase] = line if phase not in last or step >= last[phase]["step"] else last[phase]
+    if not first:
+        return {}, first, last
+    # In the order of the steps. Of several lines of a step, the last.
+    step_T = np.array(columns["step"])[::-1]
+    row_T = len(step_T) - 1 - np.unique(step_T, return_index=True)[1]
+    tell_repeated(path, len(step_T) - len(row_T))
+    last = dict(sorted(last.items(), key=lambda item: item[1]["step"]))
+    return {name: np.array(column)[row_T] for name, column in columns.items()}, first, last
 
 
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
@@ -184,7 +183,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
         read_run(control, branch=True) if control else None,
         read_scores(root, sources),
         scored(root, sources),
-        _read_json(root / "mix.json", "make the mixture again, or move it away"),
+        _made_mix(root / "mix.json"),
         _measured_impact(root / "measured_impact.json"),
         tokenizer,
     )
@@ -196,6 +195,25 @@ def _read_json(path: Path, way_out: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
+
+
+def _made_mix(path: Path) -> dict[str, Any] | None:
+    way_out = "make the mixture again, or move it away"
+    made: dict[str, Any] | None = _read_json(path, way_out)
+    if made is None:
+        return None
+    try:
+        shape = len(made["capabilities"]), len(set(made["steps"]))
+        alpha_CK = np.array(made["alpha"], dtype=np.float64)
+        known = {f.name for f in fields(MixConfig)}
+        settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
+        TypeAdapter(MixConfig).validate_python(settings)
+        if alpha_CK.shape != shape or 0 in shape or not np.isfinite(alpha_CK).all():
+            raise ValueError("its alpha")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        about = " ".join(str(error).split())[:80]
+        raise ValueError(f"{path} is damaged ({about}); {way_out}") from None
+    return made
 
 
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:

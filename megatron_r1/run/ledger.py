@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,18 +71,42 @@ def process_start() -> float:
     return float(psutil.Process(os.getpid()).create_time())
 
 
-def damaged(run: Path) -> int:
-    """Lines that cannot be read, one that a crash cut short at the end left out."""
-    path = run / "ledger.jsonl"
-    return read_jsonl(path)[1] if path.is_file() else 0
+def describe_damage(directory: Path) -> str:
+    """How many lines of a ledger cannot be read, empty where all can."""
+    damaged = sum(line is None for line in read_jsonl(directory / "ledger.jsonl", _is_stage))
+    path = directory / "ledger.jsonl"
+    return f"{path}: {damaged} of its lines cannot be read; what they cost is left out" if damaged else ""
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """Every line, in order, without lines that a crash cut short and lines that are no stage."""
-    path = run / "ledger.jsonl"
-    lines = read_jsonl(path)[0] if path.is_file() else []
-    needed = {"stage", "finished", "seconds", "devices", "device_hours", "tokens"}
-    return [line for line in lines if needed <= line.keys()]
+def read(directory: Path) -> list[dict[str, Any]]:
+    """Every line, in order, without lines that a crash cut short and lines that are no stage.
+
+    Inputs and outputs are path -> hash. Lines of an earlier version have the paths alone, or nothing. Their
+    hashes are empty.
+    """
+    lines = [line for line in read_jsonl(directory / "ledger.jsonl", _is_stage) if line]
+    for line in lines:
+        for side in ("inputs", "outputs"):
+            told = line.get(side) or {}
+            line[side] = told if isinstance(told, dict) else dict.fromkeys(told, "")
+    return lines
+
+
+def _is_stage(line: dict[str, Any]) -> bool:
+    """Whether a line has what its readers rely on."""
+    texts = [line.get("stage"), line.get("finished")]
+    for told in (line.get("inputs") or {}, line.get("outputs") or {}):
+        if not isinstance(told, (dict, list)):
+            return False
+        texts += [*told, *(told.values() if isinstance(told, dict) else ())]
+    numbers: list[Any] = [line.get(name) for name in ("seconds", "device_hours", "tokens", "devices")]
+    return (
+        all(isinstance(text, str) and "\0" not in text for text in texts)
+        and bool(line["stage"].strip())
+        and all(is_number(value) and 0 <= value < math.inf for value in numbers)
+        and isinstance(line["tokens"], int)
+        and isinstance(line["devices"], int)
+    )
 
 
 def lineage(root: Path) -> list[dict[str, Any]]:
@@ -93,35 +118,36 @@ def lineage(root: Path) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     readers = read(root)
     while readers:
-        inputs = [item for line in readers for item in _hashes(line, "inputs").items()]
+        inputs = [item for line in readers for item in line["inputs"].items()]
         paths = [Path(path).resolve() for path, _ in inputs]
         beside = {path.parent for path in paths} | {path.with_name(path.name + ".side") for path in paths}
         for folder in beside - ledgers.keys():
             ledgers[folder] = read(folder)
-        wanted = {value for _, value in inputs}
+        wanted = {value for _, value in inputs if value}
         candidates = [line for lines in ledgers.values() for line in lines if line not in made]
-        readers = [line for line in candidates if wanted & {*_hashes(line, "outputs").values()}]
+        readers = [line for line in candidates if wanted & {*line["outputs"].values()}]
         made = readers + made
     return sorted(made, key=lambda line: str(line["finished"]))
 
 
-def _hashes(line: dict[str, Any], side: str) -> dict[str, str]:
-    """Path -> hash. Empty for a line that an earlier version wrote without hashes."""
-    hashes = line.get(side)
-    return hashes if isinstance(hashes, dict) else {}
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON line is a number that a float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
 
 
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSON-lines file, and the number of its other lines, a last one cut short left out."""
-    out, damaged = [], 0
-    with open(path, "rb") as file:
+def read_jsonl(path: Path, holds: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any] | None]:
+    """The objects of a JSON-lines file for which `holds`, and None for each other line.
+
+    A last line that was cut short is left out. A file that is not there has no lines.
+    """
+    # os.path's answers are no errors, however long the name.
+    with open(path if os.path.isfile(path) else os.devnull, "rb") as file:
         for line in file:
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
-            if isinstance(value, dict):
-                out.append(value)
+            if isinstance(value, dict) and holds(value):
+                yield value
             elif line.endswith(b"\n"):
-                damaged += 1
-    return out, damaged
+                yield None

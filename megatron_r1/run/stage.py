@@ -139,7 +139,7 @@ def finish(
     stages whose time counts each time.
     """
     lines = [] if again else ledger.read(directory)
-    if any(line["stage"] == name and line.get("outputs") == outputs for line in lines):
+    if any(line["stage"] == name and line["outputs"] == outputs for line in lines):
         return
     ledger.append(
         directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs

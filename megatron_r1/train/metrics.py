@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.records import TrainState
 from megatron_r1.run.layout import RunDir
-from megatron_r1.run.ledger import read_jsonl
+from megatron_r1.run.ledger import is_number, read_jsonl
 from megatron_r1.system.files import naming, write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.train.health import stragglers
@@ -222,6 +222,9 @@ _GROUPS = {
     "mix_target": "mix/target",
     "mix_actual": "mix/actual",
 }
+_MAPS = ("_by_source", "_nll", "mix_target", "mix_actual")
+"""Ends of the names of values by source or capability. All others are single values."""
+_COUNTS = ("step", "samples", "tokens", "ranks")
 
 
 def lost_steps(steps: Iterable[int], first: int, last: int) -> list[tuple[int, int]]:
@@ -240,9 +243,45 @@ def describe_lost(path: Path, lost: Sequence[tuple[int, int]]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps of a run, in order. Says how many lines cannot be read, and leaves them out."""
-    lines, damaged = read_jsonl(path) if path.exists() else ([], 0)
-    steps = [line for line in lines if isinstance(line.get("step"), int)]
-    if damaged := damaged + len(lines) - len(steps):
+    """The steps of a run, in order, each once."""
+    lines, count = {}, 0
+    for line in read_lines(path):
+        lines[line["step"]], count = line, count + 1
+    tell_repeated(path, count - len(lines))
+    return [lines[step] for step in sorted(lines)]
+
+
+def read_lines(path: Path, needed: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Lines of steps as they stand in a file, those that have all that is `needed`.
+
+    Leaves out the lines that cannot be read, and says at the end how many.
+    """
+    damaged = 0
+    for line in read_jsonl(path, lambda line: _is_step(line) and all(name in line for name in needed)):
+        if line is None:
+            damaged += 1
+        else:
+            yield line
+    if damaged:
         say(f"{path}: {damaged} of its lines cannot be read; the steps they tell of are left out")
-    return steps
+
+
+def tell_repeated(path: Path, count: int) -> None:
+    """Say how many lines tell of a step that a later line tells of, too."""
+    if count:
+        say(f"{path}: {count} lines too many; of several lines of a step, the last one counts")
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    """Whether a line has the types that `step_line` and `cost_line` write."""
+    for name, value in line.items():
+        if name == "phase":
+            good = isinstance(value, str)
+        elif isinstance(value, dict):
+            good = name.endswith(_MAPS) and all(map(is_number, value.values()))
+        else:
+            good = is_number(value) and not name.endswith(_MAPS)
+            good = good and (name not in _COUNTS or (type(value) is int and value >= 0))
+        if not good:
+            return False
+    return bool(line.get("step"))

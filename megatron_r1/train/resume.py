@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -35,7 +36,11 @@ def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
     `check_past` tells whether the checkpoint is this recipe's. Raises ValueError where the only checkpoints
     are damaged ones: a run that begins anew would write over what is known of the old one.
     """
-    directory = RunDir(Path(config.train.run)).checkpoints
+    root = Path(config.train.run)
+    there = next((path for path in (root, *root.absolute().parents) if os.path.lexists(path)), root)
+    if not os.path.isdir(there):
+        raise ValueError(f"train.run={root}: {there} is no directory; name another run directory")
+    directory = RunDir(root).checkpoints
     saved = checkpoint_files.complete_checkpoints(directory)
     if not saved and (damaged := checkpoint_files.damaged(directory)):
         raise ValueError(
@@ -138,6 +143,8 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
             f"{run.root}: warning: {', '.join(path.name for path in damaged)} cannot be read (damaged, or "
             f"another version's); the run goes on without"
         )
+    if damage := ledger.describe_damage(run.root):
+        out.append(f"{run.root}: warning: {damage}")
     if lost := lost_steps(steps, first_step(run, config, steps), step):
         out.append(f"{run.root}: warning: {describe_lost(run.metrics, lost)}; the report marks them")
     if max(steps, default=0) > step:
@@ -152,7 +159,7 @@ def first_step(run: RunDir, config: Config, steps: Iterable[int]) -> int:
     """
     if config.train.init_weights:
         return 1
-    launches = [line.get("inputs") or () for line in ledger.read(run.root) if line["stage"][:6] == "train "]
+    launches = [line["inputs"] for line in ledger.read(run.root) if line["stage"][:6] == "train "]
     for path in map(Path, [config.train.init_from or "", *(launches[0] if launches else ())]):
         number = path.name.removeprefix("step_")
         if path.parent.name == "checkpoints" and number.isdecimal():
@@ -263,7 +270,7 @@ def record_killed_launches(config: Config, step: int, lines: list[dict[str, Any]
 
 def _last_recorded(run: RunDir) -> int:
     """Step of the newest checkpoint that the ledger names, 0 where it names none."""
-    recorded = [Path(path) for line in ledger.read(run.root) for path in line.get("outputs") or ()]
+    recorded = [Path(path) for line in ledger.read(run.root) for path in line["outputs"]]
     names = [path.name.removeprefix("step_") for path in recorded if path.parent.name == "checkpoints"]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 

@@ -89,14 +89,17 @@ def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
         now = dataclasses.asdict(getattr(config, section))
         # The data plan checks what is drawn from. Where a run begins is over.
         now = {k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights")}
-        edited.append((section, "the run", spans[-1].end, before.get(section) or {}, now))
+        edited.append((section, "the run", spans[-1].end, before.get(section), now))
     for span in spans:
         if step > span.start:
-            old = (before.get("phases") or {}).get(span.name) or {}
+            phases = before.get("phases")
+            old = phases.get(span.name) if isinstance(phases, dict) else None
             now = dataclasses.asdict(span.config)
             edited.append((f"phases.{span.name}", "the phase", span.end, old, now))
     out = []
     for path, subject, end, old, now in edited:
+        # A section that was damaged since tells of no edit.
+        old = old if isinstance(old, dict) else {}
         changes = [f"{k} {old[k]} -> {v}" for k, v in now.items() if k in old and old[k] != v]
         if changes:
             over = "is over, so this has no effect"

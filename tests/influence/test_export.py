@@ -71,3 +71,23 @@ def test_what_makes_no_table_is_refused_and_leaves_no_file(
     with pytest.raises(ValueError, match="pip install datasets"):
         export.write_parquet(tmp_path, output)
     assert not list(tmp_path.glob("*.parquet*"))
+
+
+@pytest.mark.parametrize("wrong", [[0, 0], [1, 0], [-1, 0]])
+def test_examples_that_do_not_ascend_are_refused(tmp_path: Path, wrong: list[int]) -> None:
+    write_scores(
+        tmp_path, 4, "a", np.ones((2, 1)), np.array(wrong), np.full(2, 4), capabilities=["c"], position=0
+    )
+    with pytest.raises(ValueError, match=r"examples\.npy is damaged \(numbers do not ascend\)"):
+        export.read_scores(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"influence": [1]}, {"influence": None}, {"data": [1]}, {"weights": 3}, {"direction_norms": [1]}],
+)
+def test_a_manifest_with_a_key_of_another_type_is_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    told = {"capabilities": ["c"], "position": 0, **wrong}
+    write_scores(tmp_path, 4, "a", np.ones((1, 1)), np.array([0]), np.array([4]), **told)
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \({next(iter(wrong))} is "):
+        export.read_scores(tmp_path)

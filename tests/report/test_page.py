@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import struct
@@ -159,3 +160,19 @@ def test_screenshot(tmp_path: Path) -> None:
     data = shot.read_bytes()
     # A page that drew nothing is one colour, and a few kilobytes.
     assert struct.unpack(">II", data[16:24]) == (1200, 1600) and len(data) > 60_000
+
+
+@pytest.mark.parametrize(
+    "made",
+    [{}, "x", {"steps": [[1]]}, {"alpha": [[1.0, 2.0]]}, {"alpha": "x"}, {"alpha": [[float("nan")]]},
+     {"mix": [1]}, {"mix": {"scale": "z"}}, {"mix": {"keep_above": "x"}}, {"steps": [], "alpha": []}],
+)  # fmt: skip
+def test_a_mixture_of_another_form_is_one_line(tmp_path: Path, made: object) -> None:
+    whole = {"capabilities": ["code"], "steps": [50], "alpha": [[0.5]], "mix": {"phase": "a"}}
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps(whole))
+    assert load._made_mix(path) == whole
+    path.write_text(json.dumps(whole | made if isinstance(made, dict) and made else made))
+    with pytest.raises(ValueError, match=r"mix\.json is damaged \(.*make the mixture again") as caught:
+        load._made_mix(path)
+    assert "\n" not in str(caught.value)

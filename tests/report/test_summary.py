@@ -223,6 +223,19 @@ def test_a_line_of_other_types_is_a_damaged_one(
     assert "1 of its lines cannot be read" in capsys.readouterr().err
 
 
+def test_steps_out_of_order_and_twice_are_steps_in_order_once(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "metrics.jsonl"
+    whole, lines = load.read_run(run), path.read_text().splitlines(keepends=True)
+    wrong = lines[40].replace('"loss": ', '"loss": 1')
+    path.write_text("".join([wrong, *lines[::-1], lines[3]]))
+    found = load.read_run(run)
+    assert found.columns["loss"].tolist() == whole.columns["loss"].tolist()
+    assert (found.first, found.last, found.phases) == (whole.first, whole.last, whole.phases)
+    assert "2 lines too many" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("ranks", "launch"),
     [(8, "--nproc-per-node 8"), (16, "--nnodes 2 --nproc-per-node 8"), (17, "--nnodes 17 --nproc-per-node 1"),

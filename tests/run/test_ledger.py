@@ -54,3 +54,19 @@ def test_lines_without_hashes_lead_nowhere(tmp_path: Path, told: object) -> None
     line |= {"devices": 1, "device_hours": 0.0, "tokens": 0}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
     assert len(ledger.read(tmp_path)) == 1 and ledger.lineage(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"stage": 3}, {"stage": " "}, {"seconds": "a"}, {"seconds": float("nan")}, {"tokens": None},
+     {"devices": "2"}, {"devices": 2.0}, {"device_hours": -1.0}, {"finished": 3}, {"outputs": 3},
+     {"outputs": "a.bin"}, {"outputs": [3]}, {"inputs": {"a": ["b"]}}, {"inputs": {"a": {}}},
+     {"inputs": {"a\0b": "c"}}],
+)  # fmt: skip
+def test_a_line_of_other_types_is_no_stage(tmp_path: Path, bad: dict[str, object]) -> None:
+    ledger.append(tmp_path, "train", seconds=1.0, inputs={"a" * 5000: "b"})
+    (line,) = ledger.read(tmp_path)
+    with open(tmp_path / "ledger.jsonl", "a") as file:
+        file.write(json.dumps({**line, **bad}) + "\n" + "[" * 100_000 + "\n")
+    assert ledger.read(tmp_path) == [line] and ledger.lineage(tmp_path) == []
+    assert ledger.describe_damage(tmp_path).startswith(f"{tmp_path}/ledger.jsonl: 2 of its lines cannot be")

@@ -43,6 +43,33 @@ def test_lines_that_cannot_be_read_are_said_and_the_others_stay(
     assert "metrics.jsonl: 2 of its lines cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "bad",
+    ['{"step": true}', '{"step": 2.0}', '{"step": 0}', '{"step": -3}', '{"step": 2, "loss": "x"}', '"2"',
+     '{"step": 2, "seconds": null}', '{"step": 2, "ranks": "1"}', '{"step": 2, "phase": ["one"]}',
+     '{"step": 2, "probe_nll": [1]}', '{"step": 2, "mix_actual": null}', f'{{"step": {10**30}}}',
+     '{"step": 2, "probe_nll": {"a": "b"}}', f'{{"step": 2, "loss": {"9" * 400}}}', "[" * 100_000],
+)  # fmt: skip
+def test_a_line_of_other_types_is_no_step(
+    tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{bad}\n{{"step": 3, "loss": NaN}}\n{{"step": 1}}\n{bad}\n')
+    assert [line["step"] for line in read(path)] == [1, 3]
+    assert f"{path}: 2 of its lines cannot be read" in capsys.readouterr().err
+
+
+def test_of_several_lines_of_a_step_the_last_counts_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "loss": {n}}}\n' for n, step in enumerate([3, 1, 2, 3, 2]))
+    )
+    MetricsLog(RunDir(tmp_path), step=2).close()
+    assert "2 lines too many" in capsys.readouterr().err
+    assert [(line["step"], line["loss"]) for line in read(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 4)]
+
+
 @pytest.mark.parametrize(("before", "wait"), [(0.0, 0.1234567), (0.30000000000000004, 0.2), (1e-07, 12345.6)])
 def test_the_wait_for_the_last_checkpoint_is_added_to_the_last_line(
     tmp_path: Path, before: float, wait: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -20,7 +21,7 @@ from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import sha256
 from megatron_r1.train.loop import train
 from megatron_r1.train.metrics import describe_lost, lost_steps
-from megatron_r1.train.resume import first_step, record_killed_launches, record_start, summary
+from megatron_r1.train.resume import first_step, record_killed_launches, record_start, standing, summary
 from tests.train import small
 
 
@@ -155,10 +156,12 @@ def test_lost_lines_are_told_before_and_at_a_start(
 def test_lines_of_no_step_are_damaged_ones(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     saved(config, 4)
     path = recorded(config, 1, 2, 4)
-    bad = ['{"step": null}', '{"step": "3"}', "\x00\x00", "[3]", '{"step": 4, "phase": "one"}']
+    again = '{"step": 4, "phase": "one", "seconds": 2.0}'
+    bad = ['{"step": null}', '{"step": "3"}', "\x00\x00", "[3]", again]
     path.write_text(path.read_text() + "\n".join(bad) + "\n")
     record_start(config, 4, "{}")
     assert "step 3, 1 in all" in (text := capsys.readouterr().err) and "4 of its lines cannot be read" in text
+    assert "1 lines too many" in text
     assert ledger.read(path.parent)[0]["seconds"] == 6.0
 
 
@@ -250,3 +253,11 @@ def test_a_killed_launch_is_recorded_with_its_keep_masks(config: Config, tmp_pat
     record_killed_launches(kept, 8)
     (line,) = ledger.read(Path(config.train.run))
     assert line["inputs"][str(mask)] == sha256(mask)
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_in_a_file_is_refused_before_it_begins(config: Config, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("")
+    train = dataclasses.replace(config.train, run=f"{tmp_path}/taken{below}")
+    with pytest.raises(ValueError, match=rf"train\.run=.*: {tmp_path}/taken is no directory; name another"):
+        standing(dataclasses.replace(config, train=train))

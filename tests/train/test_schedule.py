@@ -27,6 +27,10 @@ def test_only_edits_of_phases_that_have_begun_are_told() -> None:
         "phases.two: learning_rate 0.1 -> 0.5; the phase takes this from step 15 on"
     ]
     assert late_edits({}, config, 14) == []
+    names = ("optimizer", "data", "train", "health", "phases")
+    for damaged in ([1], "lr", 3, True):
+        assert late_edits(dict.fromkeys(names, damaged), config, 14) == []
+        assert late_edits({"phases": dict.fromkeys(config.phases, damaged)}, config, 14) == []
 
 
 def test_edits_of_the_optimizer_and_of_what_a_step_sees_are_told_once_a_step_was_taken() -> None:
