@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.checkpoint.files import identity, step_path
+from megatron_r1.checkpoint.files import check_model, identity, step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
 from megatron_r1.data.indexed import document_starts, with_suffix
@@ -185,6 +185,8 @@ def lay_plan(config: Config, ranks: int | None = None) -> Work:
 
     data = open_data(config, launched(), "score", also)
     work = Work(config, influence, data, sorted(set(influence.steps)) or available)
+    for step in work.steps:
+        check_model(step_path(RunDir(Path(config.train.run)).checkpoints, step), config.model)
     empty = [corpus for corpus in data.corpora if not len(work.chosen(corpus))]
     mistakes = [
         f"data.sources.{c.name}: no document of {c.prefix} has two tokens, and so none has a label; use "

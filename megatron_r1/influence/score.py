@@ -73,7 +73,6 @@ def open_job(config: Config, work: Work | None = None) -> Job:
     parts: dict[int, list[Part]] = {}
     curvature = resolve(work.influence.curvature, [ref.path for ref in refs])
     for ref in refs:
-        checkpoint_files.check_model(ref.path, config.model)
         parts[ref.step] = work.parts(ref.step, checkpoint_files.identity(ref.path), curvature)
     return Job(work, refs, curvature, parts)
 

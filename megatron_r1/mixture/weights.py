@@ -82,6 +82,10 @@ def bounds(mix: MixConfig, room_G: np.ndarray) -> Bounds:
     upper_G = np.minimum(mix.cap, room_G)
     lower_G = np.minimum(mix.floor, upper_G)
     count = int((room_G > 0).sum())
+    if not count:
+        raise ValueError(
+            "max_epochs lets no source be drawn in the phase; raise mix.max_epochs or the phase's"
+        )
     if lower_G.sum() > 1 + _ROUNDING or mix.cap * count < 1 - _ROUNDING:
         raise ValueError(
             f"mix.floor={mix.floor} and mix.cap={mix.cap} fit no weights of {count} sources; floor x {count} "

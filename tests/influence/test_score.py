@@ -702,3 +702,10 @@ def test_a_score_beyond_float32_is_not_stored(trained: Config, tmp_path: Path) -
     with pytest.raises(RankFailedError, match=r"scores of window \d+ of a at step 2 are not finite"):
         on_ranks(1, _overflowing, config)
     assert not np.load(tmp_path / "run/influence/step_00000002/a/written.npy").any()
+
+
+def test_another_model_is_refused_before_torch_is_loaded(whole: Config) -> None:
+    """By the plan, which `--check` prints."""
+    other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, num_layers=3))
+    with pytest.raises(ValueError, match=r"step_00000002 .*num_layers"):
+        lay_plan(other)

@@ -109,6 +109,8 @@ def test_what_gives_no_weights_is_one_error() -> None:
         between(2, cap=0.4)
     with pytest.raises(ValueError, match=r"fill 70.0% of the phase; raise them"):
         bounds(MIX, np.array([0.3, 0.4]))
+    with pytest.raises(ValueError, match="max_epochs lets no source be drawn"):
+        bounds(MIX, np.zeros(2))
     with pytest.raises(ValueError, match="no mixture within the bounds helps y"):
         worst_case_weights(np.array([[1.0, -1.0], [2.0, -2.0]]), np.full(2, 0.5), between(2), ("x", "y"))
 
