@@ -118,7 +118,11 @@ def open_data(
     if is_first_rank():
         say_unchecked(every)
         _say_trained_on(opened)
-    if mistakes := [*opener.mistakes, *_named_twice(opened.corpora), *also(opened)]:
+    if mistakes := [
+        *opener.mistakes,
+        *_named_twice(c for c in opened.corpora if c.name not in opener.absent),
+        *also(opened),
+    ]:
         raise ConfigError(mistakes)
     if use in ("train", "score"):
         # Each stays open as long as windows are drawn from it.
@@ -141,10 +145,7 @@ def _say_trained_on(opened: OpenData) -> None:
     sources = {corpus.prefix.resolve(): corpus.name for corpus in opened.corpora}
     for probe in opened.probes:
         if name := sources.get(probe.prefix.resolve()):
-            say(
-                f"warning: data.probes.{probe.name} is the pair of data.sources.{name}, so its loss is not "
-                f"held out"
-            )
+            say(f"data.probes.{probe.name} is the pair of data.sources.{name}, so its loss is not held out")
 
 
 _DOCUMENTS = 1024
