@@ -303,8 +303,9 @@ def _now(name: Path) -> Path:
 
 
 def _there(folder: Path, name: Path) -> Path:
-    former = folder / name.parent.with_suffix(".docs.npy")
-    return former if name.name == "docs.npy" and former.is_file() else folder / name
+    if name.name != "docs.npy" or (folder / name).is_file():
+        return folder / name
+    return folder / name.parent.with_suffix(".docs.npy")
 
 
 def compare(title: str, before: Path, after: Path, groups: Iterable[str] = GROUPS) -> Iterator[Line]:
