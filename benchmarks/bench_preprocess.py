@@ -27,6 +27,7 @@ import importlib.util
 import json
 import os
 import pstats
+import shutil
 import statistics
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def turns(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[st
                 subprocess.run([*command, "profile"], env=environment, stdout=subprocess.DEVNULL, check=True)
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             for path in folder.glob("out-*"):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield arm, json.loads(done.stdout)
 
 
