@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -74,11 +75,11 @@ def main() -> None:
             start = time.perf_counter()
             IndexedDataset(f"{folder}/ours")
             found["opening"].append(time.perf_counter() - start)
-            for path in Path(folder).iterdir():
+            for path in filter(Path.is_file, Path(folder).iterdir()):
                 same = Path(folder) / f"theirs{path.suffix}"
                 assert path.read_bytes() == same.read_bytes(), path
             for path in Path(folder).iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     middle = {name: statistics.median(times) for name, times in found.items()}
     for name, seconds in middle.items():
         print(f"{name:14} {seconds / n * 1e9:8.1f} ns a document")
