@@ -50,7 +50,7 @@ _TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
 """Types of the files that do not hold float32."""
 _AXES = {"scores": 2, "token_scores": 3, "projections": 2}
 """Axes of the files that have more than the examples'."""
-_AGAIN = "remove its folder and score again"
+AGAIN = "remove its folder and score again"
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Keys of the manifest that change no score, or follow from others."""
 _WHOLE = 1 << 26
@@ -165,12 +165,12 @@ class ScoreStore:
             arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
             _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
         if not np.array_equal(_array(directory / "examples.npy", "r"), example_N):
-            raise ValueError(f"{directory / 'examples.npy'} names other examples than its manifest; {_AGAIN}")
+            raise ValueError(f"{directory / 'examples.npy'} names other examples than its manifest; {AGAIN}")
         self._results = {name: _array(directory / f"{name}.npy", "r+") for name in shapes}
         self._written = _array(directory / "written.npy", "r+")
         for name, shape in shapes.items():
             if self._results[name].shape != (len(example_N), *shape):
-                raise ValueError(f"{directory / f'{name}.npy'} is damaged (its shape); {_AGAIN}")
+                raise ValueError(f"{directory / f'{name}.npy'} is damaged (its shape); {AGAIN}")
 
     def missing(self, first: int, last: int) -> bool:
         """Whether any of the rows [first, last) is still to be computed."""
@@ -233,19 +233,19 @@ def read_arrays(
     arrays = {name: _array(directory / f"{name}.npy", mode) for name in names}
     example_N, written_N = arrays["examples"], arrays["written"]
     if (np.diff(example_N) <= 0).any() or (example_N < 0).any():
-        raise ValueError(f"{directory / 'examples.npy'} is damaged (numbers do not ascend); {_AGAIN}")
+        raise ValueError(f"{directory / 'examples.npy'} is damaged (numbers do not ascend); {AGAIN}")
     for name, array in arrays.items():
         path = directory / f"{name}.npy"
         columns = (len(manifest["capabilities"]),) if name == "scores" else array.shape[1:]
         if array.shape != (meant := (len(example_N), *columns)):
-            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {meant}); {_AGAIN}")
+            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {meant}); {AGAIN}")
         if name in ("scores", "losses", "norms", "token_scores"):
             bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & written_N
             if bad_N.any():
                 example = example_N[bad_N.argmax()]
                 raise ValueError(
                     f"{path}: {name} of {manifest['source']} are not finite, first of example {example}; "
-                    f"{_AGAIN}"
+                    f"{AGAIN}"
                 )
     return arrays
 
@@ -257,11 +257,11 @@ def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
         array = np.load(path, mmap_mode=mode)
         found = f"{array.dtype} of {array.ndim} axes"
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; {_AGAIN}") from None
+        raise ValueError(f"{path} is missing; {AGAIN}") from None
     except (EOFError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from None
+        raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from None
     if found != meant:
-        raise ValueError(f"{path} is damaged (it holds {found}, not {meant}); {_AGAIN}")
+        raise ValueError(f"{path} is damaged (it holds {found}, not {meant}); {AGAIN}")
     return array
 
 

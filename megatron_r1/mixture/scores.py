@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.influence.store import Scored, read_scores, scored
+from megatron_r1.influence.store import AGAIN, Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 
 Selected = tuple[list[ScoreTable], list[Scored]]
@@ -47,7 +47,7 @@ def _of_run(run: Path, config: Config) -> Selected:
         of_steps = [s for s in checkpoints[name] if s.step in steps]
         length_N = tables[name].length_N
         if not length_N.sum() > 0 or (length_N < 0).any():
-            raise ValueError(f"{of_steps[0].directory / 'tokens.npy'}: no numbers of tokens; {_AGAIN}")
+            raise ValueError(f"{of_steps[0].directory / 'tokens.npy'}: no numbers of tokens; {AGAIN}")
         table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
         selected.append(in_units(table, of_steps, config.mix))
         used += of_steps
@@ -115,9 +115,6 @@ def in_units(table: ScoreTable, checkpoints: Sequence[Scored], mix: MixConfig) -
     return dataclasses.replace(table, score_NCK=np.stack(parts, axis=2))
 
 
-_AGAIN = "remove its folder and score again"
-
-
 def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
     named = checkpoint.manifest.get("direction_norms")
     if named is None or not (checkpoint.directory / "norms.npy").is_file():
@@ -128,6 +125,6 @@ def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
     norm_C = np.array([named.get(c) for c in checkpoint.manifest["capabilities"]], dtype=np.float64)
     if not np.isfinite(norm_C).all():
         path = checkpoint.directory / "manifest.json"
-        raise ValueError(f"{path}: direction_norms are not all finite numbers; {_AGAIN}")
+        raise ValueError(f"{path}: direction_norms are not all finite numbers; {AGAIN}")
     product_NC = checkpoint.array("norms").astype(np.float64)[:, None] * norm_C
     return np.divide(score_NC, product_NC, out=np.zeros_like(score_NC), where=product_NC > 0)

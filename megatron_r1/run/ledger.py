@@ -87,18 +87,18 @@ def read(directory: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_jsonl(directory / "ledger.jsonl", _is_stage) if line]
     for line in lines:
         for side in ("inputs", "outputs"):
-            told = line.get(side) or {}
-            line[side] = told if isinstance(told, dict) else dict.fromkeys(told, "")
+            files = line.get(side) or {}
+            line[side] = files if isinstance(files, dict) else dict.fromkeys(files, "")
     return lines
 
 
 def _is_stage(line: dict[str, Any]) -> bool:
     """Whether a line has what its readers rely on."""
     texts = [line.get("stage"), line.get("finished")]
-    for told in (line.get("inputs") or {}, line.get("outputs") or {}):
-        if not isinstance(told, (dict, list)):
+    for files in (line.get("inputs") or {}, line.get("outputs") or {}):
+        if not isinstance(files, (dict, list)):
             return False
-        texts += [*told, *(told.values() if isinstance(told, dict) else ())]
+        texts += [*files, *(files.values() if isinstance(files, dict) else ())]
     numbers: list[Any] = [line.get(name) for name in ("seconds", "device_hours", "tokens", "devices")]
     return (
         all(isinstance(text, str) and "\0" not in text for text in texts)
