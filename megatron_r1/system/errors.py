@@ -1,15 +1,33 @@
-"""Wordings that several rooms share: suggestions for a mistyped name, and a package that is missing."""
+"""Wordings that several rooms share: a value shown, suggestions for a mistyped name, a missing package."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import os
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _FEW = 16
+_MOST_SHOWN = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MOST_SHOWN
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 16
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, for a message: at most some 200 characters, whatever the value.
+
+    The cost is bounded, too: a small text of YAML may stand for a value of gigabytes.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits.
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

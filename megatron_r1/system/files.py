@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_r1.system.errors import shown
+
 
 def open_exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> IO[bytes]:
     """Open an empty file to write, once no other process has it so; `waiting` is called before a wait.
@@ -110,6 +112,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def plain_name(name: Any) -> bool:
+    """Whether a name that stands in a file is one of a file in the same folder: one part of a path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
+
+
+def beside(described: Path, name: Any) -> Path:
+    """The file `name` in the folder of `described`, a file that names it.
+
+    Raises ValueError for a name that could lead out of the folder.
+    """
+    if not plain_name(name):
+        raise ValueError(f"{described} names {shown(name)}, which is no name of a file in its own folder")
+    return described.with_name(name)
 
 
 def sha256(path: str | Path) -> str:

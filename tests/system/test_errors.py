@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.system.errors import suggest, suggest_path
+from megatron_r1.system.errors import shown, suggest, suggest_path
 
 
 def test_near_names() -> None:
@@ -46,3 +46,23 @@ def test_relative_paths_stay_relative(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("model.yaml").touch()
     assert suggest_path(Path("modl.yaml")) == "; did you mean model.yaml?"
+
+
+@pytest.mark.parametrize("value", ["a", 3, None, [1, "b"], {"b": 1}, ("x",), 0.1, True])
+def test_a_short_value_is_shown_as_python_writes_it(value: object) -> None:
+    assert shown(value) == repr(value)
+
+
+def test_a_value_of_any_size_is_shown_in_200_characters_at_once() -> None:
+    billion: object = "lol"
+    for _ in range(12):
+        billion = [billion] * 12
+    for value in (
+        "x" * 10**7,
+        billion,
+        {"a": billion},
+        10**5000,
+        list(range(10**6)),
+        {str(n): n for n in range(10**5)},
+    ):
+        assert len(shown(value)) <= 200

@@ -1,0 +1,62 @@
+"""The one reader of JSON. Content of any size, depth or kind gives a value or one ValueError.
+
+Python's own reader ends in a RecursionError for deep content, and reads a file of any size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 256 << 20
+"""Bytes of a JSON text. The largest genuine ones are tokenizers, of about 30 MB."""
+MOST_DEPTH = 64
+"""Lists and mappings within one another. Genuine files have about ten."""
+
+
+class JsonError(ValueError):
+    """Text that is no JSON, or more than a file of ours or of a model holds, in one line with its name."""
+
+
+def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
+    """The value in a file of at most `most` bytes. Raises OSError, and JsonError for its content."""
+    with open(path, "rb") as file:
+        return parse_json(file.read(most + 1), str(path), most)
+
+
+def read_object(path: str | Path, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The mapping in a file; errors as of `read_json`."""
+    value = read_json(path, most)
+    if not isinstance(value, dict):
+        raise JsonError(f"{path}: no JSON mapping, {{name: value}}")
+    return value
+
+
+def parse_json(content: bytes | str, name: str, most: int = MOST_BYTES) -> Any:
+    """The value of a text. JsonError begins with `name`."""
+    if len(content) > most:
+        raise JsonError(f"{name}: more than {most:,} bytes of JSON")
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise JsonError(f"{name}: nested deeper than {MOST_DEPTH}") from None
+    except ValueError as error:
+        raise JsonError(f"{name}: no JSON ({error})") from None
+    if any(depth > MOST_DEPTH for depth, _ in enumerate(_levels(value), 1)):
+        raise JsonError(f"{name}: nested deeper than {MOST_DEPTH}")
+    return value
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The lists and mappings of each level, from the outermost on."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    while level:
+        yield level
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
