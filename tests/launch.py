@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_r1.data.indexed import IndexedWriter
 
@@ -31,6 +33,20 @@ TINY_MODEL = [
 def command(*words: object, ranks: int = 2, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
     return [*launcher, *map(str, words)]
+
+
+def listeners(process: psutil.Process) -> set[str]:
+    """Addresses at which a process accepts connections."""
+    with suppress(psutil.Error):
+        return {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that descends from it."""
+    with suppress(psutil.Error):
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
 
 
 def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
