@@ -33,6 +33,7 @@ from megatron_r1.preprocess.store import (
     write_pair,
 )
 from megatron_r1.run.stage import Standing
+from megatron_r1.system.errors import shown
 from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import say
 
@@ -76,7 +77,7 @@ def parse_shard(
 def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
     value = environment.get(name, str(default))
     if not re.fullmatch(r"\d+", value, re.ASCII):
-        raise ValueError(f"--shard env: {name}={value!r} is no number; give --shard I/N")
+        raise ValueError(f"--shard env: {name}={shown(value)} is no number; give --shard I/N")
     return int(value)
 
 
@@ -239,7 +240,9 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
         for key, value in about.items():
             if value != described[0].get(key):
                 first = shards[0][0]
-                raise ValueError(f"{prefix} and {first} differ in {key}: {value} and {described[0].get(key)}")
+                raise ValueError(
+                    f"{prefix} and {first} differ in {key}: {shown(value)} and {shown(described[0].get(key))}"
+                )
     encoders = sorted({sidecar["encoder"] for _, sidecar in shards})
     inputs = [dict(entry) for entry in shards[0][1]["inputs"]]
     skipped = sum((Counter(sidecar.get("skipped", {})) for _, sidecar in shards), Counter())
@@ -248,7 +251,9 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _again(entry: dict[str, Any]) -> Input | None:
-    """An input of the shards, if it is still there as it was."""
+    """An input of the shards, if it is still there as it was. What a sidecar names is never fetched."""
+    if str(entry["path"]).startswith("hf:"):
+        return None
     with contextlib.suppress(OSError, ValueError, KeyError):
         source = open_input(entry["path"])
         if identity(source)["bytes"] == entry["bytes"]:
