@@ -30,9 +30,11 @@ TINY_MODEL = [
 ]
 
 
-def command(*words: object, ranks: int = 2, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
-    return [*launcher, *map(str, words)]
+def command(*words: object, ranks: int = 2, options: tuple[str, ...] = ()) -> list[str]:
+    """Without options a launch that no other machine can reach, else torchrun's own."""
+    plain = [str(ROOT / "examples/launch/one_machine.sh")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options] if options else plain
+    return [*launcher, "--nproc-per-node", str(ranks), *map(str, words)]
 
 
 def listeners(process: psutil.Process) -> set[str]:
@@ -58,7 +60,7 @@ def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[b
             stderr=stream,
             start_new_session=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
         )
 
 

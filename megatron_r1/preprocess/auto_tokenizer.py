@@ -6,6 +6,7 @@ pipeline anew by rules of their own. Where that may be, AutoTokenizer is asked f
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from itertools import chain
@@ -51,8 +52,11 @@ _AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = parse_json(read_model(path), str(path))
+        json.dumps(settings, ensure_ascii=False).encode()
     except JsonError as error:
         raise ValueError(f"{error}; copy it again or mend it") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} holds half a character, a lone surrogate; mend it") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, not the settings of a tokenizer by name")
     if others := settings.get("fast_tokenizer_files"):

@@ -129,6 +129,23 @@ def test_merging_fetches_nothing_that_a_sidecar_names(tmp_path, model, monkeypat
     assert json.loads((tmp_path / "out_text_document.json").read_text())["inputs"][0]["sha256"] is None
 
 
+def test_merging_removes_claims_and_nothing_of_others(tmp_path, model):
+    shards([jsonl(tmp_path / "in.jsonl", TEXTS)], tmp_path / "out", model, 2)
+    mine, theirs, other = (tmp_path / f"out.array-{name}" for name in ("7", "data", "link"))
+    mine.mkdir()
+    theirs.mkdir()
+    for folder in (mine, theirs):
+        (folder / "0").symlink_to("3")
+    (theirs / "notes").write_text("kept")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/1").symlink_to("3")
+    other.symlink_to(tmp_path / "far")
+    merge(tmp_path / "out", log=quiet)
+    assert not mine.exists()
+    assert (theirs / "notes").read_text() == "kept"
+    assert (tmp_path / "far/1").is_symlink() and other.is_symlink()
+
+
 def test_inputs_may_be_gone_when_shards_are_merged(tmp_path, model):
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     shards([source], tmp_path / "out", model, 2)

@@ -263,7 +263,10 @@ def test_a_pipe_and_a_file_too_large_are_refused(kind, monkeypatch, tmp_path):
         build_tokenizer(kind, model)
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100 + b"1" + b"}" * 100, b"\xff", b"{", b"5"])
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"a":' * 100 + b"1" + b"}" * 100, b"\xff", b"{", b"5", b'{"eos_token": "\\udc80"}'],
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_json_of_any_kind_is_one_short_line(content, name, tmp_path):
     folder = plain_tokenizer(tmp_path / "mine")
