@@ -226,6 +226,33 @@ def test_torchrun_launcher_starts_168_ranks_of_the_tool() -> None:
     assert words[-2:] == ["train.run=with\\", "space"]
 
 
+@pytest.mark.parametrize("word", ["--standalone", "--rdzv_backend=c10d", "--nnodes=2", "--master-addr"])
+def test_one_machine_takes_no_words_for_several(word: str) -> None:
+    done = subprocess.run([EXAMPLES / LAUNCHERS[2], word, "a.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {word}: ")
+
+
+def test_one_machine_starts_torchrun_without_a_socket_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$@"; env | grep PET_; ls "$TMPDIR"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        [EXAMPLES / LAUNCHERS[2], "--nproc-per-node", "8", "a.py", "train.run=with space", "--standalone"],
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.splitlines()
+    assert words[:4] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
+    assert words[4:7] == ["a.py", "train.run=with space", "--standalone"]
+    assert {"PET_RDZV_BACKEND=c10d", "PET_RDZV_CONF=store_type=file", "PET_LOCAL_ADDR=127.0.0.1"} < set(words)
+    # Nothing is left in the folder of temporary files.
+    assert words[-1].startswith("PET_")
+
+
 def _slurm(folder: Path, ranks: str) -> subprocess.Popen[str]:
     """The batch script among commands that only say that they were called; `ranks` stands for torchrun."""
     for name, body in (

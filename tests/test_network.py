@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,9 +46,19 @@ def _listen(environment: dict[str, str | None]) -> tuple[set[str], dict[str, str
         return launch.listeners(psutil.Process()), {name: os.environ.get(name) for name in asked}
 
 
-@pytest.mark.parametrize("environment", [{"LOCAL_WORLD_SIZE": "1"}, {"MASTER_ADDR": socket.gethostname()}])
-def test_ranks_on_one_machine_listen_there_alone(environment: dict[str, str]) -> None:
-    """Also where a launcher tells no local ranks, but a loopback address."""
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LOCAL_WORLD_SIZE": "1"},
+        {"MASTER_ADDR": socket.gethostname()},
+        {"TORCHELASTIC_ERROR_FILE": "attempt/0/error.json", "MASTER_PORT": "1"},
+    ],
+)
+def test_ranks_on_one_machine_listen_there_alone(environment: dict[str, str], tmp_path: Path) -> None:
+    """Also where a launcher tells no local ranks, but a loopback address, and where torchrun has no store."""
+    (tmp_path / "attempt").mkdir()
+    if file := environment.get("TORCHELASTIC_ERROR_FILE"):
+        environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(tmp_path / file)}
     for listened, interfaces in on_ranks(2, _listen, environment):
         assert listened == {"127.0.0.1"}
         assert set(interfaces.values()) == {"lo"}

@@ -11,6 +11,16 @@ if (($# == 0)); then
     echo "usage: $0 --nproc-per-node N TOOL FILE.yaml|key=value ..." >&2
     exit 2
 fi
+for word in "$@"; do
+    case "$word" in
+        --standalone | --rdzv* | --nnodes* | --node?rank* | --master* | --local?addr*)
+            echo "error: $word: this launch is on one machine, and finds its ranks by itself; leave it out" >&2
+            exit 2
+            ;;
+        -*) ;;
+        *.py) break ;;
+    esac
+done
 file="$(mktemp)"
 exec {store}<>"$file"
 rm "$file"
