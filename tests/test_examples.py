@@ -188,10 +188,10 @@ def test_a_corpus_without_a_revision_is_not_asked_for(
 ) -> None:
     hub = _Hub(monkeypatch)
     with pytest.raises(FileNotFoundError, match="ORG/NAME@COMMIT"):
-        fetch_corpus.write_parts({**ENTRY, "dataset": name}, tmp_path, None, 3, None)
+        fetch_corpus.write_parts({**ENTRY, "dataset": name}, tmp_path / "text", None, 3, None)
     with pytest.raises(FileNotFoundError, match=f"--dataset {name}: no folder there"):
-        fetch_corpus.write_parts(ENTRY, tmp_path, name, 3, None)
-    assert hub.asked == []
+        fetch_corpus.write_parts(ENTRY, tmp_path / "text", name, 3, None)
+    assert hub.asked == [] and not (tmp_path / "text").exists()
 
 
 def test_a_part_is_on_the_disk_before_it_has_its_name(

@@ -112,7 +112,6 @@ def write_parts(
     asked, done = folder / "request.json", folder / "complete"
     begun = read_object(asked) if asked.exists() else None
     if begun is None:
-        folder.mkdir(parents=True, exist_ok=True)
         begun = {**request, "commit": local or pinned(entry)["dataset"]}
         write_json(asked, begun)
     if {**request, "commit": begun.get("commit")} != begun:
