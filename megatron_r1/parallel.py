@@ -77,7 +77,11 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
     if on_one_machine() and "lo" in dict(socket.if_nameindex()).values():
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    launch = launch_store(_TIMEOUT) if "MASTER_PORT" in os.environ else (dist.HashStore(), 0, 1)
+    try:
+        launch = launch_store(_TIMEOUT) if "MASTER_PORT" in os.environ else (dist.HashStore(), 0, 1)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(f"no store of the launch at {where}: {str(error).splitlines()[0][:200]}") from None
     store, rank, world_size = launch
     dist.init_process_group(
         backend.DISTRIBUTED_BACKEND, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
@@ -257,8 +261,8 @@ def launch_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
         launcher, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
         if not _number("TORCHELASTIC_MAX_RESTARTS"):
             return launcher, rank, world_size
-    elif attempt := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        launcher = dist.FileStore(str(Path(attempt).parents[1] / "store"), world_size)
+    elif (error := os.environ.get("TORCHELASTIC_ERROR_FILE")) and (of := Path(error).parent.parent).is_dir():
+        launcher = dist.FileStore(str(of / "store"), world_size)
         launcher.set_timeout(timeout)
     else:
         return _open_store(host, port, world_size, rank == 0, timeout), rank, world_size

@@ -114,6 +114,17 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
             parallel.launch_store(timedelta(seconds=1))
 
 
+def test_a_launch_without_its_first_rank_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**usual, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(OSError, match=r"no store of the launch at 127\.0\.0\.1:1: .*timed out") as raised:
+        with parallel.process_groups(ParallelConfig()):
+            pass
+    assert "\n" not in str(raised.value)
+
+
 def _exchange() -> tuple[Any, Any]:
     def refuse(*_: object) -> None:
         raise AssertionError("a pickle from another rank")
