@@ -119,9 +119,9 @@ def test_a_launch_without_its_first_rank_is_one_line(monkeypatch: pytest.MonkeyP
     for name, value in {**usual, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(parallel, "_TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(OSError, match=r"no store of the launch at 127\.0\.0\.1:1: .*timed out") as raised:
-        with parallel.process_groups(ParallelConfig()):
-            pass
+    message = r"no store of the launch at 127\.0\.0\.1:1: .*timed out"
+    with pytest.raises(OSError, match=message) as raised, parallel.process_groups(ParallelConfig()):
+        pass
     assert "\n" not in str(raised.value)
 
 
