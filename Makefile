@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: quickstart test lint format check soak bench compare datamodel study-guard test-py312 clean
+.PHONY: quickstart test lint format check soak bench compare datamodel study-guard test-py312 hashed lock clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -56,6 +56,23 @@ $(VENV)/.core: $(SOURCES)
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[quickstart,tokenizers,dev]'
 	touch $@
+
+# The environment of `make test` from files that are held to their hashes, for both Pythons and all platforms. torch is
+# the exception: which of its builds is meant differs from machine to machine, and only the plain one has public hashes.
+hashed:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --require-hashes --no-deps --only-binary :all: -r constraints-hashed.txt
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	$(BIN)/pip check
+	touch $(VENV)/.core $(VENV)/.dev
+
+# Hashes of what constraints.txt names. Run it after each change there.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install uv==0.13.9
+	build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-deps --no-emit-package torch \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" constraints.txt -o constraints-hashed.txt
 
 # megatron-core 0.19 needs Python 3.12; the torch it finds may be the large build.
 test-py312:

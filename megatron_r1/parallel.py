@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import ipaddress
+import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +25,8 @@ from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.records import Batch
+from megatron_r1.system.errors import shown
+from megatron_r1.system.json_io import parse_json
 from megatron_r1.system.process import RunBusyError, RunLock
 
 _TIMEOUT = timedelta(minutes=10)
@@ -68,8 +73,15 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
     cpu_products.use_onednn()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    launch = launch_store(_TIMEOUT) if "MASTER_PORT" in os.environ else (dist.HashStore(), 0, 1)
+    os.environ.setdefault("MASTER_ADDR", _LOOPBACK)
+    if on_one_machine() and "lo" in dict(socket.if_nameindex()).values():
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    try:
+        launch = launch_store(_TIMEOUT) if "MASTER_PORT" in os.environ else (dist.HashStore(), 0, 1)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(f"no store of the launch at {where}: {str(error).splitlines()[0][:200]}") from None
     store, rank, world_size = launch
     dist.init_process_group(
         backend.DISTRIBUTED_BACKEND, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
@@ -129,17 +141,35 @@ def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
 
 
 def broadcast_object(value: object) -> Any:
-    """`value` of the first rank on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=backend.device())
-    return box[0]
+    """`value` of the first rank on every rank. It is sent as JSON: a pickle from elsewhere would run code."""
+    content = _content(value)
+    size = torch.tensor([content.numel()], device=backend.device())
+    dist.broadcast(size, 0)
+    if dist.get_rank() > 0:
+        content = content.new_empty(int(size))
+    dist.broadcast(content, 0)
+    return _value(content)
 
 
 def gather_objects(value: object) -> list[Any]:
-    """Every rank's `value`, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """Every rank's `value`, on every rank, as JSON."""
+    content = _content(value)
+    size = torch.tensor([content.numel()], device=backend.device())
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    padded = content.new_zeros(int(torch.cat(sizes).max()))
+    padded[: content.numel()] = content
+    contents = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(contents, padded)
+    return [_value(one[: int(size)]) for one, size in zip(contents, sizes, strict=True)]
+
+
+def _content(value: object) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(backend.device())
+
+
+def _value(content: torch.Tensor) -> Any:
+    return parse_json(content.cpu().numpy().tobytes(), "a message between ranks")
 
 
 Sharers = Literal["tensor", "pipeline", "context", "data", "tokens", "embedding"]
@@ -199,37 +229,80 @@ def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 _KEY = "megatron_r1/store"
 _TRY = timedelta(seconds=2)
+_LOOPBACK = "127.0.0.1"
+
+
+def on_one_machine() -> bool:
+    """Whether all ranks of this launch are here: then no other machine need reach any of its sockets."""
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        return True
+    host = os.environ["MASTER_ADDR"]
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def launch_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """(store, rank, world size) of this launch, as the environment of torchrun or another launcher says.
 
-    Under `torchrun --max-restarts` the launcher keeps one store for all attempts, and ranks would read
+    On one machine a store that the first rank opens listens on the loopback address. torch's would listen on
+    all. Under `torchrun --max-restarts` the launcher keeps one store for all attempts, and ranks would read
     the addresses of dead ones in it. There the first rank opens a store of its own and writes its port to
     the launcher's. The others try the port that they read there until it answers, because the store of an
-    attempt dies with it. Raises TimeoutError.
+    attempt dies with it. The same holds where torchrun has no store
+    (examples/launch/one_machine.sh): a file in the folder of the attempt takes its place, since the port that
+    torchrun names may be taken by the time the first rank is here. Raises ValueError for an environment that
+    is none, OSError for a port that is taken, TimeoutError.
     """
-    launcher, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        return launcher, rank, world_size
-    host = os.environ["MASTER_ADDR"]
+    rank, world_size, port = map(_number, ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = _LOOPBACK if (here := on_one_machine()) else os.environ["MASTER_ADDR"]
+    launcher: dist.Store
+    if not here or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        launcher, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        if not _number("TORCHELASTIC_MAX_RESTARTS"):
+            return launcher, rank, world_size
+    elif (error := os.environ.get("TORCHELASTIC_ERROR_FILE")) and (of := Path(error).parent.parent).is_dir():
+        launcher = dist.FileStore(str(of / "store"), world_size)
+        launcher.set_timeout(timeout)
+    else:
+        return _open_store(host, port, world_size, rank == 0, timeout), rank, world_size
     if rank == 0:
         token = uuid.uuid4().hex
-        own = dist.TCPStore(host, 0, world_size, True, timeout, wait_for_workers=False)
+        own = _open_store(host, 0, world_size, True, timeout)
         own.set(_KEY, token)
         launcher.set(_KEY, f"{own.port} {token}")
         return own, rank, world_size
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
-        port, token = launcher.get(_KEY).decode().split()
+        found, token = launcher.get(_KEY).decode().split()
         with suppress(dist.DistError):
-            theirs = dist.TCPStore(host, int(port), world_size, False, _TRY, wait_for_workers=False)
+            theirs = _open_store(host, int(found), world_size, False, _TRY)
             # The port may be another store's by now.
             if theirs.get(_KEY).decode() == token:
                 theirs.set_timeout(timeout)
                 return theirs, rank, world_size
         time.sleep(0.2)
     raise TimeoutError(f"rank {rank} found no store of rank 0 at {host} within {timeout}")
+
+
+def _open_store(host: str, port: int, world_size: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
+    """A client of the store at host:port, or that store; port 0: any that is free."""
+    open_at = partial(dist.TCPStore, host, world_size=world_size, timeout=timeout, wait_for_workers=False)
+    if not serve or host != _LOOPBACK:
+        return open_at(port=port, is_master=serve)
+    try:
+        listener = socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"MASTER_PORT={port} cannot be opened on {host}: {error}; give another") from None
+    port = listener.getsockname()[1]
+    return open_at(port=port, is_master=True, master_listen_fd=listener.detach())
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise ValueError(f"{name}={shown(value)} in the environment is no number; the launcher sets it")
+    return int(value)
 
 
 class DelayedAllReduce:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_r1.data.indexed import IndexedWriter
 
@@ -28,9 +30,25 @@ TINY_MODEL = [
 ]
 
 
-def command(*words: object, ranks: int = 2, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
-    return [*launcher, *map(str, words)]
+def command(*words: object, ranks: int = 2, options: tuple[str, ...] = ()) -> list[str]:
+    """Without options a launch that no other machine can reach, else torchrun's own."""
+    plain = [str(ROOT / "examples/launch/one_machine.sh")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options] if options else plain
+    return [*launcher, "--nproc-per-node", str(ranks), *map(str, words)]
+
+
+def listeners(process: psutil.Process) -> set[str]:
+    """Addresses at which a process accepts connections."""
+    with suppress(psutil.Error):
+        return {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that descends from it."""
+    with suppress(psutil.Error):
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
 
 
 def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -42,7 +60,7 @@ def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[b
             stderr=stream,
             start_new_session=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
         )
 
 

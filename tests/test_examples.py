@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +25,7 @@ from megatron_r1.data.open import open_data
 from megatron_r1.launch.paper import SOURCES
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from megatron_r1.system.errors import hub_name
 from tests.launch import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +48,9 @@ RECIPES = [
         [*SPLIT, PROBES],
     ),
 ]
-LAUNCHERS = ["launch/torchrun_21x8.sh", "launch/slurm_21x8.sbatch"]
+LAUNCHERS = ["launch/torchrun_21x8.sh", "launch/slurm_21x8.sbatch", "launch/one_machine.sh"]
+sys.path.insert(0, str(EXAMPLES / "corpora"))
+import fetch_corpus  # noqa: E402
 
 
 def test_no_recipe_is_forgotten() -> None:
@@ -121,6 +129,82 @@ def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:
     assert sorted(found) == texts[:5]
 
 
+def test_corpora_are_named_with_a_revision() -> None:
+    for entry in fetch_corpus.corpora().values():
+        assert hub_name(entry["dataset"], "")
+
+
+class _Hub:
+    """A dataset of 7 rows whose branch moves at each question; it can end in an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.commits = iter("abcdef")
+        self.asked: list[tuple[Any, ...]] = []
+        self.fails_at = 99
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+        monkeypatch.setattr("datasets.load_dataset", self.load)
+
+    def dataset_info(self, name: str, revision: str) -> Any:
+        self.asked.append((name, revision))
+        return SimpleNamespace(sha=next(self.commits) * 40)
+
+    def load(
+        self, name: str, configuration: str | None, *, split: str, revision: str, streaming: bool
+    ) -> _Hub:
+        self.asked.append((name, revision))
+        return self
+
+    def skip(self, first: int) -> Iterator[dict[str, str]]:
+        for n in range(first, 7):
+            if n == self.fails_at:
+                raise RuntimeError("the hub\nis gone")
+            yield {"text": f"row {n} \udc80"}
+
+
+ENTRY = {"dataset": "org/name@main", "split": "train", "text": ["text"]}
+
+
+def test_all_parts_of_a_corpus_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, folder = _Hub(monkeypatch), tmp_path / "text"
+    hub.fails_at = 4
+    with pytest.raises(ValueError, match=r"org/name@a{40} cannot be had from the hub: the hub$"):
+        fetch_corpus.write_parts(ENTRY, folder, None, 3, None)
+    assert [path.name for path in sorted(folder.iterdir())] == ["part_00000.jsonl.gz", "request.json"]
+    hub.fails_at = 99
+    parts = fetch_corpus.write_parts(ENTRY, folder, None, 3, None)
+    assert hub.asked == [("org/name", "main"), *[("org/name", "a" * 40)] * 2]
+    rows = [line for part in parts for line in gzip.decompress(part.read_bytes()).splitlines()]
+    assert rows == [b'{"text": "row %d \xed\xb2\x80"}' % n for n in range(7)]
+    with pytest.raises(ValueError, match=r"was begun with .*org/name@main.*now it is .*org/name@v2"):
+        fetch_corpus.write_parts({**ENTRY, "dataset": "org/name@v2"}, folder, None, 3, None)
+    parts[0].unlink()
+    with pytest.raises(ValueError, match="lacks a part before part_00002"):
+        fetch_corpus.write_parts(ENTRY, folder, None, 3, None)
+
+
+@pytest.mark.parametrize("name", ["org/name", "data/corpsu", "squad"])
+def test_a_corpus_without_a_revision_is_not_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _Hub(monkeypatch)
+    with pytest.raises(FileNotFoundError, match="ORG/NAME@COMMIT"):
+        fetch_corpus.write_parts({**ENTRY, "dataset": name}, tmp_path / "text", None, 3, None)
+    with pytest.raises(FileNotFoundError, match=f"--dataset {name}: no folder there"):
+        fetch_corpus.write_parts(ENTRY, tmp_path / "text", name, 3, None)
+    assert hub.asked == [] and not (tmp_path / "text").exists()
+
+
+def test_a_part_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk names the part, and leaves nothing."""
+    _Hub(monkeypatch)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+    with pytest.raises(OSError, match=r"no room.*part_00000"):
+        fetch_corpus._write_part(tmp_path / "part_00000.jsonl.gz", iter([{"text": "a"}]), ["text"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launcher_is_a_shell_script(name: str) -> None:
     assert os.access(EXAMPLES / name, os.X_OK)
@@ -140,6 +224,33 @@ def test_torchrun_launcher_starts_168_ranks_of_the_tool() -> None:
     assert int(given["--nnodes"]) * int(given["--nproc-per-node"]) == 168
     assert given["--node-rank"] == "20" and given["tools/train.py"] == "a.yaml"
     assert words[-2:] == ["train.run=with\\", "space"]
+
+
+@pytest.mark.parametrize("word", ["--standalone", "--rdzv_backend=c10d", "--nnodes=2", "--master-addr"])
+def test_one_machine_takes_no_words_for_several(word: str) -> None:
+    done = subprocess.run([EXAMPLES / LAUNCHERS[2], word, "a.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {word}: ")
+
+
+def test_one_machine_starts_torchrun_without_a_socket_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$@"; env | grep PET_; ls "$TMPDIR"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        [EXAMPLES / LAUNCHERS[2], "--nproc-per-node", "8", "a.py", "train.run=with space", "--standalone"],
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.splitlines()
+    assert words[:4] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
+    assert words[4:7] == ["a.py", "train.run=with space", "--standalone"]
+    assert {"PET_RDZV_BACKEND=c10d", "PET_RDZV_CONF=store_type=file", "PET_LOCAL_ADDR=127.0.0.1"} < set(words)
+    # Nothing is left in the folder of temporary files.
+    assert words[-1].startswith("PET_")
 
 
 def _slurm(folder: Path, ranks: str) -> subprocess.Popen[str]:

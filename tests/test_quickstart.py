@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,19 @@ def make(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def listened() -> set[str]:
+    """Addresses at which a process of the whole quickstart has accepted connections."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, listened: set[str]) -> Path:
     run = tmp_path_factory.mktemp("quickstart") / "run"
-    launch.finish(command(run), run.parent / "log")
+    process = launch.start(command(run), run.parent / "log")
+    while process.poll() is None:
+        listened.update(*map(launch.listeners, launch.family(process.pid)))
+        time.sleep(0.3)
+    assert process.returncode == 0, (run.parent / "log").read_text()[-6000:]
     return run
 
 
@@ -59,6 +70,10 @@ def test_the_poor_source_ranks_last(whole: Path) -> None:
     assert min(density, key=lambda name: density[name]) == "base64"
     weights = {name: row["weight"] for name, row in mix["sources"].items()}
     assert weights["base64"] == min(weights.values()) and max(weights.values()) > weights["base64"]
+
+
+def test_no_other_machine_can_connect_to_it(whole: Path, listened: set[str]) -> None:
+    assert listened == {"127.0.0.1"}
 
 
 def test_the_run_goes_on_with_the_new_weights(whole: Path) -> None:
@@ -165,7 +180,7 @@ def _kill_session(leader: int) -> None:
     """All that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
     import psutil
 
-    family = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+    family = launch.family(leader)
     for member in family:
         member.send_signal(signal.SIGKILL)
     psutil.wait_procs(family, timeout=10)

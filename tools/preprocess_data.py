@@ -29,7 +29,7 @@ _SENTENCES = "sentence splitting is out of scope; split the documents before, or
 _WORKERS = "leave it out, and time --workers yourself; the result does not depend on it"
 _VOCABULARY = "leave it out; the tokenizer has its size and its special tokens"
 _RANKS = "leave it out; TikTokenizer reads ranks, one a line, and no list in JSON"
-_FOLDER = "write --tokenizer-type HuggingFaceTokenizer --tokenizer-model, with a folder or a hub name"
+_FOLDER = "write --tokenizer-type HuggingFaceTokenizer --tokenizer-model, with a folder or ORG/NAME@COMMIT"
 _WORDPIECE = "WordPiece is for BERT and out of scope"
 REFUSED = {
     "BertWordPieceLowerCase": _WORDPIECE,
@@ -76,7 +76,7 @@ def main() -> None:
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="a dataset each (default: text)")
     add("--tokenizer-type", help="SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer or "
         "TikTokenizer:FAMILY for ranks that are not a published file")  # fmt: skip
-    add("--tokenizer-model", help="model file, folder with tokenizer.json, or hub name")
+    add("--tokenizer-model", help="model file, folder with tokenizer.json, or hub name as ORG/NAME@COMMIT")
     add("--output-prefix", required=True, metavar="PREFIX", help="path of the outputs without suffix")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--workers", type=int, default=1, help="processes; the result does not depend on it (default: 1)")

@@ -1,6 +1,6 @@
 """Submit a training run through NeMo-Run, here or to Slurm.
 
-pip install nemo_run 'leptonai<0.27'    # later ones lack what nemo_run 0.11.1 imports
+pip install nemo_run==0.11.1 'leptonai<0.27'    # later ones lack what nemo_run imports
 
 python examples/launch/submit_nemo_run.py --nodes 21 --account ACCOUNT --partition PARTITION \\
     --host LOGIN_NODE --job-dir /shared/jobs -- examples/models/950m.yaml examples/pretrain/phase1.yaml
@@ -69,7 +69,7 @@ def main() -> None:
             import nemo_run as run
         except ImportError:
             raise ValueError(
-                "nemo_run cannot be imported: pip install nemo_run 'leptonai<0.27', or use "
+                "nemo_run cannot be imported: pip install nemo_run==0.11.1 'leptonai<0.27', or use "
                 "examples/launch/torchrun_21x8.sh"
             ) from None
         if options.host:

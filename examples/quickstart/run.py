@@ -91,14 +91,14 @@ def stages(directory: Path, size: Size) -> list[Stage]:
         return [sys.executable, script, *map(str, words)]
 
     def torchrun(script: str, *words: object) -> list[str]:
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS, script)
-        return [sys.executable, *map(str, (*launch, *words))]
+        return ["examples/launch/one_machine.sh", *map(str, ("--nproc-per-node", RANKS, script, *words))]
 
     def launched(name: str, command: list[str], outputs: list[Path]) -> Stage:
         # A thread for each rank: torchrun would say at length that it sets this.
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // RANKS))}
+        threads = str(max(1, len(os.sched_getaffinity(0)) // RANKS))
+        environment = {"OMP_NUM_THREADS": threads, "PYTHON": sys.executable}
         configs = [ROOT / word for word in command if word.startswith("examples/") and word.endswith(".yaml")]
-        return Stage(name, command, outputs, files=configs, environment=threads)
+        return Stage(name, command, outputs, files=configs, environment=environment)
 
     return [
         Stage(

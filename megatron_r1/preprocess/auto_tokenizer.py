@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.system.errors import require, suggest_path
+from megatron_r1.system.errors import hub_name, require, shown, suggest_path
+from megatron_r1.system.json_io import MOST_BYTES, JsonError, parse_json
 
 
 def existing(model: Path, kind: str) -> Path:
@@ -26,7 +27,12 @@ def read_model(path: Path) -> bytes:
     """A model's file. ValueError for one that is no model of any kind."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the tokenizer's file in it")
-    content = path.read_bytes()
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; give the tokenizer's file")
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes, which no tokenizer has")
     if not content:
         raise ValueError(f"{path} is empty; copy the tokenizer again")
     if content.startswith(b"version https://git-lfs"):
@@ -44,17 +50,19 @@ _AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    content = read_model(path)
     try:
-        settings = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {first_line(error)}; copy it again or mend it") from None
+        settings = parse_json(read_model(path), str(path))
+        json.dumps(settings, ensure_ascii=False).encode()
+    except JsonError as error:
+        raise ValueError(f"{error}; copy it again or mend it") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} holds half a character, a lone surrogate; mend it") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, not the settings of a tokenizer by name")
     if others := settings.get("fast_tokenizer_files"):
         raise ValueError(
-            f"{path}: fast_tokenizer_files={others} lets transformers read another file than tokenizer.json; "
-            f"take the key out to mean tokenizer.json"
+            f"{path}: fast_tokenizer_files={shown(others)} lets transformers read another file than "
+            f"tokenizer.json; take the key out to mean tokenizer.json"
         )
     return settings
 
@@ -67,11 +75,11 @@ def named_eos(model: Path, settings: dict[str, dict[str, Any]]) -> str | None:
         token = settings.get(name, {}).get("eos_token")
         content = token.get("content") if isinstance(token, dict) else token
         if token is not None and (not isinstance(content, str) or not content):
-            raise ValueError(f"{folder / name}: eos_token={token!r} is no token; give its text")
+            raise ValueError(f"{folder / name}: eos_token={shown(token)} is no token; give its text")
         if content is not None:
             names[name] = content
     if len(set(names.values())) > 1:
-        both = " and ".join(f"{token!r} by {name}" for name, token in names.items())
+        both = " and ".join(f"{shown(token)} by {name}" for name, token in names.items())
         raise ValueError(f"{model}: eos_token is {both}; let both name the same one")
     return next(iter(names.values()), None)
 
@@ -89,8 +97,8 @@ def end_token(path: Path, named: str | None, file_model: Any) -> str:
         )
     if file_model.token_to_id(named) is None:
         raise ValueError(
-            f"{path} lacks {named!r}, the eos_token of its tokenizer_config.json or special_tokens_map.json; "
-            f"name one that it has"
+            f"{path} lacks {shown(named)}, the eos_token of its tokenizer_config.json or "
+            f"special_tokens_map.json; name one that it has"
         )
     if len(named) == 1 and named in file_model.get_vocab(with_added_tokens=False):
         raise ValueError(
@@ -123,6 +131,7 @@ def auto_tokenizer(
 ) -> tuple[str, str | None, str]:
     """The tokenizer.json of AutoTokenizer's tokenizer, its end token, and its class and version."""
     name = settings.get("tokenizer_config.json", {}).get("tokenizer_class") or "of config.json"
+    name = name if isinstance(name, str) and len(name) < 100 else shown(name)
     library = require("transformers", f"the tokenizer class {name} at {path}", "transformers")
     # A folder of its own, since the file may have another name, and others beside it are not meant.
     with tempfile.TemporaryDirectory() as folder:
@@ -180,21 +189,23 @@ def without_spelling(spec: dict[str, Any], eos: str) -> dict[str, Any]:
 
 
 def find_file(model: Path, name: str) -> Path | None:
-    """`name` within a folder, beside a tokenizer.json, or of a hub name (org/model); None: not there."""
+    """`name` within a folder, beside a tokenizer.json, or of a hub name with a revision; None: not there.
+
+    Raises FileNotFoundError for a model that is neither, or that the hub does not give.
+    """
     if model.exists():
         folder = model if model.is_dir() else model.parent
         path = model if model.is_file() and name == "tokenizer.json" else folder / name
         return path if path.is_file() else None
-    if len(model.parts) != 2 or model.is_absolute() or model.parts[0] == "..":
-        existing(model, "HuggingFaceTokenizer")
+    repository, revision = hub_name(str(model), "HuggingFaceTokenizer: no tokenizer model at")
     hub = require("huggingface_hub", "HuggingFaceTokenizer")
     try:
-        return Path(hub.hf_hub_download(str(model), name))
+        return Path(hub.hf_hub_download(repository, name, revision=revision))
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
         unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
         if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
             raise FileNotFoundError(
                 f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"{first_line(error)}"
             ) from None
         return None

@@ -3,7 +3,7 @@
     FILE.jsonl, also .gz, .zst      a document a line
     FILE.parquet                    a document a row
     DIR                             a dataset written by `datasets.Dataset.save_to_disk`
-    hf:NAME[:SPLIT]                 a dataset by name or folder (`datasets.load_dataset`), by default split
+    hf:NAME[:SPLIT]                 a dataset by folder or ORG/NAME@COMMIT (`load_dataset`), by default split
     hf:NAME:CONFIGURATION:SPLIT     "train"; it is brought to the Hugging Face cache first, then read there
 
 A part of an input is a range of its bytes. A line or row belongs to the part in which it begins. A packed
@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from megatron_r1.preprocess.rows import MARK, rows_of, text_bytes
 from megatron_r1.run.stage import read
-from megatron_r1.system.errors import require, require_utf8, suggest_path
+from megatron_r1.system.errors import hub_name, require, require_utf8, suggest_path
 from megatron_r1.system.files import sha256
 
 PIECE_BYTES = 1 << 20
@@ -349,7 +349,10 @@ def _load_dataset(name: str) -> Any:
         return _load_saved(saved / parts[1])
     configuration = parts[1] if len(parts) == 3 else None
     split = parts[-1] if len(parts) > 1 else "train"
-    return _loaded("load_dataset", name, parts[0], configuration, split=split)
+    where, revision = (
+        (parts[0], None) if saved.exists() else hub_name(parts[0], f"input {name}: no dataset at")
+    )
+    return _loaded("load_dataset", name, where, configuration, split=split, revision=revision)
 
 
 def _loaded(function: str, name: str, *args: Any, **options: Any) -> Any:

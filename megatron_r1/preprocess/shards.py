@@ -6,7 +6,6 @@ import contextlib
 import glob
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,8 @@ from megatron_r1.preprocess.store import (
     write_pair,
 )
 from megatron_r1.run.stage import Standing
+from megatron_r1.system.errors import shown
+from megatron_r1.system.files import remove_if_empty
 from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import say
 
@@ -67,16 +68,16 @@ def parse_shard(
                 return index, count
         known = "; ".join(", ".join(names) for names in _ENVIRONMENT)
         raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({known})")
-    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(f"--shard {text}: write I/N with I from 0 to N-1, or env")
+        raise ValueError(f"--shard {text[:100]}: write I/N with I from 0 to N-1, or env")
     return int(match[1]), int(match[2])
 
 
 def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
     value = environment.get(name, str(default))
-    if not re.fullmatch(r"\d+", value, re.ASCII):
-        raise ValueError(f"--shard env: {name}={value!r} is no number; give --shard I/N")
+    if not re.fullmatch(r"\d{1,18}", value, re.ASCII):
+        raise ValueError(f"--shard env: {name}={shown(value)} is no number; give --shard I/N")
     return int(value)
 
 
@@ -170,8 +171,12 @@ def merge(
             sidecars[str(prefix)] = write_pair(parts, prefix, about, began, log)
         if not check:
             add_to_ledger(output, "merge", sidecars, read)
-            for claims in glob.glob(f"{glob.escape(str(output))}{_CLAIMS}*"):
-                shutil.rmtree(claims, ignore_errors=True)
+            for claims in map(Path, glob.glob(f"{glob.escape(str(output))}{_CLAIMS}*")):
+                # Links alone are ours. A folder that holds something else is somebody's.
+                for link in claims.glob("*") if claims.is_dir() and not claims.is_symlink() else ():
+                    if link.is_symlink() and link.name.isdecimal():
+                        link.unlink()
+                remove_if_empty(claims)
     return sidecars
 
 
@@ -194,7 +199,7 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
             )
         if sidecar["shard"] != [index, counts[0]] or len(sidecar["lines"]) != len(sidecar["inputs"]):
             raise ValueError(
-                f"{prefix}.json is of another shard: it says shard {sidecar['shard']}, and lines of "
+                f"{prefix}.json is of another shard: it says shard {shown(sidecar['shard'])}, and lines of "
                 f"{len(sidecar['lines'])} inputs; run --shard {index}/{counts[0]} again"
             )
         rejects, count = rejects_of(prefix), sum(sidecar["rejected"].values())
@@ -239,7 +244,9 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
         for key, value in about.items():
             if value != described[0].get(key):
                 first = shards[0][0]
-                raise ValueError(f"{prefix} and {first} differ in {key}: {value} and {described[0].get(key)}")
+                raise ValueError(
+                    f"{prefix} and {first} differ in {key}: {shown(value)} and {shown(described[0].get(key))}"
+                )
     encoders = sorted({sidecar["encoder"] for _, sidecar in shards})
     inputs = [dict(entry) for entry in shards[0][1]["inputs"]]
     skipped = sum((Counter(sidecar.get("skipped", {})) for _, sidecar in shards), Counter())
@@ -248,7 +255,9 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _again(entry: dict[str, Any]) -> Input | None:
-    """An input of the shards, if it is still there as it was."""
+    """An input of the shards, if it is still there as it was. What a sidecar names is never fetched."""
+    if str(entry["path"]).startswith("hf:"):
+        return None
     with contextlib.suppress(OSError, ValueError, KeyError):
         source = open_input(entry["path"])
         if identity(source)["bytes"] == entry["bytes"]:

@@ -35,7 +35,8 @@ from megatron_r1.preprocess.auto_tokenizer import (
     without_spelling,
 )
 from megatron_r1.preprocess.vetted import differences, pipeline, published
-from megatron_r1.system.errors import require, suggest
+from megatron_r1.system.errors import require, shown, suggest
+from megatron_r1.system.json_io import parse_json
 
 
 class Tokenizer(Protocol):
@@ -84,8 +85,8 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
 
     kind                     model
     SentencePieceTokenizer   a .model file
-    HuggingFaceTokenizer     tokenizer.json, a folder with it, or a hub name (read from the local cache
-                             or fetched)
+    HuggingFaceTokenizer     tokenizer.json, a folder with it, or a name and revision on the hub, as
+                             ORG/NAME@COMMIT (read from the local cache or fetched)
     TikTokenizer             the tiktoken ranks of Llama 3, cl100k, o200k or Qwen, known by their hash
     TikTokenizer:FAMILY      other tiktoken ranks, with the pattern and special tokens of a family: llama3,
                              cl100k, o200k or qwen
@@ -94,7 +95,7 @@ def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
     library; FileNotFoundError for no model.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown tokenizer kind {kind!r}{suggest(kind, KINDS)}")
+        raise ValueError(f"unknown tokenizer kind {shown(kind)}{suggest(kind, KINDS)}")
     return KINDS[kind](Path(model))
 
 
@@ -157,7 +158,7 @@ class HuggingFace(Tokenizer):
             )
         self._path = path = files["tokenizer.json"]
         self.model_bytes = read_model(path)
-        plain, spec = self._load(self.model_bytes), json.loads(self.model_bytes)
+        plain, spec = self._load(self.model_bytes), parse_json(self.model_bytes, str(path))
         settings = {name: read_settings(file) for name, file in files.items() if name in SETTINGS}
         eos = named_eos(model, settings)
         self._rules: list[bytes] = []
@@ -177,7 +178,7 @@ class HuggingFace(Tokenizer):
                 )
         if spec["model"].get("dropout"):
             raise ValueError(
-                f"{path}: dropout={spec['model']['dropout']} gives other tokens each time; "
+                f"{path}: dropout={shown(spec['model']['dropout'])} gives other tokens each time; "
                 f'set "dropout": null in it'
             )
         eos = end_token(path, eos, plain)
@@ -232,7 +233,8 @@ class HuggingFace(Tokenizer):
         return self._model.decode(list(tokens), skip_special_tokens=False)
 
     def specials(self) -> list[str]:
-        return [token["content"] for token in json.loads(self.model_bytes).get("added_tokens") or []]
+        spec = parse_json(self.model_bytes, str(self._path))
+        return [token["content"] for token in spec.get("added_tokens") or []]
 
     def fast_model(self) -> str | None:
         return json.dumps({**self._spec, "post_processor": None})
@@ -345,7 +347,7 @@ def _read_ranks(model: Path, content: bytes) -> dict[bytes, int]:
             ) from None
         if twice:
             raise ValueError(
-                f"{model} line {number}: the token {token!r} is listed twice; copy the file again"
+                f"{model} line {number}: the token {shown(token)} is listed twice; copy the file again"
             )
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,23 @@ def suggest_path(path: Path) -> str:
     complete = [match / path.relative_to(missing) for match in matches]
     best = [candidate for candidate in complete if candidate.exists()] + matches
     return f"; did you mean {best[0]}?" if best else ""
+
+
+_HUB = re.compile(r"((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)@([A-Za-z0-9][\w.-]*)", re.ASCII)
+
+
+def hub_name(name: str, missing: str) -> tuple[str, str]:
+    """(ORG/NAME, REVISION) of a name on the Hugging Face hub, which needs a revision.
+
+    Raises FileNotFoundError, which begins with `missing`, for any other. A mistyped path is thus never asked
+    of the hub, and what is fetched is what was meant.
+    """
+    if match := _HUB.fullmatch(name):
+        return match[1], match[2]
+    raise FileNotFoundError(
+        f"{missing} {name[:200]}{suggest_path(Path(name))} (a name on the Hugging Face hub needs its commit: "
+        f"ORG/NAME@COMMIT)"
+    )
 
 
 def require(module: str, user: str, install: str = "") -> ModuleType:

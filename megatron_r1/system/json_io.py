@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,13 @@ def parse_json(content: bytes | str, name: str, most: int = MOST_BYTES) -> Any:
     return value
 
 
+_NESTED = frozenset((dict, list))
+
+
 def _levels(value: Any) -> Iterator[list[Any]]:
     """The lists and mappings of each level, from the outermost on."""
     level = [value] if isinstance(value, (dict, list)) else []
     while level:
         yield level
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
+        inside = chain.from_iterable([part.values() if type(part) is dict else part for part in level])
+        level = [part for part in inside if part.__class__ in _NESTED]

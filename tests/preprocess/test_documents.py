@@ -174,3 +174,23 @@ def test_unknown_split_is_said(folder, monkeypatch, hub, tmp_path):
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ValueError, match=r"hf:.*files:tset cannot be had from datasets: Unknown split"):
         open_input(f"hf:{folder}/files:tset")
+
+
+def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(hub, monkeypatch):
+    monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    for name in ("hf:data/tokeniser", "hf:org/name:train", "hf:squad"):
+        with pytest.raises(FileNotFoundError, match=rf"input {name}: no dataset at .*ORG/NAME@COMMIT"):
+            open_input(name)
+
+
+def test_a_name_on_the_hub_is_asked_for_its_revision(hub, monkeypatch):
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        raise ConnectionError("no hub here")
+
+    monkeypatch.setattr(hub, "load_dataset", load)
+    with pytest.raises(ValueError, match="hf:org/name@5f0a:sample:train cannot be had"):
+        open_input("hf:org/name@5f0a:sample:train")
+    assert asked == [(("org/name", "sample"), {"split": "train", "revision": "5f0a"})]

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,37 @@ def test_killed_shard_goes_on_and_the_others_are_not_touched(tmp_path, model, in
     merge(tmp_path / "out", log=quiet)
     for ending in ENDINGS:
         assert (tmp_path / f"out_{ending}").read_bytes() == (tmp_path / f"one_{ending}").read_bytes()
+
+
+def test_merging_fetches_nothing_that_a_sidecar_names(tmp_path, model, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    shards([jsonl(tmp_path / "in.jsonl", TEXTS)], tmp_path / "out", model, 2)
+    for path in tmp_path.glob("out_shard-*_document.json"):
+        sidecar = json.loads(path.read_text())
+        sidecar["inputs"][0]["path"] = "hf:org/name@main"
+        path.write_text(json.dumps(sidecar))
+    for target in ("load_dataset", "load_from_disk"):
+        monkeypatch.setattr(datasets, target, lambda *_, **__: pytest.fail("datasets was asked"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection"))
+    merge(tmp_path / "out", log=quiet)
+    assert json.loads((tmp_path / "out_text_document.json").read_text())["inputs"][0]["sha256"] is None
+
+
+def test_merging_removes_claims_and_nothing_of_others(tmp_path, model):
+    shards([jsonl(tmp_path / "in.jsonl", TEXTS)], tmp_path / "out", model, 2)
+    mine, theirs, other = (tmp_path / f"out.array-{name}" for name in ("7", "data", "link"))
+    mine.mkdir()
+    theirs.mkdir()
+    for folder in (mine, theirs):
+        (folder / "0").symlink_to("3")
+    (theirs / "notes").write_text("kept")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/1").symlink_to("3")
+    other.symlink_to(tmp_path / "far")
+    merge(tmp_path / "out", log=quiet)
+    assert not mine.exists()
+    assert (theirs / "notes").read_text() == "kept"
+    assert (tmp_path / "far/1").is_symlink() and other.is_symlink()
 
 
 def test_inputs_may_be_gone_when_shards_are_merged(tmp_path, model):

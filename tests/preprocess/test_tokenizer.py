@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import sys
 import warnings
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_r1.preprocess import auto_tokenizer
 from megatron_r1.preprocess.tokenizer import TikToken, build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.faults.inputs import plain_tokenizer
@@ -218,6 +220,68 @@ def test_unknown_kind_suggests_a_near_one(kind, hint):
 def test_missing_model_is_named(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{kind}: no tokenizer model at .*nothing"):
         build_tokenizer(kind, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "name", ["data/tokeniser", "./tokenizer", "org/model", "model", "org/model@", "a/b/c@main", "x/y@../../z"]
+)
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(name, monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer model at .*ORG/NAME@COMMIT") as raised:
+        build_tokenizer("HuggingFaceTokenizer", name)
+    assert "did you mean data/tokenizer?" in str(raised.value) or name != "data/tokeniser"
+
+
+def test_a_name_on_the_hub_is_asked_for_its_revision(monkeypatch, tmp_path):
+    hub, folder, asked = pytest.importorskip("huggingface_hub"), plain_tokenizer(tmp_path / "mine"), []
+
+    def download(repository, name, revision):
+        asked.append((repository, revision))
+        if (folder / name).is_file():
+            return folder / name
+        raise hub.errors.EntryNotFoundError(name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    theirs = build_tokenizer("HuggingFaceTokenizer", "org/model@5f0a1c")
+    assert set(asked) == {("org/model", "5f0a1c")}
+    assert theirs.fingerprint() == build_tokenizer("HuggingFaceTokenizer", folder).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
+def test_a_pipe_and_a_file_too_large_are_refused(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(auto_tokenizer, "MOST_BYTES", 1000)
+    model = tmp_path / "tokenizer.json"
+    model.write_bytes(b"{" + b" " * 1000)
+    with pytest.raises(ValueError, match=r"tokenizer.json has more than 1,000 bytes"):
+        build_tokenizer(kind, model)
+    model.unlink()
+    os.mkfifo(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"is a pipe or a device|has no tokenizer.json"):
+        build_tokenizer(kind, model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"a":' * 100 + b"1" + b"}" * 100, b"\xff", b"{", b"5", b'{"eos_token": "\\udc80"}'],
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_json_of_any_kind_is_one_short_line(content, name, tmp_path):
+    folder = plain_tokenizer(tmp_path / "mine")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}") as raised:
+        build_tokenizer("HuggingFaceTokenizer", folder)
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
+
+
+def test_a_value_in_a_message_is_short(tmp_path):
+    folder = plain_tokenizer(tmp_path / "mine")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<" + "x" * 10**6}))
+    with pytest.raises(ValueError, match="lacks '<xxx") as raised:
+        build_tokenizer("HuggingFaceTokenizer", folder)
+    assert len(str(raised.value)) < 700
 
 
 def test_model_of_another_kind_is_refused(tiktoken, corpus, tmp_path):
