@@ -287,14 +287,18 @@ class Streams {
     });
   }
 
-  // Starts reading the windows from disk. The windows have been checked.
+  // Starts reading the windows from disk, the first gigabyte of them: the call cannot be ended. The windows
+  // have been checked.
   void will_need(const i32* source, const i64* window, std::size_t size, u64 length) const {
     const std::shared_lock<std::shared_mutex> lock(mutex_);
-    for (std::size_t n = 0; n < size; ++n) {
+    u64 left = u64{1} << 30;
+    for (std::size_t n = 0; n < size && left; ++n) {
       const Stream& stream = streams_[source[n]];
       const u64 begin = static_cast<u64>(window[n]) * length;
       const u64 width = static_cast<u64>(stream.width);
-      stream.file.will_need(begin * width, (begin + length + 1) * width);
+      const u64 bytes = std::min((length + 1) * width, left);
+      stream.file.will_need(begin * width, begin * width + bytes);
+      left -= bytes;
     }
   }
 
