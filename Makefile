@@ -27,7 +27,8 @@ format: $(VENV)/.dev
 check: lint test
 
 # Kills the quickstart in every stage and the trainer 30 times; products of layouts on four ranks; encoders
-# compared on 100,000 hostile strings a form and on every character; an hour.
+# compared on 100,000 hostile strings a form and on every character; 10,000 calls of the C++ module under the
+# sanitizers; an hour.
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 

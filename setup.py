@@ -3,7 +3,8 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-HEADERS = ["cpu", "integer", "permute", "keep", "blend", "greedy_steps", "greedy", "plan", "gather"]
+HEADERS = ["cpu", "integer", "interrupt", "permute", "keep", "blend", "greedy_steps", "greedy", "plan", "gather"]
+HEADERS += ["arguments"]
 
 setup(
     ext_modules=[

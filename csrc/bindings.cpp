@@ -1,9 +1,12 @@
-// The module megatron_r1._csrc: checks of shapes and types, nothing else.
+// The module megatron_r1._csrc: checks of what Python hands over, and the GIL.
+//
+// Every call that may take a lock or long gives up the GIL first: whoever waits for a lock must not hold it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -11,99 +14,171 @@
 #include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "gather.hpp"
+#include "interrupt.hpp"
 #include "keep.hpp"
 #include "plan.hpp"
+
+namespace pybind11::detail {
+template <>
+class type_caster<r1::Keep> : public r1::arguments::Made<r1::Keep> {
+  using Made::Made;
+};
+template <>
+class type_caster<r1::Plan> : public r1::arguments::Made<r1::Plan> {
+  using Made::Made;
+};
+template <>
+class type_caster<r1::Streams> : public r1::arguments::Made<r1::Streams> {
+  using Made::Made;
+};
+}  // namespace pybind11::detail
 
 namespace py = pybind11;
 using r1::i32;
 using r1::i64;
 using r1::u64;
+using r1::arguments::Array;
+using r1::arguments::array;
+using r1::arguments::vector;
+using r1::arguments::whole;
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+// `work()` without the GIL.
+template <class Work>
+auto apart(const Work& work) {
+  const py::gil_scoped_release release;
+  return work();
+}
 
-template <class T>
-std::vector<T> to_vector(const Array<T>& array) {
-  return std::vector<T>(array.data(), array.data() + array.size());
+u64 sample_index(py::handle i) {
+  return whole<std::out_of_range>(i, "samples count from 0: a sample", 0, r1::MAX_NUMBER);
+}
+
+u64 source_number(py::handle source) {
+  return whole<std::out_of_range>(source, "a source's number", 0, r1::Plan::MAX_SOURCES);
 }
 
 template <class T>
-void require_size(const Array<T>& array, std::size_t size, const char* name) {
-  if (array.ndim() != 1 || static_cast<std::size_t>(array.size()) != size) {
-    throw std::invalid_argument(std::string(name) + " must be one-dimensional, one entry a source");
+py::array_t<T> as_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+std::shared_ptr<r1::Keep> make_keep(const py::object& window_count, const py::object& bytes) {
+  const u64 windows = whole(window_count, "windows", 0, r1::MAX_NUMBER - 1);
+  const Array<std::uint8_t> packed = array<std::uint8_t>(bytes, "packed");
+  if (static_cast<u64>(packed.size()) != (windows + 7) / 8) {
+    throw std::invalid_argument("a bitmap of " + std::to_string(windows) + " windows has " +
+                                std::to_string((windows + 7) / 8) + " bytes, got " +
+                                std::to_string(packed.size()));
   }
+  std::vector<u64> words((windows + 63) / 64, 0);
+  for (py::ssize_t n = 0; n < packed.size(); ++n) words[n / 8] |= u64{packed.data()[n]} << (n % 8 * 8);
+  return std::make_shared<r1::Keep>(windows, std::move(words));
 }
 
-u64 sample_index(i64 i) {
-  if (i < 0) throw std::out_of_range("samples count from 0, got " + std::to_string(i));
-  return static_cast<u64>(i);
+std::unique_ptr<r1::Plan> make_plan(const py::object& megatron, const py::object& shuffle,
+                                    const py::object& source_key) {
+  return std::make_unique<r1::Plan>(r1::arguments::flag(megatron, "megatron"),
+                                    r1::arguments::flag(shuffle, "shuffle"),
+                                    vector<u64>(source_key, "source_key"));
 }
 
-using Keeps = std::vector<std::shared_ptr<r1::Keep>>;
-
-void add_phase(r1::Plan& plan, std::size_t sources, u64 start, const Array<u64>& weights,
-               const Array<double>& exact_weights, const Array<u64>& windows, const Array<u64>& limit,
-               const Array<u64>& first_draw, const Array<u64>& first_epoch, const Keeps& keep) {
-  require_size(weights, sources, "weights");
-  require_size(exact_weights, sources, "exact_weights");
-  require_size(windows, sources, "windows");
-  require_size(limit, sources, "limit");
-  require_size(first_draw, sources, "first_draw");
-  require_size(first_epoch, sources, "first_epoch");
-  if (keep.size() != sources) throw std::invalid_argument("keep must have one entry a source");
+// `keep`: a list with a Keep or None for each source.
+void add_phase(r1::Plan& plan, const py::object& start, const py::object& weights,
+               const py::object& exact_weights, const py::object& windows, const py::object& limit,
+               const py::object& first_draw, const py::object& first_epoch, const py::object& keep) {
+  const u64 first = whole(start, "start", 0, r1::MAX_NUMBER - 1);
+  std::vector<u64> whole_weights = vector<u64>(weights, "weights");
+  std::vector<double> doubles = vector<double>(exact_weights, "exact_weights");
+  const std::vector<u64> of_epoch = vector<u64>(windows, "windows"), limits = vector<u64>(limit, "limit"),
+                         draws = vector<u64>(first_draw, "first_draw"),
+                         epochs = vector<u64>(first_epoch, "first_epoch");
+  if (!py::isinstance<py::list>(keep)) {
+    throw py::type_error("keep must be a list, not " + r1::arguments::type_of(keep));
+  }
+  const py::list masks = keep;
+  plan.check_sizes({of_epoch.size(), limits.size(), draws.size(), epochs.size(), masks.size()});
   std::vector<r1::SourcePhase> phase;
-  for (std::size_t k = 0; k < sources; ++k) {
-    phase.push_back({windows.at(k), limit.at(k), first_draw.at(k), first_epoch.at(k), keep[k]});
+  for (std::size_t k = 0; k < of_epoch.size(); ++k) {
+    const py::object mask = masks[k];
+    if (!mask.is_none() && !py::isinstance<r1::Keep>(mask)) {
+      throw py::type_error("keep must hold Keep or None, not " + r1::arguments::type_of(mask));
+    }
+    // Of an object that was not made, this throws; the pointer alone would be none.
+    if (!mask.is_none()) mask.cast<r1::Keep&>();
+    auto bitmap = mask.is_none() ? nullptr : mask.cast<std::shared_ptr<r1::Keep>>();
+    phase.push_back({of_epoch[k], limits[k], draws[k], epochs[k], std::move(bitmap)});
   }
-  plan.add_phase(start, to_vector(weights), to_vector(exact_weights), phase);
+  apart([&] { plan.add_phase(first, std::move(whole_weights), std::move(doubles), phase); });
 }
 
-py::tuple locate_arrays(r1::Plan& plan, std::size_t size, const i64* sample, i64 low) {
-  if (sample) {
-    for (std::size_t n = 0; n < size; ++n) sample_index(sample[n]);
-  }
-  py::array_t<i32> source(size), epoch(size);
-  py::array_t<i64> window(size);
+// source, epoch, window of samples [0, size), which `sample(n)` numbers; `window` may hold the samples.
+template <class Sample>
+py::tuple locate_arrays(r1::Plan& plan, py::array_t<i64> window, const Sample& sample) {
+  const std::size_t size = static_cast<std::size_t>(window.size());
+  py::array_t<i32> source(window.size()), epoch(window.size());
   i32* const source_out = source.mutable_data();
   i32* const epoch_out = epoch.mutable_data();
   i64* const window_out = window.mutable_data();
   bool overflow = false;
-  {
-    const py::gil_scoped_release release;
-    const auto write = [&](std::size_t n, const r1::Draw& draw) {
+  apart([&] {
+    plan.locate_each(size, sample, [&](std::size_t n, const r1::Draw& draw) {
       source_out[n] = draw.source;
       epoch_out[n] = static_cast<i32>(draw.epoch);
       window_out[n] = static_cast<i64>(draw.window);
       overflow |= draw.epoch > 0x7fffffffull;
-    };
-    if (sample) {
-      plan.locate_each(size, [sample](std::size_t n) { return static_cast<u64>(sample[n]); }, write);
-    } else {
-      plan.locate_each(size, [low](std::size_t n) { return static_cast<u64>(low) + n; }, write);
-    }
-  }
+    });
+  });
   if (overflow) throw std::overflow_error("an epoch number does not fit int32; ask plan.locate for it");
   return py::make_tuple(source, epoch, window);
 }
 
-struct BatchShape {
-  std::size_t rows;
-  u64 length;
-};
-
-// Checks windows against the streams.
-BatchShape check_batch(const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window,
-                       u64 length) {
-  if (source.ndim() != 1 || window.ndim() != 1 || source.size() != window.size()) {
-    throw std::invalid_argument("source and window must be one-dimensional and of one length");
+py::tuple locate_range(r1::Plan& plan, const py::object& first, const py::object& samples) {
+  const u64 low = sample_index(first);
+  const u64 size = whole(samples, "n, the number of samples,", 0, r1::MAX_NUMBER);
+  if (size > r1::MAX_NUMBER - low) {  // Noticed before room for the answers is made.
+    throw std::out_of_range("sample " + std::to_string(low + size - 1) + " is not below 2^62");
   }
-  const BatchShape shape{static_cast<std::size_t>(source.size()), length};
-  streams.check(source.data(), window.data(), shape.rows, length);
-  return shape;
+  return locate_arrays(plan, py::array_t<i64>(static_cast<py::ssize_t>(size)),
+                       [low](std::size_t n) { return low + n; });
 }
+
+py::tuple locate_many(r1::Plan& plan, const py::object& samples) {
+  const Array<i64> given = array<i64>(samples, "samples");
+  // The answers replace the samples one by one.
+  py::array_t<i64> window(given.size());
+  i64* const sample = window.mutable_data();
+  for (py::ssize_t n = 0; n < given.size(); ++n) {
+    sample[n] = given.data()[n];
+    if (sample[n] < 0) throw std::out_of_range("samples count from 0, got " + std::to_string(sample[n]));
+  }
+  return locate_arrays(plan, std::move(window),
+                       [sample](std::size_t n) { return static_cast<u64>(sample[n]); });
+}
+
+// The windows of a batch, checked against the streams. A copy: the arrays may change while they are read.
+struct Windows {
+  std::vector<i32> source;
+  std::vector<i64> window;
+  u64 length;
+
+  Windows(const r1::Streams& streams, const py::object& sources, const py::object& windows,
+          const py::object& tokens)
+      : source(vector<i32>(sources, "source")),
+        window(vector<i64>(windows, "window")),
+        length(whole(tokens, "the sequence length", 0, r1::NEVER)) {
+    if (source.size() != window.size()) {
+      throw std::invalid_argument(std::to_string(source.size()) + " sources for " +
+                                  std::to_string(window.size()) + " windows; use one for each");
+    }
+    streams.check(source.data(), window.data(), rows(), length);
+  }
+
+  std::size_t rows() const { return source.size(); }
+};
 
 // Room for arrays of rows x columns, in one allocation that lives until the last of them dies: so a batch
 // costs one call to the allocator, and each array starts on a cache line.
@@ -112,7 +187,12 @@ class Block {
   // `arrays`: how many at most; `bytes_each`: of one element of all of them.
   Block(std::size_t rows, u64 columns, std::size_t arrays, std::size_t bytes_each)
       : shape_{static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(columns)} {
-    const std::size_t most = rows * columns * bytes_each + (arrays + 1) * LINE;
+    std::size_t most;
+    if (__builtin_mul_overflow(rows, columns, &most) || __builtin_mul_overflow(most, bytes_each, &most) ||
+        __builtin_add_overflow(most, (arrays + 2) * LINE, &most)) {
+      throw std::length_error(std::to_string(rows) + " rows of " + std::to_string(columns) +
+                              " tokens do not fit any memory; ask for fewer at once");
+    }
     next_ = static_cast<unsigned char*>(take(most / LINE * LINE));
     owner_ = py::capsule(next_, [](void* block) { give_back(block); });
   }
@@ -131,7 +211,8 @@ class Block {
   // Blocks that no batch uses any more, the oldest first: a batch is too large for the allocator to keep,
   // and the page faults of fresh memory cost as much as filling it. Guarded by the GIL.
   static std::vector<void*>& spare() {
-    static std::vector<void*> blocks;
+    static auto& blocks = *new std::vector<void*>();  // The last array may die after all else.
+    blocks.reserve(KEPT + 1);                         // So that giving back does not throw.
     return blocks;
   }
   // The line before a block holds its size.
@@ -165,150 +246,141 @@ class Block {
 };
 
 // tokens, labels, loss_mask, position, segment (None without `eod`).
-py::tuple gather(const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length,
-                 std::optional<i64> eod) {
-  const BatchShape shape = check_batch(streams, source, window, length);
-  Block block(shape.rows, length, 5, 3 * sizeof(i64) + sizeof(float) + sizeof(i32));
+py::tuple gather(const r1::Streams& streams, const py::object& source, const py::object& window,
+                 const py::object& length, const py::object& eod) {
+  const Windows rows(streams, source, window, length);
+  // An id that does not fit ends no document, like any other that no token can be.
+  const i64 end = eod.is_none() ? 0 : r1::arguments::saturated(eod, "eod");
+  Block block(rows.rows(), rows.length, 5, 3 * sizeof(i64) + sizeof(float) + sizeof(i32));
   py::array_t<i64> tokens = block.array<i64>(), labels = block.array<i64>(), position = block.array<i64>();
   py::array_t<float> loss_mask = block.array<float>();
   std::optional<py::array_t<i32>> segment;
-  if (eod) segment = block.array<i32>();
+  if (!eod.is_none()) segment = block.array<i32>();
   const r1::BatchRows out{tokens.mutable_data(), labels.mutable_data(), loss_mask.mutable_data(),
                           position.mutable_data(), segment ? segment->mutable_data() : nullptr};
-  {
-    const py::gil_scoped_release release;
-    streams.gather(source.data(), window.data(), shape.rows, length, eod.value_or(0), out);
-  }
+  apart([&] { streams.gather(rows.source.data(), rows.window.data(), rows.rows(), rows.length, end, out); });
   return py::make_tuple(tokens, labels, loss_mask, position, segment);
+}
+
+py::array_t<i64> whole_windows(const r1::Streams& streams, const py::object& source, const py::object& window,
+                               const py::object& length) {
+  const Windows rows(streams, source, window, length);
+  py::array_t<i64> out({rows.rows(), static_cast<std::size_t>(rows.length + 1)});
+  i64* const to = out.mutable_data();
+  apart([&] { streams.whole_windows(rows.source.data(), rows.window.data(), rows.rows(), rows.length, to); });
+  return out;
+}
+
+void will_need(const r1::Streams& streams, const py::object& source, const py::object& window,
+               const py::object& length) {
+  const Windows rows(streams, source, window, length);
+  apart([&] { streams.will_need(rows.source.data(), rows.window.data(), rows.rows(), rows.length); });
+}
+
+// megatron-core's build_blending_indices: (source, number of the draw within its source) of each sample.
+py::tuple megatron_order(const py::object& source_weights, const py::object& samples) {
+  std::vector<double> weights = vector<double>(source_weights, "weights");
+  const u64 size = whole(samples, "samples", 0, r1::MAX_NUMBER);
+  if (weights.empty() || weights.size() > r1::Plan::MAX_SOURCES) {
+    throw std::invalid_argument(std::to_string(weights.size()) + " weights: use 1 to 2^20");
+  }
+  r1::check_weights(weights);
+  py::array_t<i32> source(static_cast<py::ssize_t>(size));
+  py::array_t<i64> draw(static_cast<py::ssize_t>(size));
+  i32* const source_out = source.mutable_data();
+  u64* const draw_out = reinterpret_cast<u64*>(draw.mutable_data());
+  apart([&] {
+    std::vector<u64> budget(weights.size(), r1::NEVER);
+    r1::Greedy(std::move(weights), std::move(budget)).locate(0, size, source_out, draw_out);
+  });
+  return py::make_tuple(source, draw);
+}
+
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const std::system_error& e) {
+    const py::object arguments = py::make_tuple(e.code().value(), r1::arguments::text(e.what()));
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  } catch (const std::invalid_argument& e) {
+    PyErr_SetObject(PyExc_ValueError, r1::arguments::text(e.what()).ptr());
+  }
+}
+
+// pybind11's objects have no state that Python could copy; what pickle does by default ends the process.
+void refuse_copy(const py::object& self) {
+  throw py::type_error("cannot pickle or copy a " + r1::arguments::type_of(self) + "; make another one");
+}
+
+// Runs the signal handlers that wait, and hands on what they raise.
+void handle_signals() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const std::system_error& e) {
-      const py::object arguments = py::make_tuple(e.code().value(), e.what());
-      PyErr_SetObject(PyExc_OSError, arguments.ptr());
-    }
-  });
+  r1::interrupt = &handle_signals;
+  py::register_exception_translator(&translate);
 
   py::class_<r1::Keep, std::shared_ptr<r1::Keep>>(m, "Keep")
-      .def(py::init([](u64 windows, const Array<std::uint8_t>& packed) {
-             if (static_cast<u64>(packed.size()) != (windows + 7) / 8) {
-               throw std::invalid_argument("a bitmap of " + std::to_string(windows) + " windows has " +
-                                           std::to_string((windows + 7) / 8) + " bytes, got " +
-                                           std::to_string(packed.size()));
-             }
-             std::vector<u64> words((windows + 63) / 64, 0);
-             for (py::ssize_t n = 0; n < packed.size(); ++n)
-               words[n / 8] |= u64{packed.data()[n]} << (n % 8 * 8);
-             return std::make_shared<r1::Keep>(windows, std::move(words));
-           }),
-           py::arg("windows"), py::arg("packed"))
+      .def(py::init(&make_keep), py::arg("windows"), py::arg("packed"))
       .def_property_readonly("windows", &r1::Keep::windows)
       .def_property_readonly("kept", &r1::Keep::kept)
-      .def_property_readonly("bytes", &r1::Keep::bytes);
+      .def_property_readonly("bytes", &r1::Keep::bytes)
+      .def("__reduce__", &refuse_copy);
 
   py::class_<r1::Plan>(m, "Plan")
-      .def(py::init([](bool megatron, bool shuffle, const Array<u64>& source_key) {
-             return std::make_unique<r1::Plan>(megatron, shuffle, to_vector(source_key));
-           }),
-           py::arg("megatron"), py::arg("shuffle"), py::arg("source_key"))
-      .def("add_phase",
-           [](r1::Plan& plan, u64 start, const Array<u64>& weights, const Array<double>& exact_weights,
-              const Array<u64>& windows, const Array<u64>& limit, const Array<u64>& first_draw,
-              const Array<u64>& first_epoch, const Keeps& keep) {
-             add_phase(plan, plan.sources(), start, weights, exact_weights, windows, limit, first_draw,
-                       first_epoch, keep);
-           })
+      .def(py::init(&make_plan), py::arg("megatron"), py::arg("shuffle"), py::arg("source_key"))
+      .def("add_phase", &add_phase)
       .def("locate",
-           [](r1::Plan& plan, i64 i) {
+           [](r1::Plan& plan, py::handle i) {
              const u64 sample = sample_index(i);
-             r1::Draw draw;
-             {
-               const py::gil_scoped_release release;
-               draw = plan.locate(sample);
-             }
+             const r1::Draw draw = apart([&] { return plan.locate(sample); });
              return py::make_tuple(draw.source, draw.epoch, draw.window);
            })
-      .def("locate_range",
-           [](r1::Plan& plan, i64 low, i64 size) {
-             if (size < 0) throw std::invalid_argument("n must not be negative, got " + std::to_string(size));
-             sample_index(low);
-             return locate_arrays(plan, static_cast<std::size_t>(size), nullptr, low);
-           })
-      .def("locate_many",
-           [](r1::Plan& plan, const Array<i64>& samples) {
-             if (samples.ndim() != 1) throw std::invalid_argument("samples must be one-dimensional");
-             return locate_arrays(plan, static_cast<std::size_t>(samples.size()), samples.data(), 0);
-           })
+      .def("locate_range", &locate_range)
+      .def("locate_many", &locate_many)
       .def("counts",
-           [](r1::Plan& plan, i64 i) {
+           [](r1::Plan& plan, py::handle i) {
              const u64 sample = sample_index(i);
-             std::vector<u64> counts;
-             {
-               const py::gil_scoped_release release;
-               counts = plan.counts(sample);
-             }
-             return py::array_t<u64>(counts.size(), counts.data());
+             return as_array(apart([&] { return plan.counts(sample); }));
            })
-      .def(
-          "count", [](r1::Plan& plan, i32 source, i64 i) { return plan.count(source, sample_index(i)); },
-          py::call_guard<py::gil_scoped_release>())
-      .def(
-          "position",
-          [](r1::Plan& plan, i32 source, i64 draw) {
-            const u64 at = plan.position(source, static_cast<u64>(draw));
-            return at == r1::NEVER ? i64{-1} : static_cast<i64>(at);
-          },
-          py::call_guard<py::gil_scoped_release>())
-      .def("bounds",
-           [](r1::Plan& plan) {
-             const std::vector<double> bounds = plan.bounds();
-             return py::array_t<double>(bounds.size(), bounds.data());
+      .def("count",
+           [](r1::Plan& plan, py::handle source, py::handle i) {
+             const u64 k = source_number(source), sample = sample_index(i);
+             return apart([&] { return plan.count(k, sample); });
            })
-      .def("segment_starts", &r1::Plan::segment_starts)
-      .def_property_readonly("bytes", &r1::Plan::bytes);
+      // -1: the plan does not get there.
+      .def("position",
+           [](r1::Plan& plan, py::handle source, py::handle draw) {
+             const u64 k = source_number(source);
+             const u64 j = whole<std::out_of_range>(draw, "draws count from 0: a draw", 0, r1::NEVER);
+             const u64 at = apart([&] { return plan.position(k, j); });
+             return at == r1::NEVER ? i64{-1} : static_cast<i64>(at);
+           })
+      .def("bounds", [](r1::Plan& plan) { return as_array(apart([&] { return plan.bounds(); })); })
+      .def("segment_starts", [](r1::Plan& plan) { return apart([&] { return plan.segment_starts(); }); })
+      .def_property_readonly("bytes", [](r1::Plan& plan) { return apart([&] { return plan.bytes(); }); })
+      .def("__reduce__", &refuse_copy);
 
   py::class_<r1::Streams>(m, "Streams")
       .def(py::init<>())
-      .def("add", &r1::Streams::add, py::arg("path"), py::arg("width"), py::arg("tokens"))
+      .def(
+          "add",
+          [](r1::Streams& streams, const py::object& path, const py::object& width,
+             const py::object& tokens) {
+            const std::string name = r1::arguments::path(path);
+            const int bytes = static_cast<int>(whole(width, "width", 2, 4));
+            const u64 count = whole(tokens, "tokens", 0, r1::NEVER);
+            apart([&] { streams.add(name, bytes, count); });
+          },
+          py::arg("path"), py::arg("width"), py::arg("tokens"))
       .def("gather", &gather)
-      .def("whole_windows",
-           [](const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length) {
-             const BatchShape shape = check_batch(streams, source, window, length);
-             py::array_t<i64> out({shape.rows, static_cast<std::size_t>(length + 1)});
-             i64* const to = out.mutable_data();
-             {
-               const py::gil_scoped_release release;
-               streams.whole_windows(source.data(), window.data(), shape.rows, length, to);
-             }
-             return out;
-           })
-      .def("will_need",
-           [](const r1::Streams& streams, const Array<i32>& source, const Array<i64>& window, u64 length) {
-             const BatchShape shape = check_batch(streams, source, window, length);
-             const py::gil_scoped_release release;
-             streams.will_need(source.data(), window.data(), shape.rows, length);
-           });
+      .def("whole_windows", &whole_windows)
+      .def("will_need", &will_need)
+      .def("__reduce__", &refuse_copy);
 
-  // megatron-core's build_blending_indices: (source, number of the draw within its source) of each sample.
-  m.def("megatron_order", [](const Array<double>& weights, i64 samples) {
-    if (weights.ndim() != 1 || weights.size() == 0 || samples < 0) {
-      throw std::invalid_argument("megatron_order takes a row of weights and a number of samples");
-    }
-    py::array_t<i32> source(samples);
-    py::array_t<i64> draw(samples);
-    i32* const source_out = source.mutable_data();
-    u64* const draw_out = reinterpret_cast<u64*>(draw.mutable_data());
-    r1::Greedy greedy(to_vector(weights),
-                      std::vector<u64>(static_cast<std::size_t>(weights.size()), r1::NEVER));
-    {
-      const py::gil_scoped_release release;
-      greedy.locate(0, static_cast<u64>(samples), source_out, draw_out);
-    }
-    return py::make_tuple(source, draw);
-  });
+  m.def("megatron_order", &megatron_order);
 }

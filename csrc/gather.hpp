@@ -4,7 +4,8 @@
 // [wS, wS + S]: S inputs and, one further, S labels. Tokens widen to int64, which is what an embedding and a
 // loss take.
 //
-// State: one open file a stream and nothing between calls, so any threads may gather at once. Cost: each
+// State: one open file a stream and nothing between calls, so any threads may gather at once, also while one
+// adds a stream. Cost: each
 // window is read once, by one `pread` for every 4096 tokens into a buffer on the stack, and each output is
 // written once from there while the tokens are in the first-level cache. A token moves 2 or 4 bytes in and
 // 28 out (tokens, labels, positions: 8 each; loss mask: 4), or 32 with segments.
@@ -24,7 +25,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -57,12 +60,25 @@ ReadResult read_fully(const Read& read, void* to, std::size_t bytes, u64 offset)
   return {done, 0};
 }
 
-// A file open for reading for as long as the object lives.
+// A path for a message: of a long one both ends.
+inline std::string shown(const std::string& path) {
+  if (path.size() <= 400) return path;
+  return path.substr(0, 200) + "..." + path.substr(path.size() - 200);
+}
+
+// A regular file open for reading for as long as the object lives.
 class InputFile {
  public:
-  explicit InputFile(const std::string& path) : path_(path) {
+  // Throws std::system_error where the file does not open, std::invalid_argument where it is no regular file:
+  // opening a pipe would wait, and a device could do anything.
+  explicit InputFile(const std::string& path) : path_(shown(path)) {
+    struct stat status;
+    if (::stat(path.c_str(), &status) != 0) fail();
+    if (!S_ISREG(status.st_mode)) {
+      throw std::invalid_argument(path_ + " is no regular file; name the .bin file of a dataset");
+    }
     file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file_ < 0) throw std::system_error(errno, std::generic_category(), path);
+    if (file_ < 0) fail();
   }
   InputFile(InputFile&& other) noexcept
       : path_(std::move(other.path_)), file_(std::exchange(other.file_, -1)) {}
@@ -75,7 +91,7 @@ class InputFile {
 
   u64 bytes() const {
     struct stat status;
-    if (::fstat(file_, &status) != 0) throw std::system_error(errno, std::generic_category(), path_);
+    if (::fstat(file_, &status) != 0) fail();
     return static_cast<u64>(status.st_size);
   }
 
@@ -96,7 +112,9 @@ class InputFile {
   }
 
  private:
-  std::string path_;
+  [[noreturn]] void fail() const { throw std::system_error(errno, std::generic_category(), path_); }
+
+  std::string path_;  // As messages show it.
   int file_ = -1;
 };
 
@@ -212,23 +230,26 @@ class Streams {
  public:
   // `width`: bytes of a token, 2 (uint16) or 4 (int32). `tokens`: the leading tokens that may be read.
   void add(const std::string& path, int width, u64 tokens) {
-    if (width != 2 && width != 4) throw std::invalid_argument(path + ": a token is 2 or 4 bytes wide");
+    if (width != 2 && width != 4) {
+      throw std::invalid_argument(shown(path) + ": a token is 2 or 4 bytes wide, not " +
+                                  std::to_string(width));
+    }
     InputFile file(path);
     const u64 bytes = file.bytes();
     if (bytes / static_cast<u64>(width) < tokens) {
       throw std::invalid_argument(
-          path + " holds " + std::to_string(bytes) + " bytes, but " + std::to_string(tokens) + " tokens of " +
-          std::to_string(width) +
+          file.path() + " holds " + std::to_string(bytes) + " bytes, but " + std::to_string(tokens) +
+          " tokens of " + std::to_string(width) +
           " bytes were declared: the file is truncated or not the one that was indexed;"
           " preprocess it again");
     }
+    const std::unique_lock<std::shared_mutex> lock(mutex_);
     streams_.push_back({std::move(file), width, tokens});
   }
 
-  std::size_t size() const { return streams_.size(); }
-
   // Throws std::out_of_range, before anything is read, unless every window lies within its stream.
   void check(const i32* source, const i64* window, std::size_t size, u64 length) const {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
     if (length == 0 || length >> 40) throw std::out_of_range("sequence length must be in [1, 2^40)");
     for (std::size_t n = 0; n < size; ++n) {
       if (source[n] < 0 || static_cast<std::size_t>(source[n]) >= streams_.size()) {
@@ -266,13 +287,18 @@ class Streams {
     });
   }
 
-  // Starts reading the windows from disk. The windows have been checked.
-  void will_need(const i32* source, const i64* window, std::size_t size, u64 length) const noexcept {
-    for (std::size_t n = 0; n < size; ++n) {
+  // Starts reading the windows from disk, the first gigabyte of them: the call cannot be ended. The windows
+  // have been checked.
+  void will_need(const i32* source, const i64* window, std::size_t size, u64 length) const {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    u64 left = u64{1} << 30;
+    for (std::size_t n = 0; n < size && left; ++n) {
       const Stream& stream = streams_[source[n]];
       const u64 begin = static_cast<u64>(window[n]) * length;
       const u64 width = static_cast<u64>(stream.width);
-      stream.file.will_need(begin * width, (begin + length + 1) * width);
+      const u64 bytes = std::min((length + 1) * width, left);
+      stream.file.will_need(begin * width, begin * width + bytes);
+      left -= bytes;
     }
   }
 
@@ -296,6 +322,7 @@ class Streams {
   template <class MakeUse>
   void read(const i32* source, const i64* window, std::size_t size, u64 length,
             const MakeUse& make_use) const {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
     std::optional<Failure> failure;
     for (std::size_t n = 0; n < size && !failure; ++n) {
       const Stream& stream = streams_[source[n]];
@@ -323,12 +350,12 @@ class Streams {
 
   [[noreturn]] static void refuse(const Failure& failure) {
     const std::string& path = failure.stream->file.path();
-    const std::string what = std::to_string(failure.wanted) + " bytes at offset " +
-                             std::to_string(failure.offset);
+    const std::string what =
+        std::to_string(failure.wanted) + " bytes at offset " + std::to_string(failure.offset);
     if (failure.came.error) {
-      throw std::system_error(failure.came.error, std::generic_category(),
-                              path + ": cannot read " + what +
-                                  "; see that its disk answers, then start again");
+      throw std::system_error(
+          failure.came.error, std::generic_category(),
+          path + ": cannot read " + what + "; see that its disk answers, then start again");
     }
     throw std::invalid_argument(path + " ends at byte " +
                                 std::to_string(failure.offset + failure.came.bytes) + ", where " + what +
@@ -337,6 +364,7 @@ class Streams {
   }
 
   std::vector<Stream> streams_;
+  mutable std::shared_mutex mutex_;
 };
 
 }  // namespace r1

@@ -12,17 +12,34 @@
 #include <cmath>
 #include <cstddef>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "greedy_steps.hpp"
 #include "integer.hpp"
+#include "interrupt.hpp"
 
 namespace r1 {
 
+// Throws std::invalid_argument unless every weight is finite and none is negative.
+inline void check_weights(const std::vector<double>& weights) {
+  double sum = 0.0;
+  for (std::size_t k = 0; k < weights.size(); ++k) {
+    sum += weights[k];
+    if (!(weights[k] >= 0.0 && std::isfinite(weights[k]))) {
+      throw std::invalid_argument("weight " + std::to_string(k) + " is " + std::to_string(weights[k]) +
+                                  "; use a finite number, 0 or more");
+    }
+  }
+  if (!std::isfinite(sum)) throw std::invalid_argument("the sum of the weights is too large for a double");
+}
+
 class Greedy {
  public:
-  // `budget[k]`: draws after which source k is exhausted, NEVER for none; at least 1.
+  // `weights`: at least one, see check_weights. `budget[k]`: draws after which source k is exhausted, NEVER
+  // for none; at least 1. Where an exception ends a question, the next one goes on from what was passed.
   Greedy(std::vector<double> weights, std::vector<u64> budget)
       : weights_(std::move(weights)),
         budget_(std::move(budget)),
@@ -30,6 +47,7 @@ class Greedy {
         sums_to_one_(std::fabs(std::accumulate(weights_.begin(), weights_.end(), 0.0) - 1.0) < 1e-6),
         // 8 bytes a source and 8 for the sample: 1 MB per 1e9 samples.
         spacing_(8000 * (u64{weights_.size()} + 1)),
+        most_(std::max<u64>(weights_.size(), 4 * WORK / work_of(1))),
         checkpoints_(weights_.size(), 0.0),
         reader_{0, checkpoints_},
         counter_{0, checkpoints_} {}
@@ -98,6 +116,8 @@ class Greedy {
 
   i32 sources() const { return static_cast<i32>(weights_.size()); }
 
+  u64 work_of(u64 samples) const { return samples * (weights_.size() + 16); }
+
   // Brings the cursor to sample i: onward from where it stands, or from the checkpoint below i. False if
   // the end comes first.
   bool seek(Cursor& cursor, u64 i) {
@@ -129,17 +149,21 @@ class Greedy {
           i32 k;
           plain_steps(weights_.data(), cursor.drawn.data(), sources(), cursor.at, 1, &k, draw_here);
           if (pick_here) *pick_here = k;
+          if (cursor.drawn[k] >= static_cast<double>(budget_[k])) end_ = cursor.at + 1;
           passed(cursor, 1);
-          if (cursor.drawn[k] >= static_cast<double>(budget_[k])) end_ = cursor.at;
+          worked(work_of(1));
           continue;
         }
         chunk = std::min(chunk, safe);
       }
+      chunk = std::min(chunk, most_);
+      const u64 before = cursor.at;
       if (!run_lanes(cursor, chunk, pick_here, draw_here)) {
         if (cursor.at == 0) chunk = 1;  // The lanes can take over at sample 1.
         if (new_ground) chunk = std::min(chunk, checkpoint_at_.back() + spacing_ - cursor.at);
         run_one_by_one(cursor, chunk, pick_here, draw_here);
       }
+      worked(work_of(cursor.at - before));
     }
     return cursor.at - first;
   }
@@ -151,13 +175,16 @@ class Greedy {
     const u64 length = std::min(chunk / LANES, spacing_), from = cursor.at;
     const int stand = lanes_.run(weights_.data(), cursor.drawn.data(), sources(), from, length, pick, draw);
     if (stand < LANES) ++lanes_failed_;
+    // The counts are those behind all stretches that stand, so the cursor goes there before anything throws.
+    cursor.at += static_cast<u64>(stand) * length;
     for (int stretch = 0; stretch < stand; ++stretch) {
-      cursor.at += length;
-      if (cursor.at < covered_) continue;
-      covered_ = cursor.at;
+      const u64 at = from + static_cast<u64>(stretch + 1) * length;
+      if (at < covered_) continue;
+      covered_ = at;
       if (covered_ < checkpoint_at_.back() + spacing_) continue;
-      checkpoint_at_.push_back(covered_);
-      for (i32 k = 0; k < sources(); ++k) checkpoints_.push_back(lanes_.drawn_after(stretch, k));
+      std::vector<double> drawn(weights_.size());
+      for (i32 k = 0; k < sources(); ++k) drawn[k] = lanes_.drawn_after(stretch, k);
+      leave_checkpoint(drawn);
     }
     return stand > 0;
   }
@@ -178,9 +205,14 @@ class Greedy {
     cursor.at += steps;
     if (cursor.at < covered_) return;
     covered_ = cursor.at;
-    if (covered_ < checkpoint_at_.back() + spacing_) return;
+    if (covered_ >= checkpoint_at_.back() + spacing_) leave_checkpoint(cursor.drawn);
+  }
+
+  // The counts before sample `covered_`. What an earlier call could not finish for want of memory is undone.
+  void leave_checkpoint(const std::vector<double>& drawn) {
+    checkpoints_.resize(checkpoint_at_.size() * weights_.size());
+    checkpoints_.insert(checkpoints_.end(), drawn.begin(), drawn.end());
     checkpoint_at_.push_back(covered_);
-    checkpoints_.insert(checkpoints_.end(), cursor.drawn.begin(), cursor.drawn.end());
   }
 
   // Draws that the source closest to its budget has left.
@@ -217,6 +249,7 @@ class Greedy {
   bool bounded_;
   bool sums_to_one_;
   u64 spacing_;
+  u64 most_;  // Samples between two calls of worked().
   std::vector<u64> checkpoint_at_{0};
   std::vector<double> checkpoints_;  // Counts before each of these samples.
   u64 covered_ = 0;                  // Samples below were passed: the end is not among them.

@@ -261,7 +261,7 @@ class Wheel {
   // Samples [i, i + steps), below MAX_SAMPLE; outputs may be null. The weights sum to 1, nearly, and are
   // the same in every call. `drawn` must have come about by the rule.
   void run(const double* weight, double* drawn, i32 sources, u64 i, u64 steps, i32* pick, u64* draw) {
-    if (member_.empty()) lay_out(weight, sources);
+    if (rows_.empty()) lay_out(weight, sources);
     take(drawn);
     Output out{pick, draw};
     double largest;
@@ -439,7 +439,9 @@ class Wheel {
     return best;
   }
 
+  // `rows_` comes last: where memory ran out, all is laid out anew.
   void lay_out(const double* weight, i32 sources) {
+    entry_.clear();
     member_.resize(sources);
     std::iota(member_.begin(), member_.end(), 0);
     std::stable_sort(member_.begin(), member_.end(), [&](i32 a, i32 b) { return weight[a] < weight[b]; });

@@ -17,6 +17,9 @@ __extension__ typedef unsigned __int128 u128;
 // "Never": a sample or a draw that is not reached. Positions saturate here instead of wrapping.
 constexpr u64 NEVER = ~u64{0};
 
+// Samples, windows and epochs that callers name lie below: sums of two of them fit 63 bits.
+constexpr u64 MAX_NUMBER = u64{1} << 62;
+
 inline u64 high_product(u64 a, u64 b) { return static_cast<u64>((u128{a} * b) >> 64); }
 
 inline u64 saturate(u128 x) { return x > u128{NEVER} ? NEVER : static_cast<u64>(x); }

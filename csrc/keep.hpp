@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,7 +26,9 @@ inline u32 bits_set(u64 x) {
 class Keep {
  public:
   // `words`: bit w % 64 of word w / 64 says whether window w is kept; bits from `windows` on are ignored.
+  // Throws std::invalid_argument for another number of words, and for 2^62 windows or more.
   Keep(u64 windows, std::vector<u64> words) : windows_(windows) {
+    check(windows);
     if (words.size() != (windows + 63) / 64) throw std::invalid_argument("bitmap has the wrong size");
     if (windows % 64) words.back() &= (u64{1} << (windows % 64)) - 1;
     lines_.resize(words.size() / WORDS + 1);
@@ -39,6 +42,11 @@ class Keep {
       while (hint_.size() * SAMPLE < kept_) hint_.push_back(line);
     }
     hint_.push_back(lines_.size() - 1);
+  }
+
+  static void check(u64 windows) {
+    if (windows < MAX_NUMBER) return;
+    throw std::invalid_argument("a mask of " + std::to_string(windows) + " windows: use fewer than 2^62");
   }
 
   u64 windows() const { return windows_; }

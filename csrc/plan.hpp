@@ -6,22 +6,26 @@
 // windows says which window it is. Segments are opened as far as a question needs.
 //
 // State: about 60 bytes a source and segment, 150 a source and phase, and the masks. Cost of `locate` in
-// the balanced order: O(log segments + tree depth). One mutex makes every call safe from any thread.
+// the balanced order: O(log segments + tree depth). One mutex makes every call safe from any thread. A call
+// that throws leaves the plan as it was, but for segments that it opened.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "blend.hpp"
 #include "greedy.hpp"
 #include "integer.hpp"
+#include "interrupt.hpp"
 #include "keep.hpp"
 #include "permute.hpp"
 
@@ -44,37 +48,73 @@ struct SourcePhase {
 
 class Plan {
  public:
-  static constexpr u64 MAX_SAMPLE = u64{1} << 62;
+  static constexpr u64 MAX_SAMPLE = MAX_NUMBER;
+  static constexpr std::size_t MAX_SOURCES = std::size_t{1} << 20;
   static constexpr std::size_t BLOCK = 64;
   static constexpr std::size_t RUN = std::size_t{1} << 18;
 
-  // `source_key`: the seed of each source's permutations.
+  // `source_key`: the seed of each source's permutations. Throws std::invalid_argument for too many.
   Plan(bool megatron, bool shuffle, std::vector<u64> source_key)
-      : megatron_(megatron), shuffle_(shuffle), source_key_(std::move(source_key)) {}
+      : megatron_(megatron), shuffle_(shuffle), source_key_(std::move(source_key)) {
+    if (source_key_.size() <= MAX_SOURCES) return;
+    throw std::invalid_argument(std::to_string(source_key_.size()) + " sources: use at most 2^20");
+  }
 
   std::size_t sources() const { return source_key_.size(); }
 
+  // Throws std::invalid_argument unless there are so many values as sources.
+  void check_sizes(const std::vector<std::size_t>& sizes) const {
+    for (const std::size_t size : sizes) {
+      if (size == source_key_.size()) continue;
+      throw std::invalid_argument(std::to_string(size) + " values for " + std::to_string(source_key_.size()) +
+                                  " sources; use one for each");
+    }
+  }
+
   // `weights` (balanced) or `exact_weights` (Megatron's doubles), one a source, 0 for a source left out.
+  // Throws std::invalid_argument for a phase that does not begin behind the last one, draws nothing, or has
+  // numbers that no plan can have.
   void add_phase(u64 start, std::vector<u64> weights, std::vector<double> exact_weights,
                  const std::vector<SourcePhase>& sources) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<u64> base(source_key_.size(), 0);
-    if (!phases_.empty()) {
-      base = counts_before(start);
-      while (segments_.size() && segments_.back()->start >= start) segments_.pop_back();
-      segments_.back()->end = start;
+    const Turn turn(*this);
+    if (phases_.empty() ? start != 0 : start <= phases_.back()->start) {
+      throw std::invalid_argument(
+          "a phase at sample " + std::to_string(start) + ": use " +
+          (phases_.empty() ? "0 for the first one"
+                           : "more than the " + std::to_string(phases_.back()->start) + " of the last one"));
     }
+    check_sizes({weights.size(), exact_weights.size(), sources.size()});
+    check_weights(exact_weights);
+    u64 sum = 0;
+    for (const u64 weight : weights) {
+      if (!__builtin_add_overflow(sum, weight, &sum)) continue;
+      throw std::invalid_argument("the weights sum to 2^64 or more; use smaller ones");
+    }
+    const std::vector<u64> base =
+        phases_.empty() ? std::vector<u64>(source_key_.size(), 0) : counts_before(start);
     auto phase = std::make_unique<Phase>();
+    phase->start = start;
     phase->weights = std::move(weights);
     phase->exact_weights = std::move(exact_weights);
     phase->sources.reserve(sources.size());
-    for (const SourcePhase& source : sources) {
+    for (std::size_t k = 0; k < sources.size(); ++k) {
+      check(sources[k], k, phase->weight(megatron_, k), base[k]);
       phase->sources.push_back(
-          {source, Divider(std::max<u64>(1, source.windows)), Permutation(source.windows)});
+          {sources[k], Divider(std::max<u64>(1, sources[k].windows)), Permutation(sources[k].windows)});
     }
+    std::unique_ptr<Segment> segment = made(*phase, start, base, true);
+    if (!segment) {
+      throw std::invalid_argument("the phase at sample " + std::to_string(start) +
+                                  " draws nothing: give a source that is below its limit a weight");
+    }
+    phases_.reserve(phases_.size() + 1);
+    segments_.reserve(segments_.size() + 1);
+    // From here on nothing throws.
+    while (segments_.size() && segments_.back()->start >= start) segments_.pop_back();
+    if (segments_.size()) segments_.back()->end = start;
     phases_.push_back(std::move(phase));
+    segments_.push_back(std::move(segment));
     ended_ = false;
-    open(start, base, true);
   }
 
   Draw locate(u64 i) {
@@ -84,9 +124,10 @@ class Plan {
   }
 
   // `sample(n)` gives the n-th global sample, `write(n, draw)` takes the answer; in any order of n.
+  // `write(n)` comes after the last `sample(n)`, so that both may use one array.
   template <class Sample, class Write>
   void locate_each(std::size_t size, Sample sample, Write write) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     if (size == 0) return;
     if (megatron_) {
       locate_replayed(size, sample, write);
@@ -110,12 +151,13 @@ class Plan {
 
   // Draws of every source among samples [0, i).
   std::vector<u64> counts(u64 i) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     return counts_before(i);
   }
 
-  u64 count(i32 source, u64 i) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  u64 count(u64 source, u64 i) {
+    const Turn turn(*this);
+    check_source(source);
     if (i) require(i - 1);
     if (segments_.empty()) return 0;
     Segment& segment = segment_of(i);
@@ -126,9 +168,10 @@ class Plan {
   }
 
   // The global sample that is the source's draw number `draw`; NEVER if the plan does not get there.
-  u64 position(i32 source, u64 draw) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (segments_.empty()) return NEVER;
+  u64 position(u64 source, u64 draw) {
+    const Turn turn(*this);
+    check_source(source);
+    if (segments_.empty() || draw >= MAX_SAMPLE) return NEVER;
     for (;;) {
       const auto after = std::upper_bound(
           segments_.begin(), segments_.end(), draw,
@@ -150,7 +193,7 @@ class Plan {
 
   // For each source, the sum over phases of its tree's bound; segments that a cap opens are left out.
   std::vector<double> bounds() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     std::vector<double> sum(source_key_.size(), 0.0);
     for (const auto& segment : segments_) {
       if (!segment->opens_phase || !segment->tree) continue;
@@ -163,7 +206,7 @@ class Plan {
 
   // First samples of the segments opened so far.
   std::vector<u64> segment_starts() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     std::vector<u64> starts;
     for (const auto& segment : segments_) starts.push_back(segment->start);
     return starts;
@@ -171,7 +214,7 @@ class Plan {
 
   // Bytes of state, the masks not counted.
   std::size_t bytes() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     std::size_t sum = source_key_.size() * sizeof(u64);
     for (const auto& phase : phases_) {
       sum += sizeof(Phase) + phase->sources.size() * sizeof(Epochs) + phase->weights.size() * sizeof(u64) +
@@ -193,9 +236,14 @@ class Plan {
     Permutation permutation;
   };
   struct Phase {
+    u64 start;
     std::vector<u64> weights;
     std::vector<double> exact_weights;
     std::vector<Epochs> sources;
+
+    bool weight(bool megatron, std::size_t k) const {
+      return megatron ? exact_weights[k] != 0.0 : weights[k] != 0;
+    }
   };
   struct Leaf {
     const Epochs* epochs;
@@ -219,6 +267,53 @@ class Plan {
     std::unique_ptr<Greedy> greedy;
   };
 
+  // One thread's call. Whoever ends long work (interrupt.hpp) may run any code within a call; that may not
+  // call the same plan again.
+  class Turn {
+   public:
+    explicit Turn(Plan& plan) : plan_(plan) {
+      const std::thread::id self = std::this_thread::get_id();
+      if (plan.inside_.load(std::memory_order_relaxed) == self) {
+        throw std::runtime_error("the plan was called from within one of its own calls, by a signal handler");
+      }
+      plan.mutex_.lock();
+      plan.inside_.store(self, std::memory_order_relaxed);
+    }
+    ~Turn() {
+      plan_.inside_.store(std::thread::id(), std::memory_order_relaxed);
+      plan_.mutex_.unlock();
+    }
+    Turn(const Turn&) = delete;
+
+   private:
+    Plan& plan_;
+  };
+
+  void check_source(u64 source) const {
+    if (source < source_key_.size()) return;
+    throw std::out_of_range("source " + std::to_string(source) + " of " + std::to_string(source_key_.size()));
+  }
+
+  // `drawn`: draws of source k before the phase.
+  static void check(const SourcePhase& source, std::size_t k, bool has_weight, u64 drawn) {
+    const auto refuse = [&](const std::string& why) {
+      throw std::invalid_argument("source " + std::to_string(k) + ": " + why);
+    };
+    const std::string windows = std::to_string(source.windows) + " windows";
+    if (source.windows >= MAX_NUMBER) refuse(windows + ", use fewer than 2^62");
+    if (source.keep && source.windows > source.keep->kept()) {
+      refuse(windows + ", but its mask keeps " + std::to_string(source.keep->kept()));
+    }
+    if (has_weight && !source.windows) refuse("a weight, but no window; give it weight 0");
+    if (source.first_epoch >= MAX_NUMBER) {
+      refuse("first epoch " + std::to_string(source.first_epoch) + ", use less than 2^62");
+    }
+    if (source.first_draw > drawn) {
+      refuse("first draw " + std::to_string(source.first_draw) + ", but only " + std::to_string(drawn) +
+             " draws come before the phase");
+    }
+  }
+
   // Answers `size` questions, `item(n)` each, block by block and stage by stage: the stages' cache misses
   // and mispredictions then overlap across samples.
   template <class ItemOf, class Write>
@@ -227,6 +322,7 @@ class Plan {
     Draw draws[BLOCK];
     for (std::size_t first = 0; first < size; first += BLOCK) {
       const std::size_t block = std::min(BLOCK, size - first);
+      worked(16 * block);
       for (std::size_t n = 0; n < block; ++n) items[n] = item(first + n);
       for (std::size_t n = 0; n < block; ++n) {
         draws[n] = in_epoch(items[n]);
@@ -254,9 +350,10 @@ class Plan {
     return {item.leaf->source, epoch, place};
   }
 
-  // Opens the segment of the last phase that starts at `start`, or marks the plan as ended there.
-  void open(u64 start, const std::vector<u64>& base, bool opens_phase) {
-    const Phase& phase = *phases_.back();
+  // The segment of a phase that starts at `start`; null where every source with weight is at its limit.
+  std::unique_ptr<Segment> made(const Phase& phase, u64 start, const std::vector<u64>& base,
+                                bool opens_phase) const {
+    worked(64 * base.size());
     auto segment = std::make_unique<Segment>();
     segment->start = start;
     segment->end = NEVER;
@@ -267,8 +364,7 @@ class Plan {
     std::vector<double> exact_weights;
     for (std::size_t k = 0; k < base.size(); ++k) {
       const SourcePhase& source = phase.sources[k].at;
-      if ((megatron_ ? phase.exact_weights[k] == 0.0 : phase.weights[k] == 0) || base[k] >= source.limit)
-        continue;
+      if (!phase.weight(megatron_, k) || base[k] >= source.limit) continue;
       segment->leaf_of[k] = static_cast<i32>(segment->leaves.size());
       segment->leaves.push_back({&phase.sources[k], base[k] - source.first_draw, static_cast<i32>(k)});
       budget.push_back(source.limit == NEVER ? NEVER : source.limit - base[k]);
@@ -278,11 +374,7 @@ class Plan {
         weights.push_back(phase.weights[k]);
       }
     }
-    if (segment->leaves.empty()) {
-      ended_ = true;
-      end_ = start;
-      return;
-    }
+    if (segment->leaves.empty()) return nullptr;
     if (megatron_) {
       restore_sum(phase, exact_weights);
       segment->greedy = std::make_unique<Greedy>(std::move(exact_weights), std::move(budget));
@@ -294,7 +386,7 @@ class Plan {
         if (item < MAX_SAMPLE) segment->end = std::min(segment->end, start + item + 1);
       }
     }
-    segments_.push_back(std::move(segment));
+    return segment;
   }
 
   // When sources have left, the others take up their weight in proportion: greedy needs the sum it had.
@@ -327,7 +419,13 @@ class Plan {
 
   void open_next() {
     Segment& last = *segments_.back();
-    open(last.end, counts_in(last, last.end), false);
+    std::unique_ptr<Segment> next = made(*phases_.back(), last.end, counts_in(last, last.end), false);
+    if (!next) {
+      ended_ = true;
+      end_ = last.end;
+    } else {
+      segments_.push_back(std::move(next));
+    }
   }
 
   void require_start(u64 i) const {
@@ -427,6 +525,7 @@ class Plan {
   std::vector<i32> pick_;  // Room for replayed runs.
   std::vector<u64> draw_;
   std::mutex mutex_;
+  std::atomic<std::thread::id> inside_{};  // Whose turn it is.
 };
 
 }  // namespace r1

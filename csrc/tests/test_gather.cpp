@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <thread>
 
 #include "check.hpp"
 
@@ -139,8 +140,8 @@ int main(int argc, char** argv) {
   Outputs out(1, 10);
   for (const off_t bytes : {60001, 59990, 59980, 100, 0}) {
     CHECK(::truncate((folder + "/cut.bin").c_str(), bytes) == 0);
-    const std::string said = message<std::invalid_argument>(
-        [&] { cut.gather(&source, &window, 1, 10, 0, out.rows(true)); });
+    const std::string said =
+        message<std::invalid_argument>([&] { cut.gather(&source, &window, 1, 10, 0, out.rows(true)); });
     CHECK(holds(said, "cut.bin ends at byte ") && holds(said, "22 bytes at offset 59980 were wanted"));
     CHECK(holds(said, "cut short after it was opened"));
     CHECK_THROWS(cut.whole_windows(&source, &window, 1, 10, out.tokens.data()), std::invalid_argument);
@@ -165,12 +166,44 @@ int main(int argc, char** argv) {
   CHECK(all.bytes == sizeof bytes && all.error == 0);
   CHECK(std::memcmp(bytes, narrow.data() + 20, sizeof bytes) == 0);
 
-  // A directory opens and cannot be read: the system's reason, with the file's name and the place.
-  Streams folders;
-  folders.add(folder, 2, 11);
+  // A file that cannot be read any more: the system's reason, with the file's name and the place.
+  Streams closed;
+  const int next = ::dup(0);  // The number that the file will have.
+  ::close(next);
+  closed.add(folder + "/narrow.bin", 2, 11);
+  ::close(next);
   const i64 zero = 0;
   const std::string said =
-      message<std::system_error>([&] { folders.gather(&source, &zero, 1, 10, 0, out.rows(false)); });
-  CHECK(holds(said, folder + ": cannot read 22 bytes at offset 0") && holds(said, std::strerror(EISDIR)));
+      message<std::system_error>([&] { closed.gather(&source, &zero, 1, 10, 0, out.rows(false)); });
+  CHECK(holds(said, "narrow.bin: cannot read 22 bytes at offset 0") && holds(said, std::strerror(EBADF)));
+
+  // Folders, pipes and devices do not open; opening a pipe would wait.
+  const std::string pipe = folder + "/pipe";
+  CHECK(::mkfifo(pipe.c_str(), 0600) == 0);
+  for (const std::string& path : {folder, pipe, std::string("/dev/zero")}) {
+    Streams refusing;
+    CHECK(holds(message<std::invalid_argument>([&] { refusing.add(path, 2, 0); }), " is no regular file"));
+  }
+  Streams refusing;
+  const std::string endless = folder + std::string(100000, 'x');
+  const std::string told = message<std::system_error>([&] { refusing.add(endless, 2, 0); });
+  CHECK(told.size() < 500 && holds(told, folder) && holds(told, std::strerror(ENAMETOOLONG)));
+
+  // Others read while a stream is added.
+  Streams growing;
+  growing.add(folder + "/narrow.bin", 2, 30001);
+  std::vector<std::thread> readers;
+  for (int n = 0; n < 2; ++n) {
+    readers.emplace_back([&] {
+      Outputs mine(1, 10);
+      for (int turn = 0; turn < 300; ++turn) {
+        growing.check(&source, &zero, 1, 10);
+        growing.gather(&source, &zero, 1, 10, 0, mine.rows(true));
+        CHECK(mine.tokens[0] == 5);
+      }
+    });
+  }
+  for (int n = 0; n < 100; ++n) growing.add(folder + "/narrow.bin", 2, 30001);
+  for (std::thread& reader : readers) reader.join();
   return failures;
 }

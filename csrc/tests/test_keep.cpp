@@ -47,5 +47,6 @@ int main() {
   CHECK(gap.select(6400) == 39900 * 64);
   CHECK(gap.select(12799) == 40000 * 64 - 1);
   CHECK_THROWS(Keep(65, {1}), std::invalid_argument);
+  CHECK_THROWS(Keep(NEVER, {}), std::invalid_argument);
   return failures;
 }

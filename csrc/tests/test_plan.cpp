@@ -1,11 +1,28 @@
 #include "../plan.hpp"
 
+#include <cmath>
+#include <cstdlib>
+#include <new>
 #include <set>
 #include <thread>
 
 #include "check.hpp"
 
 using namespace r1;
+
+// Memory runs out at this allocation from now on, and is there again after it.
+thread_local long fails_in = -1;
+
+void* operator new(std::size_t bytes) {
+  if (fails_in >= 0 && fails_in-- == 0) throw std::bad_alloc();
+  if (void* const memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return fails_in >= 0 && fails_in-- == 0 ? nullptr : std::malloc(bytes);
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -73,12 +90,85 @@ void threads_see_one_order() {
   }
 }
 
+// A plan whose n-th allocation fails answers afterwards as one that had all memory.
+void wants_of_memory_leave_no_trace(bool megatron, std::size_t sources) {
+  const std::vector<u64> weights(sources, 1), keys(sources, 7);
+  const std::vector<double> exact(sources, 1.0 / static_cast<double>(sources));
+  const auto phase = [&](Plan& plan, u64 start, u64 limit) {
+    std::vector<SourcePhase> phases(sources, fresh(50));
+    phases[0].limit = limit;
+    plan.add_phase(start, weights, exact, phases);
+  };
+  // More samples than a checkpoint of the counts is apart.
+  const u64 last = megatron ? 8100 * (sources + 1) : 3000;
+  const auto ask = [&](Plan& plan) {
+    std::vector<u64> answers = plan.counts(last);
+    const Draw draw = plan.locate(last + 5);
+    answers.insert(answers.end(), {plan.position(1, last / sources - 9), draw.window, draw.epoch});
+    return answers;
+  };
+  Plan whole(megatron, true, keys);
+  phase(whole, 0, 20);
+  phase(whole, 500, NEVER);
+  const std::vector<u64> want = ask(whole);
+  int failed = 0;
+  bool ran_out = true;
+  for (long n = 0; ran_out && n < 40; n += 1 + n / 12) {
+    Plan plan(megatron, true, keys);
+    phase(plan, 0, 20);
+    bool added = false;
+    fails_in = n;
+    try {
+      phase(plan, 500, NEVER);
+      added = true;
+      ask(plan);
+    } catch (const std::bad_alloc&) {
+      ++failed;
+    }
+    ran_out = fails_in < 0;
+    fails_in = -1;
+    if (!added) phase(plan, 500, NEVER);
+    CHECK(ask(plan) == want);
+  }
+  CHECK(failed > 8);
+}
+
+void refuses_what_no_plan_can_have(bool megatron) {
+  Plan plan(megatron, true, {1, 2});
+  const auto add = [&](u64 start, const SourcePhase& first, double exact = 0.5, u64 weight = 1) {
+    plan.add_phase(start, {weight, 1}, {exact, 0.5}, {first, fresh(9)});
+  };
+  const auto empty = std::make_shared<const Keep>(20, std::vector<u64>{0});
+  for (int turn = 0; turn < 2; ++turn) {
+    const u64 start = turn ? 30 : 0;
+    CHECK_THROWS(add(start, {10, NEVER, 0, 0, empty}), std::invalid_argument);
+    CHECK_THROWS(add(start, fresh(0)), std::invalid_argument);
+    CHECK_THROWS(add(start, fresh(MAX_NUMBER)), std::invalid_argument);
+    CHECK_THROWS(add(start, {10, NEVER, 100, 0, nullptr}), std::invalid_argument);
+    CHECK_THROWS(add(start, {10, NEVER, 0, NEVER, nullptr}), std::invalid_argument);
+    CHECK_THROWS(add(start, fresh(9), 0.5, NEVER), std::invalid_argument);
+    CHECK_THROWS(add(start, fresh(9), NAN), std::invalid_argument);
+    CHECK_THROWS(add(start, fresh(9), -0.5), std::invalid_argument);
+    CHECK_THROWS(add(turn ? 0 : 5, fresh(9)), std::invalid_argument);
+    CHECK_THROWS(plan.add_phase(start, {1, 1}, {1}, {fresh(9), fresh(9)}), std::invalid_argument);
+    CHECK_THROWS(plan.add_phase(start, {0, 0}, {0, 0}, {fresh(9), fresh(9)}), std::invalid_argument);
+    CHECK_THROWS(plan.count(2, 0), std::out_of_range);
+    CHECK_THROWS(plan.position(NEVER, 0), std::out_of_range);
+    // Nothing of them stays.
+    CHECK(plan.segment_starts().size() == static_cast<std::size_t>(turn));
+    if (turn == 0) add(0, fresh(9));
+  }
+  CHECK(plan.position(0, NEVER) == NEVER);
+}
+
 }  // namespace
 
 int main() {
   for (const bool megatron : {false, true}) {
     draws_each_window_once_an_epoch(megatron);
     caps_hold_to_the_sample(megatron);
+    refuses_what_no_plan_can_have(megatron);
+    wants_of_memory_leave_no_trace(megatron, 20);
   }
   threads_see_one_order();
   Plan empty(false, true, {1});
