@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_r1.system.errors import shown
+from megatron_r1.system.terminal import say
 
 
 def ours(path: str, flags: int) -> int:
@@ -191,11 +191,8 @@ _told: list[str] = []
 def _tell_unflushed(folder: str, why: str) -> None:
     if not _told:
         _told.append(folder)
-        print(
-            f"warning: folders cannot be flushed to the disk here ({folder}: {why}); a power cut may undo the "
-            f"newest files",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"warning: {folder} cannot be flushed ({why}), and no folder beside it; a power cut may undo names"
         )
 
 
