@@ -192,7 +192,7 @@ def _tell_unflushed(folder: str, why: str) -> None:
     if not _told:
         _told.append(folder)
         say(
-            f"warning: {folder} cannot be flushed ({why}), and no folder beside it; a power cut may undo names"
+            f"warning: no folder is flushed on this file system ({folder}: {why}); a power cut may undo names"
         )
 
 
