@@ -30,7 +30,8 @@ def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[st
     out: dict[str, str] = {}
     seen: dict[str, str] = {}
     for name in names:
-        same = unicodedata.normalize("NFKC", name).casefold()
+        # Of a long text the other form takes a time that grows with its square.
+        same = unicodedata.normalize("NFKC", name[:_NAME_BYTES]).casefold()
         if not _NAME.fullmatch(name):
             out[name] = "a name has letters, digits, '_', '-' and '.', and begins with no '-' and no '.'"
         elif len(name.encode()) > _NAME_BYTES:
@@ -46,7 +47,7 @@ def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[st
 def check_names(what: str, names: Iterable[str], reserved: Iterable[str] = ()) -> None:
     """Raise ValueError, which begins with `what` and the name, for the first that cannot be a name."""
     for name, why in name_mistakes(names, reserved).items():
-        raise ValueError(f"{what} {name!r}: {why}")
+        raise ValueError(f"{what} {name[:_NAME_BYTES]!r}: {why}")
 
 
 def _name(*reserved: str) -> AfterValidator:
@@ -84,14 +85,14 @@ def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
         if info.context == "unlimited":
             return 1
         why = "has more than 63 bits" if long else message
-        raise PydanticCustomError("limit", "={value} {message}", {"value": str(number), "message": why})
+        raise PydanticCustomError("limit", "{message}", {"value": number, "message": why})
 
     return WrapValidator(check)
 
 
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise PydanticCustomError("text", "={value} names nothing", {"value": repr(text)})
+        raise PydanticCustomError("text", "{message}", {"value": text, "message": "names nothing"})
     return text
 
 

@@ -110,12 +110,12 @@ def model_groups(config: ParallelConfig, gloo: bool = True) -> Iterator[Parallel
 @contextmanager
 def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
     """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in every rank if
-    another launch has it."""
+    another launch has it, or if the first rank cannot write it."""
     lock, busy = RunLock(directory), ""
     if context.leads:
         try:
             lock.take(share=True)
-        except RunBusyError as error:
+        except (RunBusyError, OSError) as error:
             busy = str(error)
     if busy := broadcast_object(busy):
         raise RunBusyError(busy)

@@ -110,7 +110,7 @@ def test_a_merged_key_may_be_replaced() -> None:
         (b"a: 1\nb: \x00\n", r"x.yaml, line 2: U\+0000 is no character"),
         (b"a: *b\n", "x.yaml, line 1: found undefined alias"),
         (b"a: " + b"[" * 1000, "x.yaml, line 1: nested too deep"),
-        (b"a: " + b"9" * 5000, "x.yaml, line 1: Exceeds the limit"),
+        (b"a: " + b"9" * 5000, "x.yaml, line 1: a number of more than 4,000"),
         (b"a: !!binary aGk=\n", "x.yaml, line 1: could not determine"),
     ],
 )
