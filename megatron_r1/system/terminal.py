@@ -40,7 +40,7 @@ def message_of(error: BaseException) -> str:
         text = f"a file is nested deeper than this program reads{way}"
     elif isinstance(error, MemoryError):
         text = f"not enough memory ({text or 'size unknown'}): for what a file claims, or here{way}"
-    lines = text.splitlines()
+    lines = printable(text[: _LONGEST * _LINES], keep="\n\t").split("\n")
     out = [line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..." for line in lines[:_LINES]]
     return "\n".join([*out, *([f"and {len(lines) - _LINES} lines more"] if len(lines) > _LINES else [])])
 
