@@ -96,6 +96,20 @@ def _filled(text: str) -> str:
     return text
 
 
+_EVALUATED = re.compile(r"\$\{(?!oc\.env:\w+\})|_target_")
+
+
+def _data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are data: nothing in them is evaluated, and no class or function is named."""
+    parts: list[Any] = [settings]
+    for part in parts:
+        parts += [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, str) and _EVALUATED.search(part):
+            why = "would be evaluated; give the value itself, or ${oc.env:NAME} to take it from there"
+            raise PydanticCustomError("text", "{message}", {"value": part, "message": why})
+    return settings
+
+
 PositiveInt = Annotated[int, _limit(lambda v: v > 0, "must be positive")]
 PositiveFloat = Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")]
 Finite = Annotated[float, _limit(math.isfinite, "must be finite")]
@@ -291,9 +305,10 @@ class TrainConfig(_Strict):
     """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""
     validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
-    exp_manager: dict[str, Any] | None = None
+    exp_manager: Annotated[dict[str, Any], AfterValidator(_data)] | None = None
     """Settings of NeMo's experiment manager, whose loggers then log, too. Needs nemo-toolkit.
-    {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off."""
+    {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off. Keys belong in the
+    environment: a value whose name looks like a key's is given to the loggers, and recorded nowhere."""
     wandb_project: str | None = None
     """Weights & Biases project to report to. Needs wandb."""
     init_weights: str | None = None

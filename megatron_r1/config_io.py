@@ -232,7 +232,7 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
             field = error["loc"][-1]
             out[*path, field] = f"{name}.{brief(str(field))}: missing{given.place(path)}"
         elif kind in ("limit", "text"):
-            out[*path] = f"{name}={shown(about['value'])} {error['msg']}{given.place(path)}"
+            out[*path] = f"{name}={shown(hidden(about['value']))} {error['msg']}{given.place(path)}"
         elif kind == "name":
             path += [about["name"]] if "name" in about else []
             out[*path] = f"{name}{error['msg']}{given.place(path)}"
