@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -96,17 +97,14 @@ def _filled(text: str) -> str:
     return text
 
 
-_EVALUATED = re.compile(r"\$\{(?!oc\.env:\w+\})|_target_")
+_EVALUATED = re.compile(r"\$\{(?!oc\.env:\w+\})[^}\"]{0,100}|_target_")
 
 
 def _data(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that are data: nothing in them is evaluated, and no class or function is named."""
-    parts: list[Any] = [settings]
-    for part in parts:
-        parts += [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else ()
-        if isinstance(part, str) and _EVALUATED.search(part):
-            why = "would be evaluated; give the value itself, or ${oc.env:NAME} to take it from there"
-            raise PydanticCustomError("text", "{message}", {"value": part, "message": why})
+    if match := _EVALUATED.search(json.dumps(settings)):
+        why = "would be evaluated; give the value itself, or ${oc.env:NAME} to take it from there"
+        raise PydanticCustomError("text", "{message}", {"value": match[0], "message": why})
     return settings
 
 

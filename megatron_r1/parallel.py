@@ -23,6 +23,7 @@ from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.records import Batch
 from megatron_r1.system.process import RunBusyError, RunLock
+from megatron_r1.system.terminal import say
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -55,7 +56,7 @@ class ParallelContext:
     def announce(self, line: str) -> None:
         """Print a line on the first rank alone."""
         if self.leads:
-            print(line, flush=True)
+            say(line, result=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ to its text: a file by its SHA-256, a dataset by `data.indexed.identity_of`, a c
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -164,19 +165,7 @@ def record_launch(note: Path, directory: Path, outputs: Hashes) -> None:
     """Add the line in `note`, where there is one, to `directory`/ledger.jsonl, and remove the note."""
     line = read(note)
     # A note that was damaged since is none.
-    if line is not None and _is_line(line):
-        finish(directory, outputs=outputs, again=True, **line)
+    with suppress(TypeError, OverflowError):
+        if line is not None:
+            finish(directory, outputs=outputs, again=True, **line)
     note.unlink(missing_ok=True)
-
-
-def _is_line(line: dict[str, Any]) -> bool:
-    """Whether a note has the arguments of `finish`, of their types."""
-    given: dict[str, Any] = {"inputs": dict, "name": str, "tokens": int, "devices": int}
-    given["seconds"] = (int, float)
-    texts = line.get("inputs")
-    return (
-        {"name", "inputs"} <= line.keys() <= given.keys()
-        and all(isinstance(value, given[key]) for key, value in line.items())
-        and isinstance(texts, dict)
-        and all(isinstance(text, str) for text in texts.values())
-    )

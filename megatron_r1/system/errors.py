@@ -62,7 +62,9 @@ def hidden(value: Any, secret: bool = False) -> Any:
         secret = secret or ("value" in value and _looks_secret(value.get("name")))
         return {k: hidden(v, secret or _looks_secret(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [hidden(v, secret or _is_flag(before)) for before, v in zip(["", *value], value, strict=False)]
+        # What follows `--api-key`.
+        flags = [False, *(isinstance(v, str) and v[:1] == "-" and _looks_secret(v) for v in value)]
+        return [hidden(v, secret or flag) for v, flag in zip(value, flags, strict=False)]
     if isinstance(value, str) and value and not _FROM_ENVIRONMENT.fullmatch(value):
         return HIDDEN if secret else _IN_TEXT.sub(lambda m: f"{m['url'] or m['name']}{HIDDEN}", value)
     return HIDDEN if secret and isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -70,10 +72,6 @@ def hidden(value: Any, secret: bool = False) -> Any:
 
 def _looks_secret(name: Any) -> bool:
     return isinstance(name, str) and bool(_SECRET.search(name))
-
-
-def _is_flag(word: Any) -> bool:
-    return isinstance(word, str) and word[:1] == "-" and _looks_secret(word)
 
 
 def unhidden(settings: Any) -> Any:

@@ -28,9 +28,9 @@ _LONGEST, _LINES = 1000, 200
 """Characters of a line of a message, and its lines."""
 
 
-def say(line: str) -> None:
-    """Print a line for people, beside the results. Control characters in foreign names are escaped."""
-    print(printable(line, keep="\n\t"), file=sys.stderr, flush=True)
+def say(line: str, result: bool = False) -> None:
+    """Print a line for people: beside the results, or as one. Control characters in it are escaped."""
+    print(printable(line, keep="\n\t"), file=sys.stdout if result else sys.stderr, flush=True)
 
 
 def message_of(error: BaseException) -> str:

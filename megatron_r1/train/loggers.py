@@ -115,7 +115,7 @@ class _ExperimentManager:
         try:
             nemo.exp_manager(trainer, {**ours, **unhidden(given)})
         except ValueError as error:
-            raise ValueError(f"train.exp_manager: {_without(given, str(error))}") from None
+            raise ValueError(f"train.exp_manager: {hidden(str(error))}") from None
         self._loggers = trainer.loggers
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -126,14 +126,3 @@ class _ExperimentManager:
         for logger in self._loggers:
             logger.save()
             logger.finalize("success")
-
-
-def _without(given: Any, text: str) -> str:
-    """A message of others without the values of `given` that are secret."""
-    shown, parts = str(hidden(given)), [given]
-    for part in parts:
-        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    leaves = {str(part) for part in parts if isinstance(part, (str, int, float))}
-    for leaf in sorted(leaves, key=len, reverse=True):
-        text = text if leaf in shown else text.replace(leaf, HIDDEN)
-    return text

@@ -59,7 +59,7 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
         lines = resume.describe_start(config, data)
         if is_first_rank():
             resume.record_end(config)
-            print("\n".join(lines), flush=True)
+            say("\n".join(lines), result=True)
         return
     resume.check_beginning(config, data)
     if is_first_rank():

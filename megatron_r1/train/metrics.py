@@ -40,7 +40,8 @@ class MetricsLog:
         make_folder(run.root)
         self._run = run
         self._file = open(run.metrics, "a", encoding="utf-8", opener=ours)  # noqa: SIM115  (open as long as the run)
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        with naming(run.tensorboard):
+            self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         self._others = others
 
     def write(self, line: dict[str, Any]) -> None:
@@ -51,8 +52,9 @@ class MetricsLog:
         self._last = line
 
     def _show(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        with naming(self._run.tensorboard):
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
         for other in self._others:
             other.log(scalars, step)
 

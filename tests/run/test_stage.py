@@ -101,7 +101,8 @@ def test_a_refusal_names_few_of_many_differences() -> None:
     "note",
     [{"x": 1}, {"name": "a"}, {"name": "a", "inputs": [], "tokens": 1}, {"name": 3, "inputs": {}},
      {"name": "a", "inputs": {}, "directory": "/tmp"}, {"name": "a", "inputs": {"b": 3}},
-     {"name": "a", "inputs": {}, "seconds": "1"}, {"name": "a", "inputs": {}, "again": True}],
+     {"name": "a", "inputs": {}, "seconds": "1"}, {"name": "a", "inputs": {}, "seconds": 10**400},
+     {"name": "a", "inputs": {}, "again": True}],
 )  # fmt: skip
 def test_a_damaged_note_of_a_launch_is_none(tmp_path: Path, note: dict[str, Any]) -> None:
     write_json(tmp_path / ".launch", note)

@@ -238,8 +238,8 @@ def test_loggers_get_their_keys_and_see_no_key_on_the_command_line(
     # As RUN/config.yaml has it.
     _manage(monkeypatch, tmp_path, nemo, {"wandb_logger_kwargs": {"api_key": "(hidden)", "project": "p"}})
     assert nemo.given["wandb_logger_kwargs"] == {"project": "p"}
-    nemo.fail = "wandb: no access with SECRET to p"
-    with pytest.raises(ValueError, match=r"train.exp_manager: wandb: no access with \(hidden\) to p"):
+    nemo.fail = "wandb: no access with api_key=SECRET to p"
+    with pytest.raises(ValueError, match=r"train.exp_manager: wandb: no access with api_key=\(hidden\) to p"):
         _manage(monkeypatch, tmp_path, nemo, settings)
 
 
