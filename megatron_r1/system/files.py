@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_r1.system.errors import shown
-from megatron_r1.system.terminal import say
+from megatron_r1.system.terminal import is_first_rank, say
 
 
 def ours(path: str, flags: int) -> int:
@@ -165,12 +165,13 @@ def on_disk(stream: IO[bytes]) -> None:
 
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EISDIR, errno.EACCES, errno.EPERM)
 """Errors of file systems, and of folders that nobody may list, that flush no folders."""
+_told: list[Path] = []
 
 
 def sync(path: Path) -> None:
     """Flush a file or a directory entry to the disk. OSError names it.
 
-    A folder that cannot be flushed is told once a process: what lies in it is whole all the same.
+    A folder that cannot be flushed is told once a launch: what lies in it is whole all the same.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -182,18 +183,11 @@ def sync(path: Path) -> None:
     except OSError as error:
         if not path.is_dir() or error.errno not in _NO_FLUSH:
             raise
-        _tell_unflushed(str(path), str(error.strerror))
-
-
-_told: list[str] = []
-
-
-def _tell_unflushed(folder: str, why: str) -> None:
-    if not _told:
-        _told.append(folder)
-        say(
-            f"warning: no folder is flushed on this file system ({folder}: {why}); a power cut may undo names"
-        )
+        if not _told and is_first_rank():
+            _told.append(path)
+            say(
+                f"warning: {path} cannot be flushed ({error.strerror}); a power cut may undo names in folders"
+            )
 
 
 def plain_name(name: Any) -> bool:

@@ -112,7 +112,7 @@ def test_folders_that_cannot_be_flushed_are_told_once(
     for name in ("a", "b"):
         write_text(tmp_path / name, name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    assert capsys.readouterr().err.count("no folder is flushed") == 1
+    assert capsys.readouterr().err.count("cannot be flushed") == 1
 
 
 @pytest.mark.parametrize(
