@@ -144,7 +144,8 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         before = self._nodes
         self._level += 1
-        self._require(event, levels=0)
+        if self._level > MOST_DEPTH:
+            raise self._beyond(event)
         node: Any = super().compose_node(parent, index)
         if isinstance(event, AliasEvent):
             size, levels = self._sizes.get(node, (0, 0))
@@ -157,18 +158,16 @@ class _Loader(yaml.SafeLoader):
             levels = 1 + max((self._sizes[part][1] for part in parts), default=0)
             self._nodes += 1 + (len(node.value) // _NODE if isinstance(node, ScalarNode) else 0)
             self._sizes[node] = self._nodes - before, levels
-        self._require(event, levels - 1)
+        if self._nodes > MOST_NODES or self._level + levels > MOST_DEPTH + 1:
+            raise self._beyond(event)
         self._level -= 1
         return node
 
-    def _require(self, event: Any, levels: int) -> None:
-        problem = ""
+    def _beyond(self, event: Any) -> ConstructorError:
+        problem = f"nested too deep, more than {MOST_DEPTH} levels"
         if self._nodes > MOST_NODES:
             problem = f"more than {MOST_NODES:,} values and keys, aliases followed; {_SPLIT}"
-        elif self._level + levels > MOST_DEPTH:
-            problem = f"nested too deep, more than {MOST_DEPTH} levels"
-        if problem:
-            raise ConstructorError(None, None, problem, event.start_mark)
+        return ConstructorError(None, None, problem, event.start_mark)
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is ScalarNode:

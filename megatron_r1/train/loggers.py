@@ -28,7 +28,11 @@ _NEMO = ("nemo.utils.exp_manager", "lightning.pytorch", "lightning.pytorch.plugi
 def require_packages(train: TrainConfig) -> None:
     """Raise ValueError if a package is not installed whose logger `train` names."""
     if train.wandb_project:
-        require("wandb", f"train.wandb_project={brief(train.wandb_project)}", "wandb, or leave the field out")
+        require(
+            "wandb",
+            f"train.wandb_project={brief(hidden(train.wandb_project))}",
+            "wandb, or leave the field out",
+        )
     for module in _NEMO if train.exp_manager is not None else ():
         require(module, "train.exp_manager", "'megatron_r1[nemo]', or leave the field out")
 
