@@ -99,7 +99,7 @@ def test_a_refusal_names_few_of_many_differences() -> None:
 
 @pytest.mark.parametrize(
     "note",
-    [{"x": 1}, {"name": "a"}, {"name": "a", "inputs": [], "tokens": 1}, {"name": 3, "inputs": {}},
+    [{"x": 1}, {"name": "a"}, {"name": "a", "inputs": 3, "tokens": 1}, {"name": 3, "inputs": {}},
      {"name": "a", "inputs": {}, "directory": "/tmp"}, {"name": "a", "inputs": {"b": 3}},
      {"name": "a", "inputs": {}, "seconds": "1"}, {"name": "a", "inputs": {}, "seconds": 10**400},
      {"name": "a", "inputs": {}, "again": True}],
