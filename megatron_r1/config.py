@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -30,7 +31,8 @@ def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[st
     out: dict[str, str] = {}
     seen: dict[str, str] = {}
     for name in names:
-        same = unicodedata.normalize("NFKC", name).casefold()
+        # Of a long text the other form takes a time that grows with its square.
+        same = unicodedata.normalize("NFKC", name[:_NAME_BYTES]).casefold()
         if not _NAME.fullmatch(name):
             out[name] = "a name has letters, digits, '_', '-' and '.', and begins with no '-' and no '.'"
         elif len(name.encode()) > _NAME_BYTES:
@@ -46,7 +48,7 @@ def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[st
 def check_names(what: str, names: Iterable[str], reserved: Iterable[str] = ()) -> None:
     """Raise ValueError, which begins with `what` and the name, for the first that cannot be a name."""
     for name, why in name_mistakes(names, reserved).items():
-        raise ValueError(f"{what} {name!r}: {why}")
+        raise ValueError(f"{what} {name[:_NAME_BYTES]!r}: {why}")
 
 
 def _name(*reserved: str) -> AfterValidator:
@@ -84,15 +86,26 @@ def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
         if info.context == "unlimited":
             return 1
         why = "has more than 63 bits" if long else message
-        raise PydanticCustomError("limit", "={value} {message}", {"value": str(number), "message": why})
+        raise PydanticCustomError("limit", "{message}", {"value": number, "message": why})
 
     return WrapValidator(check)
 
 
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise PydanticCustomError("text", "={value} names nothing", {"value": repr(text)})
+        raise PydanticCustomError("text", "{message}", {"value": text, "message": "names nothing"})
     return text
+
+
+_EVALUATED = re.compile(r"\$\{(?!oc\.env:\w+\})[^}\"]{0,100}|_target_")
+
+
+def _data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are data: nothing in them is evaluated, and no class or function is named."""
+    if match := _EVALUATED.search(json.dumps(settings)):
+        why = "would be evaluated; give the value itself, or ${oc.env:NAME} to take it from there"
+        raise PydanticCustomError("text", "{message}", {"value": match[0], "message": why})
+    return settings
 
 
 PositiveInt = Annotated[int, _limit(lambda v: v > 0, "must be positive")]
@@ -290,9 +303,10 @@ class TrainConfig(_Strict):
     """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""
     validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
-    exp_manager: dict[str, Any] | None = None
+    exp_manager: Annotated[dict[str, Any], AfterValidator(_data)] | None = None
     """Settings of NeMo's experiment manager, whose loggers then log, too. Needs nemo-toolkit.
-    {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off."""
+    {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off. Keys belong in the
+    environment: a value whose name looks like a key's is given to the loggers, and recorded nowhere."""
     wandb_project: str | None = None
     """Weights & Biases project to report to. Needs wandb."""
     init_weights: str | None = None

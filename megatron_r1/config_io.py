@@ -15,10 +15,14 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, PhaseConfig
-from megatron_r1.system.errors import suggest, suggest_path
-from megatron_r1.system.yaml_io import Document, YamlError, format_yaml, parse_yaml, read_yaml
+from megatron_r1.system.errors import HIDDEN, brief, hidden, shown, suggest, suggest_path
+from megatron_r1.system.yaml_io import MOST_DEPTH, Document, YamlError, format_yaml, parse_yaml, read_yaml
 
 T = TypeVar("T")
+
+
+_MOST, _LONGEST = 50, 1000
+"""Mistakes that are told, and characters of one. Of a section's, twice as many are worded."""
 
 
 class ConfigError(ValueError):
@@ -27,7 +31,9 @@ class ConfigError(ValueError):
     def __init__(self, mistakes: list[str]):
         self.mistakes = mistakes
         head = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  {m}" for m in mistakes))
+        lines = [brief(mistake, _LONGEST) for mistake in mistakes[:_MOST]]
+        lines += [f"and {len(mistakes) - _MOST} more"] if len(mistakes) > _MOST else []
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def load(arguments: Iterable[str]) -> Config:
@@ -65,8 +71,15 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal Config."""
-    return format_yaml(dataclasses.asdict(config), allow_unicode=True, width=110)
+    """The resolved configuration as YAML that `load` reads back to an equal Config, secrets aside."""
+    return format_yaml(public(config), allow_unicode=True, width=110)
+
+
+def public(config: Config) -> dict[str, Any]:
+    """The configuration as a tree, without the keys and passwords that loggers' settings may hold."""
+    tree = dataclasses.asdict(config)
+    tree["train"]["exp_manager"] = hidden(tree["train"]["exp_manager"])
+    return tree
 
 
 def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
@@ -78,16 +91,16 @@ def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
 def _read(path: Path, mistakes: list[str]) -> Document | None:
     # os.path's answers are no errors, however long the name.
     if not os.path.isfile(path):
-        mistakes.append(f"{path}: no such file{suggest_path(path)}")
+        mistakes.append(f"{brief(str(path))}: no such file{suggest_path(path)}")
         return None
     try:
         document = read_yaml(path)
-    except YamlError as error:
+    except (YamlError, OSError) as error:
         mistakes.append(str(error))
         return None
     if not isinstance(document.tree, dict):
         kind = {type(None): "nothing", list: "a list"}.get(type(document.tree), "one value")
-        mistakes.append(f"{path}: expected `section: ...`, found {kind}")
+        mistakes.append(f"{document.name}: expected `section: ...`, found {kind}")
         return None
     return document
 
@@ -108,13 +121,15 @@ class _Given:
         self._overrides: list[dict[str, Any]] = []
         for text in overrides:
             key, value = text.split("=", 1)
-            if not all(key.split(".")):
-                mistakes.append(f"{text}: {key!r} is no dotted key, as train.seed")
+            told = f"{key}={HIDDEN}" if _may_be_secret(key.split(".")) else hidden(text)
+            if not all(key.split(".")) or key.count(".") >= MOST_DEPTH:
+                mistakes.append(f"{brief(told)}: {shown(key)} is no dotted key, as train.seed")
                 continue
             try:
-                leaf: Any = parse_yaml(value, text).tree
+                leaf: Any = parse_yaml(value, told).tree
             except YamlError as error:
-                mistakes.append(f"{error} (in a shell: {key}='\"...\"')")
+                why = f"{brief(told)}: its value is no YAML" if HIDDEN in told else str(error)
+                mistakes.append(f"{why} (in a shell: {brief(key)}='\"...\"')")
                 continue
             for part in reversed(key.split(".")):
                 leaf = {part: leaf}
@@ -165,7 +180,8 @@ def _sections(given: _Given, mistakes: list[str], whole: bool) -> tuple[dict[str
     beyond: set[str] = set()
     for key in given.tree:
         if key not in hints:
-            mistakes.append(f"{key}: unknown section{suggest(key, hints)}{given.place([key])}")
+            more = suggest(key, hints) + given.place([key]) if len(mistakes) < _MOST else ""
+            mistakes.append(f"{brief(key)}: unknown section{more}")
     for spec in dataclasses.fields(Config):
         name = spec.name
         if name not in given.tree:
@@ -177,7 +193,8 @@ def _sections(given: _Given, mistakes: list[str], whole: bool) -> tuple[dict[str
             out[name] = adapter.validate_python(given.tree[name])
         except ValidationError as caught:
             errors = caught.errors(include_url=False)
-            mistakes += _messages(name, given, errors)
+            mistakes += _messages(name, given, errors[: 2 * _MOST])
+            mistakes += [f"{name}: another mistake"] * (len(errors) - 2 * _MOST)
             # A value beyond its limit still takes part in the checks between fields.
             if all(error["type"] == "limit" for error in errors):
                 out[name] = adapter.validate_python(given.tree[name], context="unlimited")
@@ -207,15 +224,15 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
     wanted: dict[tuple[str | int, ...], list[str]] = {}
     for error in errors:
         path, _ = given.at([section, *error["loc"]])
-        kind, name, about = error["type"], ".".join(map(str, path)), error.get("ctx", {})
+        kind, name, about = error["type"], brief(".".join(map(str, path))), error.get("ctx", {})
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             known = _field_names(typing.get_type_hints(Config)[section], path[1:-1])
             out[*path] = f"{name}: unknown key{suggest(str(path[-1]), known)}{given.place(path)}"
         elif kind in ("missing", "missing_argument"):
             field = error["loc"][-1]
-            out[*path, field] = f"{name}.{field}: missing{given.place(path)}"
+            out[*path, field] = f"{name}.{brief(str(field))}: missing{given.place(path)}"
         elif kind in ("limit", "text"):
-            out[*path] = f"{name}{error['msg']}{given.place(path)}"
+            out[*path] = f"{name}={shown(hidden(about['value']))} {error['msg']}{given.place(path)}"
         elif kind == "name":
             path += [about["name"]] if "name" in about else []
             out[*path] = f"{name}{error['msg']}{given.place(path)}"
@@ -226,15 +243,20 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
         # A branch that went further into the value knows more.
         if not any(other[: len(where)] == where for other in (*out, *(w for w in wanted if w != where))):
             value, words = given.at(where)[1], list(dict.fromkeys(words))
-            shown, hint = repr(value), ""
+            told, hint = shown(hidden(value, isinstance(value, str) and _may_be_secret(where))), ""
             if value is None or isinstance(value, bool):
-                shown = json.dumps(value)
+                told = json.dumps(value)
                 hint = "" if value is None else "; YAML reads yes, no, on and off as true and false"
             elif "text" in words and isinstance(value, (int, float)):
                 hint = "; quote it"
-            name = ".".join(map(str, where))
-            out[where] = f"{name}={shown} must be {' or '.join(words)}{hint}{given.place(where)}"
+            name = brief(".".join(map(str, where)))
+            out[where] = f"{name}={told} must be {' or '.join(words)}{hint}{given.place(where)}"
     return list(out.values())
+
+
+def _may_be_secret(path: Sequence[str | int]) -> bool:
+    """Whether a value at `path` may hold loggers' settings, whose text no message shows."""
+    return path[0] == "train" and (len(path) == 1 or path[1] == "exp_manager")
 
 
 def _field_names(hint: Any, path: Sequence[str | int]) -> list[str]:
@@ -345,6 +367,7 @@ def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int) -> list
 
 def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> list[str]:
     """`sources`: None where they did not parse."""
+    known = set(sources or ())
     out = []
     if not phases:
         out.append("phases: empty; name at least one phase")
@@ -358,11 +381,10 @@ def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> 
             out.append(f"{path}.decay_steps={phase.decay_steps} is not within {path}.steps={phase.steps}")
         for field in ("max_epochs", "keep", "weights"):
             given = getattr(phase, field)
-            out += [
-                f"{path}.{field}.{key}: no such source in data.sources{suggest(key, sources)}"
-                for key in (given if isinstance(given, dict) else ())
-                if sources is not None and key not in sources
-            ]
+            for key in given if isinstance(given, dict) and sources is not None else ():
+                if key not in known:
+                    meant = suggest(key, sources or ()) if len(out) < _MOST else ""
+                    out.append(f"{path}.{field}.{brief(key)}: no such source in data.sources{meant}")
         total = 1.0 if phase.weights == "uniform" else sum(phase.weights.values())
         if not 0 < total < math.inf:
             wrong = "all weights are 0; at least one source must be drawn"

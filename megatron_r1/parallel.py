@@ -28,6 +28,7 @@ from megatron_r1.records import Batch
 from megatron_r1.system.errors import shown
 from megatron_r1.system.json_io import parse_json
 from megatron_r1.system.process import RunBusyError, RunLock
+from megatron_r1.system.terminal import say
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -60,7 +61,7 @@ class ParallelContext:
     def announce(self, line: str) -> None:
         """Print a line on the first rank alone."""
         if self.leads:
-            print(line, flush=True)
+            say(line, result=True)
 
 
 @contextmanager
@@ -122,12 +123,12 @@ def model_groups(config: ParallelConfig, gloo: bool = True) -> Iterator[Parallel
 @contextmanager
 def holding(directory: Path, context: ParallelContext) -> Iterator[None]:
     """Hold the lock on `directory` in every rank of this launch. Raises RunBusyError in every rank if
-    another launch has it."""
+    another launch has it, or if the first rank cannot write it."""
     lock, busy = RunLock(directory), ""
     if context.leads:
         try:
             lock.take(share=True)
-        except RunBusyError as error:
+        except (RunBusyError, OSError) as error:
             busy = str(error)
     if busy := broadcast_object(busy):
         raise RunBusyError(busy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import types
 import typing
 from collections.abc import Iterator
@@ -53,6 +54,83 @@ def test_dump_loads_back_equal(base: str, tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(config_io.dump(config))
     assert config_io.load([str(again)]) == config
+
+
+SECRET = "train.exp_manager={wandb_logger_kwargs: {api_key: SECRET, project: p}, x: ['https://u:SECRET@h']}"
+
+
+def test_keys_of_loggers_are_given_on_and_shown_nowhere(base: str, tmp_path: Path) -> None:
+    config = config_io.load([TINY, base, SECRET])
+    assert config.train.exp_manager and config.train.exp_manager["wandb_logger_kwargs"]["api_key"] == "SECRET"
+    text = config_io.dump(config)
+    assert "SECRET" not in text and "project: p" in text
+    (tmp_path / "again.yaml").write_text(text)
+    again = config_io.load([str(tmp_path / "again.yaml")])
+    assert config_io.dump(again) == text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.exp_manager='api_key: SECRET'",
+        "train.exp_manager={api_key: SECRET",
+        "train.exp_manager.a.api_key=0xSECRET: [",
+        "train.exp_manager=[{api_key: SECRET}]",
+        "train=[{exp_manager: {api_key: SECRET}}]",
+        "train='{exp_manager: {api_key: SECRET}}'",
+        "train.wandb_project={api_key: SECRET}",
+        "train.exp_manager={api_key: 'SECRET'}: x",
+        "train.run={url: 'https://u:SECRET@h'}",
+        "train.exp_manager={uri: 'https://u:SECRET@h${now:}'}",
+    ],
+)
+def test_no_mistake_quotes_a_key(base: str, override: str) -> None:
+    messages = mistakes(TINY, base, override)
+    assert messages and "SECRET" not in str(messages)
+
+
+@pytest.mark.parametrize("value", ["{a: [{b: '${eval:1}'}]}", "{a: {_target_: os.system}}", "{'${now:}': 1}"])
+def test_settings_of_loggers_are_data(base: str, value: str) -> None:
+    (message,) = mistakes(TINY, base, f"train.exp_manager={value}")
+    assert message.startswith("train.exp_manager=") and "would be evaluated; give the value itself" in message
+    config_io.load([TINY, base, "train.exp_manager={a: {api_key: '${oc.env:WANDB_API_KEY}'}}"])
+
+
+def _many(key: str, value: object = 1, count: int = 2000) -> str:
+    return "{" + ", ".join(f"'{key}{n}': {value}" for n in range(count)) + "}"
+
+
+@pytest.mark.parametrize(
+    ("override", "most"),
+    [
+        ("data.sources={'" + "k" * 100_000 + "': {prefix: x}}", 600),
+        ("data.sources={'" + "a\u0301\u0316" * 10_000 + "': {prefix: x}}", 600),
+        ("train.seed='" + "x" * 200_000 + "'", 600),
+        ("train.seed=" + "9" * 3900, 600),
+        ("train.run={a: [" + "1," * 5000 + "]}", 600),
+        (f"data={_many('k')}", 20_000),
+        (f"data.sources={_many('s/', '{prefix: x}')}", 20_000),
+        (f"phases.one.weights={_many('k')}", 20_000),
+        (f"phases.one.max_epochs={_many('k', -1)}", 20_000),
+        (f"model={_many('k', '[1]')}", 20_000),
+        ("a." * 60_000 + "b=1", 1000),
+        ("x" * 100_000, 600),
+        ("train.seed=" + "[" * 100_000, 600),
+    ],
+    ids=lambda value: str(value)[:16],
+)
+def test_a_message_is_bounded_for_any_content(base: str, override: str, most: int) -> None:
+    start = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        config_io.load([TINY, base, override])
+    assert len(str(caught.value)) < most and time.process_time() - start < 5
+    assert str(caught.value).count("\n") == min(51, len(caught.value.mistakes))
+
+
+def test_names_with_control_characters_are_shown_escaped(base: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text('data: {sources: {"\\e[2J\\nb": {prefix: x}}}')
+    (message,) = mistakes(TINY, base, str(tmp_path / "x.yaml"))
+    assert message.startswith("data.sources.\\x1b[2J\\nb: a name has letters")
 
 
 def test_every_mistake_is_in_one_message(base: str) -> None:

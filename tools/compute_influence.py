@@ -9,7 +9,7 @@ import os
 
 from megatron_r1 import config_io
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
-from megatron_r1.system.terminal import announce_torch, tool_parser, user_errors
+from megatron_r1.system.terminal import announce_torch, say, tool_parser, user_errors
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         config, work = config_io.load_with(options.config, lambda config: lay_plan(config, ranks))
         if options.check:
             summary = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
-            print(f"{config_io.dump(config)}\n{summary}")
+            say(f"{config_io.dump(config)}\n{summary}", result=True)
         else:
             announce_torch(config.train.run)
             from megatron_r1.influence.score import compute_influence

@@ -11,7 +11,7 @@ manifest.json.
 from __future__ import annotations
 
 from megatron_r1.curation.probes import curate_probes
-from megatron_r1.system.terminal import tool_parser, user_errors
+from megatron_r1.system.terminal import count, number, tool_parser, user_errors
 
 
 def pairs(option: str, arguments: list[str]) -> dict[str, str]:
@@ -34,9 +34,14 @@ def main() -> None:
     add("--capabilities", nargs="+", required=True, metavar="CAPABILITY=NAME,NAME", help="sources of each; "
         "a source in none is split all the same")  # fmt: skip
     add("--output-dir", required=True, metavar="DIR")
-    add("--tokens-per-source", type=int, default=32_768, help="of each set (default: %(default)s)")
-    add("--fraction", type=float, default=0.1, help="of a source to set aside (default: %(default)s)")
-    add("--max-document-tokens", type=int, default=2048, help="of one document (default: %(default)s)")
+    add("--tokens-per-source", type=count, default=32_768, help="of each set (default: %(default)s)")
+    add(
+        "--fraction",
+        type=number(float, 0, 0.5, above=True),
+        default=0.1,
+        help="of a source to set aside (default: %(default)s)",
+    )
+    add("--max-document-tokens", type=count, default=2048, help="of one document (default: %(default)s)")
     add("--end-documents", action="store_true", help="end what is cut out of a document by the "
         "end-of-document token, for data.cross_documents=false")  # fmt: skip
     add("--check", action="store_true", help="print how each source would be split, and exit")

@@ -12,18 +12,23 @@ from megatron_r1 import config_io
 from megatron_r1.launch.paper import differences
 from megatron_r1.launch.plan import GIB, Launch, plan_launch
 from megatron_r1.launch.text import text
-from megatron_r1.system.terminal import tool_parser, user_errors
+from megatron_r1.system.terminal import count, positive, tool_parser, user_errors
 
 
 def main() -> None:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
-    add("--gpus", type=int, required=True, help="ranks of the launch")
+    add("--gpus", type=count, required=True, help="ranks of the launch")
     add("--rank", type=int, default=0, help="whose memory and first samples to tell (default: 0)")
     add("--mfu", type=float, default=0.4, help="share of the peak to assume (default: %(default)s)")
-    add("--peak-tflops", type=float, default=989.0, help="of a GPU, dense bf16 (default: H100, %(default)s)")
-    add("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of a GPU (default: %(default)s)")
+    add(
+        "--peak-tflops",
+        type=positive,
+        default=989.0,
+        help="of a GPU, dense bf16 (default: H100, %(default)s)",
+    )
+    add("--gpu-memory", type=positive, default=80.0, metavar="GIB", help="of a GPU (default: %(default)s)")
     add("--diff", choices=["paper"], help="list every difference from the paper's Tables 3, 4 and 5 instead")
     add("--check", action="store_true", help="leave out what builds the model: memory and first samples")
     options = parser.parse_intermixed_args()

@@ -19,7 +19,7 @@ from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.shards import merge, parse_shard
 from megatron_r1.preprocess.store import verify
 from megatron_r1.preprocess.train_tokenizer import convert_gpt2
-from megatron_r1.system.terminal import say, tool_parser, user_errors
+from megatron_r1.system.terminal import count, number, say, tool_parser, user_errors
 
 GPT2 = "GPT2BPETokenizer"
 _VERIFY = ("output_prefix", "json_keys")
@@ -79,10 +79,15 @@ def main() -> None:
     add("--tokenizer-model", help="model file, folder with tokenizer.json, or hub name as ORG/NAME@COMMIT")
     add("--output-prefix", required=True, metavar="PREFIX", help="path of the outputs without suffix")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    add("--workers", type=int, default=1, help="processes; the result does not depend on it (default: 1)")
+    add("--workers", type=count, default=1, help="processes; the result does not depend on it (default: 1)")
     add("--seed", type=int, default=1234, help="of the document shuffle (default: %(default)s)")
     add("--no-shuffle", action="store_true", help="keep the input order: the bytes of Megatron's own tool")
-    add("--reject-limit", type=int, default=100, help="stop beyond so many rejects (default: %(default)s)")
+    add(
+        "--reject-limit",
+        type=number(int, 0),
+        default=100,
+        help="stop beyond so many rejects (default: %(default)s)",
+    )
     add("--encoder", choices=["auto", "reference"], default="auto", help="auto: gigatoken for vetted forms "
         "of tokenizers (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
@@ -95,7 +100,7 @@ def main() -> None:
     add("--vocab-file", metavar="JSON", help=f"vocab.json of {GPT2}; its tokenizer.json is written beside")
     add("--merge-file", metavar="TXT", help=f"merges.txt of {GPT2}")
     add("--keep-sequential-samples", action="store_true", help="as --no-shuffle")
-    add("--partitions", type=int, default=1, metavar="N", help="1, or any with --keep-sequential-samples")
+    add("--partitions", type=count, default=1, metavar="N", help="1, or any with --keep-sequential-samples")
     add("--legacy-tokenizer", action="store_true", help=f"with {GPT2} or GPTSentencePieceTokenizer")
     add("--dataset-impl", choices=["mmap"], help="the only one")
     add("--log-interval", metavar="N", help="without effect: lines of progress come every 10 seconds")

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from megatron_r1.preprocess.documents import open_inputs
 from megatron_r1.preprocess.train_tokenizer import train_tokenizer
-from megatron_r1.system.terminal import tool_parser, user_errors
+from megatron_r1.system.terminal import count, positive, tool_parser, user_errors
 
 
 def main() -> None:
     parser = tool_parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="as for preprocess_data.py")
     parser.add_argument("--json-key", default="text", help="where the text is (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=count, default=8192, help="tokens (default: %(default)s)")
     parser.add_argument("--output", required=True, metavar="MODEL", help="model file to write")
     parser.add_argument(
         "--max-megabytes",
-        type=float,
+        type=positive,
         default=30,
         help="text to learn from, an equal share of each input (default: %(default)s)",
     )
@@ -30,8 +30,6 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():
-        if not 0 < args.max_megabytes < float("inf"):
-            raise ValueError(f"--max-megabytes {args.max_megabytes}: take a number above 0")
         if args.check:
             inputs = open_inputs(args.input)
             share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)

@@ -16,6 +16,7 @@ class RunDir:
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tb"
+        self.wandb_id = root / "wandb_id"
         self.influence = root / "influence"
         self.reports = root / "reports"
 

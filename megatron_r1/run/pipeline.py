@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_r1.run.stage import Standing, read, standing
-from megatron_r1.system.files import write_text
+from megatron_r1.system.files import beside, write_text
 from megatron_r1.system.process import RunLock, owner_environment
 
 
@@ -53,7 +53,7 @@ def run(directory: Path, stages: Sequence[Stage]) -> None:
         chain.update(json.dumps([stage.name, list(stage.command)]).encode())
         for file in stage.files:
             chain.update(file.read_bytes())
-        stamp = directory / "stages" / f"{stage.name.replace(' ', '_')}.json"
+        stamp = beside(directory / "stages" / "the list of stages", f"{stage.name.replace(' ', '_')}.json")
         made, inputs = (read(stamp) or {}).get("inputs"), chain.hexdigest()
         if standing({"inputs": made}, {"inputs": inputs}, stage.is_there) is Standing.DONE:
             print(f"{title}: done before", flush=True)

@@ -18,18 +18,24 @@ to its text: a file by its SHA-256, a dataset by `data.indexed.identity_of`, a c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.run import ledger
 from megatron_r1.run.ledger import Hashes
-from megatron_r1.system.files import sha256, write_json
+from megatron_r1.system.errors import brief
+from megatron_r1.system.files import plain_name, sha256, write_json
+from megatron_r1.system.json_io import read_object
 
 Request = Mapping[str, Any]
 """All that decides a stage's result, by name."""
+
+
+_FEW = 20
+"""Differences that a refusal names."""
 
 
 class Standing(Enum):
@@ -60,7 +66,8 @@ def standing(
     if changed := differences(theirs, ours, notes):
         if refusal is None:
             return Standing.OTHER
-        raise ValueError(f"{refusal}: {', '.join(changed)}. Restore these, or {way_out}")
+        more = f" and {len(changed) - _FEW} more" if len(changed) > _FEW else ""
+        raise ValueError(f"{refusal}: {', '.join(changed[:_FEW])}{more}. Restore these, or {way_out}")
     return Standing.DONE if whole() else Standing.GO_ON
 
 
@@ -68,7 +75,7 @@ def differences(theirs: Request, ours: Request, notes: Collection[str] = ()) -> 
     """The differences of two requests, each as `key.of.it (value there, value here)`."""
     there, here = _flat(theirs), _flat(ours)
     return [
-        f"{key} ({there.get(key, 'nothing')!s:.20} there, {here.get(key, 'nothing')!s:.20} here)"
+        f"{brief(key)} ({there.get(key, 'nothing')!s:.20} there, {here.get(key, 'nothing')!s:.20} here)"
         for key in dict.fromkeys([*here, *there])
         if key.split(".")[0] not in notes and there.get(key) != here.get(key)
     ]
@@ -84,10 +91,9 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 def read(record: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where the file is missing or damaged."""
     try:
-        value = json.loads(record.read_text(encoding="utf-8"))
+        return read_object(record)
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
@@ -97,7 +103,7 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
     def whole() -> bool:
         # A manifest that lists no files is never whole.
         files = content.get("files") or {manifest.name: None}
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not all(map(plain_name, files)):
             return False
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
@@ -152,13 +158,14 @@ def note_launch(note: Path, **line: Any) -> None:
     Long stages call this as they go, and `record_launch` at their end. The next launch calls `record_launch`
     at its beginning, for one that was killed.
     """
-    note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, line)
 
 
 def record_launch(note: Path, directory: Path, outputs: Hashes) -> None:
     """Add the line in `note`, where there is one, to `directory`/ledger.jsonl, and remove the note."""
     line = read(note)
-    if line is not None:
-        finish(directory, outputs=outputs, again=True, **line)
+    # A note that was damaged since is none.
+    with suppress(TypeError, OverflowError):
+        if line is not None:
+            finish(directory, outputs=outputs, again=True, **line)
     note.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import os
 import re
 import reprlib
@@ -12,11 +13,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_FEW = 16
+
+class RunBusyError(RuntimeError):
+    """Another launch holds the run directory."""
+
+
+_FEW, _MANY, _LONG = 16, 10_000, 200
+"""Names that are listed, and names and characters of a word that are compared."""
 _MOST_SHOWN = 200
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MOST_SHOWN
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 16
+_SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
@@ -25,18 +33,81 @@ def shown(value: Any) -> str:
     The cost is bounded, too: a small text of YAML may stand for a value of gigabytes.
     """
     try:
-        text = _SHORT.repr(value)
+        text = _SHORT.repr(value[:_MOST_SHOWN] if isinstance(value, bytes) else value)
     except ValueError:  # Python writes no number of more than 4,300 digits.
         text = f"a {type(value).__name__} too long to write"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
+_SECRET = re.compile(
+    r"key|token(?!s\b|iz)|secret|pass|pwd|credential|auth(?!ors?\b|ored)|bearer|dsn|cookie|jwt|webhook|private",
+    re.I,
+)
+"""In names of settings that keep others out."""
+_IN_TEXT = re.compile(
+    r"(?P<url>://)\S{1,300}(?=@)"
+    rf"|(?P<name>(?:{_SECRET.pattern})[\w-]{{0,40}}[\"']?\s*[=:]\s*|\bbearer\s+)(?:(?:basic|bearer|token)\s+)?[^\s,;&}}]+",
+    re.I,
+)
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+\}")
+HIDDEN = "(hidden)"
+
+
+def hidden(value: Any, secret: bool = False) -> Any:
+    """Settings for a file or a message: HIDDEN where a name looks like that of a key, or text holds one.
+
+    Names of environment variables stay. `secret`: a name above says so for all that is below.
+    """
+    if isinstance(value, dict):
+        secret = secret or ("value" in value and _looks_secret(value.get("name")))
+        return {k: hidden(v, secret or _looks_secret(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        # What follows `--api-key`.
+        flags = [False, *(isinstance(v, str) and v[:1] == "-" and _looks_secret(v) for v in value)]
+        return [hidden(v, secret or flag) for v, flag in zip(value, flags, strict=False)]
+    if isinstance(value, str) and value and not _FROM_ENVIRONMENT.fullmatch(value):
+        return HIDDEN if secret else _IN_TEXT.sub(lambda m: f"{m['url'] or m['name']}{HIDDEN}", value)
+    return HIDDEN if secret and isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _looks_secret(name: Any) -> bool:
+    return isinstance(name, str) and bool(_SECRET.search(name))
+
+
+def unhidden(settings: Any) -> Any:
+    """Settings that were read back from a file with HIDDEN in it, without these: the environment has them."""
+    if isinstance(settings, dict):
+        return {k: unhidden(v) for k, v in settings.items() if v != HIDDEN}
+    if isinstance(settings, list):
+        return [unhidden(v) for v in settings if v != HIDDEN]
+    return settings.replace(f"{HIDDEN}@", "") if isinstance(settings, str) else settings
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text for a terminal: control characters and others that print nothing, but those in `keep`, as escapes.
+
+    A name of others may hold characters that clear the screen, or turn what follows around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(text: str, most: int = _MOST_SHOWN) -> str:
+    """Foreign text without quotes, for a message: on one line, with its middle left out where it is long."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 4 :]}"
+    return printable(text)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean gcide?`, or the known names, where they are few and none resembles the word."""
     known = list(known)
+    if len(word) > _LONG or len(known) > _MANY:
+        return ""
     if matches := difflib.get_close_matches(word, known, n=1):
         return f"; did you mean {matches[0]}?"
-    return f"; known: {', '.join(known)}" if 0 < len(known) <= _FEW else ""
+    return f"; known: {brief(', '.join(known))}" if 0 < len(known) <= _FEW else ""
 
 
 def suggest_path(path: Path) -> str:
@@ -48,7 +119,8 @@ def suggest_path(path: Path) -> str:
     else:
         return ""
     try:
-        beside = os.listdir(missing.parent)
+        with os.scandir(missing.parent) as entries:
+            beside = [entry.name for entry in itertools.islice(entries, _MANY)]
     except OSError:
         return ""
     matches = [missing.parent / name for name in difflib.get_close_matches(missing.name, beside, n=3)]
@@ -93,4 +165,6 @@ def require_utf8(name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name!a} is not UTF-8, so no record could name it; rename it") from None
+        raise ValueError(
+            f"{brief(ascii(name))} is not UTF-8, so no record could name it; rename it"
+        ) from None

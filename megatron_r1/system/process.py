@@ -3,7 +3,7 @@
 A rank whose launcher was killed would go on writing beside the command that was started again. Two
 things prevent it: every rank holds a lock on the run directory for as long as it lives, and a thread
 in it ends the process once its parent is gone. SIGTERM is a request to save and stop, as schedulers send
-it before they kill. Standard library only.
+it before they kill.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from megatron_r1.system.errors import RunBusyError, brief
+from megatron_r1.system.files import make_folder, naming, ours
+from megatron_r1.system.json_io import read_object
+from megatron_r1.system.terminal import say
 
 _OWNER = "MEGATRON_R1_OWNER"
 """Environment: "PID:START" of the command on whose behalf a launch runs."""
 
 
 _LOOK_SECONDS = 0.3
-
-
-class RunBusyError(RuntimeError):
-    """Another launch holds the run directory."""
 
 
 class RunLock:
@@ -41,14 +43,19 @@ class RunLock:
     """
 
     def __init__(self, directory: Path):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         self.path = directory / ".lock"
-        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  (held for life)
+        self._file = open(self.path, "a+", encoding="utf-8", opener=ours)  # noqa: SIM115  (held for life)
+        # Whoever can open the file can hold it: those who may not write in the run need not read its lock.
+        mode = os.fstat(self._file.fileno()).st_mode & 0o666
+        with suppress(OSError):
+            os.fchmod(self._file.fileno(), mode & 0o222 | (mode & 0o222) << 1)
 
     def take(self, patience: float = 20.0, share: bool = False) -> None:
         """Wait up to `patience` seconds for every earlier holder to end; then hold the lock.
 
-        `share`: let the other ranks of this launch join. Raises RunBusyError that names the holder.
+        `share`: let the other ranks of this launch join. Raises RunBusyError that says who holds the lock,
+        as far as that is known.
         """
         start = time.monotonic()
         while not self._try(fcntl.LOCK_EX):
@@ -58,11 +65,14 @@ class RunLock:
                     f"and start again"
                 )
             time.sleep(0.1)
-        self._file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
-        self._file.flush()
-        if share:
-            self._try(fcntl.LOCK_SH)
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "take": os.urandom(8).hex()}
+        with naming(self.path):
+            self._file.truncate(0)
+            json.dump(mine, self._file)
+            self._file.flush()
+        # The lock may be lost as it is turned: over NFS it is let go first. Who took it has written there.
+        if share and not (self._try(fcntl.LOCK_SH) and self._content() == mine):
+            raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
 
     def join(self) -> None:
         """Hold the lock beside the first rank, which must have taken it to share."""
@@ -80,15 +90,24 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            print(f"warning: no file locks on {self.path}: start one command at a time", file=sys.stderr)
+            if kind == fcntl.LOCK_EX:
+                say(f"warning: no file locks on {self.path}: start one command at a time")
         return True
 
+    def _content(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            return read_object(self.path, most=4096)
+        return {}
+
     def _holder(self) -> str:
-        try:
-            holder = json.loads(self.path.read_text())
-            return f"process {holder['pid']} on {holder['host']}"
-        except (OSError, ValueError, KeyError):
-            return "another process"
+        """Who holds the lock: the last that took it, if it lives."""
+        pid, host = (self._content().get(name) for name in ("pid", "host"))
+        if type(pid) is not int or not isinstance(host, str):
+            return f"another process, which holds {self.path}"
+        last = f"process {pid} on {brief(host)}"
+        if host != socket.gethostname() or not Path("/proc").is_dir() or _start_time(pid):
+            return last
+        return f"another process, which holds {self.path} ({last} held it last, and has ended)"
 
 
 def owner_environment() -> dict[str, str]:

@@ -6,25 +6,43 @@ A user's mistake is one message and exit status 2; Ctrl-C is one line and 130.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
-from megatron_r1.system.errors import require_utf8
+from megatron_r1.system.errors import RunBusyError, brief, printable, require_utf8
 
 _EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
 
-def say(line: str) -> None:
-    """Print a line for people, beside the results."""
-    print(line, file=sys.stderr, flush=True)
+_LONGEST, _LINES = 1000, 200
+"""Characters of a line of a message, and its lines."""
+
+
+def say(line: str, result: bool = False) -> None:
+    """Print a line for people: beside the results, or as one. Control characters in it are escaped."""
+    print(printable(line, keep="\n\t"), file=sys.stdout if result else sys.stderr, flush=True)
+
+
+def message_of(error: BaseException) -> str:
+    """An error's message for people: bounded, whatever it quotes. What ran out is said by the way out."""
+    text, way = str(error), f"; set {TRACEBACK}=1 to see where"
+    if isinstance(error, RecursionError):
+        text = f"a file is nested deeper than this program reads{way}"
+    elif isinstance(error, MemoryError):
+        text = f"not enough memory ({text or 'size unknown'}): for what a file claims, or here{way}"
+    lines = printable(text[: _LONGEST * _LINES], keep="\n\t").split("\n")
+    out = [line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..." for line in lines[:_LINES]]
+    return "\n".join([*out, *([f"and {len(lines) - _LINES} lines more"] if len(lines) > _LINES else [])])
 
 
 def is_first_rank() -> bool:
@@ -36,11 +54,11 @@ class Progress:
     """Counts towards `total`. Only one rank should show it: pass `show=False` on the others."""
 
     def __init__(self, name: str, total: int, unit: str, start: int = 0, show: bool = True):
-        self.name, self.total, self.unit, self.done = name, total, unit, start
+        self.name, self.total, self.unit, self.done = printable(name), total, unit, start
         self.show = show
         self._first, self._began, self._last = start, time.monotonic(), time.monotonic()
         self._bar = (
-            tqdm(total=total, initial=start, desc=name, unit=f" {unit}", dynamic_ncols=True, leave=True)
+            tqdm(total=total, initial=start, desc=self.name, unit=f" {unit}", dynamic_ncols=True, leave=True)
             if show and sys.stderr.isatty()
             else None
         )
@@ -56,7 +74,7 @@ class Progress:
         self.done += n
         if self._bar is not None:
             if note:
-                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.set_postfix_str(printable(note), refresh=False)
             self._bar.update(n)
         elif self.show:
             now = time.monotonic()
@@ -100,6 +118,29 @@ def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
     )
 
 
+def number(
+    kind: Callable[[str], float], least: float, most: float = math.inf, above: bool = False
+) -> Callable[[str], Any]:
+    """Type of an option: a finite number of `kind` from `least`, or `above` it, to `most`."""
+    begin = f"{'above' if above else 'at least'} {least:g}"
+    wanted = begin if most == math.inf else f"{begin} and at most {most:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or not value <= most or value == math.inf:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{brief(text)} must be {what} {wanted}")
+        return value
+
+    return read
+
+
+count, positive = number(int, 1), number(float, 0, above=True)
+
+
 def announce_torch(run: str) -> None:
     """Say, once a launch and before torch is imported, what the silence is that follows."""
     if is_first_rank():
@@ -116,16 +157,14 @@ def _reader_is_gone() -> bool:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn ValueError, OSError and a busy run directory into `error: ...` on stderr and status 2.
+    """Turn ValueError, OSError, a busy run directory and memory that ran out into `error: ...` and status 2.
 
     A reader of the output that is gone ends the tool in silence, as SIGPIPE ends other programs.
     """
-    from megatron_r1.system.process import RunBusyError
-
     try:
         yield
         sys.stdout.flush()
-    except (ValueError, OSError, RunBusyError) as error:
+    except (ValueError, OSError, RunBusyError, RecursionError, MemoryError) as error:
         if os.environ.get(TRACEBACK):
             raise
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -134,12 +173,12 @@ def user_errors() -> Iterator[None]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             sys.exit(141)
         if is_first_rank():
-            say(f"error: {error}")
+            say(f"error: {message_of(error)}")
         else:
             # Most mistakes are every rank's, and the first one says them; the launcher ends this one
             # before it repeats them, unless the mistake is its alone.
             time.sleep(3)
-            say(f"[rank {os.environ['RANK']}] error: {error}")
+            say(f"[rank {os.environ['RANK']}] error: {message_of(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
         if is_first_rank():

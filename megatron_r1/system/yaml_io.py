@@ -6,11 +6,12 @@ Plain scalars are null, true and false (also yes, no, on and off), decimal integ
 
 `010`, `0x1F` and `1:30` are 8, 31 and 90 in YAML 1.1, and 10, 31 and text in YAML 1.2. They are refused.
 A date is text. A key is text and stands in its mapping once. It needs quotes where YAML 1.1 reads something
-else.
+else. The size of a text, and of what its aliases stand for, is limited before anything is made of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,12 @@ from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
+from yaml.events import AliasEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
+
+from megatron_r1.system.errors import brief, hidden
+from megatron_r1.system.files import regular
 
 _WHOLE, _DIGITS = r"(?:0|[1-9][0-9]*(?:_[0-9]+)*)", r"[0-9]+(?:_[0-9]+)*"
 _EXPONENT = r"(?:[eE][-+]?[0-9]+)"
@@ -38,6 +43,15 @@ _KINDS = {
 """Kind -> the plain scalars of it. The first that matches counts, and what matches none is text."""
 _PLAIN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _KINDS.items()))
 _TAG = "tag:yaml.org,2002:"
+MOST_BYTES = 256 << 10
+"""Of a text. The largest configurations have some 20 kB; reading takes up to 15 s a MB."""
+MOST_NODES, _NODE = 10_000, 100
+"""Values and keys of a text, aliases followed. Text counts as another node for each `_NODE` characters."""
+MOST_DEPTH, _LONGEST = 64, 4_000
+"""Lists and mappings within one another; characters of a number. Python reads no integer of 4,301 digits."""
+
+
+_SPLIT = "give it in several files, which are merged"
 
 
 class YamlError(ValueError):
@@ -73,14 +87,20 @@ class Document:
 def read_yaml(path: str | Path) -> Document:
     """The document in a file. Raises OSError, and YamlError for all that is wrong with its content."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb", opener=regular) as file:
+            content = file.read(MOST_BYTES + 1)
+        # A file that is too long ends anywhere, and is refused for its length.
+        text = content.decode("utf-8-sig", "strict" if len(content) <= MOST_BYTES else "replace")
     except UnicodeDecodeError as error:
-        raise YamlError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise YamlError(f"{brief(str(path))}: not UTF-8 ({error.reason} at byte {error.start})") from None
     return parse_yaml(text, str(path), lines=True)
 
 
 def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
     """The document in a text. YamlError begins with `name`, and the line where `lines` is set."""
+    name = brief(name)
+    if len(text.encode(errors="replace")) > MOST_BYTES:
+        raise YamlError(f"{name}: more than {MOST_BYTES:,} bytes of YAML; {_SPLIT}")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -93,9 +113,12 @@ def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
             text.count("\n", 0, error.position),
             f"U+{error.character:04X} is no character of YAML",
         )
-    except (RecursionError, ValueError) as error:
-        line, problem = 0, "nested too deep" if isinstance(error, RecursionError) else str(error)
-    raise YamlError(f"{name}{f', line {line + 1}' if lines else ''}: {problem}")
+    there = text.splitlines()[line : line + 1]
+    if hidden(there) != there:
+        problem = (
+            "a value that is no YAML, or not the same to every reader; quote it (it looks like a secret)"
+        )
+    raise YamlError(f"{name}{f', line {line + 1}' if lines else ''}: {brief(problem, 400)}")
 
 
 def format_yaml(tree: Any, **layout: Any) -> str:
@@ -109,6 +132,43 @@ def _kind(text: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._nodes = self._level = 0
+        """Nodes so far, aliases followed, and the level of the node that is read."""
+        self._sizes: dict[Node, tuple[int, int]] = {}
+        """Complete node -> its nodes and levels, aliases followed."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML, within the limits: nothing is constructed of a text that is beyond them."""
+        event = self.peek_event()
+        before = self._nodes
+        self._level += 1
+        if self._level > MOST_DEPTH:
+            raise self._beyond(event)
+        node: Any = super().compose_node(parent, index)
+        if isinstance(event, AliasEvent):
+            size, levels = self._sizes.get(node, (0, 0))
+            if not levels:
+                raise ConstructorError(None, None, "an alias stands in its own value", event.start_mark)  # type: ignore[arg-type]
+            self._nodes += size
+        else:
+            parts = node.value if isinstance(node, SequenceNode) else ()
+            parts = itertools.chain(*node.value) if isinstance(node, MappingNode) else parts
+            levels = 1 + max((self._sizes[part][1] for part in parts), default=0)
+            self._nodes += 1 + (len(node.value) // _NODE if isinstance(node, ScalarNode) else 0)
+            self._sizes[node] = self._nodes - before, levels
+        if self._nodes > MOST_NODES or self._level + levels > MOST_DEPTH + 1:
+            raise self._beyond(event)
+        self._level -= 1
+        return node
+
+    def _beyond(self, event: Any) -> ConstructorError:
+        problem = f"nested too deep, more than {MOST_DEPTH} levels"
+        if self._nodes > MOST_NODES:
+            problem = f"more than {MOST_NODES:,} values and keys, aliases followed; {_SPLIT}"
+        return ConstructorError(None, None, problem, event.start_mark)
+
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is ScalarNode:
             return _TAG + (_kind(value) if implicit[0] else "str")
@@ -119,12 +179,13 @@ class _Loader(yaml.SafeLoader):
         first: dict[str, int] = {}
         for key, _ in node.value:
             problem, name = None, key.value
-            if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+            if not isinstance(key, ScalarNode) or key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
                 problem = "a key is text"
                 if isinstance(key, ScalarNode):
-                    problem = f"the key {name} is not text to every reader of YAML; quote it"
+                    problem = f"the key {brief(name)} is not text to every reader of YAML; quote it"
             elif name in first:
-                problem = f"the key {name} stands in line {first[name]} already; a mapping has a key once"
+                where = first[name]
+                problem = f"the key {brief(name)} stands in line {where} already; a mapping has a key once"
             if problem:
                 raise ConstructorError(None, None, problem, key.start_mark)
             first[name] = key.start_mark.line + 1
@@ -134,12 +195,16 @@ class _Loader(yaml.SafeLoader):
         kind = node.tag.removeprefix(_TAG)
         if kind in ("str", "timestamp", "merge"):
             return self.construct_scalar(node)
+        text = brief(node.value) if isinstance(node, ScalarNode) else "a list or mapping"
         # A tag in the text itself may name another kind.
-        if kind == "unclear" or kind != _kind(node.value):
+        if kind == "unclear" or not isinstance(node, ScalarNode) or kind != _kind(node.value):
             problem = (
-                f"{node.value} is not the same number to every reader of YAML; write a decimal number "
+                f"{text} is not the same number to every reader of YAML; write a decimal number "
                 f"without leading zeros, or quote it as text"
             )
+            raise ConstructorError(None, None, problem, node.start_mark)
+        if len(node.value) > _LONGEST:
+            problem = f"a number of more than {_LONGEST:,} characters"
             raise ConstructorError(None, None, problem, node.start_mark)
         return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 

@@ -8,10 +8,12 @@ import os
 import statistics
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import HealthConfig
+from megatron_r1.system.files import make_folder, ours
 from megatron_r1.system.terminal import say
 
 _REMEMBERED = 128
@@ -155,11 +157,15 @@ class Watchdog:
             silent = time.monotonic() - self._heard
             if silent < self._seconds:
                 continue
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._log, "a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} no step for {silent:.0f} s; all threads:\n")
-                log.flush()
-                faulthandler.dump_traceback(file=log)
+            # Without room for the stacks the rank ends all the same.
+            with suppress(OSError):
+                make_folder(self._log.parent)
+                with open(self._log, "a", encoding="utf-8", opener=ours) as log:
+                    log.write(
+                        f"{time.strftime('%Y-%m-%dT%H:%M:%S')} no step for {silent:.0f} s; all threads:\n"
+                    )
+                    log.flush()
+                    faulthandler.dump_traceback(file=log)
             say(
                 f"error: no step for {silent:.0f} s (health.hang_seconds={self._seconds:g}): a rank is lost "
                 f"or stuck. Stacks of this one are in {self._log}; the same command goes on from the last "

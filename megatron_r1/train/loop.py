@@ -29,7 +29,15 @@ from megatron_r1.train import resume
 from megatron_r1.train.batches import StepBatches
 from megatron_r1.train.evaluate import Evaluation
 from megatron_r1.train.health import StepGuard, TooManyBadStepsError, UnreadableDataError, Watchdog
-from megatron_r1.train.metrics import MetricsLog, RankLog, cost_line, open_log, rank_line, step_line
+from megatron_r1.train.metrics import (
+    MetricsLog,
+    RankLog,
+    cost_line,
+    open_log,
+    rank_line,
+    require_packages,
+    step_line,
+)
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retention
 from megatron_r1.train.step import Shape, StepResult, build_training, train_step
@@ -51,9 +59,11 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
         lines = resume.describe_start(config, data)
         if is_first_rank():
             resume.record_end(config)
-            print("\n".join(lines), flush=True)
+            say("\n".join(lines), result=True)
         return
     resume.check_beginning(config, data)
+    if is_first_rank():
+        require_packages(config.train)
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:

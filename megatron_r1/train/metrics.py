@@ -16,10 +16,11 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.records import TrainState
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import is_number, read_jsonl
-from megatron_r1.system.files import naming, write_text
+from megatron_r1.system.files import make_folder, naming, ours, write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.train.health import stragglers
 from megatron_r1.train.loggers import Logger, build_loggers
+from megatron_r1.train.loggers import require_packages as require_packages
 from megatron_r1.train.schedule import PhaseSpan
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ class MetricsLog:
         if run.metrics.exists():
             kept = [line for line in read(run.metrics) if line["step"] <= step]
             write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        run.root.mkdir(parents=True, exist_ok=True)
+        make_folder(run.root)
         self._run = run
-        self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self._file = open(run.metrics, "a", encoding="utf-8", opener=ours)  # noqa: SIM115  (open as long as the run)
+        with naming(run.tensorboard):
+            self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         self._others = others
 
     def write(self, line: dict[str, Any]) -> None:
@@ -50,8 +52,9 @@ class MetricsLog:
         self._last = line
 
     def _show(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        with naming(self._run.tensorboard):
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
         for other in self._others:
             other.log(scalars, step)
 
@@ -61,7 +64,7 @@ class MetricsLog:
         line, old = self._last, len(json.dumps(self._last)) + 1
         line["saving_seconds"] += seconds
         # One write, and no shorter than what it replaces.
-        with naming(self._run.metrics), open(self._run.metrics, "r+b", buffering=0) as file:
+        with naming(self._run.metrics), open(self._run.metrics, "r+b", 0, opener=ours) as file:
             file.seek(-old, os.SEEK_END)
             file.write(json.dumps(line).encode().ljust(old - 1) + b"\n")
         self._show({_GROUPS["saving_seconds"]: line["saving_seconds"]}, line["step"])
@@ -98,9 +101,9 @@ class RankLog:
     """`RUN/logs/rank_N.log`: a line a step of what this rank did; the first rank's also says the loss."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the run)
+        self._file = open(path, "a", 1, "utf-8", opener=ours)  # noqa: SIM115  (open as long as the run)
 
     def write(self, text: str) -> None:
         with naming(self._path):

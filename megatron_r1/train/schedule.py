@@ -11,6 +11,7 @@ from typing import Any
 from megatron_r1.checkpoint.files import Retention, evenly_spaced
 from megatron_r1.config import Config, PhaseConfig
 from megatron_r1.data.blend import BlendPlan
+from megatron_r1.system.errors import brief, hidden
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
     out = []
     for path, subject, end, old, now in edited:
         # A section that was damaged since tells of no edit.
-        old = old if isinstance(old, dict) else {}
-        changes = [f"{k} {old[k]} -> {v}" for k, v in now.items() if k in old and old[k] != v]
+        old, now = hidden(old) if isinstance(old, dict) else {}, hidden(now)
+        changed = [k for k, v in now.items() if k in old and old[k] != v]
+        changes = [f"{k} {brief(str(old[k]))} -> {brief(str(now[k]))}" for k in changed]
         if changes:
             over = "is over, so this has no effect"
             effect = over if step >= end else f"takes this from step {step + 1} on"

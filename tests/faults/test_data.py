@@ -287,7 +287,7 @@ def test_a_tokenizer_is_not_replaced_by_another(tools: Tools, tmp_path: Path) ->
     assert tools("train_tokenizer", *words, 291, "--overwrite").status == 0
     assert model.read_bytes() != first
     answer = tools("train_tokenizer", *words, 290, "--max-megabytes", "inf")
-    assert answer.status == 2 and "--max-megabytes inf" in answer.text
+    assert answer.status == 2 and "--max-megabytes: inf must be a number above 0" in answer.text
 
 
 def test_a_dataset_with_a_hole_is_not_done(

@@ -37,6 +37,12 @@ def test_a_changed_input_runs_its_stage_and_all_after_it(tmp_path: Path) -> None
     assert [(tmp_path / name).read_text() for name in ("one", "two", "three")] == ["1", "22", "33"]
 
 
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b"])
+def test_a_stage_s_stamp_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="which is no name of a file in its own folder"):
+        run(tmp_path / "here", [Stage(name, [sys.executable, "-c", ""], [])])
+
+
 def test_a_missing_output_runs_its_stage_again(tmp_path: Path) -> None:
     stages = [appending("one", tmp_path / "one", "1")]
     run(tmp_path, stages)

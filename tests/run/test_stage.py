@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -17,11 +19,13 @@ from megatron_r1.run.stage import (
     answered,
     differences,
     finish,
+    note_launch,
     read,
+    record_launch,
     require_empty,
     standing,
 )
-from megatron_r1.system.files import sha256, write_text
+from megatron_r1.system.files import sha256, write_json, write_text
 from tests.launch import ROOT
 
 
@@ -66,6 +70,47 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, text: str | None) 
     if text is not None:
         (tmp_path / "record").write_text(text, encoding="latin-1")
     assert read(tmp_path / "record") is None
+
+
+def test_a_record_is_read_in_bounds(tmp_path: Path) -> None:
+    (tmp_path / "deep").write_text('{"a": ' + "[" * 100_000)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    assert [read(tmp_path / name) for name in ("deep", "pipe", "folder", "x" * 5000)] == [None] * 4
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "a/../file", "", "a\0b"])
+def test_a_manifest_that_leads_elsewhere_is_never_whole(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    write_text(tmp_path / "secret", "x")
+    made = answer(folder / "manifest.json", {"width": 3}, [])
+    with contextlib.suppress(OSError, ValueError):
+        made["files"] = {name: sha256(folder / name)}
+    write_json(folder / "manifest.json", {**made, "files": made["files"] or {name: None}})
+    assert answered(folder / "manifest.json", {"width": 3}) is None
+
+
+def test_a_refusal_names_few_of_many_differences() -> None:
+    theirs = {f"{n}" * 1000: n for n in range(1000)}
+    with pytest.raises(ValueError, match=r"and 980 more\. Restore these") as caught:
+        standing(theirs, {}, lambda: True, "x", "y")
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize(
+    "note",
+    [{"x": 1}, {"name": "a"}, {"name": "a", "inputs": 3, "tokens": 1}, {"name": 3, "inputs": {}},
+     {"name": "a", "inputs": {}, "directory": "/tmp"}, {"name": "a", "inputs": {"b": 3}},
+     {"name": "a", "inputs": {}, "seconds": "1"}, {"name": "a", "inputs": {}, "seconds": 10**400},
+     {"name": "a", "inputs": {}, "again": True}],
+)  # fmt: skip
+def test_a_damaged_note_of_a_launch_is_none(tmp_path: Path, note: dict[str, Any]) -> None:
+    write_json(tmp_path / ".launch", note)
+    record_launch(tmp_path / ".launch", tmp_path, {})
+    assert ledger.read(tmp_path) == [] and not (tmp_path / ".launch").exists()
+    note_launch(tmp_path / ".launch", name="a", inputs={"b": "c"}, tokens=1, devices=2, seconds=1.5)
+    record_launch(tmp_path / ".launch", tmp_path, {"d": "e"})
+    assert [line["outputs"] for line in ledger.read(tmp_path)] == [{"d": "e"}]
 
 
 def test_a_result_that_was_found_adds_no_line(tmp_path: Path) -> None:

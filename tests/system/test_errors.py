@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_r1.system.errors import shown, suggest, suggest_path
+from megatron_r1.system.errors import brief, hidden, printable, shown, suggest, suggest_path, unhidden
 
 
 def test_near_names() -> None:
@@ -59,6 +60,7 @@ def test_a_value_of_any_size_is_shown_in_200_characters_at_once() -> None:
         billion = [billion] * 12
     for value in (
         "x" * 10**7,
+        b"x" * 10**9,
         billion,
         {"a": billion},
         10**5000,
@@ -66,3 +68,53 @@ def test_a_value_of_any_size_is_shown_in_200_characters_at_once() -> None:
         {str(n): n for n in range(10**5)},
     ):
         assert len(shown(value)) <= 200
+
+
+def test_text_for_a_terminal_holds_no_control_characters() -> None:
+    assert printable("Größe 数据 'a\\b'\n", keep="\n") == "Größe 数据 'a\\b'\n"
+    assert printable("\x1b[2J\r\n\u202eb\udcff") == "\\x1b[2J\\r\\n\\u202eb\\udcff"
+    assert brief("short\nname") == "short\\nname" and len(brief("x" * 10**6)) <= 200
+
+
+def test_suggestions_cost_little_for_any_word(tmp_path: Path) -> None:
+    assert suggest("x" * 10**6, ["phase"]) == suggest("phase", map(str, range(10**5))) == ""
+    assert len(suggest("entirely", ["n" * 10**6])) < 300
+
+
+SECRETS = {
+    "wandb_logger_kwargs": {"api_key": "S1", "project": "monkey", "name": "key-run", "tags": ["key-x"]},
+    "mlflow_logger_kwargs": {
+        "tracking_uri": "https://user:S2@host:80/a?x=1&token=S3",
+        "tags": {"auth": {"a": ["S4", 5512, None]}},
+    },
+    "headers": ["Authorization: Bearer S5", "Authorization: Basic S6", "--api-key", "S7"],
+    "pairs": [{"name": "api_token", "value": "S8"}],
+    "urls": ["postgresql://user:p@S9/w@h/db", '{"password": "S10"}'],
+    "PGPASSWORD": "S11",
+    "n_tokens": 7,
+}
+
+
+def test_secrets_are_hidden_wherever_they_stand() -> None:
+    text = str(hidden(SECRETS))
+    assert [n for n in range(1, 12) if f"S{n}" in text] == [] and "5512" not in text
+    for kept in ("monkey", "key-run", "key-x", "@host:80/a?x=1", "@h/db", "'n_tokens': 7", "None"):
+        assert kept in text
+    from_environment = {"api_key": "${oc.env:WANDB_API_KEY}"}
+    assert hidden(from_environment) == unhidden(from_environment) == from_environment
+    assert hidden(hidden(SECRETS)) == hidden(SECRETS)
+
+
+def test_hidden_settings_that_were_read_back_are_left_to_the_environment() -> None:
+    given = unhidden(hidden(SECRETS))
+    assert given["wandb_logger_kwargs"] == {"project": "monkey", "name": "key-run", "tags": ["key-x"]}
+    assert given["urls"][0] == "postgresql://h/db" and "PGPASSWORD" not in given
+
+
+@pytest.mark.parametrize(
+    "text", ["://" * 20_000, "key" * 20_000, "key " * 20_000, "key" + " " * 60_000, "a-" * 30_000]
+)
+def test_hiding_costs_no_more_than_the_text_is_long(text: str) -> None:
+    start = time.process_time()
+    hidden({"a": text})
+    assert time.process_time() - start < 5

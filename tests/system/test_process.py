@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +90,80 @@ def test_a_child_ends_with_its_parent_and_says_why(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the child outlived its parent")
+
+
+def test_only_who_may_write_in_the_run_can_hold_its_lock(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o600), (0o002, 0o660), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            RunLock(tmp_path / f"{umask:o}")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{umask:o}/.lock").stat().st_mode) == mode
+
+
+def test_a_lock_that_another_holds_is_not_laid_on_the_last_launch(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / ".lock").write_text(json.dumps({"pid": ended.pid, "host": socket.gethostname()}))
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(RunBusyError) as caught:
+            RunLock(tmp_path).take(patience=0)
+    for part in (
+        f"another process, which holds {tmp_path}/.lock",
+        f"process {ended.pid} on ",
+        "and has ended",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"pid": [1], "host": {}}', b'{"pid": "\\u001b[2J"}',
+     b'{"pid": 1, "host": "' + b"x" * 10**6 + b'"}'],
+    ids=range(8),
+)  # fmt: skip
+def test_a_lock_s_hostile_content_is_a_short_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(RunBusyError, match="is in use by another process, which holds") as caught:
+            RunLock(tmp_path).take(patience=0)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_lock_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"\.lock is a link"):
+        RunLock(tmp_path)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("lost", ["refused", "taken between"])
+def test_a_lock_that_was_lost_as_it_was_turned_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Over NFS the exclusive lock is let go before it is shared."""
+    real = fcntl.flock
+
+    def flock(file: Any, kind: int) -> None:
+        if kind & fcntl.LOCK_SH:
+            if lost == "refused":
+                raise BlockingIOError
+            Path(file.name).write_text('{"pid": 1, "host": "elsewhere", "take": "x"}')
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunBusyError, match=r"was taken by .* while this launch started"):
+        RunLock(tmp_path).take(share=True)
+
+
+def test_a_lock_without_room_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(value: object, file: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/\.lock'"):
+        RunLock(tmp_path).take()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.system.yaml_io import YamlError, format_yaml, parse_yaml, read_yaml
+from megatron_r1.system.yaml_io import (
+    MOST_BYTES,
+    MOST_DEPTH,
+    MOST_NODES,
+    YamlError,
+    format_yaml,
+    parse_yaml,
+    read_yaml,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LITERALS = [
@@ -110,7 +120,7 @@ def test_a_merged_key_may_be_replaced() -> None:
         (b"a: 1\nb: \x00\n", r"x.yaml, line 2: U\+0000 is no character"),
         (b"a: *b\n", "x.yaml, line 1: found undefined alias"),
         (b"a: " + b"[" * 1000, "x.yaml, line 1: nested too deep"),
-        (b"a: " + b"9" * 5000, "x.yaml, line 1: Exceeds the limit"),
+        (b"a: " + b"9" * 5000, "x.yaml, line 1: a number of more than 4,000"),
         (b"a: !!binary aGk=\n", "x.yaml, line 1: could not determine"),
     ],
 )
@@ -159,3 +169,76 @@ def test_every_file_of_the_repository_is_read() -> None:
     assert len(paths) > 15
     for path in paths:
         assert isinstance(read_yaml(path).tree, dict)
+
+
+_MANY = "more than 10,000 values and keys"
+
+
+def _laughs(levels: int) -> str:
+    """Each level has the one before nine times."""
+    lines = ["l0: &l0 [lol]"]
+    lines += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+def _merges(levels: int) -> str:
+    lines = ["m0: &m0 {k: 1}"]
+    lines += [f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+def _chain(levels: int) -> str:
+    return "\n".join(["c0: &c0 [1]", *(f"c{n}: &c{n} [*c{n - 1}]" for n in range(1, levels))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_laughs(10), _MANY),
+        (_laughs(3000), _MANY),
+        (_merges(10), _MANY),
+        ("a: &a [" + "x, " * 100 + "]\nb: [" + "*a, " * 100 + "]", _MANY),
+        (
+            f"a: &a {'x' * 100_000}\nb: [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]",
+            "more than 10,000 values and keys",
+        ),
+        ("[" + "1," * (MOST_NODES + 1) + "]", _MANY),
+        (_chain(MOST_DEPTH + 2), "nested too deep"),
+        ("a: " + "[" * 200_000, "nested too deep"),
+        ("- " * 100_000, "nested too deep"),
+        ("a: &a [*a]", "an alias stands in its own value"),
+        ("a: &a {b: [1, {c: *a}]}", "an alias stands in its own value"),
+        ("a: " + "x" * MOST_BYTES, "more than 262,144 bytes"),
+        ("a: " + "1" * 200_000, "a number of more than 4,000"),
+        ("a: 0" + "_" * 200_000, "is not the same number"),
+        ("a: !" + "x" * 200_000 + " b", "could not determine"),
+        ("a: *" + "x" * 200_000, "undefined alias"),
+        ("? !!str [a]\n: b", "a key is text"),
+        ("a: !!int [1]", "is not the same number"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_hostile_text_is_one_short_line_at_once(text: str, message: str) -> None:
+    start = time.process_time()
+    with pytest.raises(YamlError, match=message) as caught:
+        parse_yaml(text, "x", lines=True)
+    assert time.process_time() - start < 10
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_anchors_within_the_limits_are_read() -> None:
+    tree = parse_yaml(_laughs(4) + "\n" + _merges(4) + "\n" + _chain(MOST_DEPTH - 2), "x").tree
+    assert tree["l3"] == [[[["lol"]] * 9] * 9] * 9 and tree["m3"] == {"k": 1}
+
+
+def test_a_line_that_may_hold_a_secret_is_not_quoted() -> None:
+    for text in ("a: 1\napi_key: 0x1F", "password: 010", "token: *abc", "a: {secret: !abc d}"):
+        with pytest.raises(YamlError, match="no YAML, or not the same to every reader") as caught:
+            parse_yaml(text, "x", lines=True)
+        assert not re.search("0x1F|010|abc", str(caught.value))
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.yaml")
+    with pytest.raises(OSError, match="no regular file"):
+        read_yaml(tmp_path / "x.yaml")

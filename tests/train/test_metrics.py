@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_r1.config import TrainConfig
 from megatron_r1.run.layout import RunDir
+from megatron_r1.system.files import ours
 from megatron_r1.train.loggers import build_loggers
 from megatron_r1.train.metrics import MetricsLog, RankLog, open_log, read
+from megatron_r1.train.schedule import late_edits
 from tests.train import small
 
 
@@ -151,3 +154,126 @@ def test_weights_and_biases_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log.close()
     (path,) = tmp_path.rglob("*.wandb")
     assert re.search(rb"loss/train.{0,4}2\.125", path.read_bytes(), re.DOTALL)
+
+
+class _Wandb:
+    """Stands for the package: keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Any]] = []
+
+    def init(self, **given: Any) -> None:
+        self.given.append({**given, "argv": sys.argv[:]})
+
+
+def _wandb_ids(wandb: _Wandb, *runs: Path) -> list[str]:
+    for run in runs:
+        run.mkdir(parents=True, exist_ok=True)
+        train = TrainConfig(run=str(run), global_batch=1, micro_batch=1, wandb_project="p")
+        build_loggers(RunDir(run), train)
+    return [given["id"] for given in wandb.given[-len(runs) :]]
+
+
+def test_runs_of_one_name_stay_apart_and_a_moved_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    one, other, moved = tmp_path / "a/base", tmp_path / "b/base", tmp_path / "c/renamed"
+    first, second = _wandb_ids(wandb, one, other)
+    assert first != second and all(re.fullmatch(r"base-[0-9a-f]{8}", name) for name in (first, second))
+    assert [given["name"] for given in wandb.given] == ["base", "base"]
+    moved.parent.mkdir()
+    one.rename(moved)
+    assert _wandb_ids(wandb, moved, other) == [first, second]
+    # A run of an earlier version goes on under its name.
+    (tmp_path / "old/wandb").mkdir(parents=True)
+    assert _wandb_ids(wandb, tmp_path / "old", tmp_path / "old") == ["old", "old"]
+
+
+@pytest.mark.parametrize("content", ["", "a/b", "x" * 5000, "a\nb", "\xff"])
+def test_a_damaged_id_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "wandb_id").write_text(content, encoding="latin-1")
+    first, again = _wandb_ids(wandb, tmp_path, tmp_path)
+    assert first == again and re.fullmatch(r"[\w.-]+-[0-9a-f]{8}", first)
+
+
+class _Nemo(types.ModuleType):
+    """Stands for the packages of the experiment manager."""
+
+    def __init__(self, fail: str = "") -> None:
+        super().__init__("nemo.utils.exp_manager")
+        self.given: dict[str, Any] = {}
+        self.argv: list[str] = []
+        self.fail = fail
+
+    def exp_manager(self, trainer: Any, given: dict[str, Any]) -> None:
+        self.given, self.argv = given, sys.argv[:]
+        if self.fail:
+            raise ValueError(self.fail)
+
+
+def _manage(monkeypatch: pytest.MonkeyPatch, run: Path, nemo: _Nemo, settings: dict[str, Any]) -> None:
+    other = types.SimpleNamespace(
+        Trainer=lambda **given: types.SimpleNamespace(loggers=[]), LightningEnvironment=lambda: None
+    )
+    for name in ("nemo", "nemo.utils", "lightning", "lightning.pytorch", "lightning.pytorch.plugins"):
+        monkeypatch.setitem(sys.modules, name, other)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.plugins.environments", other)
+    monkeypatch.setitem(sys.modules, "nemo.utils.exp_manager", nemo)
+    build_loggers(RunDir(run), TrainConfig(str(run), 1, 1, exp_manager=settings))
+
+
+def test_loggers_get_their_keys_and_see_no_key_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nemo, settings = _Nemo(), {"wandb_logger_kwargs": {"api_key": "SECRET", "project": "p"}}
+    words = ["train.py", "base.yaml", "train.exp_manager={a: SECRET}", "train.exp_manager.b.c=SECRET"]
+    monkeypatch.setattr(sys, "argv", words[:])
+    _manage(monkeypatch, tmp_path, nemo, settings)
+    assert nemo.given["wandb_logger_kwargs"] == settings["wandb_logger_kwargs"]
+    assert "SECRET" not in str(nemo.argv) and nemo.argv[:2] == words[:2] and sys.argv == words
+    # As RUN/config.yaml has it.
+    _manage(monkeypatch, tmp_path, nemo, {"wandb_logger_kwargs": {"api_key": "(hidden)", "project": "p"}})
+    assert nemo.given["wandb_logger_kwargs"] == {"project": "p"}
+    nemo.fail = "wandb: no access with api_key=SECRET to p"
+    with pytest.raises(ValueError, match=r"train.exp_manager: wandb: no access with api_key=\(hidden\) to p"):
+        _manage(monkeypatch, tmp_path, nemo, settings)
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_r1.train.loop import train
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"train.wandb_project=p needs the package wandb"):
+        train(small.config(small.written(tmp_path), "run", 2, "train.wandb_project=p"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank_00000.log"])
+def test_a_run_appends_to_no_file_of_others(tmp_path: Path, kind: str, name: str) -> None:
+    run, victim = RunDir(tmp_path / "run"), tmp_path / "victim"
+    victim.write_text("precious\n")
+    (run.root / "logs").mkdir(parents=True)
+    getattr(run.root / name, kind)(victim)
+    with pytest.raises(OSError, match=r"where a file of our own is written; move it away"):
+        RankLog(run.rank_log(0)) if "logs" in name else open(run.metrics, "a", opener=ours).close()
+    if "logs" not in name:
+        # What is rewritten whole takes the name, and follows no link.
+        MetricsLog(run, 0).close()
+    assert victim.read_text() == "precious\n"
+
+
+def test_a_change_of_loggers_tells_no_key(tmp_path: Path) -> None:
+    config = small.config(
+        small.written(tmp_path), "run", 2, "train.exp_manager={api_key: NEW, project: b, s: {a: 1}}"
+    )
+    for old in ("OLD", "(hidden)"):
+        before = {"train": {"exp_manager": {"api_key": old, "project": "a"}, "seed": [1] * 10**6}}
+        (line,) = late_edits(before, config, 1)
+        assert "OLD" not in line and "NEW" not in line and "'project': 'a'" in line and len(line) < 1000
