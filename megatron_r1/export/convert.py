@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from megatron_r1 import backend  # (backend before megatron.core)
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.contents import ITEMSIZE
+from megatron_r1.checkpoint.load import contents_of, load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.export import config as hf_config
@@ -32,9 +33,6 @@ from megatron_r1.system.errors import suggest_path
 from megatron_r1.system.files import sha256, sync, write_json
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
-
-# isort: split
-from megatron.core import dist_checkpointing
 
 Precision = Literal["fp32", "bf16"]
 _TORCH_NAME = {"fp32": "float32", "bf16": "bfloat16"}
@@ -170,9 +168,9 @@ def _empty_model(model: ModelConfig, precision: Precision) -> Any:
 
 def _stored_precision(source: Path) -> Precision:
     """fp32 if any matrix is stored so. Norms may be float32 in either."""
-    stored = dist_checkpointing.load_tensors_metadata(str(source))
+    stored = contents_of(source).tensors
     matrices = [n for n in stored if n.startswith(("embedding.", "decoder.")) and "norm" not in n]
-    return "fp32" if any(stored[name].dtype.itemsize > 2 for name in matrices) else "bf16"
+    return "fp32" if any(ITEMSIZE[stored[name].dtype] > 2 for name in matrices) else "bf16"
 
 
 @contextmanager
