@@ -72,42 +72,35 @@ class Contents:
     """What is no tensor: the optimizer's settings. Plain values only."""
 
     def numbers(self, file: BinaryIO, dtype: str, piece: Piece) -> Span:
-        """Where the numbers of a piece lie in its `file`, in C order. Raises ValueError for another tensor."""
+        """Where the numbers of a piece lie in its `file`, in C order. Raises ValueError where they do not."""
         with _reading(self.path / piece.archive.file):
             if piece.archive.length > math.prod(piece.size) * ITEMSIZE[dtype] + _OVERHEAD:
                 raise ValueError(f"{piece.archive.length} bytes hold a tensor of {piece.size}")
             tensor, places = read_archive(file, piece.archive, _IN_ARCHIVE)
             if not isinstance(tensor, Record) or tensor.name != _REBUILD:
                 raise ValueError("there is no tensor where one should be")
-            storage, offset, size, stride = tensor.args[:4]
-            dense, step = [], 1
-            for length in reversed(piece.size):
-                dense, step = [step, *dense], step * length
+            storage, offset, size, strides = tensor.args[:4]
             _, kind, key, _, _ = storage.args
-            place = places[key]
-            same = (kind, offset, size, stride) == (f"torch.{_STORAGES[dtype]}", 0, piece.size, tuple(dense))
-            if not same or place.length != step * ITEMSIZE[dtype]:
+            same, step = (kind, offset, size) == (f"torch.{_STORAGES[dtype]}", 0, piece.size), 1
+            for length, stride in zip(reversed(piece.size), reversed(strides), strict=True):
+                same, step = same and (stride == step or length == 1), step * length
+            if not same or places[key].length != step * ITEMSIZE[dtype]:
                 raise ValueError(f"there is another tensor than {dtype} of {piece.size}")
-            return place
+            return places[key]
 
 
 def read_contents(path: Path, files: FileFacts) -> Contents:
     """The content of the checkpoint at `path`, whose description lists `files`.
 
-    Reads the small files only, and compares their checksums with those of `files` first. Raises ValueError for
-    what this program does not write, naming the file; no code of the checkpoint runs.
+    Reads the small files only, and compares their checksums with those of `files` first. Raises ValueError
+    for what this program does not write, naming the file. No code of the checkpoint runs.
     """
     name = "metadata.json"
     content = read_verified(path, name, files)
     with _reading(path / name):
-        kind = parse_json(content, "JSON")
-        if not isinstance(kind, dict) or (
-            kind.get("sharded_backend"),
-            kind.get("common_backend", "torch"),
-        ) != (
-            "torch_dist",
-            "torch",
-        ):
+        kind = parse_json(content, name)
+        backends = [kind.get("sharded_backend"), kind.get("common_backend", "torch")]
+        if backends != ["torch_dist", "torch"]:
             raise ValueError("it names another format than torch_dist")
     name = ".metadata"
     content = read_verified(path, name, files)
@@ -138,8 +131,8 @@ def _reading(file: Path) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         why = str(error) if isinstance(error, ValueError) else f"it is damaged ({type(error).__name__})"
         raise ValueError(
-            f"{file} is not of a checkpoint that this program wrote: {why}; do not use this checkpoint, unless "
-            f"you trust whoever made it and have it written anew"
+            f"{file} is not of a checkpoint that this program wrote: {why}; do not use the checkpoint, and "
+            f"ask whoever made it for another"
         ) from None
 
 

@@ -292,7 +292,7 @@ def _difference(file: Path, size: int) -> str:
     except OSError:
         return f"{file.name} is missing"
     if not stat.S_ISREG(found.st_mode):
-        return f"{file.name} is no file itself but a link, a pipe or the like"
+        return f"{file.name} is a link, a pipe or the like"
     return f"{file.name} has {found.st_size} bytes where {size} were saved" if found.st_size != size else ""
 
 
@@ -318,8 +318,8 @@ def raise_corrupt(path: Path, corruptions: list[str]) -> None:
     if corruptions:
         more = [f"and {len(corruptions) - _FEW} more"] if len(corruptions) > _FEW else []
         raise ValueError(
-            f"{path} is damaged: {'; '.join(corruptions[:_FEW] + more)}; remove it: training continues from an "
-            f"earlier one, scoring leaves it out"
+            f"{path} is damaged: {'; '.join(corruptions[:_FEW] + more)}; remove it: training continues from "
+            f"an earlier one, scoring leaves it out"
         )
 
 

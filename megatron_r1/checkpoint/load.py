@@ -43,8 +43,8 @@ def load_checkpoint(
     """Fill the model, and the optimizer unless None, from a checkpoint of the same model, fields `but` aside.
 
     Every file is verified first, each by one rank. Raises ValueError on all ranks when the checkpoint is
-    of another shape or has another identity than `expect`, or names the files that are missing, short, altered
-    or not of a checkpoint.
+    of another shape or has another identity than `expect`, or names the files that are missing, short,
+    altered or not of a checkpoint.
     """
     meta = check_model(path, model, but, expect)
     mine = corruptions(path, meta["files"], dist.get_rank(), dist.get_world_size())
@@ -82,9 +82,8 @@ def contents_of(path: Path) -> Contents:
 def load_state(contents: Contents, wanted: dict[str, Any]) -> dict[str, Any]:
     """`wanted`, a sharded state dict of megatron-core, with the tensors of a checkpoint in place.
 
-    Every rank calls this. What is neither tensor nor a setting, such as Transformer Engine's state for 8 bits,
-    stays that of `wanted`: it would be unpickled. Raises ValueError on all ranks for a tensor that the
-    checkpoint does not hold so.
+    Every rank calls this. What is neither tensor nor setting stays that of `wanted`: Transformer Engine
+    would unpickle its own. Raises ValueError on all ranks for a tensor that the checkpoint does not hold so.
     """
     wanted, kept, factories = load_preprocess(wanted)
     sharded, settings = extract_sharded_base(wanted)
@@ -110,7 +109,8 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
     where, stored = f"{contents.path}: {shard.key}", contents.tensors.get(shard.key)
     if stored is None:
         raise ValueError(f"{where} is not in this checkpoint")
-    if stored.size != tuple(shard.global_shape) and not shard.allow_shape_mismatch:
+    same = len(stored.size) == len(shard.global_shape) if shard.allow_shape_mismatch else False
+    if stored.size != tuple(shard.global_shape) and not same:
         raise ValueError(f"{where} has the shape {stored.size}, and {tuple(shard.global_shape)} here")
     target = shard.data.detach()[(None,) * shard.prepend_axis_num]
     begin, size = tuple(shard.global_offset), tuple(target.shape)
@@ -125,7 +125,8 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
         if any(low >= high for low, high in both):
             continue
         if piece.archive.file not in files:
-            files[piece.archive.file] = opened.enter_context(open(contents.path / piece.archive.file, "rb"))
+            stream = open(contents.path / piece.archive.file, "rb")  # noqa: SIM115
+            files[piece.archive.file] = opened.enter_context(stream)
         file = files[piece.archive.file]
         if whole := (piece.offset, piece.size, stored.dtype) == (begin, size, str(target.dtype)[6:]):
             whole = target.is_cpu and target.is_contiguous()

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from megatron_r1.system.errors import shown
 
-# Operation -> what it stands for: a value; the form of a number; the length of a tuple; the bytes of a length,
+# Operation -> what it stands for: a value, the form of a number, the length of a tuple, the bytes of a length
 # or of a place in the memo.
 _VALUES: dict[int, Any] = {pickle.NONE[0]: None, pickle.NEWTRUE[0]: True, pickle.NEWFALSE[0]: False}
 _VALUES[pickle.EMPTY_TUPLE[0]] = ()
