@@ -132,7 +132,7 @@ def named(module: str, name: str) -> bytes:
 
 
 _NAMES = "torch.distributed.checkpoint.metadata"
-_TUPLES = b"\x80\x04}(" + b")" + b"2\x86" * 200 + b"K\x01u."
+_TUPLES = b"\x80\x04})q\x000" + b"h\x00h\x00\x86q\x000" * 200 + b"h\x00K\x01s."
 """The hash of its key takes 2^200 steps."""
 
 CRAFTED: dict[str, Craft] = {

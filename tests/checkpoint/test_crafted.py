@@ -112,6 +112,13 @@ def test_a_description_that_is_no_file_is_refused(kind: str, gpt: Any, genuine: 
     assert checkpoint_files.damaged(tmp_path) == [path]
 
 
+def test_a_listed_file_that_is_a_pipe_is_not_opened(gpt: Any, genuine: Path, tmp_path: Path) -> None:
+    shutil.copytree(genuine, path := tmp_path / genuine.name)
+    (path / "common.pt").unlink()
+    os.mkfifo(path / "common.pt")
+    assert "common.pt is a link, a pipe or the like" in refused(path, gpt, tmp_path / "ran")
+
+
 def test_a_genuine_one_that_is_sealed_anew_loads(gpt: Any, genuine: Path, tmp_path: Path) -> None:
     """So that what the others are refused for is what is wrong with them."""
     path = copied(genuine, tmp_path / genuine.name, lambda *_: None, tmp_path)
