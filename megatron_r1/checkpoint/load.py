@@ -62,7 +62,7 @@ def load_checkpoint(
         gpt.load_state_dict(loaded["model"])
         try:
             optimizer.load_state_dict(loaded["optimizer"])
-        except (KeyError, TypeError, AssertionError, OverflowError) as error:
+        except (KeyError, TypeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"{path}: its optimizer's settings do not fit: {shown(error)}") from None
     return TrainState(**meta["state"])
 
@@ -152,23 +152,22 @@ def _read(file: BinaryIO, place: Span, numbers: Tensor) -> None:
 def _settings(there: Any, ours: Any, where: str, more: bool = False) -> Any:
     """`there`, plain values of a checkpoint, of the kinds of `ours`, which this program would save.
 
-    `more`: whether it may have further ones. Raises ValueError, naming the value.
+    `more`: whether a mapping may have further numbers. Raises ValueError, naming the value.
     """
     if isinstance(ours, dict) and isinstance(there, dict):
         lost = [key for key, value in ours.items() if isinstance(value, (dict, list)) and key not in there]
         if lost:
             raise ValueError(f"{where}: {lost[0]} is missing")
-        extra = {k: v for k, v in there.items() if more and k not in ours and _is_plain(v)}
-        return extra | {k: _settings(there[k], v, f"{where}: {k}") for k, v in ours.items() if k in there}
+        known = {key: ours.get(key) for key in there if more or key in ours}
+        return {key: _settings(there[key], value, f"{where}: {key}") for key, value in known.items()}
     if isinstance(ours, list) and isinstance(there, list) and (ours or not there):
         return [_settings(v, ours[min(i, len(ours) - 1)], where, more=True) for i, v in enumerate(there)]
     if isinstance(ours, tuple) and isinstance(there, tuple) and len(ours) == len(there):
         return tuple(_settings(a, b, where) for a, b in zip(there, ours, strict=True))
-    number = type(there) in (int, float) and type(ours) in (int, float)
-    if number or (_is_plain(there) and (type(there) is type(ours) or ours is None or there is None)):
+    number = type(there) in (bool, int, float) and abs(there) < 1 << 62
+    alike = ours is None or (
+        isinstance(ours, bool) == isinstance(there, bool) and type(ours) in (bool, int, float)
+    )
+    if there is None or (number and alike) or (isinstance(there, str) and isinstance(ours, str)):
         return there
     raise ValueError(f"{where} is {shown(there)}, where {shown(ours)} is here")
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str)

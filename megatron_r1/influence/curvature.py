@@ -98,8 +98,10 @@ def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
         group = contents.common["optimizer"]["optimizer"]["param_groups"][0]
         corrected = 1 - float(group["betas"][1]) ** int(group["step"])
         eps = float(group["eps"])
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{checkpoint} holds no betas, eps and step of its optimizer") from None
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
+        corrected = 0.0
+    if not corrected > 0:
+        raise ValueError(f"{checkpoint} holds no betas, eps and step of its optimizer")
     loaded = load_state(contents, wanted)
     return {name: (loaded[name] / corrected).sqrt_().add_(eps) for name in wanted}
 
