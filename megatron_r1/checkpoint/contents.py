@@ -1,4 +1,4 @@
-"""The content of a checkpoint by megatron-core's `.metadata`: which tensors it holds, and where. No torch.
+"""The content of a checkpoint by megatron-core's `.metadata`: which tensors it holds, and where.
 
 Nothing of the files is believed before it is compared: names, places within the files, shapes.
 """
@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_r1.checkpoint.files import FileFacts, read_verified
-from megatron_r1.checkpoint.pickles import Record, Span, read_archive, read_pickle
+from megatron_r1.checkpoint.files import FileFacts, difference, raise_corrupt, read_verified
+from megatron_r1.checkpoint.pickles import ERRORS, Record, Span, read_archive, read_pickle
 from megatron_r1.system.errors import shown
 from megatron_r1.system.json_io import parse_json
 
 _OVERHEAD = 64 << 10
 """Bytes of an archive beside a tensor's numbers, and of a small object. Genuine ones have 2 kB."""
 
-# torch's names of the types of numbers, and of a storage of them.
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1}
-_STORAGES = {
-    **{"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"},
-    **{"float64": "DoubleStorage", "int64": "LongStorage", "int32": "IntStorage", "uint8": "ByteStorage"},
-}
+# torch's names of the types of numbers that this program saves, and of a storage of them.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "uint8": 1}
+_STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "uint8": "ByteStorage"}
 _DCP = "torch.distributed.checkpoint."
 _TENSOR, _BYTES = f"{_DCP}metadata.TensorStorageMetadata", f"{_DCP}metadata.BytesStorageMetadata"
 _INDEX, _PLACE = f"{_DCP}metadata.MetadataIndex", f"{_DCP}filesystem._StorageInfo"
@@ -95,17 +92,15 @@ def read_contents(path: Path, files: FileFacts) -> Contents:
     Reads the small files only, and compares their checksums with those of `files` first. Raises ValueError
     for what this program does not write, naming the file. No code of the checkpoint runs.
     """
-    name = "metadata.json"
-    content = read_verified(path, name, files)
-    with _reading(path / name):
-        kind = parse_json(content, name)
-        backends = [kind.get("sharded_backend"), kind.get("common_backend", "torch")]
-        if backends != ["torch_dist", "torch"]:
+    content = read_verified(path, "metadata.json", files)
+    with _reading(path / "metadata.json"):
+        if parse_json(content, "JSON").get("sharded_backend") != "torch_dist":
             raise ValueError("it names another format than torch_dist")
-    name = ".metadata"
-    content = read_verified(path, name, files)
-    with _reading(path / name):
+    content = read_verified(path, ".metadata", files)
+    with _reading(path / ".metadata"):
         tensors, objects = _index(read_pickle(content, _IN_METADATA), files)
+    named = {archive.file for archive in objects.values()}
+    raise_corrupt(path, [why for name in named if (why := difference(path / name, files[name][0]))])
     common: Any = None
     for name, archive in objects.items():
         with open(path / archive.file, "rb") as file, _reading(path / archive.file):
@@ -128,7 +123,7 @@ def _reading(file: Path) -> Iterator[None]:
     """Name the file that an error is about, and the way out."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+    except ERRORS as error:
         why = str(error) if isinstance(error, ValueError) else f"it is damaged ({type(error).__name__})"
         raise ValueError(
             f"{file} is not of a checkpoint that this program wrote: {why}; do not use the checkpoint, and "
@@ -154,6 +149,8 @@ def _index(metadata: Any, files: FileFacts) -> tuple[dict[str, Stored], dict[str
         if where.get("transform_descriptors"):
             raise ValueError(f"it keeps {shown(key[0])} transformed")
         spans[key] = Span(file, start, length)
+    if sum(span.length for span in spans.values()) > sum(size for size, _ in files.values()):
+        raise ValueError("it keeps several tensors in one place")
     tensors, objects = {}, {}
     for name, held in known["state_dict_metadata"].items():
         if isinstance(held, Record) and held.name == _BYTES:

@@ -279,14 +279,14 @@ def corruptions(path: Path, files: FileFacts, rank: int = 0, ranks: int = 1) -> 
             f"{shown(p.name)} is not listed by {META}" for p in path.iterdir() if p.name not in {*files, META}
         ]
     for name, (size, checksum) in sorted(files.items(), key=lambda item: -item[1][0])[rank::ranks]:
-        if error := _difference(path / name, size):
+        if error := difference(path / name, size):
             out.append(error)
         elif _checksum(path / name) != checksum:
             out.append(f"{name} is not as it was written (its checksum differs)")
     return out
 
 
-def _difference(file: Path, size: int) -> str:
+def difference(file: Path, size: int) -> str:
     """Why `file` is no file of `size` bytes, or nothing."""
     try:
         found = file.lstat()
@@ -302,7 +302,7 @@ def read_verified(path: Path, name: str, files: FileFacts) -> bytes:
     if name not in files:
         raise_corrupt(path, [f"{META} does not list {name}"])
     (size, checksum), content = files[name], b""
-    error = _difference(path / name, size)
+    error = difference(path / name, size)
     if not error and size > _MOST_SMALL:
         error = f"{name} has {size:,} bytes, more than {_MOST_SMALL:,}"
     if not error:

@@ -181,6 +181,7 @@ CRAFTED: dict[str, Craft] = {
     "a negative offset": every_place(offset=-1),
     "a length that is true": every_place(length=True),
     "a length that is a fraction": every_place(length=0.5),
+    "all in one place": every_place(offset=0, length=4000),
     "another length": every_place(length=100),
     "a transformation": every_place(transform_descriptors=["zstd"]),
     "code in a small object": replaced("_extra_state", lambda p: archive(p)),

@@ -121,6 +121,10 @@ def test_a_listed_file_that_is_a_pipe_is_not_opened(gpt: Any, genuine: Path, tmp
     (path / "common.pt").unlink()
     os.mkfifo(path / "common.pt")
     assert "common.pt is a link, a pipe or the like" in refused(path, gpt, tmp_path / "ran")
+    (path / "__0_0.distcp").unlink()
+    os.mkfifo(path / "__0_0.distcp")
+    with pytest.raises(ValueError, match="is a link, a pipe or the like"):
+        contents_of(path)
 
 
 def test_settings_among_the_tensors_are_read(gpt: Any, genuine: Path, tmp_path: Path) -> None:
