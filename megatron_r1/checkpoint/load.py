@@ -130,8 +130,9 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
         file = files[piece.archive.file]
         if whole := (piece.offset, piece.size, stored.dtype) == (begin, size, str(target.dtype)[6:]):
             whole = target.is_cpu and target.is_contiguous()
+        place = contents.numbers(file, stored.dtype, piece)
         numbers = target if whole else torch.empty(piece.size, dtype=getattr(torch, stored.dtype))
-        _read(file, contents.numbers(file, stored.dtype, piece), numbers)
+        _read(file, place, numbers)
         if not whole:
             here, there = (
                 tuple(slice(low - o, high - o) for (low, high), o in zip(both, offset, strict=True))
