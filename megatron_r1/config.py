@@ -313,6 +313,8 @@ class TrainConfig(_Strict):
     """Checkpoint whose weights alone a new run begins with. The rotary base and scaling may differ."""
     init_from: str | None = None
     """Checkpoint whose weights, optimizer state and data position a new run begins with."""
+    expect: str | None = None
+    """Identity that this checkpoint must have: the SHA-256 of its megatron_r1.json."""
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ def main() -> None:
     add("--context", type=int, metavar="TOKENS", help="to hf: longest sequence (default: the run's)")
     add("--tokenizer-type", metavar="KIND", help="to hf: as for tools/preprocess_data.py")
     add("--tokenizer-model", metavar="MODEL", help="to hf: the tokenizer that the model was trained with")
+    add("--expect", metavar="HASH", help="to hf: identity that SRC must have, sha256sum SRC/megatron_r1.json")
     add("--check", action="store_true", help="print what would be written, and exit")
     args = parser.parse_args()
     with user_errors():
-        only_hf = ("context", "tokenizer_type", "tokenizer_model")
+        only_hf = ("context", "tokenizer_type", "tokenizer_model", "expect")
         if args.to == "megatron" and any(getattr(args, name) is not None for name in only_hf):
-            raise ValueError("--context and --tokenizer-* concern --to hf; a checkpoint holds neither")
+            raise ValueError("--context, --tokenizer-* and --expect concern --to hf")
         if bool(args.tokenizer_type) != bool(args.tokenizer_model):
             raise ValueError("give --tokenizer-type and --tokenizer-model together, or neither")
         module, user, install = "megatron_r1.export.convert", f"--to {args.to}", "-e '.[hf]'"
@@ -50,7 +51,8 @@ def main() -> None:
 
             tokenizer = tokenizer_files(args.tokenizer_type, args.tokenizer_model)
         convert = require(module, user, install)
-        summary = convert.to_hf(args.source, args.target, context, args.precision, tokenizer, args.check)
+        rest = (context, args.precision, tokenizer, args.check, args.expect)
+        summary = convert.to_hf(args.source, args.target, *rest)
         print(f"{done} {args.target}: {summary}")
 
 

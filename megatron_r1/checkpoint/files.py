@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,27 @@ import xxhash
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.records import CheckpointRef, TrainState
-from megatron_r1.system.errors import suggest_path
-from megatron_r1.system.files import json_bytes, naming, sync
+from megatron_r1.system.errors import shown, suggest_path
+from megatron_r1.system.files import json_bytes, naming, plain_name, sync
+from megatron_r1.system.json_io import MOST_BYTES, JsonError, parse_json
 
 META = "megatron_r1.json"
 _FORMAT = 2
 _CHUNK = 4 << 20
 _ROOM = ".room"
+_OURS = re.compile(r"\.step_[0-9]{8,}\.(tmp|old)")
+"""What becomes a checkpoint, and what was one."""
+_STEP = re.compile(r"step_[0-9]{8,}")
 _RESERVE = 8 << 20
 """Bytes kept free, while the shards are written, for what the first rank alone writes in the end."""
+
+_KINDS = {"state": dict, "model": dict, "files": dict, "plan": str, "phase": str}
+
+_MOST_SMALL = 16 << 20
+"""Bytes of a file that is read as a whole. `.metadata` has 0.3 kB for each piece of a tensor, 1 MB in all
+of a model of 950 M parameters on 64 ranks."""
+_FEW = 8
+"""Corruptions that an error names."""
 
 FileFacts = dict[str, list[Any]]
 """Name -> [bytes, checksum]."""
@@ -48,20 +62,33 @@ def begin(directory: Path, step: int) -> Path:
     """An empty directory to write a checkpoint to, out of sight, and room for what comes last.
 
     One process at a time: what earlier ones left, discarded or half written, is deleted. Raises OSError
-    where the disk is full or not writable, and leaves nothing then.
+    where the disk is full or not writable, or something else has the checkpoint's name, and leaves nothing
+    then.
     """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for path in new:
+        sync(path.parent)
+    final, temporary = step_path(directory, step), temporary_path(directory, step)
+    if os.path.lexists(final) and not _is_directory(final):
+        raise OSError(f"{final} is a link or a file; move it away")
+    for path in directory.iterdir():
+        if _OURS.fullmatch(path.name) and _is_directory(path):
+            shutil.rmtree(path, ignore_errors=True)
+    release(directory)
     try:
-        with naming(directory), open(directory / _ROOM, "wb") as room:
+        with naming(directory), open(directory / _ROOM, "xb") as room:
             os.posix_fallocate(room.fileno(), 0, _RESERVE)
-        temporary = temporary_path(directory, step)
         temporary.mkdir()
     except OSError:
         release(directory)
         raise
     return temporary
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether it is one itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def release(directory: Path) -> None:
@@ -109,7 +136,7 @@ def discard(path: Path) -> Path:
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(step for step, path in _named(directory).items() if (path / META).is_file())
+    return sorted(step for step, path in named(directory).items() if (path / META).is_file())
 
 
 def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
@@ -120,16 +147,31 @@ def complete_checkpoints(directory: Path) -> list[CheckpointRef]:
     return [CheckpointRef(step_path(directory, step), step) for step in saved_steps(directory)]
 
 
-def _named(directory: Path) -> dict[int, Path]:
-    """Step -> what has the name of its checkpoint. A copy with another name is none."""
-    steps = [int(path.name[5:]) for path in directory.glob("step_*") if path.name[5:].isdecimal()]
-    return {step: path for step in steps if (path := step_path(directory, step)).exists()}
+def named(directory: Path) -> dict[int, Path]:
+    """Step -> directory, or link to one, that has the name of its checkpoint. A copy with another name is
+    none."""
+    steps = {int(path.name[5:]): path for path in _entries(directory) if _STEP.fullmatch(path.name)}
+    return {n: path for n, path in sorted(steps.items()) if path == step_path(directory, n) and path.is_dir()}
+
+
+def foreign(directory: Path) -> list[str]:
+    """Names in `directory` that are not of a checkpoint or of our own making. They are left alone."""
+    ours = {path.name for path in named(directory).values()} | {_ROOM}
+    return sorted(
+        path.name
+        for path in _entries(directory)
+        if path.name not in ours and not (_OURS.fullmatch(path.name) and _is_directory(path))
+    )
+
+
+def _entries(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
 
 
 def damaged(directory: Path) -> list[Path]:
     """Checkpoints whose description is lost or can no longer be read. Costs a read of each."""
     out = []
-    for _, path in sorted(_named(directory).items()):
+    for path in named(directory).values():
         try:
             read_meta(path)
         except (OSError, ValueError):
@@ -140,24 +182,59 @@ def damaged(directory: Path) -> list[Path]:
 def _described(path: Path) -> bytes:
     """The bytes of a checkpoint's description. Raises ValueError if it is missing."""
     try:
-        return (path / META).read_bytes()
+        if not stat.S_ISREG((path / META).lstat().st_mode):
+            raise ValueError(
+                f"{path / META} is no file itself but a link, a pipe or the like; restore the file"
+            )
+        with open(path / META, "rb") as file:
+            return file.read(MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         lost = "restore or remove it" if path.is_dir() else f"name a step_N directory{suggest_path(path)}"
         raise ValueError(f"{path} is no complete checkpoint ({META} is missing); {lost}") from None
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The description of a checkpoint. Raises ValueError if it is missing or damaged."""
+def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
+    """The description of a checkpoint. Raises ValueError if it is missing or damaged, or if the `identity` of
+    the checkpoint is not `expect`."""
     content = _described(path)
+    if expect and (is_ := hashlib.sha256(content).hexdigest()) != expect.lower():
+        raise ValueError(f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}")
     try:
-        meta = json.loads(content)
-    except ValueError:
+        meta = parse_json(content, META)
+    except JsonError:
         meta = None
     if isinstance(meta, dict) and meta.get("format") == 1:
         raise ValueError(f"{path} has no checksums: an earlier version wrote it; begin a new run")
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _own_checksum(meta):
         raise_corrupt(path, [f"{META} is not as it was written"])
+    if mistake := _mistake(meta):
+        raise ValueError(
+            f"{path / META} is none that this program wrote: {mistake}; do not use this checkpoint"
+        )
     return meta
+
+
+def _mistake(meta: dict[str, Any]) -> str:
+    """What a description has that none of ours has, or nothing."""
+    for key, kind in _KINDS.items():
+        if not isinstance(meta.get(key), kind):
+            return f"{key} is {shown(meta.get(key))}"
+    if meta.get("format") != _FORMAT:
+        return f"format is {shown(meta.get('format'))}"
+    state, files = meta["state"], meta["files"]
+    counts = [state.get(key) for key in ("step", "samples", "tokens")]
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in counts) or any(counts[1:]) > bool(counts[0]):
+        return f"its step, samples and tokens are {shown(counts)}"
+    if set(state) - {"guard"} != {"step", "samples", "tokens"} or not isinstance(
+        state.get("guard", {}), dict
+    ):
+        return f"state is {shown(state)}"
+    for name, fact in files.items():
+        if not plain_name(name) or not name.isascii() or name == META:
+            return f"it lists {shown(name)}, which is no name of a file beside it"
+        if not (isinstance(fact, list) and len(fact) == 2 and type(fact[0]) is int and fact[0] >= 0):
+            return f"its facts of {shown(name)} are {shown(fact)}"
+    return ""
 
 
 def identity(path: Path) -> str:
@@ -172,13 +249,15 @@ NOT_WEIGHTS = ("rotary_base", "rope_scaling", "init_std")
 """Fields of a model that the same weights can be used with other values of."""
 
 
-def check_model(path: Path, model: ModelConfig, but: Container[str] = ()) -> dict[str, Any]:
+def check_model(
+    path: Path, model: ModelConfig, but: Container[str] = (), expect: str | None = None
+) -> dict[str, Any]:
     """`read_meta` of a checkpoint of this model, fields `but` aside. Raises ValueError when it holds
     another one."""
-    meta = read_meta(path)
+    meta = read_meta(path, expect)
     theirs = meta["model"]
     changed = [
-        f"{key} {theirs.get(key)} there, {value} here"
+        f"{key} {shown(theirs.get(key))} there, {value!r} here"
         for key, value in dataclasses.asdict(model).items()
         if theirs.get(key) != value and key not in but
     ]
@@ -195,23 +274,53 @@ def facts_of(paths: Iterable[Path]) -> FileFacts:
 def corruptions(path: Path, files: FileFacts, rank: int = 0, ranks: int = 1) -> list[str]:
     """Damage to the files of a checkpoint, a line each. This rank reads its share of them."""
     out = []
+    if rank == 0:
+        out = [
+            f"{shown(p.name)} is not listed by {META}" for p in path.iterdir() if p.name not in {*files, META}
+        ]
     for name, (size, checksum) in sorted(files.items(), key=lambda item: -item[1][0])[rank::ranks]:
-        file = path / name
-        if not file.is_file():
-            out.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            out.append(f"{name} has {file.stat().st_size} bytes where {size} were saved")
-        elif _checksum(file) != checksum:
+        if error := difference(path / name, size):
+            out.append(error)
+        elif _checksum(path / name) != checksum:
             out.append(f"{name} is not as it was written (its checksum differs)")
     return out
+
+
+def difference(file: Path, size: int) -> str:
+    """Why `file` is no file of `size` bytes, or nothing."""
+    try:
+        found = file.lstat()
+    except OSError:
+        return f"{file.name} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{file.name} is a link, a pipe or the like"
+    return f"{file.name} has {found.st_size} bytes where {size} were saved" if found.st_size != size else ""
+
+
+def read_verified(path: Path, name: str, files: FileFacts) -> bytes:
+    """The bytes of a small file of a checkpoint, as `files` describes them. Raises ValueError for others."""
+    if name not in files:
+        raise_corrupt(path, [f"{META} does not list {name}"])
+    (size, checksum), content = files[name], b""
+    error = difference(path / name, size)
+    if not error and size > _MOST_SMALL:
+        error = f"{name} has {size:,} bytes, more than {_MOST_SMALL:,}"
+    if not error:
+        with open(path / name, "rb") as file:
+            content = file.read(size + 1)
+        if xxhash.xxh3_128(content).hexdigest() != checksum:
+            error = f"{name} is not as it was written (its checksum differs)"
+    raise_corrupt(path, [error] if error else [])
+    return content
 
 
 def raise_corrupt(path: Path, corruptions: list[str]) -> None:
     """Raise ValueError that names the corruptions, if there are any."""
     if corruptions:
+        more = [f"and {len(corruptions) - _FEW} more"] if len(corruptions) > _FEW else []
         raise ValueError(
-            f"{path} is damaged: {'; '.join(corruptions)}; remove it: training continues from an earlier "
-            f"one, scoring leaves it out"
+            f"{path} is damaged: {'; '.join(corruptions[:_FEW] + more)}; remove it: training continues from "
+            f"an earlier one, scoring leaves it out"
         )
 
 

@@ -13,7 +13,8 @@ import queue
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,26 @@ from megatron_r1.config import ModelConfig
 from megatron_r1.parallel import broadcast_object, gather_objects
 from megatron_r1.records import CheckpointRef, TrainState
 from megatron_r1.system.files import sync
+from megatron_r1.system.terminal import say
 
 # isort: split
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 
 # 0.19 has another package write by default; here it is only asked what is to be written.
 _ASYNC = {"async_sharded_save": True}
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     _ASYNC["async_strategy"] = "mcore"  # type: ignore[assignment]
+
+_FIRST_RANK_WRITES = [
+    (serialization, "save_config"),
+    (filesystem_async.FileSystemWriterAsync, "finish"),
+    # Of 0.16.
+    (getattr(common, "TorchCommonSaveStrategy", None), "save_common"),
+]
 
 
 def save_checkpoint(
@@ -81,6 +91,8 @@ class Saver:
         self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._flight: _Flight | None = None
         self._remover: threading.Thread | None = None
+        self._staying: set[int] = set()
+        """Surplus that could not go, which was said."""
 
     def save(
         self, gpt: Any, optimizer: Any, state: TrainState, model: ModelConfig, phase: str, plan: str
@@ -102,13 +114,18 @@ class Saver:
                 self._remover.join()
             checkpoint_files.begin(self._directory, state.step)
 
-        _on_first_rank(begin, ref)
-        # The writers report within this process: megatron-core's own queue would start a server for that,
-        # which runs the main program again.
-        filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(
-            self._copied(_sharded(gpt, optimizer)), str(temporary), content_metadata=dict(METADATA), **_ASYNC
-        )
+        with self._cleaning(temporary):
+            _on_first_rank(begin, ref)
+            # The writers report within this process: megatron-core's own queue would start a server for that,
+            # which runs the main program again.
+            filesystem_async._results_queue = queue.Queue()
+            with _first_rank_writes(ref):
+                request = dist_checkpointing.save(
+                    self._copied(_sharded(gpt, optimizer)),
+                    str(temporary),
+                    content_metadata=dict(METADATA),
+                    **_ASYNC,
+                )
         saved = replace(state)
         self._flight = _Flight(
             ref,
@@ -137,14 +154,6 @@ class Saver:
         flight.thread.join()
         reports = gather_objects((flight.error, flight.facts))
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error]
-        if dist.get_rank() == 0:
-            checkpoint_files.release(self._directory)
-            if errors:
-                shutil.rmtree(flight.temporary, ignore_errors=True)
-        if errors:
-            raise OSError(_failed(flight.ref, "; ".join(errors)))
-        for finish in flight.request.finalize_fns:
-            finish()
 
         def publish() -> None:
             facts: FileFacts = {name: fact for _, part in reports for name, fact in part.items()}
@@ -153,14 +162,42 @@ class Saver:
                 sync(path)
             flight.publish(facts | checkpoint_files.facts_of(rest))
 
-        _on_first_rank(publish, flight.ref)
+        with self._cleaning(flight.temporary):
+            if errors:
+                raise OSError(_failed(flight.ref, "; ".join(errors)))
+            _on_first_rank(lambda: checkpoint_files.release(self._directory), flight.ref)
+            with _first_rank_writes(flight.ref):
+                for finish in flight.request.finalize_fns:
+                    finish()
+            _on_first_rank(publish, flight.ref)
         if dist.get_rank() == 0:
             self._remove_surplus()
 
+    @contextmanager
+    def _cleaning(self, temporary: Path) -> Iterator[None]:
+        """Leave nothing of a save that has failed, which every rank learns at the same place."""
+        try:
+            yield
+        except OSError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                with suppress(OSError):
+                    checkpoint_files.release(self._directory)
+            raise
+
     def _remove_surplus(self) -> None:
         """Only now that a newer checkpoint is complete. Deleting may take long, and nobody waits for it."""
-        steps = self._retention.surplus(checkpoint_files.saved_steps(self._directory))
-        hidden = [checkpoint_files.discard(checkpoint_files.step_path(self._directory, s)) for s in steps]
+        hidden = []
+        for step in self._retention.surplus(checkpoint_files.saved_steps(self._directory)):
+            path = checkpoint_files.step_path(self._directory, step)
+            try:
+                if path.is_symlink():
+                    raise OSError(f"{path} is a link")
+                hidden.append(checkpoint_files.discard(path))
+            except OSError as error:
+                if step not in self._staying:
+                    say(f"warning: train.keep_last: {error}; it stays, and no room is freed")
+                self._staying.add(step)
         if hidden:
             self._remover = threading.Thread(target=_delete, args=(hidden,), name="remover")
             self._remover.start()
@@ -258,6 +295,39 @@ def _on_first_rank(action: Callable[[], None], ref: CheckpointRef) -> None:
     error = broadcast_object(error)
     if error is not None:
         raise OSError(error)
+
+
+@contextmanager
+def _first_rank_writes(ref: CheckpointRef) -> Iterator[None]:
+    """Within, what megatron-core writes on the first rank alone; where that fails, OSError on all behind it.
+
+    It writes between steps that all ranks take together, and an error there would leave the others waiting.
+    """
+    errors: list[BaseException] = []
+
+    def collecting(write: Callable[..., None]) -> Callable[..., None]:
+        def collect(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        return collect
+
+    writes = {place: getattr(*place) for place in _FIRST_RANK_WRITES if hasattr(*place)}
+    for place, write in writes.items():
+        setattr(*place, collecting(write))
+    try:
+        yield
+    finally:
+        for place, write in writes.items():
+            setattr(*place, write)
+
+    def report() -> None:
+        for error in errors:
+            raise OSError(_cause(error))
+
+    _on_first_rank(report, ref)
 
 
 def _failed(ref: CheckpointRef, why: str) -> str:

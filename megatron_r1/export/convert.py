@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from megatron_r1 import backend  # (backend before megatron.core)
 from megatron_r1.checkpoint import files as checkpoint_files
-from megatron_r1.checkpoint.load import load_checkpoint
+from megatron_r1.checkpoint.contents import ITEMSIZE
+from megatron_r1.checkpoint.load import contents_of, load_checkpoint
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.export import config as hf_config
@@ -28,13 +29,10 @@ from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.run.stage import finish, require_empty
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import shown, suggest_path
 from megatron_r1.system.files import sha256, sync, write_json
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
-
-# isort: split
-from megatron.core import dist_checkpointing
 
 Precision = Literal["fp32", "bf16"]
 _TORCH_NAME = {"fp32": "float32", "bf16": "bfloat16"}
@@ -47,20 +45,30 @@ def to_hf(
     precision: Precision | None = None,
     tokenizer: TokenizerFiles | None = None,
     check: bool = False,
+    expect: str | None = None,
 ) -> str:
     """Write the checkpoint `source`, of whatever layout, as a folder that `from_pretrained` reads.
 
     `context`: longest sequence, tokens; None: that of the checkpoint's run, or of its import. `precision`: of
-    the written weights; None: as they are stored. `check`: write nothing. Returns a line that describes it.
-    Takes one process and at most twice the memory of the weights. The folder appears whole or not at all.
-    Raises ValueError for a damaged checkpoint, weights that are not finite, a `target` that holds something,
-    or a tokenizer that does not fit or did not make the run's data.
+    the written weights; None: as they are stored. `check`: write nothing. `expect`: identity that
+    the checkpoint must have. Returns a line that describes it. Takes one process and at most twice the memory
+    of the weights. The folder appears whole or not at all. Raises ValueError for a damaged checkpoint,
+    weights that are not finite, a `target` that holds something, or a tokenizer that does not fit or did not
+    make the run's data.
     """
     if context is not None and context < 1:
         raise ValueError(f"--context {context}: the longest sequence has at least one token")
-    meta = checkpoint_files.read_meta(source)
+    meta = checkpoint_files.read_meta(source, expect)
     checkpoint_files.raise_corrupt(source, checkpoint_files.corruptions(source, meta["files"]))
-    model = TypeAdapter(ModelConfig).validate_python(meta["model"])
+    try:
+        model = TypeAdapter(ModelConfig).validate_python(meta["model"])
+    except ValueError as error:
+        raise ValueError(f"{source} describes no model: {shown(str(error))}") from None
+    held = sum(size for size, _ in meta["files"].values())
+    if 2 * model.parameters() > held:
+        raise ValueError(
+            f"{source} describes {model.parameters():,} parameters, and its files have {held:,} bytes"
+        )
     context = context or origin.context_of(source)
     special = {key: value for key, value in origin.imported(source).items() if key in hf_config.SPECIAL}
     if tokenizer is not None:
@@ -79,7 +87,7 @@ def to_hf(
         return summary
     with _appearing(target) as folder, process_groups(ParallelConfig()):
         gpt = _empty_model(model, stored)
-        load_checkpoint(source, gpt, None, model)
+        load_checkpoint(source, gpt, None, model, expect=expect)
         views = hf.views(gpt, model, config["model_type"])
         for name, view in views.items():
             hf.require_finite(name, view, source)
@@ -170,9 +178,9 @@ def _empty_model(model: ModelConfig, precision: Precision) -> Any:
 
 def _stored_precision(source: Path) -> Precision:
     """fp32 if any matrix is stored so. Norms may be float32 in either."""
-    stored = dist_checkpointing.load_tensors_metadata(str(source))
+    stored = contents_of(source).tensors
     matrices = [n for n in stored if n.startswith(("embedding.", "decoder.")) and "norm" not in n]
-    return "fp32" if any(stored[name].dtype.itemsize > 2 for name in matrices) else "bf16"
+    return "fp32" if any(ITEMSIZE[stored[name].dtype] > 2 for name in matrices) else "bf16"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1 import backend
+from megatron_r1.checkpoint.load import contents_of, load_state
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.kfac import EKfac, Kfac, check_gradients
@@ -34,7 +35,6 @@ from megatron_r1.influence.parameters import (
 from megatron_r1.parallel import sum_over
 
 # isort: split
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 _KEY = "optimizer.state.exp_avg_sq"
@@ -76,7 +76,7 @@ def resolve(kind: str, checkpoints: list[Path]) -> str:
 
 
 def _has_moments(checkpoint: Path) -> bool:
-    return any(key.startswith(_KEY) for key in dist_checkpointing.load_tensors_metadata(str(checkpoint)))
+    return any(key.startswith(_KEY) for key in contents_of(checkpoint).tensors)
 
 
 def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
@@ -89,15 +89,21 @@ def adam_scale(checkpoint: Path, gpt: Any) -> Gradient:
     for name, local in local_names(gpt).items():
         moments = torch.empty_like(gpt.get_parameter(local), dtype=torch.float32)
         wanted[name] = make_sharded_optimizer_tensor(places[local], moments, _KEY)
-    if not _has_moments(checkpoint):
+    contents = contents_of(checkpoint)
+    if not any(key.startswith(_KEY) for key in contents.tensors):
         raise ValueError(
             f"{checkpoint} holds no optimizer state, which influence.curvature=adam needs; use identity"
         )
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    group = common["optimizer"]["optimizer"]["param_groups"][0]
-    corrected = 1 - group["betas"][1] ** group["step"]
-    loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    return {name: (loaded[name] / corrected).sqrt_().add_(group["eps"]) for name in wanted}
+    try:
+        group = contents.common["optimizer"]["optimizer"]["param_groups"][0]
+        corrected = 1 - float(group["betas"][1]) ** int(group["step"])
+        eps = float(group["eps"])
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
+        corrected = 0.0
+    if not corrected > 0:
+        raise ValueError(f"{checkpoint} holds no betas, eps and step of its optimizer")
+    loaded = load_state(contents, wanted)
+    return {name: (loaded[name] / corrected).sqrt_().add_(eps) for name in wanted}
 
 
 class DataInf:

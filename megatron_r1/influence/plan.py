@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.checkpoint.files import check_model, identity, step_path
+from megatron_r1.checkpoint.files import check_model, identity, named, step_path
 from megatron_r1.config import Config, InfluenceConfig
 from megatron_r1.config_io import ConfigError, check_copies
 from megatron_r1.data.indexed import document_starts, with_suffix
@@ -286,8 +286,7 @@ def _check_places(influence: InfluenceConfig, config: Config, available: Sequenc
 
 def _available_steps(run: Path) -> list[int]:
     """Checkpoints by their directories' names. `open_job` raises for incomplete ones."""
-    names = (p.name.removeprefix("step_") for p in RunDir(run).checkpoints.glob("step_[0-9]*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    return list(named(RunDir(run).checkpoints))
 
 
 PASS = 1.15

@@ -293,6 +293,7 @@ def control_command(run: Run) -> str:
         start = [f"train.init_from={checkpoint_files.step_path(RunDir(run.root).checkpoints, step)}"]
         # The run's own beginning, which is not the control's.
         start += ["train.init_weights=null"] if run.config.train.init_weights else []
+        start += ["train.expect=null"] if run.config.train.expect else []
     weights = f"phases.{run.phases[-1]}.weights=uniform"
     return launch(run, "train", f"train.run={run.root / 'control'}", *start, weights)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import HealthConfig
+from megatron_r1.system.errors import shown
 from megatron_r1.system.files import make_folder, ours
 from megatron_r1.system.terminal import say
 
@@ -120,11 +121,15 @@ class StepGuard:
 
     def load(self, history: dict[str, Any]) -> None:
         """Take over a history. One of an earlier version has no best median, which then begins here."""
-        self._accepted = [(loss, norm) for loss, norm in history["accepted"]]
-        self.skipped_in_a_row = int(history["skipped_in_a_row"])
-        self._judged = int(history.get("judged", min(len(self._accepted), _WINDOW)))
-        best = history.get("best")
-        self.best = best and (best[0], best[1])
+        try:
+            self._accepted = [(float(loss), float(norm)) for loss, norm in history["accepted"]]
+            self.skipped_in_a_row = int(history["skipped_in_a_row"])
+            self._judged = int(history.get("judged", min(len(self._accepted), _WINDOW)))
+            best = history.get("best")
+            self.best = best and (float(best[0]), int(best[1]))
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            what = f"the step guard's history is {shown(history)}"
+            raise ValueError(f"the checkpoint is none that this program wrote: {what}") from None
 
 
 class Watchdog:

@@ -121,7 +121,7 @@ class Trainer:
         _, last = resume.standing(self.config)
         if last is None and train.init_weights:
             path = Path(train.init_weights)
-            load_weights(path, self.training.gpt, self.training.optimizer, model)
+            load_weights(path, self.training.gpt, self.training.optimizer, model, train.expect)
             self.origin = {train.init_weights: checkpoint_files.identity(path)}
             return TrainState()
         begin = last.path if last else train.init_from
@@ -129,7 +129,8 @@ class Trainer:
             return TrainState()
         path = Path(begin)
         resume.check_past(path, self.config, data, drawn_from)
-        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model)
+        expect = None if last else train.expect
+        state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model, expect=expect)
         self.origin = {str(path): checkpoint_files.identity(path)}
         if state.guard:
             self.guard.load(state.guard)

@@ -23,6 +23,7 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import Hashes
 from megatron_r1.run.stage import Standing, finish
+from megatron_r1.system.errors import shown
 from megatron_r1.system.files import sha256, write_text
 from megatron_r1.system.process import RunLock
 from megatron_r1.system.terminal import say
@@ -124,9 +125,10 @@ def check_beginning(config: Config, data: OpenData) -> None:
     """Raise ValueError if a new run cannot begin with the checkpoint that the configuration names."""
     train, fresh = config.train, standing(config)[1] is None
     if fresh and train.init_weights:
-        checkpoint_files.check_model(Path(train.init_weights), config.model, checkpoint_files.NOT_WEIGHTS)
+        but = checkpoint_files.NOT_WEIGHTS
+        checkpoint_files.check_model(Path(train.init_weights), config.model, but, train.expect)
     elif fresh and train.init_from:
-        checkpoint_files.check_model(Path(train.init_from), config.model)
+        checkpoint_files.check_model(Path(train.init_from), config.model, expect=train.expect)
         check_past(Path(train.init_from), config, data, data.drawn_from)
 
 
@@ -143,6 +145,9 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
             f"{run.root}: warning: {', '.join(path.name for path in damaged)} cannot be read (damaged, or "
             f"another version's); the run goes on without"
         )
+    if foreign := checkpoint_files.foreign(run.checkpoints):
+        names = ", ".join(map(shown, foreign[:8])) + (" and more" if foreign[8:] else "")
+        out.append(f"{run.checkpoints}: {names}: no checkpoints of this run by their names, left alone")
     if damage := ledger.describe_damage(run.root):
         out.append(f"{run.root}: warning: {damage}")
     if lost := lost_steps(steps, first_step(run, config, steps), step):

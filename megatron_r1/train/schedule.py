@@ -89,7 +89,9 @@ def late_edits(before: dict[str, Any], config: Config, step: int) -> list[str]:
     for section in ("optimizer", "data", "train", "health") if step else ():
         now = dataclasses.asdict(getattr(config, section))
         # The data plan checks what is drawn from. Where a run begins is over.
-        now = {k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights")}
+        now = {
+            k: v for k, v in now.items() if k not in ("sources", "run", "init_from", "init_weights", "expect")
+        }
         edited.append((section, "the run", spans[-1].end, before.get(section), now))
     for span in spans:
         if step > span.start:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch, TrainState
 from megatron_r1.train.step import Shape, Training, build_training, train_step
 from tests import launch
+from tests.checkpoint.crafted import copied
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
 
@@ -187,6 +189,52 @@ def test_damage_to_any_file_is_found_and_named(
                 with pytest.raises(ValueError, match=f"{file.name} ?{message}|{message} .{file.name}"):
                     load_checkpoint(copy, None, None, TINY)
             file.write_bytes(whole)
+
+
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "no settings": lambda common: common.clear(),
+    "no groups": lambda common: common["optimizer"]["optimizer"].clear(),
+    "groups in words": lambda common: common["optimizer"]["optimizer"].update(param_groups="x"),
+    "empty groups": lambda common: common["optimizer"]["optimizer"].update(param_groups=[]),
+    "groups of lists": lambda common: common["optimizer"]["optimizer"].update(param_groups=[[1], [2]]),
+    "another optimizer": lambda common: common["optimizer"].update(param_state_sharding_type=7),
+    **{
+        f"{key} {value}": lambda common, key=key, value=value: common["optimizer"]["optimizer"][
+            "param_groups"
+        ][0].update({key: value})
+        for key, value in [
+            *(("betas", "x"), ("betas", ("a", "b")), ("betas", (0.9,)), ("step", "3"), ("step", [3])),
+            *(
+                ("wd_mult", 7.0),
+                ("wd_mult", {}),
+                ("eps", True),
+                ("lr", "0"),
+                ("step", 1 << 2000),
+                ("lr", float("nan")),
+            ),
+        ]
+    },
+}
+
+
+def test_settings_of_another_kind_are_refused(
+    saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    with process_groups(ParallelConfig()):
+        fresh = build_training(CONFIG)
+        for number, (name, change) in enumerate(SETTINGS.items()):
+
+            def craft(path: Path, _: Any, change: Callable[[Any], Any] = change) -> None:
+                common = torch.load(path / "common.pt")
+                change(common)
+                torch.save(common, path / "common.pt")
+
+            path = copied(saved[0], tmp_path / str(number), craft, tmp_path)
+            with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as error:
+                load_checkpoint(path, fresh.gpt, fresh.optimizer, TINY)
+                pytest.fail(f"{name} was loaded")
+            assert len(str(error.value)) < 900, name
+            shutil.rmtree(path)
 
 
 def _flipped(data: bytes, place: int) -> bytes:

@@ -312,4 +312,4 @@ def test_a_missing_context_is_told_before_torch_is_loaded(
     status, text = inputs.call(
         "convert_checkpoint", "--to", "megatron", saved, tmp_path / "in", "--context", 0
     )
-    assert status == 2 and "--context and --tokenizer-* concern --to hf" in text
+    assert status == 2 and "--context, --tokenizer-* and --expect concern --to hf" in text
