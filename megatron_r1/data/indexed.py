@@ -19,7 +19,6 @@ sequence. Pairs from elsewhere may have several sequences a document, and can be
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import hashlib
 import os
@@ -34,10 +33,12 @@ import numpy as np
 from megatron_r1.data.integrity import REDO, BinHashes, check_bin, check_file, side_file
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
+from megatron_r1.system.errors import closest, shown
 from megatron_r1.system.files import (
     naming,
     on_disk,
     open_exclusive,
+    regular,
     remove_if_empty,
     replacing,
     sha256,
@@ -53,6 +54,8 @@ _CHECKED_AT_ONCE = 1 << 22
 _WRITTEN_AT_ONCE = 1 << 15
 _COMPARED = 64 << 20
 """An index of up to so many bytes is compared with its hash when a pair is opened."""
+_TIGHTEST = 64
+"""Bytes of an index for each that the file system holds. A file that has more is empty but for its ends."""
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -89,8 +92,9 @@ class IndexedDataset:
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
             if not path.is_file():
+                what = "is no file" if path.exists() else "does not exist"
                 raise FileNotFoundError(
-                    f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
+                    f"{path} {what}; a prefix is the path of a pair without .bin or .idx"
                     f"{_suggest_prefix(self.prefix)}"
                 )
         self._read_index()
@@ -125,9 +129,9 @@ class IndexedDataset:
         return self.tokens[self.tokens_before(index) : self.tokens_before(index + 1)]
 
     def _read_index(self) -> None:
-        size = self._idx.stat().st_size
-        with open(self._idx, "rb") as stream:
-            head = stream.read(INDEX_START)
+        with open(self._idx, "rb", opener=regular) as stream:
+            head, status = stream.read(INDEX_START), os.fstat(stream.fileno())
+        size = status.st_size
         if len(head) < INDEX_START:
             self._raise_damaged(
                 self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there"
@@ -150,6 +154,9 @@ class IndexedDataset:
             multimodal = size == expected + sequences
             also = " (multimodal pairs, with a mode a sequence, are not read)" if multimodal else ""
             self._raise_damaged(self._idx, min(size, expected), f"{needs} and {size} are there{also}")
+        # Checks take time for each byte. No file system packs an index so tightly, nor one that rises.
+        if size > _COMPARED and 0 < status.st_blocks * 512 < size // _TIGHTEST:
+            self._raise_damaged(self._idx, 0, f"{size} bytes are a hole but for {status.st_blocks * 512}")
         self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
@@ -214,7 +221,7 @@ def _suggest_prefix(prefix: Path) -> str:
     """`; did you mean ...?` with the pairs whose names begin with a wrong prefix's name or resemble it."""
     stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
     longer = [stem for stem in stems if stem.startswith(prefix.name)]
-    matches = longer or difflib.get_close_matches(prefix.name, stems, n=1)
+    matches = longer or closest(prefix.name, stems)
     paths = " or ".join(str(prefix.parent / stem) for stem in matches[:3])
     return f"; did you mean {paths}?" if paths else ""
 
@@ -407,7 +414,7 @@ def open_corpus(
             if sidecar.get(key) != value:
                 raise ValueError(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
-                    f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
+                    f"{shown(sidecar.get(key))}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
                 )
         # A document of our own is one sequence.
         for lo, hi in _pieces(len(dataset.documents), *share):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
+from megatron_r1.system.errors import shown, some
+from megatron_r1.system.json_io import JsonError, parse_json
 
 FORMAT = "megatron_r1.blend"
 VERSION = 1
@@ -50,18 +52,24 @@ def from_json(text: str, samples: int | None = None) -> BlendPlan:
     ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
     """
     try:
-        return _from_json(json.loads(text), samples)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the plan is damaged ({error!r}); restore it, or begin a new run") from None
+        return _from_json(_read(text), samples)
+    except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError, MemoryError) as error:
+        raise ValueError(f"{_DAMAGED} ({shown(error)}); {_WAY_OUT}") from None
 
 
 def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
-    if parts.get("format") != FORMAT:
-        raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
-    if parts.get("version") != VERSION:
-        raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
+    _check_kinds(parts)
     sources = {source["name"]: source["windows"] for source in parts["sources"]}
+    if len(sources) < len(parts["sources"]):
+        raise ValueError(f"{_DAMAGED} (a source stands in it twice); {_WAY_OUT}")
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
+    starts = [phase["start"] for phase in parts["phases"]]
+    last = max(starts, default=0) if samples is None else samples
+    if len(starts) > _MOST_PHASES or (plan.order == "megatron" and last * len(sources) > _MOST_STEPS):
+        raise ValueError(
+            f"a plan of {len(starts)} phases and {last} samples of {len(sources)} sources takes too long to "
+            f"follow; at most {_MOST_PHASES} phases, and {_MOST_STEPS} samples x sources in Megatron's order"
+        )
     past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
     for number, phase in enumerate(past):
         keep = {name: mask["path"] for name, mask in phase["keep"].items()}
@@ -70,7 +78,7 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
             loaded = plan.phases[-1].keep.get(name)
             if loaded is None or loaded.sha256 != mask["sha256"]:
                 raise ValueError(
-                    f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
+                    f"phase {number}: the keep mask of '{name}', {keep[name]:.200}, changed since the plan "
                     f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
                 )
     whole = len(past) == len(parts["phases"])
@@ -82,9 +90,65 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     return plan
 
 
+_DAMAGED, _WAY_OUT = "the plan is damaged", "restore it, or begin a new run"
+_MOST_BYTES, _MOST_PHASES = 64 << 20, 10_000
+_MOST_STEPS = 1 << 37
+"""Of Megatron's order, which takes a step for each sample before: some minutes. The balanced has none."""
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        parts = parse_json(text, "the plan", _MOST_BYTES)
+    except JsonError as error:
+        raise ValueError(f"{_DAMAGED} ({error}); {_WAY_OUT}") from None
+    if not isinstance(parts, dict):
+        raise ValueError(f"{_DAMAGED} (no JSON mapping); {_WAY_OUT}")
+    return parts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and 0 <= value < 2**63)
+
+
+def _check_kinds(parts: dict[str, Any]) -> None:
+    """Raise ValueError for the first value of another kind than `to_json` writes."""
+    if parts.get("format") != FORMAT:
+        raise ValueError(f"not a blend plan: format {shown(parts.get('format'))}, expected {FORMAT!r}")
+    if parts.get("version") != VERSION:
+        raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
+    for source in parts["sources"]:
+        _require("a source's name", source["name"], lambda name: isinstance(name, str) and len(name) <= 255)
+        _require("a source's windows", source["windows"], lambda value: type(value) is int)
+    _require("seed", parts["seed"], lambda value: type(value) is int and abs(value) < 2**63)
+    _require("shuffle", parts["shuffle"], lambda value: type(value) is bool)
+    for phase in parts["phases"]:
+        caps, keep = phase["max_epochs"], phase["keep"]
+        _require("a phase's start", phase["start"], lambda value: type(value) is int and value < 2**62)
+        _require(
+            "weights", phase["weights"], lambda given: isinstance(given, list) and all(map(_is_number, given))
+        )
+        given = list(caps.values()) if isinstance(caps, dict) else [] if caps is None else [caps]
+        _require("max_epochs", given, lambda given: all(map(_is_number, given)))
+        for mask in keep.values():
+            pair = [mask["path"], mask["sha256"]]
+            _require("a mask", pair, lambda pair: all(isinstance(v, str) and len(v) < 4096 for v in pair))
+
+
+def _require(what: str, value: Any, holds: Callable[[Any], bool]) -> None:
+    if not holds(value):
+        raise ValueError(f"{_DAMAGED} ({what}: {shown(value)}); {_WAY_OUT}")
+
+
 def datasets_of(text: str) -> dict[str, str]:
-    """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities."""
-    return dict(json.loads(text).get("data", {}))
+    """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities.
+
+    ValueError for a damaged text.
+    """
+    data = _read(text).get("data", {})
+    _require(
+        "data", data, lambda data: isinstance(data, dict) and all(isinstance(v, str) for v in data.values())
+    )
+    return dict(data)
 
 
 def fingerprint(plan: BlendPlan) -> str:
@@ -107,7 +171,7 @@ def check_extends(now: BlendPlan, before: BlendPlan, samples: int) -> None:
     if changed:
         raise ValueError(
             f"this plan differs from the one that drew the first {samples} samples: "
-            f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
+            f"{some(changed, '; ')}. Restore it, and put changes of weights, caps or masks into a "
             f"new phase at sample {samples} or later"
         )
 

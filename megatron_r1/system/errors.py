@@ -6,7 +6,8 @@ import difflib
 import importlib
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,12 +31,23 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
+def closest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """The `n` names that resemble a word most. Long words, which cost their length squared, resemble none."""
+    return difflib.get_close_matches(word, islice(known, 1000), n) if len(word) <= 255 else []
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean gcide?`, or the known names, where they are few and none resembles the word."""
     known = list(known)
-    if matches := difflib.get_close_matches(word, known, n=1):
+    if matches := closest(word, known):
         return f"; did you mean {matches[0]}?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= _FEW else ""
+
+
+def some(texts: Sequence[str], between: str = ", ", most: int = 12) -> str:
+    """The first dozen of many texts."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
 
 
 def suggest_path(path: Path) -> str:
@@ -50,7 +62,7 @@ def suggest_path(path: Path) -> str:
         beside = os.listdir(missing.parent)
     except OSError:
         return ""
-    matches = [missing.parent / name for name in difflib.get_close_matches(missing.name, beside, n=3)]
+    matches = [missing.parent / name for name in closest(missing.name, beside, 3)]
     # Of several that resemble it, one in which the rest is there.
     complete = [match / path.relative_to(missing) for match in matches]
     best = [candidate for candidate in complete if candidate.exists()] + matches
