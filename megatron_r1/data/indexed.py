@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from megatron_r1.data.integrity import REDO, BinHashes, check_bin, check_file, side_file
+from megatron_r1.data.npy import write_array
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.system.errors import closest, shown
@@ -342,7 +343,7 @@ class IndexedWriter:
                 for part in self._index():
                     stream.write(part)
                 with replacing(side_file(self.prefix, "hashes.npy")) as hashes:
-                    np.save(hashes, self._hashes.words())
+                    write_array(hashes, self._hashes.words())
                     # Written for certain before the first name changes.
                     on_disk(hashes)
                     on_disk(stream)

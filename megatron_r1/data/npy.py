@@ -74,6 +74,14 @@ def read_stream(
     return array
 
 
+def write_array(stream: IO[bytes], array: np.ndarray) -> None:
+    """Write an array of at least one axis, as `np.save` does. A full disk is the system's error, with its
+    number, which NumPy's own writer loses."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+    stream.write(array.reshape(-1).view(np.uint8).data)
+
+
 def _header(stream: IO[bytes]) -> tuple[str, tuple[int, ...], Literal["C", "F"], int]:
     """Type as it is written, shape, order of the axes, and the byte at which the values begin."""
     start = stream.read(8)
