@@ -55,8 +55,6 @@ _CHECKED_AT_ONCE = 1 << 22
 _WRITTEN_AT_ONCE = 1 << 15
 _COMPARED = 64 << 20
 """An index of up to so many bytes is compared with its hash when a pair is opened."""
-_TIGHTEST = 64
-"""Bytes of an index for each that the file system holds. A file that has more is empty but for its ends."""
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -92,12 +90,12 @@ class IndexedDataset:
         self.prefix = Path(prefix)
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
-            if not path.is_file():
-                what = "is no file" if path.exists() else "does not exist"
+            if not path.exists():
                 raise FileNotFoundError(
-                    f"{path} {what}; a prefix is the path of a pair without .bin or .idx"
+                    f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
                     f"{_suggest_prefix(self.prefix)}"
                 )
+            open(path, "rb", opener=regular).close()
         self._read_index()
         if share is not None:
             self._check_index(*share)
@@ -130,7 +128,7 @@ class IndexedDataset:
         return self.tokens[self.tokens_before(index) : self.tokens_before(index + 1)]
 
     def _read_index(self) -> None:
-        with open(self._idx, "rb", opener=regular) as stream:
+        with open(self._idx, "rb") as stream:
             head, status = stream.read(INDEX_START), os.fstat(stream.fileno())
         size = status.st_size
         if len(head) < INDEX_START:
@@ -155,9 +153,9 @@ class IndexedDataset:
             multimodal = size == expected + sequences
             also = " (multimodal pairs, with a mode a sequence, are not read)" if multimodal else ""
             self._raise_damaged(self._idx, min(size, expected), f"{needs} and {size} are there{also}")
-        # Checks take time for each byte. No file system packs an index so tightly, nor one that rises.
-        if size > _COMPARED and 0 < status.st_blocks * 512 < size // _TIGHTEST:
-            self._raise_damaged(self._idx, 0, f"{size} bytes are a hole but for {status.st_blocks * 512}")
+        # Each byte takes time to check, also of a hole. No file system packs numbers that rise so tightly.
+        if size > _COMPARED and 0 < (held := status.st_blocks * 512) < size // 64:
+            self._raise_damaged(self._idx, 0, f"all but {held} of its {size} bytes are a hole")
         self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
@@ -437,16 +435,9 @@ def open_corpus(
             f"leave documents out to use them all"
         )
     tokens = dataset.tokens_before(documents)
-    return Corpus(
-        name=name,
-        prefix=Path(prefix),
-        documents=documents,
-        tokens=tokens,
-        dtype=dataset.dtype.name,
-        tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
-        set_aside=len(dataset.tokens) - tokens,
-        doubt=doubt,
-    )
+    made_with = None if sidecar is None else sidecar.get("tokenizer_fingerprint")
+    aside = len(dataset.tokens) - tokens
+    return Corpus(name, Path(prefix), documents, tokens, dataset.dtype.name, made_with, aside, doubt)
 
 
 def document_starts(corpus: Corpus) -> np.ndarray:

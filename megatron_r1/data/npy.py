@@ -26,6 +26,7 @@ _HEADER = re.compile(
     r"\{'descr': *(\S.*?), *'fortran_order': *(True|False), *"
     r"'shape': *\(((?:\d{1,18}L?, ?)*(?:\d{1,18})?)\),? *\}\s*"
 )
+_NAMES = {repr(np.dtype(code).str): np.dtype(code).name for code in "?bBhHiIlLfd"}
 _LARGE = 1 << 30
 
 
@@ -51,10 +52,14 @@ def read_stream(
 ) -> np.ndarray:
     """The array in a stream of `size` bytes, of one of the kinds `wanted`. ValueError for all else."""
     descr, shape, order, begin = _header(stream)
-    dtype = next((_dtype(descr, dtype) for dtype, meant in wanted if _fits(descr, shape, dtype, meant)), None)
-    if dtype is None:
+    of_type = [(dtype, axes) for dtype, axes in wanted if _is(descr, dtype)]
+    if not of_type:
+        found = _NAMES.get(descr, f"{descr:.100}")
         meant = " or ".join(f"{_name(dtype)} {_axes(axes)}" for dtype, axes in wanted)
-        raise ValueError(f"it holds {shown(descr)} {shown(list(shape))}, not {meant}")
+        raise ValueError(f"it holds {found} {shown(list(shape))}, not {meant}")
+    if not any(_has(shape, axes) for _, axes in of_type):
+        raise ValueError(f"its shape is {shown(list(shape))}, not {_axes(of_type[0][1])}")
+    dtype = np.dtype(descr.strip("'") if of_type[0][0] is str else of_type[0][0])
     needed = begin + math.prod(shape) * dtype.itemsize
     if size != needed:
         raise ValueError(f"{needed:,} bytes by its header, and {size:,} are there")
@@ -97,20 +102,18 @@ def _header(stream: IO[bytes]) -> tuple[str, tuple[int, ...], Literal["C", "F"],
     return parts[1], shape, "F" if parts[2] == "True" else "C", len(start) + width + length
 
 
-def _fits(descr: str, shape: tuple[int, ...], dtype: Any, meant: tuple[int | None, ...]) -> bool:
-    axes = len(shape) == len(meant) and all(
+def _is(descr: str, dtype: Any) -> bool:
+    if dtype is str:
+        return re.fullmatch(r"'<U\d{1,3}'", descr) is not None
+    # Of types of one byte some writers name an order.
+    written = re.sub(r"(?<=')[<>=](?=\w1')", "|", descr)
+    return written == repr(np.lib.format.dtype_to_descr(np.dtype(dtype)))
+
+
+def _has(shape: tuple[int, ...], meant: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(meant) and all(
         want in (None, have) for have, want in zip(shape, meant, strict=True)
     )
-    if dtype is str:
-        return axes and re.fullmatch(r"'<U\d{1,3}'", descr) is not None
-    kind = np.dtype(dtype)
-    # Of types of one byte some writers name an order.
-    written = re.sub(r"(?<=')[<>=](?=\w1')", "|", descr) if kind.itemsize == 1 else descr
-    return axes and written == repr(np.lib.format.dtype_to_descr(kind))
-
-
-def _dtype(descr: str, dtype: Any) -> np.dtype[Any]:
-    return np.dtype(descr.strip("'") if dtype is str else dtype)
 
 
 def _name(dtype: Any) -> str:

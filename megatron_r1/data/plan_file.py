@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
 from megatron_r1.system.errors import shown, some
-from megatron_r1.system.json_io import JsonError, parse_json
+from megatron_r1.system.json_io import JsonError, mistake, parse_json
 
 FORMAT = "megatron_r1.blend"
 VERSION = 1
@@ -58,10 +58,15 @@ def from_json(text: str, samples: int | None = None) -> BlendPlan:
 
 
 def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
-    _check_kinds(parts)
+    if parts.get("format") != FORMAT:
+        raise ValueError(f"not a blend plan: format {shown(parts.get('format'))}, expected {FORMAT!r}")
+    if parts.get("version") != VERSION:
+        raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
+    if wrong := mistake(parts, _KIND, "the plan"):
+        raise ValueError(f"{_DAMAGED} ({wrong}); {_WAY_OUT}")
     sources = {source["name"]: source["windows"] for source in parts["sources"]}
-    if len(sources) < len(parts["sources"]):
-        raise ValueError(f"{_DAMAGED} (a source stands in it twice); {_WAY_OUT}")
+    if len(sources) < len(parts["sources"]) or max(map(len, sources), default=0) > 255:
+        raise ValueError(f"{_DAMAGED} (a source stands in it twice, or has a name too long); {_WAY_OUT}")
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
     starts = [phase["start"] for phase in parts["phases"]]
     last = max(starts, default=0) if samples is None else samples
@@ -72,7 +77,7 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
         )
     past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
     for number, phase in enumerate(past):
-        keep = {name: mask["path"] for name, mask in phase["keep"].items()}
+        keep = {name: mask["path"][:4096] for name, mask in phase["keep"].items()}
         plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
         for name, mask in phase["keep"].items():
             loaded = plan.phases[-1].keep.get(name)
@@ -96,6 +101,22 @@ _MOST_STEPS = 1 << 37
 """Of Megatron's order, which takes a step for each sample before: some minutes. The balanced has none."""
 
 
+_KIND = {
+    "seed": int,
+    "order": str,
+    "shuffle": bool,
+    "sources": [{"name": str, "windows": int}],
+    "phases": [
+        {
+            "start": int,
+            "weights": [float],
+            "max_epochs": (None, float, {str: float}),
+            "keep": {str: {"path": str, "sha256": str}},
+        }
+    ],
+}
+
+
 def _read(text: str) -> dict[str, Any]:
     try:
         parts = parse_json(text, "the plan", _MOST_BYTES)
@@ -106,48 +127,14 @@ def _read(text: str) -> dict[str, Any]:
     return parts
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and 0 <= value < 2**63)
-
-
-def _check_kinds(parts: dict[str, Any]) -> None:
-    """Raise ValueError for the first value of another kind than `to_json` writes."""
-    if parts.get("format") != FORMAT:
-        raise ValueError(f"not a blend plan: format {shown(parts.get('format'))}, expected {FORMAT!r}")
-    if parts.get("version") != VERSION:
-        raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
-    for source in parts["sources"]:
-        _require("a source's name", source["name"], lambda name: isinstance(name, str) and len(name) <= 255)
-        _require("a source's windows", source["windows"], lambda value: type(value) is int)
-    _require("seed", parts["seed"], lambda value: type(value) is int and abs(value) < 2**63)
-    _require("shuffle", parts["shuffle"], lambda value: type(value) is bool)
-    for phase in parts["phases"]:
-        caps, keep = phase["max_epochs"], phase["keep"]
-        _require("a phase's start", phase["start"], lambda value: type(value) is int and value < 2**62)
-        _require(
-            "weights", phase["weights"], lambda given: isinstance(given, list) and all(map(_is_number, given))
-        )
-        given = list(caps.values()) if isinstance(caps, dict) else [] if caps is None else [caps]
-        _require("max_epochs", given, lambda given: all(map(_is_number, given)))
-        for mask in keep.values():
-            pair = [mask["path"], mask["sha256"]]
-            _require("a mask", pair, lambda pair: all(isinstance(v, str) and len(v) < 4096 for v in pair))
-
-
-def _require(what: str, value: Any, holds: Callable[[Any], bool]) -> None:
-    if not holds(value):
-        raise ValueError(f"{_DAMAGED} ({what}: {shown(value)}); {_WAY_OUT}")
-
-
 def datasets_of(text: str) -> dict[str, str]:
     """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities.
 
     ValueError for a damaged text.
     """
     data = _read(text).get("data", {})
-    _require(
-        "data", data, lambda data: isinstance(data, dict) and all(isinstance(v, str) for v in data.values())
-    )
+    if wrong := mistake(data, {str: str}, "data"):
+        raise ValueError(f"{_DAMAGED} ({wrong}); {_WAY_OUT}")
     return dict(data)
 
 

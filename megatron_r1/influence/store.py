@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,54 +31,36 @@ from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.data.npy import read_array, write_array
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
-from megatron_r1.run.ledger import is_number
 from megatron_r1.run.stage import Standing, standing
 from megatron_r1.system.errors import require, shown, suggest_path
 from megatron_r1.system.files import json_bytes, make_folder, naming, replacing, sha256, sync
-from megatron_r1.system.json_io import read_object
+from megatron_r1.system.json_io import mistake, read_object
 from megatron_r1.system.terminal import Progress, say
 
 FORMAT = 3
 _FORMER = 2
 """An earlier format with the same scores. Its hashes of datasets and weights are of files, not identities.
 Scores of this format are read, but not continued."""
-_READ = ("source", "step", "position", "capabilities")
-"""Keys of a manifest that its readers rely on."""
+_KIND = {
+    "source": str,
+    "step": int,
+    "position": int,
+    "capabilities": [str],
+    "weights?": str,
+    "data?": dict,
+    "directions?": dict,
+    "direction_norms?": {str: float},
+    "seq_length?": int,
+    "influence?": {
+        "unit?": ("window", "document"),
+        "loss?": ("mean", "sum"),
+        "norms?": bool,
+        "curvature?": str,
+    },
+}
+"""Keys of a manifest that are read somewhere, and the kinds of their values."""
 _MOST_BYTES = 16 << 20
 """Of a manifest."""
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _are_settings(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("unit", "window") in ("window", "document")
-        and value.get("loss", "mean") in ("mean", "sum")
-        and isinstance(value.get("norms", False), bool)
-        and isinstance(value.get("curvature", ""), str)
-    )
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "position", "seq_length"), _is_count),
-    **dict.fromkeys(("source", "weights"), _is_text),
-    **dict.fromkeys(("data", "directions"), _is_mapping),
-    "capabilities": lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)),
-    "direction_norms": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
-    "influence": _are_settings,
-}
-"""Whether a key has a value of its kind, where it is there."""
 _TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
 """Types of the files that do not hold float32."""
 _AXES = {"scores": 2, "token_scores": 3, "projections": 2}
@@ -135,13 +117,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = read_object(path, _MOST_BYTES)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {again}") from None
-    form, missing = manifest.get("format"), [key for key in _READ if key not in manifest]
-    if form not in (FORMAT, _FORMER):
+    if (form := manifest.get("format")) not in (FORMAT, _FORMER):
         raise ValueError(f"{path} has format {shown(form)}, where {_FORMER} and {FORMAT} are known; {again}")
-    if missing:
-        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {again}")
-    if other := [key for key, holds in _KINDS.items() if key in manifest and not holds(manifest[key])]:
-        raise ValueError(f"{path} is damaged ({other[0]} is {shown(manifest[other[0]])}); {again}")
+    if wrong := mistake(manifest, _KIND).replace("it.", ""):
+        raise ValueError(f"{path} is damaged ({wrong}); {again}")
     for name, why in name_mistakes(manifest["capabilities"], RESERVED).items():
         raise ValueError(f"{path} is damaged (capability {shown(name)}: {why}); {again}")
     place = f"step_{manifest['step']:08d}", manifest["source"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.system.errors import shown
 from megatron_r1.system.files import regular
 
 MOST_BYTES = 256 << 20
@@ -62,3 +63,30 @@ def _levels(value: Any) -> Iterator[list[Any]]:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, (dict, list))
         ]
+
+
+def mistake(value: Any, kind: Any, place: str = "it") -> str:
+    """Where a value is not of a kind, as `phases[0].start is 'x'`; empty where it is.
+
+    A kind is a type, of which `float` takes whole numbers, too; a value that is meant itself; a tuple of
+    kinds, of which any will do; [kind], a list; {str: kind}, a mapping; {"name": kind}, a mapping with at
+    least these names, of which "name?" may be absent. Whole numbers are below 2^63.
+    """
+    inner: list[tuple[Any, Any, str]] = []
+    if isinstance(kind, tuple):
+        return min((mistake(value, one, place) for one in kind), key=len)
+    if isinstance(kind, list) and isinstance(value, list):
+        inner = [(item, kind[0], f"{place}[{number}]") for number, item in enumerate(value)]
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        each = dict.fromkeys(value, kind[str]) if str in kind else kind
+        for name in each:
+            key = name if str in kind else name.rstrip("?")
+            if key in value:
+                inner.append((value[key], each[name], f"{place}.{key:.100}"))
+            elif key == name:
+                return f"{place} lacks {key}"
+    elif (kind not in (value, type(value)) and (kind, type(value)) != (float, int)) or (
+        type(value) is int and abs(value) >= 2**63
+    ):
+        return f"{place} is {shown(value)}"
+    return next(filter(None, (mistake(*one) for one in inner)), "")
