@@ -81,7 +81,7 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
         raise
     except Exception as error:  # zipfile names none: BadZipFile, zlib.error, RuntimeError and others
         raise ValueError(
-            f"{where} cannot be read ({shown(str(error))}; the source has {windows} windows); make it with "
+            f"{where} cannot be read ({error!s:.200}; the source has {windows} windows); make it with "
             f"np.save from a bool array over windows, or with megatron_r1.data.keep.save_documents"
         ) from None
     if archive is not None:
@@ -92,7 +92,7 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
             stretch_N2 = archive.read("stretches", np.int64, (None, 2))
             _check_stretches(stretch_N2, bits, windows, seq_length)
         except Exception as error:
-            raise ValueError(f"{where} is damaged: {shown(str(error))}; make it again") from None
+            raise ValueError(f"{where} is damaged: {error!s:.200}; make it again") from None
     if bits.dtype == np.bool_ and bits.shape == (windows,):
         packed = np.packbits(bits, bitorder="little")
     elif bits.dtype == np.uint8 and bits.shape == (size,):

@@ -62,22 +62,24 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
         raise ValueError(f"not a blend plan: format {shown(parts.get('format'))}, expected {FORMAT!r}")
     if parts.get("version") != VERSION:
         raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
-    if wrong := mistake(parts, _KIND, "the plan"):
-        raise ValueError(f"{_DAMAGED} ({wrong}); {_WAY_OUT}")
+    if isinstance(parts.get("phases"), list) and len(parts["phases"]) > _MOST_PHASES:
+        raise ValueError(f"{_DAMAGED} ({len(parts['phases'])} phases, at most {_MOST_PHASES}); {_WAY_OUT}")
+    if wrong := mistake(parts, _KIND):
+        raise ValueError(f"{_DAMAGED} (it{wrong}); {_WAY_OUT}")
     sources = {source["name"]: source["windows"] for source in parts["sources"]}
-    if len(sources) < len(parts["sources"]) or max(map(len, sources), default=0) > 255:
-        raise ValueError(f"{_DAMAGED} (a source stands in it twice, or has a name too long); {_WAY_OUT}")
+    paths = [mask["path"] for phase in parts["phases"] for mask in phase["keep"].values()]
+    if len(sources) < len(parts["sources"]) or max(map(len, [*sources, *paths]), default=0) > _MOST_TEXT:
+        raise ValueError(f"{_DAMAGED} (a source twice, or a name of {_MOST_TEXT} characters); {_WAY_OUT}")
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
-    starts = [phase["start"] for phase in parts["phases"]]
-    last = max(starts, default=0) if samples is None else samples
-    if len(starts) > _MOST_PHASES or (plan.order == "megatron" and last * len(sources) > _MOST_STEPS):
+    last = max((phase["start"] for phase in parts["phases"]), default=0) if samples is None else samples
+    if plan.order == "megatron" and last * len(sources) > _MOST_STEPS:
         raise ValueError(
-            f"a plan of {len(starts)} phases and {last} samples of {len(sources)} sources takes too long to "
-            f"follow; at most {_MOST_PHASES} phases, and {_MOST_STEPS} samples x sources in Megatron's order"
+            f"to sample {last} of {len(sources)} sources in Megatron's order is too far to follow: at most "
+            f"{_MOST_STEPS} samples x sources. The balanced order has no such bound"
         )
     past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
     for number, phase in enumerate(past):
-        keep = {name: mask["path"][:4096] for name, mask in phase["keep"].items()}
+        keep = {name: mask["path"] for name, mask in phase["keep"].items()}
         plan.add_phase(phase["start"], phase["weights"], phase["max_epochs"], keep)
         for name, mask in phase["keep"].items():
             loaded = plan.phases[-1].keep.get(name)
@@ -96,7 +98,7 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
 
 
 _DAMAGED, _WAY_OUT = "the plan is damaged", "restore it, or begin a new run"
-_MOST_BYTES, _MOST_PHASES = 64 << 20, 10_000
+_MOST_BYTES, _MOST_PHASES, _MOST_TEXT = 64 << 20, 10_000, 1024
 _MOST_STEPS = 1 << 37
 """Of Megatron's order, which takes a step for each sample before: some minutes. The balanced has none."""
 
@@ -133,8 +135,8 @@ def datasets_of(text: str) -> dict[str, str]:
     ValueError for a damaged text.
     """
     data = _read(text).get("data", {})
-    if wrong := mistake(data, {str: str}, "data"):
-        raise ValueError(f"{_DAMAGED} ({wrong}); {_WAY_OUT}")
+    if wrong := mistake(data, {str: str}):
+        raise ValueError(f"{_DAMAGED} (data{wrong}); {_WAY_OUT}")
     return dict(data)
 
 

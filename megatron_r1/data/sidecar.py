@@ -30,7 +30,8 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is not the sidecar of an indexed dataset ({error}); {REDO}") from None
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not the sidecar of an indexed dataset ({why}); {REDO}") from None
     fields = sidecar if isinstance(sidecar, dict) else {}
     missing = [f"no {field}" for field in needed if field not in fields]
     wrong = [

@@ -59,7 +59,7 @@ _KIND = {
     },
 }
 """Keys of a manifest that are read somewhere, and the kinds of their values."""
-_MOST_BYTES = 16 << 20
+_MOST_BYTES, _MOST_CAPABILITIES = 16 << 20, 10_000
 """Of a manifest."""
 _TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
 """Types of the files that do not hold float32."""
@@ -116,11 +116,14 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest = read_object(path, _MOST_BYTES)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {again}") from None
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is damaged ({why}); {again}") from None
     if (form := manifest.get("format")) not in (FORMAT, _FORMER):
         raise ValueError(f"{path} has format {shown(form)}, where {_FORMER} and {FORMAT} are known; {again}")
-    if wrong := mistake(manifest, _KIND).replace("it.", ""):
-        raise ValueError(f"{path} is damaged ({wrong}); {again}")
+    if wrong := mistake(manifest, _KIND) or " has too many capabilities" * (
+        len(manifest["capabilities"]) > _MOST_CAPABILITIES
+    ):
+        raise ValueError(f"{path} is damaged ({wrong[1:]}); {again}")
     for name, why in name_mistakes(manifest["capabilities"], RESERVED).items():
         raise ValueError(f"{path} is damaged (capability {shown(name)}: {why}); {again}")
     place = f"step_{manifest['step']:08d}", manifest["source"]

@@ -65,28 +65,29 @@ def _levels(value: Any) -> Iterator[list[Any]]:
         ]
 
 
-def mistake(value: Any, kind: Any, place: str = "it") -> str:
-    """Where a value is not of a kind, as `phases[0].start is 'x'`; empty where it is.
+def mistake(value: Any, kind: Any) -> str:
+    """Where a value is not of a kind, as `.phases[0].start is 'x'`; empty where it is.
 
     A kind is a type, of which `float` takes whole numbers, too; a value that is meant itself; a tuple of
     kinds, of which any will do; [kind], a list; {str: kind}, a mapping; {"name": kind}, a mapping with at
     least these names, of which "name?" may be absent. Whole numbers are below 2^63.
     """
-    inner: list[tuple[Any, Any, str]] = []
     if isinstance(kind, tuple):
-        return min((mistake(value, one, place) for one in kind), key=len)
+        return min((mistake(value, one) for one in kind), key=len)
     if isinstance(kind, list) and isinstance(value, list):
-        inner = [(item, kind[0], f"{place}[{number}]") for number, item in enumerate(value)]
+        for number, item in enumerate(value):
+            if wrong := mistake(item, kind[0]):
+                return f"[{number}]{wrong}"
     elif isinstance(kind, dict) and isinstance(value, dict):
-        each = dict.fromkeys(value, kind[str]) if str in kind else kind
-        for name in each:
-            key = name if str in kind else name.rstrip("?")
-            if key in value:
-                inner.append((value[key], each[name], f"{place}.{key:.100}"))
-            elif key == name:
-                return f"{place} lacks {key}"
+        every = str in kind
+        for name in value if every else kind:
+            key = name if every else name.rstrip("?")
+            if key not in value and key == name:
+                return f" lacks {key}"
+            if key in value and (wrong := mistake(value[key], kind[str if every else name])):
+                return f".{key:.100}{wrong}"
     elif (kind not in (value, type(value)) and (kind, type(value)) != (float, int)) or (
         type(value) is int and abs(value) >= 2**63
     ):
-        return f"{place} is {shown(value)}"
-    return next(filter(None, (mistake(*one) for one in inner)), "")
+        return f" is {shown(value)}"
+    return ""
