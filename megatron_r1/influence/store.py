@@ -271,7 +271,10 @@ def read_arrays(
         raise ValueError(f"{directory / 'examples.npy'} is damaged (numbers do not ascend); {AGAIN}")
     columns, rows = {"scores": (len(manifest["capabilities"]),)}, len(example_N)
     arrays = {name: _array(directory, name, rows, columns.get(name), mode) for name in ("written", *names)}
+    negative = {"tokens": "no numbers of tokens", "norms": "negative norms"}
     for name, array in arrays.items():
+        if name in negative and (array < 0).any():
+            raise ValueError(f"{directory / f'{name}.npy'}: {negative[name]}; {AGAIN}")
         if name in ("scores", "losses", "norms", "token_scores"):
             bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & arrays["written"]
             if bad_N.any():
