@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.system.errors import shown, suggest, suggest_path
+from megatron_r1.system.errors import closest, shown, some, suggest, suggest_path
 
 
 def test_near_names() -> None:
@@ -66,3 +66,9 @@ def test_a_value_of_any_size_is_shown_in_200_characters_at_once() -> None:
         {str(n): n for n in range(10**5)},
     ):
         assert len(shown(value)) <= 200
+
+
+def test_long_names_cost_no_time_and_long_lists_are_cut() -> None:
+    long = "a" * 10**6
+    assert closest(long, [long + "b"] * 10**4) == [] and closest("phaes", ["phase"]) == ["phase"]
+    assert some(["x"] * 14, "; ") == "; ".join("x" * 12) + " and 2 more"
