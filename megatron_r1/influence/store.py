@@ -123,7 +123,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if wrong := mistake(manifest, _KIND) or " has too many capabilities" * (
         len(manifest["capabilities"]) > _MOST_CAPABILITIES
     ):
-        raise ValueError(f"{path} is damaged ({wrong[1:]}); {again}")
+        where = f"it{wrong}".removeprefix("it.")
+        raise ValueError(f"{path} is damaged ({where}); {again}")
     for name, why in name_mistakes(manifest["capabilities"], RESERVED).items():
         raise ValueError(f"{path} is damaged (capability {shown(name)}: {why}); {again}")
     place = f"step_{manifest['step']:08d}", manifest["source"]

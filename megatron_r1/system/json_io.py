@@ -80,10 +80,10 @@ def mistake(value: Any, kind: Any) -> str:
                 return f"[{number}]{wrong}"
     elif isinstance(kind, dict) and isinstance(value, dict):
         every = str in kind
+        if missing := [] if every else [name for name in kind if name[-1:] != "?" and name not in value]:
+            return f" lacks {', '.join(missing)}"
         for name in value if every else kind:
             key = name if every else name.rstrip("?")
-            if key not in value and key == name:
-                return f" lacks {key}"
             if key in value and (wrong := mistake(value[key], kind[str if every else name])):
                 return f".{key:.100}{wrong}"
     elif (kind not in (value, type(value)) and (kind, type(value)) != (float, int)) or (
