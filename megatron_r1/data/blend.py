@@ -8,7 +8,6 @@ restart therefore sees the same global order.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from megatron_r1._csrc import Plan as NativePlan
 from megatron_r1.data.keep import KeptWindows, Mask, load_mask
+from megatron_r1.system.errors import closest, shown, some
 
 Order = Literal["balanced", "megatron"]
 Number = int | float
@@ -72,7 +72,7 @@ class BlendPlan:
         if not sources:
             raise ValueError("a plan needs at least one source: {name: windows}")
         if order not in ("balanced", "megatron"):
-            raise ValueError(f'order={order!r} is unknown; use "balanced" or "megatron"')
+            raise ValueError(f'order={shown(order)} is unknown; use "balanced" or "megatron"')
         self.sources = {name: _whole_windows(name, windows) for name, windows in sources.items()}
         self.seed = int(seed)
         self.order: Order = order
@@ -172,9 +172,9 @@ class BlendPlan:
     def _check_names(self, argument: str, names: Iterable[str]) -> None:
         if unknown := [name for name in names if name not in self.sources]:
             near = "".join(
-                f"; '{name}' is near '{match}'"
+                f"; {shown(name)} is near '{match}'"
                 for name in unknown[:3]
-                for match in difflib.get_close_matches(str(name), self.sources, n=1)
+                for match in closest(str(name), self.sources)
             )
             raise ValueError(
                 f"{argument} name {listed(unknown)}, but the sources are {listed(self.sources)}{near}"
@@ -290,8 +290,7 @@ class BlendPlan:
 
 def listed(names: Iterable[Any]) -> str:
     """Names in quotes, the first dozen of them."""
-    quoted = [f"'{name}'" for name in names]
-    return ", ".join(quoted[:12]) + (f" and {len(quoted) - 12} more" if len(quoted) > 12 else "")
+    return some([shown(str(name)) for name in names])
 
 
 def _whole_windows(name: str, windows: int) -> int:
@@ -337,7 +336,7 @@ def _limit(cap: Fraction | None, at: Epochs) -> int:
     """Draws of a source, over the whole plan, at which it reaches its cap."""
     if cap is None:
         return NEVER
-    return max(0, at.first_draw + math.floor((cap - at.used) * at.windows))
+    return min(NEVER, max(0, at.first_draw + math.floor((cap - at.used) * at.windows)))
 
 
 def _greedy_bound(weights: list[Number]) -> float:

@@ -19,7 +19,6 @@ sequence. Pairs from elsewhere may have several sequences a document, and can be
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import hashlib
 import os
@@ -32,12 +31,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from megatron_r1.data.integrity import REDO, BinHashes, check_bin, check_file, side_file
+from megatron_r1.data.npy import write_array
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
+from megatron_r1.system.errors import closest, shown
 from megatron_r1.system.files import (
     naming,
     on_disk,
     open_exclusive,
+    regular,
     remove_if_empty,
     replacing,
     sha256,
@@ -88,11 +90,12 @@ class IndexedDataset:
         self.prefix = Path(prefix)
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
-            if not path.is_file():
+            if not path.exists():
                 raise FileNotFoundError(
                     f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
                     f"{_suggest_prefix(self.prefix)}"
                 )
+            open(path, "rb", opener=regular).close()
         self._read_index()
         if share is not None:
             self._check_index(*share)
@@ -125,9 +128,9 @@ class IndexedDataset:
         return self.tokens[self.tokens_before(index) : self.tokens_before(index + 1)]
 
     def _read_index(self) -> None:
-        size = self._idx.stat().st_size
         with open(self._idx, "rb") as stream:
-            head = stream.read(INDEX_START)
+            head, status = stream.read(INDEX_START), os.fstat(stream.fileno())
+        size = status.st_size
         if len(head) < INDEX_START:
             self._raise_damaged(
                 self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there"
@@ -150,6 +153,9 @@ class IndexedDataset:
             multimodal = size == expected + sequences
             also = " (multimodal pairs, with a mode a sequence, are not read)" if multimodal else ""
             self._raise_damaged(self._idx, min(size, expected), f"{needs} and {size} are there{also}")
+        # Each byte takes time to check, also of a hole. No file system packs numbers that rise so tightly.
+        if size > _COMPARED and 0 < (held := status.st_blocks * 512) < size // 64:
+            self._raise_damaged(self._idx, 0, f"all but {held} of its {size} bytes are a hole")
         self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
@@ -214,7 +220,7 @@ def _suggest_prefix(prefix: Path) -> str:
     """`; did you mean ...?` with the pairs whose names begin with a wrong prefix's name or resemble it."""
     stems = sorted(path.name.removesuffix(".idx") for path in prefix.parent.glob("*.idx"))
     longer = [stem for stem in stems if stem.startswith(prefix.name)]
-    matches = longer or difflib.get_close_matches(prefix.name, stems, n=1)
+    matches = longer or closest(prefix.name, stems)
     paths = " or ".join(str(prefix.parent / stem) for stem in matches[:3])
     return f"; did you mean {paths}?" if paths else ""
 
@@ -335,7 +341,7 @@ class IndexedWriter:
                 for part in self._index():
                     stream.write(part)
                 with replacing(side_file(self.prefix, "hashes.npy")) as hashes:
-                    np.save(hashes, self._hashes.words())
+                    write_array(hashes, self._hashes.words())
                     # Written for certain before the first name changes.
                     on_disk(hashes)
                     on_disk(stream)
@@ -407,7 +413,7 @@ def open_corpus(
             if sidecar.get(key) != value:
                 raise ValueError(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
-                    f"{sidecar.get(key)}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
+                    f"{shown(sidecar.get(key))}, and {with_suffix(prefix, '.idx').name} says {value}; {REDO}"
                 )
         # A document of our own is one sequence.
         for lo, hi in _pieces(len(dataset.documents), *share):
@@ -429,16 +435,9 @@ def open_corpus(
             f"leave documents out to use them all"
         )
     tokens = dataset.tokens_before(documents)
-    return Corpus(
-        name=name,
-        prefix=Path(prefix),
-        documents=documents,
-        tokens=tokens,
-        dtype=dataset.dtype.name,
-        tokenizer_hash=None if sidecar is None else sidecar.get("tokenizer_fingerprint"),
-        set_aside=len(dataset.tokens) - tokens,
-        doubt=doubt,
-    )
+    made_with = None if sidecar is None else sidecar.get("tokenizer_fingerprint")
+    aside = len(dataset.tokens) - tokens
+    return Corpus(name, Path(prefix), documents, tokens, dataset.dtype.name, made_with, aside, doubt)
 
 
 def document_starts(corpus: Corpus) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 import xxhash
 
+from megatron_r1.data.npy import read_array
 from megatron_r1.records import Corpus
 from megatron_r1.system.files import sha256
 from megatron_r1.system.terminal import say
@@ -149,15 +150,12 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     """
     path, size = side_file(prefix, "hashes.npy"), os.stat(f"{prefix}.bin").st_size
     try:
-        words = np.load(path, mmap_mode="r")
-        expected = _HEAD - -size // _STRETCH
-        if not isinstance(words, np.ndarray) or words.dtype != np.uint64 or words.shape != (expected,):
-            raise ValueError(f"it is no array of uint64 [{expected}], as the .bin needs")
+        words = read_array(path, np.uint64, (_HEAD - -size // _STRETCH,), "r")
         if sidecar.get("bin_sha256", whole_hash(words)) != whole_hash(words):
             raise ValueError(f"its SHA-256 is not that of {Path(prefix).name}.json")
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged, or of another pair: {error}; {REDO}, with this folder"
         ) from None

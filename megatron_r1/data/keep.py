@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -27,11 +28,17 @@ import numpy as np
 
 from megatron_r1._csrc import Keep
 from megatron_r1.data.indexed import document_starts, identity_of
+from megatron_r1.data.npy import MOST_HEADER, read_stream, require_memory
 from megatron_r1.records import Corpus
-from megatron_r1.system.files import replacing
+from megatron_r1.system.errors import shown
+from megatron_r1.system.files import regular, replacing
 
 Mask = np.ndarray | str | Path
 """A mask over windows in memory, or the path of either kind of file."""
+_MEMBERS = ("windows", "stretches", "seq_length", "count", "corpus")
+_MOST_MEMBERS = 64
+_UNPACKED = 16 << 20
+"""Bytes that a member may unpack to; more where it is stored as it is, as `save_documents` does."""
 
 
 @dataclass(frozen=True)
@@ -51,39 +58,52 @@ class KeptWindows:
 
 
 def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
-    """Read and check the mask of a source that has so many windows. Raises ValueError, FileNotFoundError."""
+    """Read and check the mask of a source that has so many windows. Raises ValueError, OSError."""
     path = None if isinstance(mask, np.ndarray) else str(mask)
     where = f"keep mask of '{name}'" + (f" ({path})" if path else "")
-    stretch_N2 = seq_length = corpus = None
-    count = windows
+    seq_length: Any = None
+    stretch_N2 = corpus = archive = None
+    size = (windows + 7) // 8
     try:
-        bits = mask if isinstance(mask, np.ndarray) else _load(name, Path(mask))
-        if not isinstance(bits, np.ndarray):
-            with bits as archive:
-                bits, stretch_N2 = archive["windows"], archive["stretches"]
-                seq_length, count = int(archive["seq_length"]), int(archive["count"])
-                corpus = str(archive["corpus"])
-                where += f", for {count} windows of {seq_length} tokens,"
-    except (ValueError, TypeError, KeyError, EOFError, OverflowError, zipfile.BadZipFile) as error:
+        content = b"" if isinstance(mask, np.ndarray) else _load(name, Path(mask), windows)
+        if isinstance(mask, np.ndarray):
+            bits = mask
+        elif content[:2] == b"PK":
+            archive = _Archive(content)
+            seq_length, count = (
+                archive.read(field, np.int64, ()).item() for field in ("seq_length", "count")
+            )
+            corpus = archive.read("corpus", str, ()).item()
+            where += f", for {count} windows of {seq_length} tokens,"
+        else:
+            bits = read_stream(io.BytesIO(content), len(content), (bool, (windows,)), (np.uint8, (size,)))
+    except OSError:
+        raise
+    except Exception as error:  # zipfile names none: BadZipFile, zlib.error, RuntimeError and others
         raise ValueError(
-            f"{where} cannot be read ({error}); make it with np.save from a bool array over windows, or "
-            f"with megatron_r1.data.keep.save_documents"
+            f"{where} cannot be read ({error!s:.200}; the source has {windows} windows); make it with "
+            f"np.save from a bool array over windows, or with megatron_r1.data.keep.save_documents"
         ) from None
-    if count != windows:
-        raise ValueError(f"{where} does not fit: the source has {windows} windows; make the mask again")
+    if archive is not None:
+        if count != windows:
+            raise ValueError(f"{where} does not fit: the source has {windows} windows; make the mask again")
+        try:
+            bits = archive.read("windows", np.uint8, (size,))
+            stretch_N2 = archive.read("stretches", np.int64, (None, 2))
+            _check_stretches(stretch_N2, bits, windows, seq_length)
+        except Exception as error:
+            raise ValueError(f"{where} is damaged: {error!s:.200}; make it again") from None
     if bits.dtype == np.bool_ and bits.shape == (windows,):
         packed = np.packbits(bits, bitorder="little")
-    elif bits.dtype == np.uint8 and bits.shape == ((windows + 7) // 8,):
+    elif bits.dtype == np.uint8 and bits.shape == (size,):
         packed = bits.copy()
         if windows % 8:
             packed[-1] &= (1 << windows % 8) - 1
     else:
         raise ValueError(
             f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
-            f"[{windows}] or packed uint8 [{(windows + 7) // 8}]"
+            f"[{windows}] or packed uint8 [{size}]"
         )
-    if stretch_N2 is not None and seq_length and not _agrees(stretch_N2, packed, windows, seq_length):
-        raise ValueError(f"{where} is damaged: its windows are not those of its stretches; make it again")
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
     if stretch_N2 is not None:
         digest.update(stretch_N2.tobytes())
@@ -91,23 +111,65 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     return KeptWindows(bitmap, packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus)
 
 
-def _load(name: str, path: Path) -> Any:
-    """The content of a mask's file. Raises ValueError where its name, SOURCE-HASH, is not true."""
-    content, named = path.read_bytes(), re.fullmatch(r"(.+)-([0-9a-f]{16})\.np[yz]", path.name)
+def _load(name: str, path: Path, windows: int) -> bytes:
+    """The content of a mask's file. Raises ValueError where its name, SOURCE-HASH, is not true, and for
+    more bytes than such a mask has."""
+    with open(path, "rb", opener=regular) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if stream.peek(2)[:2] == b"PK":
+            require_memory(size)
+        elif size > windows + 2 * MOST_HEADER:
+            raise ValueError(f"it has {size:,} bytes, which is more than a truth value for each window")
+        content = stream.read(size)
+    named = re.fullmatch(r"(.+)-([0-9a-f]{16})\.np[yz]", path.name)
     if named and hashlib.sha256(content).hexdigest()[:16] != named[2]:
         raise ValueError("damaged: its name holds another hash")
     if named and named[1] != name:
         raise ValueError(f"its name says that it was made for '{named[1]}'")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    return content
 
 
-def _agrees(stretch_N2: np.ndarray, packed: np.ndarray, windows: int, seq_length: int) -> bool:
-    """Whether the stretches ascend, and the windows with a label in them are the windows of a mask."""
-    if stretch_N2.dtype != np.int64 or stretch_N2.shape[1:] != (2,):
-        return False
-    ascending = (np.diff(stretch_N2.ravel(), prepend=0) >= 0).all()
-    bits = np.packbits(kept_windows(stretch_N2, windows, seq_length), bitorder="little")
-    return bool(ascending) and np.array_equal(bits, packed)
+class _Archive:
+    """The arrays of a mask over documents. Nothing is unpacked before its size is known."""
+
+    def __init__(self, content: bytes):
+        # Each record in an archive's list takes some hundred bytes of memory.
+        if content.count(b"PK\x01\x02") > _MOST_MEMBERS:
+            raise ValueError(f"it has more members than {', '.join(_MEMBERS)}")
+        self._zip, self._most = zipfile.ZipFile(io.BytesIO(content)), max(len(content), _UNPACKED)
+        if sorted(names := self._zip.namelist()) != sorted(f"{name}.npy" for name in _MEMBERS):
+            raise ValueError(f"its members are {shown(names)}, not {', '.join(_MEMBERS)}")
+
+    def read(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+        member = self._zip.getinfo(f"{name}.npy")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is packed in another way than NumPy packs")
+        if member.file_size > self._most:
+            raise ValueError(f"{name} would unpack to {member.file_size:,} bytes; store it as np.savez does")
+        with self._zip.open(member) as stream:
+            return read_stream(stream, member.file_size, (dtype, shape))
+
+
+def _check_stretches(stretch_N2: np.ndarray, bits: np.ndarray, windows: int, seq_length: int) -> None:
+    """Raise ValueError where stretches do not lie apart, in order and in the source, and where the windows
+    with a label in them are not those of the mask."""
+    end_M = stretch_N2.ravel()
+    if seq_length < 1 or (len(end_M) and not 0 <= end_M.min() <= end_M.max() <= (windows + 1) * seq_length):
+        raise ValueError(f"its stretches are not of tokens of {windows} windows")
+    if not (end_M[1:] > end_M[:-1]).all():
+        raise ValueError("its stretches do not ascend, each apart from the one before")
+    kept = np.packbits(kept_windows(stretch_N2, windows, seq_length), bitorder="little")
+    if not np.array_equal(kept, bits):
+        raise ValueError("its windows are not those of its stretches")
+
+
+def made_for_another(mask: KeptWindows, prefix: str | Path, seq_length: int) -> str:
+    """For what else than this pair and this length a mask over documents was made, or nothing."""
+    if mask.seq_length not in (None, seq_length):
+        return f"windows of {mask.seq_length} tokens, not data.seq_length={seq_length}"
+    if mask.corpus is not None and mask.corpus != identity_of(prefix):
+        return f"another dataset than {prefix}"
+    return ""
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
@@ -159,13 +221,19 @@ def kept_stretches(corpus: Corpus, kept_D: np.ndarray) -> np.ndarray:
 
 
 def kept_windows(stretch_N2: np.ndarray, windows: int, seq_length: int) -> np.ndarray:
-    """Windows that have a label in a stretch: bool [windows]. Token t is a label of window (t - 1) // S."""
+    """Windows that have a label in a stretch: bool [windows]. Token t is a label of window (t - 1) // S.
+
+    The stretches ascend.
+    """
     begin_N, end_N = np.maximum(stretch_N2[:, 0], 1), stretch_N2[:, 1]
     has_label = begin_N < end_N
     first_N, last_N = (begin_N[has_label] - 1) // seq_length, (end_N[has_label] - 2) // seq_length
-    opened = np.bincount(np.minimum(first_N, windows), minlength=windows + 1)
-    closed = np.bincount(np.minimum(last_N + 1, windows), minlength=windows + 1)
-    return np.cumsum(opened - closed)[:windows] > 0
+    # Runs of windows, neighbours joined, so that a turn into and out of a run has a place of its own.
+    apart = first_N[1:] > last_N[:-1] + 1
+    into, out = first_N[np.append(True, apart)[: len(first_N)]], last_N[np.append(apart, True)[: len(last_N)]]
+    turn = np.zeros(windows + 1, np.int8)
+    turn[np.minimum(into, windows)], turn[np.minimum(out + 1, windows)] = 1, -1
+    return np.cumsum(turn[:windows], dtype=np.int8) > 0
 
 
 def mask_labels(stretch_N2: np.ndarray, window: int, mask_S: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of, open_corpus, stored_sha256
 from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
+from megatron_r1.data.keep import made_for_another
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
@@ -292,14 +293,10 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
             raise ConfigError([f"phases.{name}: {error}"]) from None
         mistakes = []
         for source, mask in plan.phases[-1].keep.items():
-            prefix = data.sources[source].prefix
-            if mask.seq_length not in (None, data.seq_length):
-                made = f"windows of {mask.seq_length} tokens, not data.seq_length={data.seq_length}"
-            elif mask.corpus is not None and mask.corpus != identity_of(prefix):
-                made = f"another dataset than {prefix}"
-            else:
-                continue
-            mistakes.append(f"phases.{name}.keep.{source}: {mask.path} was made for {made}; make it again")
+            if made := made_for_another(mask, data.sources[source].prefix, data.seq_length):
+                mistakes.append(
+                    f"phases.{name}.keep.{source}: {mask.path} was made for {made}; make it again"
+                )
         if mistakes:
             raise ConfigError(mistakes)
         start += config.phase_steps(name) * config.train.global_batch

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
+from megatron_r1.system.errors import shown, some
+from megatron_r1.system.json_io import JsonError, mistake, parse_json
 
 FORMAT = "megatron_r1.blend"
 VERSION = 1
@@ -50,18 +52,31 @@ def from_json(text: str, samples: int | None = None) -> BlendPlan:
     ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
     """
     try:
-        return _from_json(json.loads(text), samples)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the plan is damaged ({error!r}); restore it, or begin a new run") from None
+        return _from_json(_read(text), samples)
+    except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError, MemoryError) as error:
+        raise ValueError(f"{_DAMAGED} ({shown(error)}); {_WAY_OUT}") from None
 
 
 def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     if parts.get("format") != FORMAT:
-        raise ValueError(f"not a blend plan: format {parts.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(f"not a blend plan: format {shown(parts.get('format'))}, expected {FORMAT!r}")
     if parts.get("version") != VERSION:
-        raise ValueError(f"blend plan version {parts.get('version')!r}; this release reads {VERSION}")
+        raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
+    if isinstance(parts.get("phases"), list) and len(parts["phases"]) > _MOST_PHASES:
+        raise ValueError(f"{_DAMAGED} ({len(parts['phases'])} phases, at most {_MOST_PHASES}); {_WAY_OUT}")
+    if wrong := mistake(parts, _KIND):
+        raise ValueError(f"{_DAMAGED} (it{wrong}); {_WAY_OUT}")
     sources = {source["name"]: source["windows"] for source in parts["sources"]}
+    paths = [mask["path"] for phase in parts["phases"] for mask in phase["keep"].values()]
+    if len(sources) < len(parts["sources"]) or max(map(len, [*sources, *paths]), default=0) > _MOST_TEXT:
+        raise ValueError(f"{_DAMAGED} (a source twice, or a name of {_MOST_TEXT} characters); {_WAY_OUT}")
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
+    last = max((phase["start"] for phase in parts["phases"]), default=0) if samples is None else samples
+    if plan.order == "megatron" and last * len(sources) > _MOST_STEPS:
+        raise ValueError(
+            f"to sample {last} of {len(sources)} sources in Megatron's order is too far to follow: at most "
+            f"{_MOST_STEPS} samples x sources. The balanced order has no such bound"
+        )
     past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
     for number, phase in enumerate(past):
         keep = {name: mask["path"] for name, mask in phase["keep"].items()}
@@ -70,7 +85,7 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
             loaded = plan.phases[-1].keep.get(name)
             if loaded is None or loaded.sha256 != mask["sha256"]:
                 raise ValueError(
-                    f"phase {number}: the keep mask of '{name}', {keep[name]}, changed since the plan "
+                    f"phase {number}: the keep mask of '{name}', {keep[name]:.200}, changed since the plan "
                     f"was written (sha256 {mask['sha256'][:12]}... expected); restore the file"
                 )
     whole = len(past) == len(parts["phases"])
@@ -82,9 +97,47 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     return plan
 
 
+_DAMAGED, _WAY_OUT = "the plan is damaged", "restore it, or begin a new run"
+_MOST_BYTES, _MOST_PHASES, _MOST_TEXT = 64 << 20, 10_000, 1024
+_MOST_STEPS = 1 << 37
+"""Of Megatron's order, which takes a step for each sample before: some minutes. The balanced has none."""
+
+
+_KIND = {
+    "seed": int,
+    "order": str,
+    "shuffle": bool,
+    "sources": [{"name": str, "windows": int}],
+    "phases": [
+        {
+            "start": int,
+            "weights": [float],
+            "max_epochs": (None, float, {str: float}),
+            "keep": {str: {"path": str, "sha256": str}},
+        }
+    ],
+}
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        parts = parse_json(text, "the plan", _MOST_BYTES)
+    except JsonError as error:
+        raise ValueError(f"{_DAMAGED} ({error}); {_WAY_OUT}") from None
+    if not isinstance(parts, dict):
+        raise ValueError(f"{_DAMAGED} (no JSON mapping); {_WAY_OUT}")
+    return parts
+
+
 def datasets_of(text: str) -> dict[str, str]:
-    """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities."""
-    return dict(json.loads(text).get("data", {}))
+    """Source -> identity of its dataset, as `to_json` was given them. Empty for a plan without identities.
+
+    ValueError for a damaged text.
+    """
+    data = _read(text).get("data", {})
+    if wrong := mistake(data, {str: str}):
+        raise ValueError(f"{_DAMAGED} (data{wrong}); {_WAY_OUT}")
+    return dict(data)
 
 
 def fingerprint(plan: BlendPlan) -> str:
@@ -107,7 +160,7 @@ def check_extends(now: BlendPlan, before: BlendPlan, samples: int) -> None:
     if changed:
         raise ValueError(
             f"this plan differs from the one that drew the first {samples} samples: "
-            f"{'; '.join(changed)}. Restore it, and put changes of weights, caps or masks into a "
+            f"{some(changed, '; ')}. Restore it, and put changes of weights, caps or masks into a "
             f"new phase at sample {samples} or later"
         )
 

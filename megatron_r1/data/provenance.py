@@ -23,6 +23,7 @@ import xxhash
 
 from megatron_r1.data.indexed import IndexedDataset, with_suffix
 from megatron_r1.data.integrity import side_file
+from megatron_r1.data.npy import read_array
 from megatron_r1.data.sidecar import read_sidecar
 
 ORIGIN = np.dtype([("hash", "u1", 16), ("file", "<u4"), ("line", "<u8")])
@@ -70,15 +71,13 @@ def load_origins(prefix: str | Path, documents: int) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; tools/preprocess_data.py writes it")
     try:
-        records = np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None)
-    except (ValueError, EOFError, OverflowError) as error:
+        records = read_array(path, ORIGIN, (None,), "r")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); make the pair again") from None
-    if not isinstance(records, np.ndarray):
-        raise ValueError(f"{path} is damaged: it is no array; make the pair again")
-    if records.dtype != ORIGIN or records.shape != (documents,):
+    if len(records) != documents:
         raise ValueError(
-            f"{path} belongs to another pair: {records.shape} records of {records.dtype}, where the pair has "
-            f"{documents} documents; make the pair again"
+            f"{path} belongs to another pair: it has {len(records)} records, where the pair has {documents} "
+            f"documents; make the pair again"
         )
     # Lines count from 1. A sample of 65,536 records finds zeros in place of a part of the file.
     line_N = records["line"][:: max(1, documents >> 16)]

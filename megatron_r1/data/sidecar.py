@@ -5,13 +5,17 @@ tools/preprocess_data.py and tools/curate_probes.py write it. A pair of another 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.data.integrity import REDO
+from megatron_r1.system.errors import shown
+from megatron_r1.system.json_io import read_json
+
+_MOST_BYTES = 64 << 20
+"""Of a sidecar. One that names 300,000 inputs has so many."""
 
 
 def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, Any] | None:
@@ -22,15 +26,16 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
     """
     path = Path(f"{prefix}.json")
     try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        sidecar = read_json(path, _MOST_BYTES)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); {REDO}") from None
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not the sidecar of an indexed dataset ({why}); {REDO}") from None
     fields = sidecar if isinstance(sidecar, dict) else {}
     missing = [f"no {field}" for field in needed if field not in fields]
     wrong = [
-        f"{field} is {json.dumps(value):.40}, not {_KINDS[field][0]}"
+        f"{field} is {shown(value)}, not {_KINDS[field][0]}"
         for field, value in fields.items()
         if field in _KINDS and not _KINDS[field][1](value)
     ]

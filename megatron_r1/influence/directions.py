@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,13 @@ from megatron_r1.checkpoint.load import load_checkpoint
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import CURVATURES, Identity
 from megatron_r1.influence.engine import Engine
-from megatron_r1.influence.parameters import Directions, Gradient, squared_norm
+from megatron_r1.influence.parameters import Directions, Gradient, named_parameters, squared_norm
 from megatron_r1.influence.plan import Job, Part, Work, measured_on_examples
 from megatron_r1.influence.store import hashes_of
 from megatron_r1.parallel import ParallelContext, sum_over
 from megatron_r1.records import CheckpointRef, Corpus
 from megatron_r1.run.stage import note_launch, record_launch
-from megatron_r1.system.files import replacing
+from megatron_r1.system.files import regular, remove_if_empty, replacing
 from megatron_r1.system.terminal import Progress
 
 # isort: split
@@ -49,6 +50,8 @@ from megatron.core import parallel_state
 
 _DECIDING = ("probe_examples", "seed", "loss", "layers")
 """Fields of the manifest's section `influence` that decide a gradient."""
+_RECORD = 4096
+"""Bytes of a file of directions for each tensor, besides its numbers: at most so many."""
 
 
 class CheckpointDirections:
@@ -73,7 +76,7 @@ class CheckpointDirections:
         self._launch, self._engine, self._work = launch, engine, job.work
         self._ref, self._parts = ref, job.parts[ref.step]
         self._curvature = CURVATURES[job.curvature]()
-        self._cache = DirectionCache(job.work, self._parts[0], engine.context)
+        self._cache = DirectionCache(job.work, self._parts[0], engine)
         load_checkpoint(ref.path, engine.gpt, None, job.work.config.model)
         start = time.monotonic()
         probes, label = job.work.data.directions, f"directions of step {ref.step}"
@@ -202,10 +205,12 @@ class DirectionCache:
     `part`: any source's at that checkpoint.
     """
 
-    def __init__(self, work: Work, part: Part, context: ParallelContext):
-        inputs, parallel = part.inputs, work.config.parallel
+    def __init__(self, work: Work, part: Part, engine: Engine):
+        inputs, parallel, context = part.inputs, work.config.parallel, engine.context
         self._root = part.directory.parent / ".directions"
         self._context, self._hashes = context, inputs["directions"]
+        mine = named_parameters(engine.gpt).items()
+        self._shapes = {name: p.shape for name, p in mine if name in engine.names}
         self._key = {
             **{name: inputs[name] for name in ("weights", "seq_length", "eod", "precision")},
             **{name: inputs["influence"][name] for name in _DECIDING},
@@ -222,10 +227,30 @@ class DirectionCache:
         if not exists.item():
             return None
         try:
-            cached: Gradient = torch.load(path, map_location=backend.device(), weights_only=True)
+            return self._read(path)
         except Exception as error:  # torch names none: RuntimeError, EOFError, UnpicklingError and others
             raise ValueError(f"{path} is damaged ({error!s:.80}); remove it and score again") from None
-        return cached
+
+    def _read(self, path: Path) -> Gradient:
+        """The tensors of a file, which has no more bytes than they need, and unpacks to no more."""
+        needed = sum(4 * shape.numel() + _RECORD for shape in self._shapes.values()) + _RECORD
+        with open(path, "rb", opener=regular) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # torch compares no checksums.
+            archive = zipfile.ZipFile(stream)
+            packed = any(of.compress_type for of in archive.infolist())
+            if size > needed or packed or archive.testzip():
+                raise ValueError(f"{size} bytes, which are not those that were written")
+            stream.seek(0)
+            cached = torch.load(stream, map_location=backend.device(), weights_only=True)
+        if not isinstance(cached, dict) or cached.keys() != self._shapes.keys():
+            raise ValueError("other parameters than the model's")
+        for name, shape in self._shapes.items():
+            g = cached[name]
+            dense = type(g) is Tensor and g.layout == torch.strided and g.is_contiguous()
+            if not dense or g.dtype != torch.float32 or g.shape != shape or g.requires_grad:
+                raise ValueError(f"{name} is no float32 {list(shape)}")
+        return {name: cached[name] for name in self._shapes}
 
     def save(self, capability: str, gradient: Gradient) -> None:
         """Write the shard. The first of the ranks that hold the same one writes it."""
@@ -236,8 +261,12 @@ class DirectionCache:
                 torch.save({name: t.cpu() for name, t in gradient.items()}, stream)
 
     def clear(self) -> None:
-        """Remove the files. One rank calls this."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        """Remove the files. One rank calls this. All else that lies there stays."""
+        for folder in () if self._root.is_symlink() else self._root.glob("*"):
+            for path in () if folder.is_symlink() else folder.glob("tensor_*.pipeline_*.pt*"):
+                path.unlink(missing_ok=True)
+            remove_if_empty(folder)
+        remove_if_empty(self._root)
 
     def _path(self, capability: str) -> Path:
         key = json.dumps([self._key, capability, self._hashes[capability]])

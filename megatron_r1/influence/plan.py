@@ -50,7 +50,7 @@ class Part:
     """The manifest."""
 
     def left(self) -> int:
-        return len(self.example_N) - store.rows_written(self.directory)
+        return len(self.example_N) - store.rows_written(self.directory, len(self.example_N))
 
 
 @dataclass(frozen=True)

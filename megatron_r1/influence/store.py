@@ -16,40 +16,56 @@ so that a flag never promises what is not there.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_r1.config import RESERVED, check_names, name_mistakes
 from megatron_r1.data.indexed import identity_of, with_suffix
+from megatron_r1.data.npy import read_array, write_array
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import Standing, standing
-from megatron_r1.system.errors import require, suggest_path
-from megatron_r1.system.files import json_bytes, replacing, sha256, sync
-from megatron_r1.system.terminal import Progress
+from megatron_r1.system.errors import require, shown, suggest_path
+from megatron_r1.system.files import json_bytes, make_folder, naming, replacing, sha256, sync
+from megatron_r1.system.json_io import mistake, read_object
+from megatron_r1.system.terminal import Progress, say
 
 FORMAT = 3
 _FORMER = 2
 """An earlier format with the same scores. Its hashes of datasets and weights are of files, not identities.
 Scores of this format are read, but not continued."""
-_READ = {"source": str, "step": int, "position": int, "capabilities": list}
-"""Keys of a manifest that its readers rely on, and their types."""
-_OPTIONAL = {
-    **dict.fromkeys(("influence", "data", "directions", "direction_norms"), dict),
-    "weights": str,
-    "seq_length": int,
+_KIND = {
+    "source": str,
+    "step": int,
+    "position": int,
+    "capabilities": [str],
+    "weights?": str,
+    "data?": dict,
+    "directions?": dict,
+    "direction_norms?": {str: float},
+    "seq_length?": int,
+    "influence?": {
+        "unit?": ("window", "document"),
+        "loss?": ("mean", "sum"),
+        "norms?": bool,
+        "curvature?": str,
+    },
 }
-"""Types of further keys, where they are there."""
+"""Keys of a manifest that are read somewhere, and the kinds of their values."""
+_MOST_BYTES, _MOST_CAPABILITIES = 16 << 20, 10_000
+"""Of a manifest."""
 _TYPES = {"tokens": "int32", "examples": "int64", "written": "bool"}
 """Types of the files that do not hold float32."""
 _AXES = {"scores": 2, "token_scores": 3, "projections": 2}
 """Axes of the files that have more than the examples'."""
+_FILES = {f"{name}.npy" for name in ("losses", "norms", *_TYPES, *_AXES)} | {"manifest.json"}
 AGAIN = "remove its folder and score again"
 _NOTES = {"position", "direction_norms", "projected_in"}
 """Keys of the manifest that change no score, or follow from others."""
@@ -85,6 +101,8 @@ def dataset_identity(prefix: Path, form: int = FORMAT) -> str:
 
 
 def directory_of(run: Path, step: int, source: str) -> Path:
+    """Directory of a source's scores. ValueError for a source that is no name, and could lead elsewhere."""
+    check_names("source", [source])
     return RunDir(run).influence / f"step_{step:08d}" / source
 
 
@@ -96,20 +114,23 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             raise ValueError(f"{directory} has no manifest.json, and nothing says what it holds; {again}")
         return None
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        form, missing = manifest.get("format"), [key for key in _READ if key not in manifest]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {again}") from None
-    if form not in (FORMAT, _FORMER):
-        raise ValueError(f"{path} has format {form}, where {_FORMER} and {FORMAT} are known; {again}")
-    if missing:
-        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {again}")
-    kinds = _READ | {key: kind for key, kind in _OPTIONAL.items() if key in manifest}
-    if other := [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]:
-        raise ValueError(f"{path} is damaged ({other[0]} is {manifest[other[0]]!r:.40}); {again}")
+        manifest = read_object(path, _MOST_BYTES)
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is damaged ({why}); {again}") from None
+    if (form := manifest.get("format")) not in (FORMAT, _FORMER):
+        raise ValueError(f"{path} has format {shown(form)}, where {_FORMER} and {FORMAT} are known; {again}")
+    if wrong := mistake(manifest, _KIND) or " has too many capabilities" * (
+        len(manifest["capabilities"]) > _MOST_CAPABILITIES
+    ):
+        where = f"it{wrong}".removeprefix("it.")
+        raise ValueError(f"{path} is damaged ({where}); {again}")
+    for name, why in name_mistakes(manifest["capabilities"], RESERVED).items():
+        raise ValueError(f"{path} is damaged (capability {shown(name)}: {why}); {again}")
     place = f"step_{manifest['step']:08d}", manifest["source"]
     if place != directory.parts[-2:]:
-        raise ValueError(f"{path} is of {'/'.join(place)}: its folder was copied or renamed; {again}")
+        place_of = f"{place[0]}/{place[1]:.200}"
+        raise ValueError(f"{path} is of {place_of}: its folder was copied or renamed; {again}")
     return manifest
 
 
@@ -159,18 +180,15 @@ class ScoreStore:
         Raises ValueError where the directory holds scores of other inputs.
         """
         check_inputs(directory, inputs)
+        n = len(example_N)
         if not directory.exists():
-            n = len(example_N)
             arrays = {name: np.zeros((n, *shape), np.float32) for name, shape in shapes.items()}
             arrays["tokens"], arrays["examples"] = length_N.astype(np.int32), example_N.astype(np.int64)
             _lay_out(directory, inputs, {**arrays, "written": np.zeros(n, bool)})
-        if not np.array_equal(_array(directory / "examples.npy", "r"), example_N):
+        if not np.array_equal(_array(directory, "examples", mode="r"), example_N):
             raise ValueError(f"{directory / 'examples.npy'} names other examples than its manifest; {AGAIN}")
-        self._results = {name: _array(directory / f"{name}.npy", "r+") for name in shapes}
-        self._written = _array(directory / "written.npy", "r+")
-        for name, shape in shapes.items():
-            if self._results[name].shape != (len(example_N), *shape):
-                raise ValueError(f"{directory / f'{name}.npy'} is damaged (its shape); {AGAIN}")
+        self._results = {name: _array(directory, name, n, shape, "r+") for name, shape in shapes.items()}
+        self._written = _array(directory, "written", n, mode="r+")
 
     def missing(self, first: int, last: int) -> bool:
         """Whether any of the rows [first, last) is still to be computed."""
@@ -190,15 +208,35 @@ class ScoreStore:
 
 def _lay_out(directory: Path, inputs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
-    (temporary / "manifest.json").write_bytes(json_bytes(inputs))
-    for path in temporary.iterdir():
-        sync(path)
-    os.rename(temporary, directory)
+    _remove_unfinished(temporary)
+    try:
+        make_folder(directory.parent)
+        temporary.mkdir()
+        for name, array in arrays.items():
+            path = temporary / f"{name}.npy"
+            with naming(path), open(path, "xb") as stream:
+                write_array(stream, array)
+        path = temporary / "manifest.json"
+        with naming(path), open(path, "xb") as stream:
+            stream.write(json_bytes(inputs))
+        for path in temporary.iterdir():
+            sync(path)
+        os.rename(temporary, directory)
+    except BaseException:
+        _remove_unfinished(temporary)
+        raise
     sync(directory.parent)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed launch has left of `_lay_out`. Raises ValueError where anything else is there."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= _FILES:
+        raise ValueError(f"{folder} is not what scoring leaves there when it is killed; move it away")
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
 
 
 def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
@@ -206,9 +244,9 @@ def hashes_of(directories: Iterable[Path]) -> dict[str, str]:
     return {str(directory): sha256(directory / "scores.npy") for directory in directories}
 
 
-def rows_written(directory: Path) -> int:
-    """Number of examples with scores, 0 without a directory."""
-    return int(_array(directory / "written.npy", "r").sum()) if directory.exists() else 0
+def rows_written(directory: Path, rows: int) -> int:
+    """Number of examples, of `rows`, with scores; 0 without a directory."""
+    return int(_array(directory, "written", rows, mode="r").sum()) if directory.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -229,40 +267,48 @@ def read_arrays(
 ) -> dict[str, Any]:
     """Arrays by name, with `examples` and `written`. Raises ValueError where they do not fit each other, and
     where the numbers of an example are not finite."""
-    names = dict.fromkeys(("examples", "written", *names))
-    arrays = {name: _array(directory / f"{name}.npy", mode) for name in names}
-    example_N, written_N = arrays["examples"], arrays["written"]
+    example_N = _array(directory, "examples", mode=mode)
     if (np.diff(example_N) <= 0).any() or (example_N < 0).any():
         raise ValueError(f"{directory / 'examples.npy'} is damaged (numbers do not ascend); {AGAIN}")
+    columns, rows = {"scores": (len(manifest["capabilities"]),)}, len(example_N)
+    arrays = {name: _array(directory, name, rows, columns.get(name), mode) for name in ("written", *names)}
+    negative = {"tokens": "no numbers of tokens", "norms": "negative norms"}
     for name, array in arrays.items():
-        path = directory / f"{name}.npy"
-        columns = (len(manifest["capabilities"]),) if name == "scores" else array.shape[1:]
-        if array.shape != (meant := (len(example_N), *columns)):
-            raise ValueError(f"{path} is damaged (its shape is {list(array.shape)}, not {meant}); {AGAIN}")
+        if name in negative and (array < 0).any():
+            raise ValueError(f"{directory / f'{name}.npy'}: {negative[name]}; {AGAIN}")
         if name in ("scores", "losses", "norms", "token_scores"):
-            bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & written_N
+            bad_N = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim))) & arrays["written"]
             if bad_N.any():
                 example = example_N[bad_N.argmax()]
                 raise ValueError(
-                    f"{path}: {name} of {manifest['source']} are not finite, first of example {example}; "
-                    f"{AGAIN}"
+                    f"{directory / f'{name}.npy'}: {name} of {manifest['source']} are not finite, first of "
+                    f"example {example}; {AGAIN}"
                 )
-    return arrays
+    return {"examples": example_N, **arrays}
 
 
-def _array(path: Path, mode: Literal["r", "r+"] | None = None) -> Any:
-    """An array of a directory of scores, mapped with a `mode`."""
-    meant = f"{_TYPES.get(path.stem, 'float32')} of {_AXES.get(path.stem, 1)} axes"
+def _array(
+    directory: Path,
+    name: str,
+    rows: int | None = None,
+    columns: tuple[int | None, ...] | None = None,
+    mode: Literal["r", "r+"] | None = None,
+) -> Any:
+    """An array of a directory of scores, of so many rows and columns, mapped with a `mode`."""
+    path, dtype = directory / f"{name}.npy", _TYPES.get(name, "float32")
+    if columns is None:
+        columns = (None,) * (_AXES.get(name, 1) - 1)
     try:
-        array = np.load(path, mmap_mode=mode)
-        found = f"{array.dtype} of {array.ndim} axes"
+        return read_array(path, dtype, (rows, *columns), mode)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {AGAIN}") from None
-    except (EOFError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from None
-    if found != meant:
-        raise ValueError(f"{path} is damaged (it holds {found}, not {meant}); {AGAIN}")
-    return array
+
+
+@cache
+def _say_foreign(folder: Path) -> None:
+    say(f"{folder} is no folder of scores by its name, and is left alone")
 
 
 def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Scored]]:
@@ -272,6 +318,9 @@ def scored(run: Path, only: Collection[str] | None = None) -> dict[str, list[Sco
     """
     by_step: dict[int, list[Scored]] = {}
     for folder in sorted(RunDir(run).influence.glob("step_*")):
+        if not re.fullmatch(r"step_\d{8,}", folder.name):
+            _say_foreign(folder)
+            continue
         for directory, manifest in manifests(folder).items():
             if only is None or manifest["source"] in only:
                 by_step.setdefault(manifest["step"], []).append(Scored(directory, manifest["step"], manifest))

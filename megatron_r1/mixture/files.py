@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_r1.checkpoint.files import complete_checkpoints
 from megatron_r1.config import Config, MixConfig
 from megatron_r1.influence.store import Scored, hashes_of
 from megatron_r1.mixture.masks import mask_files
 from megatron_r1.mixture.mixture import Mixture
+from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import finish
-from megatron_r1.system.files import replacing, sha256, write_json, write_text
+from megatron_r1.system.files import json_bytes, on_disk, remove_if_empty, replacing, sha256
 from megatron_r1.system.yaml_io import format_yaml
 
 _IDENTITIES = ("format", "weights", "data")
@@ -65,8 +68,9 @@ def _numbers(values: list[Any]) -> str:
 def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) -> None:
     """Write the phase for the trainer, a .json beside it that explains the phase, and the masks in `keep/`.
 
-    The phase is written last, after all files that it names. Then the run's ledger gets a line. Raises
-    ValueError for an `output` that the .json would replace.
+    The phase is written last, after all files that it names, and an error leaves none of them. Then the run's
+    ledger gets a line. Raises ValueError for an `output` that the .json would replace, and for a phase that
+    the run has trained.
     """
     mix, beside, masks = config.mix, output.with_suffix(".json"), mixture.masks
     assert mix is not None
@@ -103,17 +107,47 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
             for s in used
         },
     }
-    for path, content in files.values():
-        # An earlier phase may refer to the same file.
-        if not path.is_file() or path.read_bytes() != content:
-            with replacing(path) as stream:
-                stream.write(content)
-    write_json(beside, report)
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
-    tree = {"phases": {mixture.phase: phase}}
-    write_text(output, head + format_yaml(tree, allow_unicode=True))
+    text = (head + format_yaml({"phases": {mixture.phase: phase}}, allow_unicode=True)).encode()
+    _check_untrained(config, mixture.phase, output, text)
+    made: list[Path] = []
+    try:
+        for path, content in files.values():
+            # An earlier phase may refer to the same file.
+            if not _holds(path, content):
+                made += [] if os.path.lexists(path) else [path]
+                with replacing(path) as stream:
+                    stream.write(content)
+        # Both are on disk before the first has its name.
+        with replacing(output) as last:
+            last.write(text)
+            on_disk(last)
+            with replacing(beside) as stream:
+                stream.write(json_bytes(report))
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        remove_if_empty(output.parent / "keep")
+        raise
     outputs = {str(path): sha256(path) for path in (output, beside, *(path for path, _ in files.values()))}
     finish(Path(config.train.run), f"mix {mixture.phase}", inputs=hashes, outputs=outputs)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _check_untrained(config: Config, phase: str, output: Path, text: bytes) -> None:
+    """Raise ValueError where train.run has trained a part of the phase, and by another file than this."""
+    names, run = list(config.phases), RunDir(Path(config.train.run))
+    start = sum(map(config.phase_steps, names[: names.index(phase)]))
+    trained = max((ref.step for ref in complete_checkpoints(run.checkpoints)), default=0)
+    if trained > start and not _holds(output, text):
+        raise ValueError(
+            f"mix.phase={phase} begins at step {start}, and {config.train.run} is trained to step {trained}: "
+            f"it goes on only with what that phase began with. Weigh a later phase; or name a new train.run, "
+            f"and in mix.runs this one, by capability"
+        )
 
 
 def _name(part: Scored, mix: MixConfig) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.data.keep import load_mask
+from megatron_r1.data.keep import load_mask, made_for_another
 from megatron_r1.data.open import build_plan, open_data
 from megatron_r1.influence.store import Scored
 from megatron_r1.mixture.masks import KeepMask, make_masks
@@ -85,7 +85,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
     before = config.phases[mix.phase].keep
     masks = make_masks(tables, used, corpora, mix, config.data.seq_length, before) if mix.keep else {}
     draws = _Draws(config, mix, corpora, masks)
-    within = bounds(mix, draws.room())
+    within = bounds(mix, draws.room(config))
     if mix.objective == "worst":
         weight_G = worst_case_weights(rho_GC, weight_C, within, capabilities)
     else:
@@ -128,14 +128,17 @@ class _Draws:
         self._used = self._plan.epochs(self._start)
         self.caps = _caps(mix, config.phases[mix.phase].max_epochs, list(config.data.sources))
 
-    def room(self) -> np.ndarray:
+    def room(self, config: Config) -> np.ndarray:
         """Share of the phase that each source can fill before its cap, [G]. 0 where nothing may be drawn."""
         room = []
         for name, windows in self._windows.items():
             if name in self._masks:
                 kept = int(self._masks[name].windows.sum())
             elif name in self._keep:
-                kept = load_mask(name, windows, self._keep[name]).bitmap.kept
+                mask, source = load_mask(name, windows, self._keep[name]), config.data.sources[name]
+                if made := made_for_another(mask, source.prefix, config.data.seq_length):
+                    raise ValueError(f"{mask.path} was made for {made}; make it again")
+                kept = mask.bitmap.kept
             else:
                 kept = windows
             left = (self.caps.get(name, math.inf) - self._used[name]) * kept if kept else 0.0

@@ -46,7 +46,7 @@ def _of_run(run: Path, config: Config) -> Selected:
         score_NCK = tables[name].score_NCK[:, :, keep]
         of_steps = [s for s in checkpoints[name] if s.step in steps]
         length_N = tables[name].length_N
-        if not length_N.sum() > 0 or (length_N < 0).any():
+        if not length_N.sum() > 0:
             raise ValueError(f"{of_steps[0].directory / 'tokens.npy'}: no numbers of tokens; {AGAIN}")
         table = dataclasses.replace(tables[name], steps=steps, score_NCK=score_NCK)
         selected.append(in_units(table, of_steps, config.mix))

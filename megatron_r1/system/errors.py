@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import itertools
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,14 +100,24 @@ def brief(text: str, most: int = _MOST_SHOWN) -> str:
     return printable(text)
 
 
+def closest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """The `n` names that resemble a word most. Long words, which cost their length squared, resemble none."""
+    known = list(islice(known, _MANY + 1))
+    return difflib.get_close_matches(word, known, n) if len(word) <= _LONG and len(known) <= _MANY else []
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean gcide?`, or the known names, where they are few and none resembles the word."""
     known = list(known)
-    if len(word) > _LONG or len(known) > _MANY:
-        return ""
-    if matches := difflib.get_close_matches(word, known, n=1):
+    if matches := closest(word, known):
         return f"; did you mean {matches[0]}?"
     return f"; known: {brief(', '.join(known))}" if 0 < len(known) <= _FEW else ""
+
+
+def some(texts: Sequence[str], between: str = ", ", most: int = 12) -> str:
+    """The first dozen of many texts."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
 
 
 def suggest_path(path: Path) -> str:
@@ -120,10 +130,10 @@ def suggest_path(path: Path) -> str:
         return ""
     try:
         with os.scandir(missing.parent) as entries:
-            beside = [entry.name for entry in itertools.islice(entries, _MANY)]
+            beside = [entry.name for entry in islice(entries, _MANY)]
     except OSError:
         return ""
-    matches = [missing.parent / name for name in difflib.get_close_matches(missing.name, beside, n=3)]
+    matches = [missing.parent / name for name in closest(missing.name, beside, 3)]
     # Of several that resemble it, one in which the rest is there.
     complete = [match / path.relative_to(missing) for match in matches]
     best = [candidate for candidate in complete if candidate.exists()] + matches

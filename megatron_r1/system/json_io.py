@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.system.errors import shown
 from megatron_r1.system.files import regular
 
 MOST_BYTES = 256 << 20
@@ -62,3 +63,31 @@ def _levels(value: Any) -> Iterator[list[Any]]:
         yield level
         inside = chain.from_iterable([part.values() if type(part) is dict else part for part in level])
         level = [part for part in inside if part.__class__ in _NESTED]
+
+
+def mistake(value: Any, kind: Any) -> str:
+    """Where a value is not of a kind, as `.phases[0].start is 'x'`; empty where it is.
+
+    A kind is a type, of which `float` takes whole numbers, too; a value that is meant itself; a tuple of
+    kinds, of which any will do; [kind], a list; {str: kind}, a mapping; {"name": kind}, a mapping with at
+    least these names, of which "name?" may be absent. Whole numbers are below 2^63.
+    """
+    if isinstance(kind, tuple):
+        return min((mistake(value, one) for one in kind), key=len)
+    if isinstance(kind, list) and isinstance(value, list):
+        for number, item in enumerate(value):
+            if wrong := mistake(item, kind[0]):
+                return f"[{number}]{wrong}"
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        every = str in kind
+        if missing := [] if every else [name for name in kind if name[-1:] != "?" and name not in value]:
+            return f" lacks {', '.join(missing)}"
+        for name in value if every else kind:
+            key = name if every else name.rstrip("?")
+            if key in value and (wrong := mistake(value[key], kind[str if every else name])):
+                return f".{key:.100}{wrong}"
+    elif (kind not in (value, type(value)) and (kind, type(value)) != (float, int)) or (
+        type(value) is int and abs(value) >= 2**63
+    ):
+        return f" is {shown(value)}"
+    return ""

@@ -52,7 +52,7 @@ def test_windows_and_label_masks_are_those_of_every_token(
         save_documents(path, corpus, kept_D, seq_length)
         mask = load_mask("web", len(want), path)
     packed = np.packbits([any(row) for row in want], bitorder="little")
-    assert mask.sha256 == load_mask("web", len(want), path_of(mask, packed, len(want))).sha256
+    assert mask.sha256 == load_mask("web", len(want), path_of(mask, packed, len(want), seq_length)).sha256
     row_S = np.full(seq_length, 7.0, dtype=np.float32)
     for window, labels in enumerate(want):
         assert mask.stretch_N2 is not None
@@ -60,10 +60,11 @@ def test_windows_and_label_masks_are_those_of_every_token(
         assert row_S.tolist() == [float(kept) for kept in labels]
 
 
-def path_of(mask: object, packed: np.ndarray, windows: int) -> Path:
+def path_of(mask: object, packed: np.ndarray, windows: int, seq_length: int) -> Path:
     """A mask file with the oracle's windows and the same stretches."""
     path = Path(tempfile.mkdtemp()) / "oracle.npz"
-    np.savez(path, windows=packed, stretches=mask.stretch_N2, seq_length=0, count=windows, corpus="")  # type: ignore[attr-defined]
+    stretch_N2 = mask.stretch_N2  # type: ignore[attr-defined]
+    np.savez(path, windows=packed, stretches=stretch_N2, seq_length=seq_length, count=windows, corpus="")
     return path
 
 

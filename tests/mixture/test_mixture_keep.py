@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_r1 import config_io
+from megatron_r1.checkpoint.files import META
 from megatron_r1.config import Config, DataConfig, MixConfig, PhaseConfig, SourceConfig, TrainConfig
 from megatron_r1.data.indexed import identity_of, open_corpus
 from megatron_r1.data.keep import save_documents
@@ -213,3 +214,46 @@ def test_epoch_caps_bound_the_weights_and_are_written(config: Config, tmp_path: 
     assert plan.epochs(60)["b"] <= 0.1
     with pytest.raises(ValueError, match=r"mix.max_epochs: \['c'\] not in data.sources"):
         make_mixture(mixed(config, max_epochs={"c": 1}))
+
+
+def test_a_phase_that_is_trained_keeps_what_it_began_with(config: Config, tmp_path: Path) -> None:
+    output = tmp_path / "m" / "mix.yaml"
+    mixture, used = make_mixture(config)
+    checkpoint = tmp_path / "run/checkpoints/step_00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / META).write_text("{}")
+    write(mixture, used, config, output)
+    # One step of the phase is trained: the same file may be written again, and no other.
+    checkpoint.rename(checkpoint.with_name("step_00000006"))
+    write(mixture, used, config, output)
+    kept = {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
+    for name in "ab":
+        score(config, name, np.arange(0, 2 * SCORED, 2), gains(name) + 3)
+    with pytest.raises(ValueError, match=r"mix\.phase=two begins at step 5, and .*run is trained to step 6"):
+        write(*make_mixture(config), config, output)
+    assert kept == {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_leaves_nothing_of_a_mixture(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stream: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_r1.mixture.files.on_disk", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*mix\.yaml'"):
+        write(*make_mixture(config), config, tmp_path / "m" / "mix.yaml")
+    assert not list((tmp_path / "m").iterdir())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_mask_of_another_dataset_is_refused(config: Config, tmp_path: Path, keep: bool) -> None:
+    corpus = open_corpus("a", f"{tmp_path}/a")
+    save_documents(tmp_path / "keep.npz", corpus, np.arange(corpus.documents) > 2, SEQ)
+    phase = dataclasses.replace(config.phases["two"], keep={"a": str(tmp_path / "keep.npz")})
+    config = dataclasses.replace(mixed(config, keep=keep), phases={**config.phases, "two": phase})
+    make_mixture(config)
+    parts = dict(np.load(tmp_path / "keep.npz"))
+    np.savez(tmp_path / "keep.npz", **{**parts, "corpus": np.array("0" * 64)})
+    with pytest.raises(ValueError, match=r"keep\.npz was made for another dataset than .*/a; make it again"):
+        make_mixture(config)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.system.errors import brief, hidden, printable, shown, suggest, suggest_path, unhidden
+from megatron_r1.system.errors import (
+    brief,
+    closest,
+    hidden,
+    printable,
+    shown,
+    some,
+    suggest,
+    suggest_path,
+    unhidden,
+)
 
 
 def test_near_names() -> None:
@@ -118,3 +128,9 @@ def test_hiding_costs_no_more_than_the_text_is_long(text: str) -> None:
     start = time.process_time()
     hidden({"a": text})
     assert time.process_time() - start < 5
+
+
+def test_long_names_cost_no_time_and_long_lists_are_cut() -> None:
+    long = "a" * 10**6
+    assert closest(long, [long + "b"] * 10**4) == [] and closest("phaes", ["phase"]) == ["phase"]
+    assert some(["x"] * 14, "; ") == "; ".join("x" * 12) + " and 2 more"

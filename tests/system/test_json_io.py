@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.system.json_io import MOST_DEPTH, JsonError, parse_json, read_json, read_object
+from megatron_r1.system.json_io import MOST_DEPTH, JsonError, mistake, parse_json, read_json, read_object
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.text()
 _TREES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
@@ -65,3 +65,24 @@ def test_a_file_beyond_the_limit_is_not_read_whole(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(JsonError, match="more than 1,000 bytes"):
         read_json(path, most=1000)
+
+
+def test_a_value_of_another_kind_is_named_with_its_place() -> None:
+    kind = {"a": [int], "b?": {str: (None, float)}, "c?": ("x", "y"), "d?": {"e": str}}
+    for value in (
+        {"a": []},
+        {"a": [1], "b": {"k": None, "j": 1, "i": 0.5}, "c": "y", "d": {"e": "", "f": 3}},
+    ):
+        assert mistake(value, kind) == ""
+    for value, wrong in (
+        ([], " is []"),
+        ({}, " lacks a"),
+        ({"a": {}}, ".a is {}"),
+        ({"a": [1, True]}, ".a[1] is True"),
+        ({"a": [2**63]}, f".a[0] is {2**63}"),
+        ({"a": [], "b": {"k": "1"}}, ".b.k is '1'"),
+        ({"a": [], "c": "z"}, ".c is 'z'"),
+        ({"a": [], "d": {"e?": ""}}, ".d lacks e"),
+        ({"a": [], "b": {"k" * 10**6: "x"}}, f".b.{'k' * 100} is 'x'"),
+    ):
+        assert mistake(value, kind) == wrong
