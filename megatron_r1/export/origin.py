@@ -14,8 +14,9 @@ from megatron_r1.config_io import read_tree
 from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.data.plan_file import datasets_of
 from megatron_r1.data.sidecar import read_sidecar
-from megatron_r1.export.folder import read_json
+from megatron_r1.export.folder import MOST_JSON
 from megatron_r1.run.layout import RunDir
+from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
 
 IMPORTED, CONTEXT = "huggingface.json", "max_position_embeddings"
@@ -25,7 +26,7 @@ IMPORTED, CONTEXT = "huggingface.json", "max_position_embeddings"
 def imported(source: Path) -> dict[str, Any]:
     """The content of `IMPORTED`, context and ids of special tokens. Empty for a run's checkpoint."""
     path = source.resolve().parent / IMPORTED
-    return read_json(path) if path.is_file() else {}
+    return read_object(path, MOST_JSON) if path.is_file() else {}
 
 
 def context_of(source: Path) -> int:

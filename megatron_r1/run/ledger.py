@@ -97,7 +97,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 def _is_stage(line: dict[str, Any]) -> bool:
     """Whether a line has what its readers rely on."""
-    texts = [line.get("stage"), line.get("finished")]
+    texts: list[Any] = [line.get("stage"), line.get("finished")]
     for files in (line.get("inputs") or {}, line.get("outputs") or {}):
         if not isinstance(files, (dict, list)):
             return False
@@ -132,10 +132,10 @@ def lineage(root: Path) -> list[dict[str, Any]]:
             if folder in looked:
                 continue
             looked.add(folder)
-            *place, size = _file(folder)
-            if tuple(place) in ledgers or size > left:
+            device, number, size = _file(folder)
+            if (device, number) in ledgers or size > left:
                 continue
-            ledgers.add(tuple(place))
+            ledgers.add((device, number))
             left -= size
             for line in read(Path(folder)):
                 count += 1

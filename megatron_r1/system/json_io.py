@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.system.files import regular
+
 MOST_BYTES = 256 << 20
 """Bytes of a JSON text. The largest genuine ones are tokenizers, of about 30 MB."""
 MOST_DEPTH = 64
@@ -22,7 +24,7 @@ class JsonError(ValueError):
 
 def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
     """The value in a file of at most `most` bytes. Raises OSError, and JsonError for its content."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return parse_json(file.read(most + 1), str(path), most)
 
 
@@ -44,7 +46,10 @@ def parse_json(content: bytes | str, name: str, most: int = MOST_BYTES) -> Any:
         raise JsonError(f"{name}: nested deeper than {MOST_DEPTH}") from None
     except ValueError as error:
         raise JsonError(f"{name}: no JSON ({error})") from None
-    if any(depth > MOST_DEPTH for depth, _ in enumerate(_levels(value), 1)):
+    # Most texts have too few brackets to be deep. Looking at each value takes as long as reading it.
+    text = isinstance(content, str)
+    brackets = (content.count(one) for one in (("[", "{") if text else (b"[", b"{")))  # type: ignore[arg-type]
+    if sum(brackets) > MOST_DEPTH and any(depth > MOST_DEPTH for depth, _ in enumerate(_levels(value), 1)):
         raise JsonError(f"{name}: nested deeper than {MOST_DEPTH}")
     return value
 
