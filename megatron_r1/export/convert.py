@@ -7,9 +7,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil
 from pydantic import TypeAdapter
@@ -187,8 +187,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     mark = folder / _MARK
     if os.path.lexists(folder) and (folder.is_symlink() or not (mark.is_file() or _is_empty(folder))):
         raise ValueError(f"{folder} was not made by a conversion, which would fill it; move it away")
-    waiting = f"another conversion writes {target}; this one waits for it"
-    with open_exclusive(mark, lambda: say(waiting)):
+    with _locked(mark, f"another conversion writes {target}; this one waits for it"):
         try:
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -205,6 +204,13 @@ def _appearing(target: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _locked(mark: Path, waiting: str) -> IO[bytes]:
+    while True:
+        # The holder takes the folder away with the file.
+        with suppress(FileNotFoundError):
+            return open_exclusive(mark, lambda: say(waiting))
 
 
 def _is_empty(folder: Path) -> bool:

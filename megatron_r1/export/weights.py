@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,10 +82,13 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
         for number, shard in enumerate(shards, 1):
             single = len(shards) == 1
             file = directory / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            with naming(file):
+            try:
                 save_file(tensors(shard), file, metadata={"format": "pt"})
-                # safetensors lets the owner alone read it.
-                file.chmod(directory.stat().st_mode & 0o666)
+            except SafetensorError as error:  # Also for a full disk.
+                raise OSError(f"{file} cannot be written: {error}") from None
+            # safetensors lets the owner alone read it.
+            file.chmod(directory.stat().st_mode & 0o666)
+            with naming(file):
                 sync(file)
             files |= dict.fromkeys(shard, file.name)
             bar.advance(len(shard))
