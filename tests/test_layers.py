@@ -6,6 +6,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,11 @@ FLOOR = {
 }
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 12, 450, 5, 20
 """Most files at the top level and in a room, lines of a file, files below 60 lines, imports of one file."""
-CODE = 11_293
+CODE = 11_346
 """Lines of code proper; a commit that adds to the product raises this by what it adds."""
 
 
+@cache
 def files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.stat().st_size)
 
@@ -40,9 +42,14 @@ def module(path: Path) -> str:
     )
 
 
+@cache
+def _modules() -> set[str]:
+    return {module(path) for path in files()}
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules of megatron_r1 that a file imports, wherever in the file and also for types alone."""
-    modules = {module(p) for p in files()}
+    modules = _modules()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron_r1":
             for alias in node.names:

@@ -16,6 +16,7 @@ _MOST_SHOWN = 200
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MOST_SHOWN
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 16
+_SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
@@ -24,7 +25,7 @@ def shown(value: Any) -> str:
     The cost is bounded, too: a small text of YAML may stand for a value of gigabytes.
     """
     try:
-        text = _SHORT.repr(value)
+        text = _SHORT.repr(value[:_MOST_SHOWN] if isinstance(value, bytes) else value)
     except ValueError:  # Python writes no number of more than 4,300 digits.
         text = f"a {type(value).__name__} too long to write"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

@@ -7,36 +7,89 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_r1.system.errors import shown
+from megatron_r1.system.terminal import say
+
+
+def ours(path: str, flags: int) -> int:
+    """Opener of files that we write, as `open(path, "ab", opener=ours)`: the file of this name and no other.
+
+    Whoever may write in a folder that is shared can lay a link to another file of ours under a name that we
+    use, or a pipe that never answers. OSError in one line for a link, of either kind, a folder, a pipe or a
+    device. A file that is there is truncated only after that.
+    """
+    what = ""
+    try:
+        # Without O_NONBLOCK the opening of a pipe waits for its other end.
+        descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        kinds = {errno.ELOOP: "a link", errno.EISDIR: "a folder", errno.ENXIO: "a pipe or a device"}
+        if error.errno not in kinds:
+            raise
+        what = kinds[error.errno]
+    else:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            what = "a pipe or a device"
+        elif status.st_nlink > 1:
+            what = "another name (a hard link) of a file"
+        elif flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+        if what:
+            os.close(descriptor)
+    if what:
+        raise OSError(f"{path} is {what}, where a file of our own is written; move it away")
+    return descriptor
+
+
+def regular(path: str, flags: int) -> int:
+    """Opener of foreign files, as `open(path, "rb", opener=regular)`: OSError for a pipe, which may never
+    answer, and for a device, which may never end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file, but a folder, a pipe or a device")
+    return descriptor
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there. OSError names a file in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        raise OSError(f"{folder} cannot be made, because {there} is no folder; name another") from None
 
 
 def open_exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> IO[bytes]:
     """Open an empty file to write, once no other process has it so; `waiting` is called before a wait.
 
     A process that is killed, or whose parent was and that still runs, thus never shares a file with its
-    successor. The lock ends with the stream. File systems without locks do without.
+    successor. The lock ends with the stream. File systems without locks do without. Errors as of `ours`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     while True:
-        stream = open(path, "ab", buffering=1 << 20)  # noqa: SIM115
+        stream = open(path, "ab", buffering=1 << 20, opener=ours)  # noqa: SIM115
         try:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(stream, fcntl.LOCK_EX)
+            with naming(path):
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waiting()
+                    fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 stream.close()
                 raise
         # By the time of the lock its holder may have renamed or removed the file: then the name is free.
         with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
+            if os.path.samestat(os.lstat(path), os.fstat(stream.fileno())):
                 stream.truncate(0)
                 return stream
         stream.close()
@@ -49,6 +102,8 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     Two writers of one file take turns. OSError for a full disk names the file.
     """
     path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        raise OSError(f"{path} is a folder, where a file is written; name another, or move it away")
     partial = path.with_name(path.name + ".partial")
     stream = open_exclusive(partial)
     try:
@@ -66,13 +121,16 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             stream.close()
 
 
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give a failed write the name of its file, which the system's error does not carry."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.filename is None and error.errno in _WRITING:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -105,13 +163,37 @@ def on_disk(stream: IO[bytes]) -> None:
     os.fsync(stream.fileno())
 
 
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EISDIR, errno.EACCES, errno.EPERM)
+"""Errors of file systems, and of folders that nobody may list, that flush no folders."""
+
+
 def sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a directory entry to the disk. OSError names it.
+
+    A folder that cannot be flushed is told once a process: what lies in it is whole all the same.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with naming(path):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_FLUSH:
+            raise
+        _tell_unflushed(str(path), str(error.strerror))
+
+
+_told: list[str] = []
+
+
+def _tell_unflushed(folder: str, why: str) -> None:
+    if not _told:
+        _told.append(folder)
+        say(
+            f"warning: no folder is flushed on this file system ({folder}: {why}); a power cut may undo names"
+        )
 
 
 def plain_name(name: Any) -> bool:

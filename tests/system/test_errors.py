@@ -59,6 +59,7 @@ def test_a_value_of_any_size_is_shown_in_200_characters_at_once() -> None:
         billion = [billion] * 12
     for value in (
         "x" * 10**7,
+        b"x" * 10**9,
         billion,
         {"a": billion},
         10**5000,
