@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import ModelConfig, RopeScaling
 from megatron_r1.system.errors import require, shown
+from megatron_r1.system.json_io import parse_json
 
 Family = Literal["llama", "llama4_text"]
 _CLASS = {"llama": "LlamaForCausalLM", "llama4_text": "Llama4ForCausalLM"}
@@ -193,7 +194,7 @@ def _wrong_types(theirs: Any, config: dict[str, Any]) -> list[str]:
     out = []
     for key, value in config.items():
         try:
-            copy = json.loads(json.dumps(value, allow_nan=False))
+            copy = parse_json(json.dumps(value, allow_nan=False), key)
             if key in type(theirs).__dataclass_fields__:
                 setattr(theirs, key, copy)
         # The validators raise several classes.

@@ -117,26 +117,25 @@ def changed(draw: random.Random, content: bytes) -> bytes:
 def spoil(draw: random.Random, root: Path) -> None:
     """Change one file of a run."""
     of_json = [*root.glob("*.json*")]
-    path = draw.choice(
-        of_json if draw.random() < 0.7 else [path for path in root.rglob("*") if path.is_file()]
-    )
+    others = [root / "config.yaml", *root.glob("checkpoints/*/*"), *root.glob("influence/*/*/written.npy")]
+    path = draw.choice(of_json if draw.random() < 0.8 else others)
     content, kind = path.read_bytes(), draw.random()
     if path in of_json and kind < 0.7:
         lines = content.splitlines(keepends=True) if path.suffix == ".jsonl" else [content]
         number = draw.randrange(len(lines))
         lines[number : number + draw.randrange(2)] = [changed(draw, lines[number]) + b"\n"]
         path.write_bytes(b"".join(lines) if path.suffix == ".jsonl" else lines[number])
-    elif kind < 0.85:
+    elif path in of_json and kind < 0.85:
         at = draw.randrange(len(content) or 1)
         path.write_bytes(content[:at] + draw.randbytes(draw.choice([0, 1, 9])) + content[at + 3 :])
-    elif kind < 0.9:
+    elif path in of_json and kind < 0.9:
         path.write_bytes(
             draw.choice([content[: len(content) // 2], b"[" * 200_000, b"\0" * 5000, b"", b"\xff\n"])
         )
     else:
         path.unlink()
-        for make in draw.choices([os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), id]):
-            make(path)
+        if path in of_json:
+            draw.choice([os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), id])(path)
 
 
 def numbers_of(reading: load.Reading) -> None:
