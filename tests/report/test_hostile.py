@@ -219,10 +219,9 @@ MARKUP += [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(MARKUP)))
-def test_a_name_is_text_wherever_it_stands(number: int, small: Path) -> None:
-    """Of a domain, a capability, a stage, a control's folder and an example's file."""
-    name = MARKUP[number]
+def test_a_name_is_text_wherever_it_stands(small: Path) -> None:
+    """Of a domain, a capability, a stage and a run's folder."""
+    name = " ".join(MARKUP)
 
     def of(name: str, folder: str) -> tuple[Report, str]:
         root = small.with_name(folder)
@@ -243,9 +242,7 @@ def test_a_name_is_text_wherever_it_stands(number: int, small: Path) -> None:
     assert page.count("</script>") == 2 and "\u2028" not in page.split("<script")[1]
     # What the charts are given is data that comes back.
     specs = json.loads(re.findall(r'id="specs">(.*?)</script>', page)[0])["figures"]
-    assert name in json.dumps(specs["sources"], ensure_ascii=False) or json.dumps(name)[1:-1] in json.dumps(
-        specs
-    )
+    assert json.dumps(name)[1:-1] in json.dumps(specs["sources"])
     for table in (table for figure in report.figures for table in figure.tables):
         picture = str(report.page.picture(table, "title"))
         assert {tag for tag, _ in Outline(picture).tags} <= {"svg", "rect", "text", "path", "tspan"}
