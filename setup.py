@@ -3,7 +3,18 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-HEADERS = ["cpu", "integer", "interrupt", "permute", "keep", "blend", "greedy_steps", "greedy", "plan", "gather"]
+HEADERS = [
+    "cpu",
+    "integer",
+    "interrupt",
+    "permute",
+    "keep",
+    "blend",
+    "greedy_steps",
+    "greedy",
+    "plan",
+    "gather",
+]
 HEADERS += ["arguments"]
 
 setup(

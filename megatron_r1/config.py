@@ -297,7 +297,7 @@ class TrainConfig(_Strict):
     checkpoints of keep_every and keep_spaced."""
     keep_every: PositiveInt | None = None
     """With keep_last: checkpoints at multiples of this number of steps stay, too."""
-    keep_spaced: NaturalInt = 0
+    keep_spaced: Annotated[int, _limit(lambda v: 0 <= v <= 100_000, "must be within 0 and 100,000")] = 0
     """Evenly spaced checkpoints to save and keep in every phase, for influence. The paper has 10."""
     probe_every: PositiveInt = 1000
     """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""

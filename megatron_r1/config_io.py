@@ -316,6 +316,8 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
     return out
 
 
+_MOST_NAMED = 4096
+"""Largest legal value that a message proposes."""
 _TENSOR = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
 """Sizes that the tensor-parallel ranks divide among them. Rows that fill the vocabulary up would take part in
 the softmax, and be another model."""
@@ -328,12 +330,12 @@ def _check_layout(parallel: ParallelConfig, model: ModelConfig | None, data: Dat
     if model:
         sizes = {name: getattr(model, name) for name in _TENSOR}
         if undivided := [f"model.{name}={size}" for name, size in sizes.items() if size % tensor]:
-            most = range(1, model.num_query_groups + 1)
+            most = range(1, min(model.num_query_groups, _MOST_NAMED) + 1)
             legal = [n for n in most if not any(size % n for size in sizes.values())]
             out.append(f"parallel.tensor={tensor} does not divide {', '.join(undivided)}; use one of {legal}")
         layers, chunks = model.num_layers, f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else ""
         if layers % (pipeline * virtual):
-            legal = [n for n in range(1, layers + 1) if layers % (n * virtual) == 0]
+            legal = [n for n in range(1, min(layers, _MOST_NAMED) + 1) if layers % (n * virtual) == 0]
             way = f"; use a parallel.pipeline of {legal}" if legal else ""
             out.append(f"parallel.pipeline={pipeline}{chunks} does not divide model.num_layers={layers}{way}")
     if virtual > 1 and pipeline == 1:
@@ -415,7 +417,8 @@ def check_world(config: Config, world_size: int) -> list[str]:
     if rest:
         way = f"make train.global_batch a multiple of {train.micro_batch * data_parallel}"
     else:
-        way = f"use a train.micro_batch of {[m for m in range(1, share + 1) if share % m == 0]}"
+        most = min(share, _MOST_NAMED)
+        way = f"use a train.micro_batch of {[m for m in range(1, most + 1) if share % m == 0]}"
     return [
         f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
         f"{data_parallel} data-parallel ranks; {way}"

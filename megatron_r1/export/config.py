@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import ModelConfig, RopeScaling
-from megatron_r1.system.errors import require
+from megatron_r1.system.errors import require, shown
+from megatron_r1.system.json_io import parse_json
 
 Family = Literal["llama", "llama4_text"]
 _CLASS = {"llama": "LlamaForCausalLM", "llama4_text": "Llama4ForCausalLM"}
@@ -59,6 +60,7 @@ _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_MOST_LINES = 40
 _ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
@@ -131,7 +133,7 @@ def from_hf(config: dict[str, Any]) -> HfModel:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _CLASS:
-        raise ValueError(f"model_type={family!r}: only {' and '.join(_CLASS)} can be read")
+        raise ValueError(f"model_type={shown(family)}: only {' and '.join(_CLASS)} can be read")
     theirs = require("transformers", "reading a config.json").AutoConfig.for_model(family)
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}
     read = {*fields, *_READ_TOO, *_ANY_CLASS}
@@ -141,12 +143,12 @@ def from_hf(config: dict[str, Any]) -> HfModel:
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", ffn)
     refused = [f"{key}: missing" for key in needed if key not in config]
     refused += [
-        f"{key}={has[key]!r}: only {only!r} is supported"
+        f"{key}={shown(has[key])}: only {only!r} is supported"
         for key, only in {**_ONLY, **_ANY_CLASS}.items()
         if key in has and (has[key] != only or isinstance(has[key], bool) != isinstance(only, bool))
     ]
     if (named := has.get("architectures")) and named != [_CLASS[family]]:
-        refused.append(f"architectures={named}: model_type={family} means {_CLASS[family]}")
+        refused.append(f"architectures={shown(named)}: model_type={family} means {_CLASS[family]}")
     wrong, ignored, model = _wrong_types(theirs, known), sorted(config.keys() - read), None
     if not wrong:
         # transformers 5 writes one mapping, earlier ones rope_theta beside rope_scaling.
@@ -166,7 +168,7 @@ def from_hf(config: dict[str, Any]) -> HfModel:
             refused += _layer_refusals(has)
             tokens = {key: config[key] for key in SPECIAL if key in config}
             refused += [
-                f"{key}={ids!r}: no token of vocab_size={model.vocab_size}"
+                f"{key}={shown(ids)}: no token of vocab_size={model.vocab_size}"
                 for key, ids in tokens.items()
                 if any(
                     (number or 0) >= model.vocab_size for number in (ids if isinstance(ids, list) else [ids])
@@ -176,11 +178,13 @@ def from_hf(config: dict[str, Any]) -> HfModel:
             for e in error.errors():
                 key = ".".join(names.get(str(part), str(part)) for part in e["loc"])
                 given = functools.reduce(lambda at, part: at[part], e["loc"], cast(Any, shape))
-                wrong.append(f"{key}={given!r}: {e.get('ctx', {}).get('message', e['msg'])}")
-    if refused or wrong or model is None:
-        raise ValueError(
-            "GPTModel cannot represent this model:\n" + "\n".join(f"  {line}" for line in refused + wrong)
-        )
+                wrong.append(f"{key}={shown(given)}: {e.get('ctx', {}).get('message', e['msg'])}")
+    if (mistakes := refused + wrong) or model is None:
+        lines = [
+            *mistakes[:_MOST_LINES],
+            *([f"and {len(mistakes)} in all"] if mistakes[_MOST_LINES:] else []),
+        ]
+        raise ValueError("GPTModel cannot represent this model:\n" + "\n".join(f"  {one}" for one in lines))
     special = {key: has[key] for key in SPECIAL}
     return HfModel(cast(Family, family), model, has["max_position_embeddings"], special, ignored)
 
@@ -190,12 +194,13 @@ def _wrong_types(theirs: Any, config: dict[str, Any]) -> list[str]:
     out = []
     for key, value in config.items():
         try:
-            copy = json.loads(json.dumps(value, allow_nan=False))
+            copy = parse_json(json.dumps(value, allow_nan=False), key)
             if key in type(theirs).__dataclass_fields__:
                 setattr(theirs, key, copy)
         # The validators raise several classes.
         except Exception as error:
-            out.append(f"{key}={value!r}: {str(error).strip().splitlines()[-1].strip()}")
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            out.append(f"{key}={shown(value)}: {why:.200}")
     return out
 
 
@@ -220,27 +225,29 @@ def _layer_refusals(has: dict[str, Any]) -> list[str]:
     layers, context = has["num_hidden_layers"], has["max_position_embeddings"]
     given, out = has.get("layer_types"), list[str]()
     kinds = given if isinstance(given, list) else [] if given is None else [given]
-    if context < 1:
-        out.append(f"max_position_embeddings={context}: must be positive")
+    if not 0 < context < 1 << 63:
+        out.append(f"max_position_embeddings={shown(context)}: must be positive, and have at most 63 bits")
     others = [kind for kind in kinds if kind not in ("full_attention", "chunked_attention")]
-    out += dict.fromkeys(f"layer_types: {kind!r} is not supported" for kind in others)
+    out += dict.fromkeys(f"layer_types: {shown(kind)} is not supported" for kind in others)
     if given is not None and len(kinds) != layers:
-        out.append(f"layer_types={given!r}: must be {layers} names, as num_hidden_layers says")
+        out.append(f"layer_types={shown(given)}: must be {layers} names, as num_hidden_layers says")
     limits = {"sliding_window": True, "attention_chunk_size": given is None or "chunked_attention" in kinds}
     for key in (key for key, counts in limits.items() if counts and has.get(key) is not None):
         if not isinstance(has[key], int) or has[key] < context:
-            out.append(f"{key}={has[key]!r}: shorter than max_position_embeddings={context}")
+            out.append(f"{key}={shown(has[key])}: shorter than max_position_embeddings={shown(context)}")
     if has["model_type"] != "llama4_text":
         return out
     rotary, interval = has["no_rope_layers"], has["no_rope_layer_interval"]
     # Without a list, every `interval`-th layer has none.
     if not interval or ((len(rotary) != layers or not all(rotary)) if rotary else interval <= layers):
-        given = f"no_rope_layers={rotary}, no_rope_layer_interval={interval}"
+        given = f"no_rope_layers={shown(rotary)}, no_rope_layer_interval={shown(interval)}"
         out.append(f"{given}: every layer must have rotary embedding")
     step, experts = has["interleave_moe_layer_step"], has["moe_layers"]
     # Without a list, every `step`-th layer has experts.
     if experts or (experts is None and step <= layers):
-        out.append(f"moe_layers={experts}, interleave_moe_layer_step={step}: no layer may have experts")
+        out.append(
+            f"moe_layers={shown(experts)}, interleave_moe_layer_step={shown(step)}: no layer may have experts"
+        )
     return out
 
 
@@ -258,20 +265,21 @@ def _rope_from_hf(
     represented, and to `ignored` the keys that this kind of scaling does not read."""
     rope = has.get(field) or {}
     if not isinstance(rope, dict):
-        refused.append(f"{field}={rope!r}: must be a mapping")
+        refused.append(f"{field}={shown(rope)}: must be a mapping")
         return 1, None
     theta = rope.get("rope_theta", has["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", has.get("partial_rotary_factor"))
     if share not in (None, 1):
-        refused.append(f"{field}.partial_rotary_factor={share}: the whole head is turned")
+        refused.append(f"{field}.partial_rotary_factor={shown(share)}: the whole head is turned")
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
-    refused += [f"{field}.{key}={rope[key]}: one rotary embedding serves all layers" for key in nested]
+    one = "one rotary embedding serves all layers"
+    refused += [f"{field}.{shown(key)[1:-1]}={shown(rope[key])}: {one}" for key in nested]
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
-        refused.append(f"{field}.rope_type={kind!r}: only {', '.join(_ROPE_NEEDS)} are supported")
+        refused.append(f"{field}.rope_type={shown(kind)}: only {', '.join(_ROPE_NEEDS)} are supported")
         return theta, None
     missing = [key for key in _ROPE_NEEDS[kind] if key not in rope]
-    refused += [f"{field}.{key}: missing, and rope_type={kind!r} needs it" for key in missing]
+    refused += [f"{field}.{key}: missing, and rope_type={kind} needs it" for key in missing]
     scaling = {key: rope[key] for key in _ROPE_NEEDS[kind] if key in rope}
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings", has["max_position_embeddings"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+import psutil
 from pydantic import TypeAdapter
 
 from megatron_r1 import backend  # (backend before megatron.core)
@@ -23,18 +23,20 @@ from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.export import config as hf_config
 from megatron_r1.export import origin
 from megatron_r1.export import weights as hf
-from megatron_r1.export.folder import Stored, read_json, stored_tensors, unread_files
+from megatron_r1.export.folder import MOST_JSON, Stored, check_tensors, few, stored_tensors, unread_files
 from megatron_r1.export.tokenizer import TokenizerFiles
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.run.stage import finish, require_empty
 from megatron_r1.system.errors import shown, suggest_path
-from megatron_r1.system.files import sha256, sync, write_json
+from megatron_r1.system.files import naming, open_exclusive, sha256, sync, write_json
+from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
 
 Precision = Literal["fp32", "bf16"]
+_MARK = ".conversion"
 _TORCH_NAME = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -99,7 +101,8 @@ def to_hf(
         named = {key: value for key, value in special.items() if value is not None}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **named})
         for name, content in (tokenizer.files if tokenizer else {}).items():
-            (folder / name).write_bytes(content)
+            with naming(folder / name):
+                (folder / name).write_bytes(content)
             sync(folder / name)
     inputs = {str(source): checkpoint_files.identity(source)}
     finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_identity(target))
@@ -115,7 +118,7 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     and tensor that GPTModel has no place for, or for a `target` that holds something.
     """
     try:
-        config = read_json(source / "config.json")
+        config = read_object(source / "config.json", MOST_JSON)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{source} has no config.json; name a folder as save_pretrained writes it{suggest_path(source)}"
@@ -126,14 +129,9 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
         raise ValueError(f"{source / 'config.json'}: {error}") from None
     require_empty(target)
     model, stored = described.model, stored_tensors(source)
-    numbers = sum(math.prod(one.shape) for one in stored.values())
-    # Below, each tensor that does not fit is named, once the model is laid out in memory.
-    if model.parameters() > 10 * numbers:
-        raise ValueError(
-            f"{source}: config.json means {model.parameters():,} parameters, and the files hold {numbers:,}"
-        )
+    check_tensors(source, stored, model, described.family)
     if described.ignored:
-        keys = ", ".join(described.ignored)
+        keys = few(described.ignored)
         say(f"{source / 'config.json'}: not used, as in transformers' {described.family}: {keys}")
     if unread := unread_files(source, stored.values()):
         say(f"{source}: not read, as by transformers: {unread}")
@@ -142,16 +140,13 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     precision = precision or ("bf16" if matrices == {"BF16"} else "fp32")
     section = format_yaml({"model": dataclasses.asdict(model)}).rstrip()
     summary = f"{_summary(model, precision, f'from {described.family}')}\n{section}"
-    with process_groups(ParallelConfig()):
+    if check:
+        return summary
+    with _appearing(target) as folder, process_groups(ParallelConfig()):
         gpt = _empty_model(model, precision)
-        views = hf.views(gpt, model, described.family)
-        if check:
-            hf.load(views, source, check)
-            return summary
-        with _appearing(target) as folder:
-            hf.load(views, source)
-            save_checkpoint(folder, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}")
-            write_json(folder / origin.IMPORTED, {origin.CONTEXT: described.context, **described.special})
+        hf.load(hf.views(gpt, model, described.family), stored)
+        save_checkpoint(folder, gpt, None, TrainState(0, 0, 0), model, "imported", plan="{}")
+        write_json(folder / origin.IMPORTED, {origin.CONTEXT: described.context, **described.special})
     path = checkpoint_files.step_path(target, 0)
     outputs = {str(path): checkpoint_files.identity(path)}
     inputs = _identity(source, stored.values())
@@ -172,6 +167,9 @@ def _summary(model: ModelConfig, precision: str, more: str) -> str:
 
 
 def _empty_model(model: ModelConfig, precision: Precision) -> Any:
+    size, memory = model.parameters() * (2 if precision == "bf16" else 4), psutil.virtual_memory().total
+    if size > memory:
+        raise ValueError(f"the model takes {size:,} bytes of memory, and this machine has {memory:,}")
     backend.seed_model_parallel(0)
     return build_model(model, ParallelConfig(), precision, 1, plain_layers=True, initialise=False)
 
@@ -185,18 +183,43 @@ def _stored_precision(source: Path) -> Precision:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name when the block ends well; on any error nothing is left."""
-    require_empty(target)
+    """A folder to fill that takes its name when the block ends well; on any error nothing is left.
+
+    Conversions to one target take turns, and then find it filled. What a killed one left is removed. Raises
+    ValueError where another's file or folder has the name of the one to fill.
+    """
     # Where it is a link, the folder that it leads to.
     target = target.resolve()
     folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        sync(folder)
-        os.replace(folder, target)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    # Tells our folders from others, and holds the lock.
+    mark = folder / _MARK
+    if os.path.lexists(folder) and (folder.is_symlink() or not (mark.is_file() or _is_empty(folder))):
+        raise ValueError(f"{folder} was not made by a conversion, which would fill it; move it away")
+    with _locked(mark, f"another conversion writes {target}; this one waits for it"):
+        try:
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path != mark:
+                    path.unlink()
+            require_empty(target)
+            yield folder
+            sync(folder)
+            os.replace(folder, target)
+            (target / _MARK).unlink()
+            sync(target)
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _locked(mark: Path, waiting: str) -> IO[bytes]:
+    while True:
+        # The holder takes the folder away with the file.
+        with suppress(FileNotFoundError):
+            return open_exclusive(mark, lambda: say(waiting))
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

@@ -6,19 +6,28 @@ other readers would take other files, or in which index and shards disagree, is 
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from megatron_r1.config import ModelConfig
+from megatron_r1.export.config import Family
+from megatron_r1.system.errors import shown
+from megatron_r1.system.files import plain_name, regular
+from megatron_r1.system.json_io import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOATS = ("F32", "BF16", "F16")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+MOST_JSON = 16 << 20
+"""Bytes of a config.json, an index or a header of tensors. The header of 1,000 tensors has 100 KB."""
+_MOST_TENSORS = 200_000
+_MOST_NAMED = 16
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,6 @@ class Stored:
     dtype: str
     """As safetensors names it: F32, BF16, I8."""
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises OSError, or ValueError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, where an object is expected")
-    return value
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
@@ -71,13 +69,17 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     for file in sorted(shards):
         for name, stored in _header(directory / file).items():
             if name in out:
-                raise ValueError(f"{stored.file} and {out[name].file} both have {name}; which one is meant?")
+                both = f"{stored.file} and {out[name].file} both have {plain(name)}"
+                raise ValueError(f"{both}; which one is meant?")
             out[name] = stored
+        if len(out) > _MOST_TENSORS:
+            raise ValueError(f"{directory} has more than {_MOST_TENSORS:,} tensors; no model of ours has")
     for name in sorted(where.keys() | out.keys()) if where else ():
         there = out[name].file.name if name in out else "no file that it names"
         if where.get(name) != there:
             says = f"says {where[name]}" if name in where else "does not name it"
-            raise ValueError(f"{index} disagrees with its files: {name} is in {there}, and the index {says}")
+            is_in = f"{plain(name)} is in {there}"
+            raise ValueError(f"{index} disagrees with its files: {is_in}, and the index {says}")
     return out
 
 
@@ -85,27 +87,68 @@ def unread_files(directory: Path, read: Iterable[Stored] = ()) -> str:
     """Names of the other files of weights in the folder, in one line."""
     known = {one.file.name for one in read}
     names = sorted(path.name for path in directory.iterdir() if path.suffix in _WEIGHTS)
-    return ", ".join(name for name in names if name not in known)
+    return few([name for name in names if name not in known])
 
 
-def check_tensors(
-    directory: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compare with the shapes by name that config.json means.
+def plain(name: str) -> str:
+    """A name of a file of others, for a message: as it is where it is short and on one line."""
+    return name if len(name) <= 100 and name.isprintable() else shown(name)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names in one line, and how many more there are."""
+    more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    return ", ".join([*map(plain, names[:_MOST_NAMED]), *more])
+
+
+def shapes(model: ModelConfig, family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that config.json means."""
+    heads, groups = (n * model.head_dim for n in (model.num_attention_heads, model.num_query_groups))
+    mlp, hidden, ffn = (
+        "mlp" if family == "llama" else "feed_forward",
+        model.hidden_size,
+        model.ffn_hidden_size,
+    )
+    yield EMBEDDING, (model.vocab_size, hidden)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (heads, hidden),
+        "self_attn.k_proj": (groups, hidden),
+        "self_attn.v_proj": (groups, hidden),
+        "self_attn.o_proj": (hidden, heads),
+        "post_attention_layernorm": (hidden,),
+        f"{mlp}.gate_proj": (ffn, hidden),
+        f"{mlp}.up_proj": (ffn, hidden),
+        f"{mlp}.down_proj": (hidden, ffn),
+    }
+    for n in range(model.num_layers):
+        yield from ((f"model.layers.{n}.{name}.weight", shape) for name, shape in layer.items())
+    yield "model.norm.weight", (hidden,)
+
+
+def check_tensors(directory: Path, stored: Mapping[str, Stored], model: ModelConfig, family: Family) -> None:
+    """Compare with the tensors that config.json means, before any memory is taken.
 
     Raises ValueError that names the tensors that are missing, left over, of another shape, or no floats that
     a checkpoint holds exactly.
     """
+    numbers = sum(math.prod(one.shape) for one in stored.values())
+    if model.parameters() > 10 * numbers or model.num_layers > len(stored):
+        raise ValueError(
+            f"{directory}: config.json means {model.parameters():,} parameters in {model.num_layers:,} "
+            f"layers, and the files hold {numbers:,} in {len(stored):,} tensors"
+        )
+    expected = dict(shapes(model, family))
     wrong = [f"{name}: missing" for name in expected if name not in stored]
     for name, one in stored.items():
         if name not in expected and name != HEAD:
             # The frequencies follow from config.json; early releases stored them.
             if not name.endswith("rotary_emb.inv_freq"):
-                wrong.append(f"{name}: GPTModel has no place for it")
+                wrong.append(f"{plain(name)}: GPTModel has no place for it")
         elif one.dtype not in _FLOATS:
             wrong.append(f"{name}: {one.dtype} in {one.file.name}; weights are {', '.join(_FLOATS)}")
         elif one.shape != (shape := expected[EMBEDDING if name == HEAD else name]):
-            wrong.append(f"{name}: shape {[*one.shape]}, expected {[*shape]}")
+            wrong.append(f"{name}: shape {shown([*one.shape])}, expected {[*shape]}")
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         lines = "\n  ".join(wrong[:10] + more)
@@ -116,22 +159,28 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Empty without an index."""
     if not os.path.lexists(index):
         return {}
-    where = read_json(index).get("weight_map")
+    where = read_object(index, MOST_JSON).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index} is damaged: it has no weight_map")
     for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name} is said to be in {file!r}, which is no .safetensors beside it")
+        if not plain_name(file) or not file.endswith(".safetensors"):
+            said = f"{plain(name)} is said to be in {shown(file)}"
+            raise ValueError(f"{index}: {said}, which is no .safetensors beside it")
     return where
 
 
 def _header(file: Path) -> dict[str, Stored]:
+    way = "download it again, by git lfs pull where it is a pointer of git-lfs"
     try:
+        # The library would wait for a pipe, and takes memory for a header of any size.
+        with open(file, "rb", opener=regular) as plain_file:
+            header = int.from_bytes(plain_file.read(8), "little")
+            if header > min(MOST_JSON, os.fstat(plain_file.fileno()).st_size):
+                raise SafetensorError(f"its header would have {header:,} bytes")
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
             return {n: Stored(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except FileNotFoundError:
         raise ValueError(f"{file} is missing, though {INDEX} or a link names it; download it") from None
     except (OSError, SafetensorError) as error:
-        way = "download it again, by git lfs pull where it is a pointer of git-lfs"
-        raise ValueError(f"{file} is damaged, or no safetensors ({error}); {way}") from None
+        raise ValueError(f"{file} is damaged, or no safetensors ({error!s:.200}); {way}") from None

@@ -6,6 +6,7 @@ Hugging Face folder.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from megatron_r1.config_io import read_tree
 from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.data.plan_file import datasets_of
 from megatron_r1.data.sidecar import read_sidecar
-from megatron_r1.export.folder import read_json
+from megatron_r1.export.folder import MOST_JSON
 from megatron_r1.run.layout import RunDir
+from megatron_r1.system.errors import shown
+from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
 
 IMPORTED, CONTEXT = "huggingface.json", "max_position_embeddings"
@@ -25,7 +28,12 @@ IMPORTED, CONTEXT = "huggingface.json", "max_position_embeddings"
 def imported(source: Path) -> dict[str, Any]:
     """The content of `IMPORTED`, context and ids of special tokens. Empty for a run's checkpoint."""
     path = source.resolve().parent / IMPORTED
-    return read_json(path) if path.is_file() else {}
+    kept = read_object(path, MOST_JSON) if os.path.lexists(path) else {}
+    for name, value in kept.items():
+        tokens = value if isinstance(value, list) and name != CONTEXT else [value]
+        if value is not None and not all(type(one) is int and abs(one) < 1 << 63 for one in tokens):
+            raise ValueError(f"{path}: {shown(name)} is {shown(value)}, where ids stand; import again")
+    return kept
 
 
 def context_of(source: Path) -> int:
@@ -48,15 +56,16 @@ def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
     Says so where no dataset tells its tokenizer.
     """
     identities, start, absent = datasets_of(plan), _start_of(source), list[str]()
-    for name, spec in (_section_of_run(source, "data").get("sources") or {}).items():
-        prefix = start / spec["prefix"]
+    sources = _section_of_run(source, "data").get("sources")
+    for name, spec in sources.items() if isinstance(sources, dict) else ():
+        prefix = start / str(spec.get("prefix") if isinstance(spec, dict) else spec)
         if not with_suffix(prefix, ".idx").is_file():
             absent.append(str(prefix))
             continue
         sidecar = read_sidecar(prefix) or {}
         made_with = sidecar.get("tokenizer_fingerprint")
         # Of a pair without hashes, a hash of sampled tokens follows after a "+".
-        trained_on = identities.get(name, "").partition("+")[0]
+        trained_on = str(identities.get(name, "")).partition("+")[0]
         if made_with is None or trained_on not in ("", identity_of(prefix)):
             continue
         if made_with != fingerprint:
@@ -72,7 +81,7 @@ def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
 def _start_of(source: Path) -> Path:
     """The folder that relative paths of the checkpoint's run begin in: that of its launch."""
     root = source.resolve().parent.parent
-    parts = Path(_section_of_run(source, "train").get("run") or "").parts
+    parts = Path(str(_section_of_run(source, "train").get("run") or "")).parts
     relative = parts and not Path(*parts).is_absolute() and root.parts[-len(parts) :] == parts
     return Path(*root.parts[: -len(parts)]) if relative else Path()
 

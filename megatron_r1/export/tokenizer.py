@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.export.folder import MOST_JSON
+from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.preprocess.tokenizer import HuggingFace, SentencePiece, TikToken, Tokenizer, build_tokenizer
 from megatron_r1.preprocess.vetted import pipeline
 from megatron_r1.system.errors import require
+from megatron_r1.system.files import regular
+from megatron_r1.system.json_io import parse_json
 
 _SETTINGS, _NAMES = "tokenizer_config.json", "special_tokens_map.json"
 _COPIED = (_SETTINGS, _NAMES, "added_tokens.json", "chat_template.jinja")
@@ -68,15 +72,21 @@ def _special_of(files: Mapping[str, bytes], tokenizer: Tokenizer, model: str) ->
         try:
             theirs = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             ids = theirs(_TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        except Exception as error:
-            raise ValueError(f"{model}: transformers cannot read this tokenizer: {error}") from None
+        # A panic in Rust is no Exception.
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            why = first_line(error)
+            raise ValueError(f"{model}: transformers cannot read this tokenizer: {why}") from None
     special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     added = [name for name, number in special.items() if (number or 0) >= tokenizer.vocab_size]
     other = ids != tokenizer.encode_batch(_TEXTS)
     if isinstance(tokenizer, HuggingFace):
         # Texts do not show every rule.
         built = (theirs.backend_tokenizer, tokenizer._model)
-        other |= len({json.dumps(pipeline(json.loads(one.to_str())), sort_keys=True) for one in built}) > 1
+        other |= (
+            len({json.dumps(pipeline(parse_json(one.to_str(), model)), sort_keys=True) for one in built}) > 1
+        )
     if other or special["eos_token_id"] != tokenizer.eod or added:
         raise ValueError(
             f"{model}: transformers would read the exported tokenizer with other tokens, as "
@@ -90,14 +100,22 @@ def _copies(model: Path, tokenizer: HuggingFace) -> dict[str, bytes]:
     if not model.exists():
         raise ValueError(f"{model} is no folder and no file here; give the local tokenizer's folder")
     folder = model if model.is_dir() else model.parent
-    files = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
+    files = {name: _content(folder / name) for name in _COPIED if (folder / name).is_file()}
     files["tokenizer.json"] = tokenizer.model_bytes
-    settings, names = (json.loads(files.get(name, b"{}")) for name in (_SETTINGS, _NAMES))
+    settings, names = (parse_json(files.get(name, b"{}"), str(folder / name)) for name in (_SETTINGS, _NAMES))
     # Without a class, the model's own decides, whatever the tokenizer was.
     needed = {**_CLASS, "eos_token": tokenizer.decode([tokenizer.eod])}
     if lacking := {key: value for key, value in needed.items() if not {**names, **settings}.get(key)}:
         files[_SETTINGS] = _json({**settings, **lacking})
     return files
+
+
+def _content(path: Path) -> bytes:
+    with open(path, "rb", opener=regular) as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"{path} has more than {MOST_JSON:,} bytes; settings of a tokenizer have less")
+    return content
 
 
 def _from_sentencepiece(model: Path) -> tuple[str, dict[str, str]]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
-from megatron_r1.export.folder import EMBEDDING, HEAD, INDEX, SINGLE, check_tensors, stored_tensors
+from megatron_r1.export.folder import EMBEDDING, HEAD, INDEX, SINGLE, Stored
 from megatron_r1.system.files import naming, sync, write_json
 from megatron_r1.system.terminal import Progress
 
@@ -82,10 +82,13 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
         for number, shard in enumerate(shards, 1):
             single = len(shards) == 1
             file = directory / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            with naming(file):
+            try:
                 save_file(tensors(shard), file, metadata={"format": "pt"})
-                # safetensors lets the owner alone read it.
-                file.chmod(directory.stat().st_mode & 0o666)
+            except SafetensorError as error:  # Also for a full disk.
+                raise OSError(f"{file} cannot be written: {error}") from None
+            # safetensors lets the owner alone read it.
+            file.chmod(directory.stat().st_mode & 0o666)
+            with naming(file):
                 sync(file)
             files |= dict.fromkeys(shard, file.name)
             bar.advance(len(shard))
@@ -95,29 +98,33 @@ def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_
 
 
 @torch.no_grad()
-def load(views: Mapping[str, Tensor], directory: Path, check: bool = False) -> None:
-    """Fill the views from the safetensors of `directory`, one tensor in memory at a time. `check`: compare
-    names and shapes alone.
+def load(views: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Fill the views from the tensors that `stored_tensors` found and `check_tensors` compared, one tensor in
+    memory at a time.
 
-    Raises ValueError as `stored_tensors` and `check_tensors` do, for numbers that are not finite, and where
-    the output layer is not the embedding.
+    Raises ValueError for numbers that are not finite, and where the output layer is not the embedding.
     """
-    stored = stored_tensors(directory)
-    check_tensors(directory, stored, {name: _shape(view) for name, view in views.items()})
-    if check:
-        return
-    files = {one.file for one in stored.values()}
-    opened = {file: safe_open(file, framework="pt") for file in files}
+    by_file: dict[Path, list[str]] = {}
+    for name in views:
+        by_file.setdefault(stored[name].file, []).append(name)
     with Progress("read", len(views), "tensors") as bar:
-        for name, view in views.items():
-            view.copy_(opened[stored[name].file].get_tensor(name).view(view.shape))
-            require_finite(name, view, stored[name].file)
-            bar.advance()
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    views[name].copy_(opened.get_tensor(name).view(views[name].shape))
+                    require_finite(name, views[name], file)
+                    bar.advance()
     if HEAD in stored:
-        head, embedding = (opened[stored[name].file].get_tensor(name) for name in (HEAD, EMBEDDING))
+        head, embedding = (_tensor(stored[name].file, name) for name in (HEAD, EMBEDDING))
         widest = torch.promote_types(head.dtype, embedding.dtype)
         if not torch.equal(head.to(widest), embedding.to(widest)):
-            raise ValueError(f"{directory}: {HEAD} is not {EMBEDDING}; only tied embeddings are supported")
+            where = stored[HEAD].file.parent
+            raise ValueError(f"{where}: {HEAD} is not {EMBEDDING}; only tied embeddings are supported")
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return cast(Tensor, opened.get_tensor(name))
 
 
 def require_finite(name: str, tensor: Tensor, where: Path) -> None:

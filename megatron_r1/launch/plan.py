@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_r1.launch.memory import RankMemory
 
 GIB = 2**30
+_MOST_GPUS = 100_000
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,21 @@ class Launch:
     """Bytes of one GPU."""
 
     def mistakes(self, config: Config) -> list[str]:
-        out = []
-        if self.gpus < 1:
-            return [f"--gpus {self.gpus}: a launch needs at least one"]
+        out = list[str]()
+        if not 1 <= self.gpus <= _MOST_GPUS:
+            return [
+                f"--gpus {self.gpus}: a launch needs at least one, and {_MOST_GPUS:,} at most are planned"
+            ]
+        sizes = {
+            "train.global_batch": (config.train.global_batch, 1 << 24),
+            "data.seq_length": (config.data.seq_length, 1 << 24),
+            "model.num_layers": (config.model.num_layers, 4096),
+            "model.parameters": (config.model.parameters(), 1 << 50),
+            "checkpoints": (phase_spans(config)[-1].end // config.train.checkpoint_every, 1 << 20),
+        }
+        for name, (size, most) in sizes.items():
+            if size > most:
+                out.append(f"{name}: {size:,} is more than is planned, {most:,}")
         if not 0 <= self.rank < self.gpus:
             out.append(f"--rank {self.rank}: {self.gpus} GPUs are ranks 0 to {self.gpus - 1}")
         if not 0 < self.mfu <= 1:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron_r1.config import SourceConfig
 from megatron_r1.data.indexed import IndexedDataset, read_sidecar
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess.tokenizer import KINDS, Tokenizer, build_tokenizer
@@ -23,7 +25,7 @@ PER_SOURCE = 2
 """Of one source among them, so that one source does not fill the list."""
 CHARACTERS = 420
 _TOKENS = 4 * CHARACTERS
-_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that a page may not hold."""
 
 
@@ -70,7 +72,7 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
 
     ValueError where the given one is another.
     """
-    sidecars = (read_sidecar(source.prefix) for source in reading.run.config.data.sources.values())
+    sidecars = map(_sidecar, reading.run.config.data.sources.values())
     named = {"tokenizer_type", "tokenizer_fingerprint"}
     sidecar = next((sidecar for sidecar in sidecars if sidecar and named <= sidecar.keys()), None)
     if sidecar is None:
@@ -89,10 +91,17 @@ def find_tokenizer(reading: Reading) -> Tokenizer | None:
     return None
 
 
+def _sidecar(source: SourceConfig) -> dict[str, Any] | None:
+    """None also for a damaged one."""
+    with suppress(OSError, ValueError):
+        return read_sidecar(source.prefix)
+    return None
+
+
 def _read(reading: Reading, one: Example, tokenizer: Tokenizer | None) -> Example:
     try:
         place, text = _place_and_text(reading, one, tokenizer)
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError, OverflowError):
         place, text = f"number {one.number:,}; the dataset is not there any more", None
     return Example(one.source, one.number, one.score, place, text)
 
@@ -118,5 +127,5 @@ def _place_and_text(reading: Reading, one: Example, tokenizer: Tokenizer | None)
     if tokenizer is None:
         return place, None
     text = tokenizer.decode(dataset.tokens[begin : min(end, begin + _TOKENS)].tolist())
-    text = _ILLEGAL.sub("\ufffd", text)
+    text = ILLEGAL.sub("\ufffd", text)
     return place, text[:CHARACTERS] + ("…" if len(text) > CHARACTERS else "")

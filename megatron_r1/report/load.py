@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from array import array
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.json_io import JsonError, read_json
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
@@ -85,7 +86,9 @@ class Run:
         """The steps at which a metric was measured and is a number."""
         tokens = self.columns["tokens"]
         values = self.columns.get(name, np.full(len(tokens), np.nan))
-        return tokens[np.isfinite(values)], values[np.isfinite(values)]
+        # Sums of larger ones would not be numbers.
+        are = np.abs(np.nan_to_num(values, nan=np.inf)) < 1e100
+        return tokens[are], values[are]
 
     def measured(self, group: str) -> list[str]:
         """Sources or capabilities for which a metric was ever a number."""
@@ -114,8 +117,10 @@ class Reading:
     def arms(self) -> dict[str, Run]:
         """Name -> run: the last phases' names where those tell the arms apart."""
         both = [self.run, *([self.control] if self.control else [])]
-        by_phase = {run.phases[-1]: run for run in both}
-        return by_phase if len(by_phase) == len(both) else {run.name: run for run in both}
+        for names in ([run.phases[-1] for run in both], [run.name for run in both]):
+            if len({*names}) == len(both):
+                return dict(zip(names, both, strict=True))
+        return {"run": self.run, "control": both[-1]}
 
 
 def read_run(root: Path, branch: bool = False) -> Run:
@@ -129,13 +134,13 @@ def read_run(root: Path, branch: bool = False) -> Run:
             f"{files.config}: no such file; name a run directory that tools/train.py has written"
             f"{suggest_path(root)}"
         )
-    columns, first, last = _read_metrics(files.metrics)
+    config = config_io.load([str(files.config)])
+    columns, first, last = _read_metrics(files.metrics, config)
     saved = checkpoint_files.saved_steps(files.checkpoints)
     if not last:
         first_train = f"no step recorded yet; train first: tools/train.py {files.config}"
         restore = f"has lost its lines, for step {saved[-1]:,} was saved; restore it" if saved else ""
         raise ValueError(f"{files.metrics}: {restore or first_train}")
-    config = config_io.load([str(files.config)])
     steps = columns["step"].astype(int).tolist()
     begin = min(steps) if branch else first_step(files, config, steps)
     if lost := lost_steps(steps, begin, max([*steps, *saved])):
@@ -145,16 +150,24 @@ def read_run(root: Path, branch: bool = False) -> Run:
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, dict[str, Any]]]:
-    """Columns, first line, and last line by phase. Holds 8 bytes a number, for runs of millions of steps."""
+def _read_metrics(
+    path: Path, config: Config
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, dict[str, Any]]]:
+    """Columns, first line, and last line by phase. Holds 8 bytes a number, for runs of millions of steps.
+
+    Leaves out lines of phases that the configuration does not have, and names
+    beyond those that a run of as many sources and probes writes.
+    """
     columns: dict[str, array[float]] = {}
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
-    for count, line in enumerate(read_lines(path, _NEEDED)):
+    most = 200 + 2 * len(_GROUPS) * (len(config.data.sources) + len(config.data.probes))
+    lines = (line for line in read_lines(path, _NEEDED) if line["phase"] in config.phases)
+    for count, line in enumerate(lines):
         values = {k: v for k, v in line.items() if isinstance(v, (int, float))}
         for group in _GROUPS:
             values |= {f"{group}/{name}": v for name, v in line.get(group, {}).items()}
-        for name in [name for name in values if name not in columns]:
+        for name in [name for name in values if name not in columns][: max(0, most - len(columns))]:
             columns[name] = array("d", [math.nan]) * count
         for name, column in columns.items():
             column.append(values.get(name, math.nan))
@@ -173,6 +186,8 @@ def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], di
 
 def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = None) -> Reading:
     """A run, its control (by default RUN/control, where that has begun) and its influence scores."""
+    if control is not None and os.path.realpath(control) == os.path.realpath(root):
+        raise ValueError(f"--control {control} is the run itself; name the run to compare it with")
     run = read_run(root)
     stages = sorted([*ledger.lineage(root), *run.stages], key=lambda line: str(line["finished"]))
     if control is None and RunDir(root / "control").metrics.is_file():
@@ -192,9 +207,9 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
 def _read_json(path: Path, way_out: str) -> Any:
     """None where the file is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {way_out}") from None
+        return read_json(path) if os.path.lexists(path) else None
+    except JsonError as error:
+        raise ValueError(f"{error}; {way_out}") from None
 
 
 def _made_mix(path: Path) -> dict[str, Any] | None:
@@ -208,9 +223,9 @@ def _made_mix(path: Path) -> dict[str, Any] | None:
         known = {f.name for f in fields(MixConfig)}
         settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
         TypeAdapter(MixConfig).validate_python(settings)
-        if alpha_CK.shape != shape or 0 in shape or not np.isfinite(alpha_CK).all():
+        if alpha_CK.shape != shape or 0 in shape or not (np.abs(alpha_CK) < 1e100).all():
             raise ValueError("its alpha")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         about = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({about}); {way_out}") from None
     return made
@@ -221,5 +236,5 @@ def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
     read = _read_json(path, way_out) or {}
     try:
         return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not {{capability: {{source: nats}}}} ({error}); {way_out}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: not {{capability: {{source: nats}}}} ({error!s:.80}); {way_out}") from None

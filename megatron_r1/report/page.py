@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,13 @@ from megatron_r1.train.metrics import describe_lost
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 # Turning the wheel alone scrolls the page.
 _ZOOM = {"name": "zoom", "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"}
+# Expressions are interpreted, because the page forbids scripts but this one, and so eval.
+_DRAW = """
+const {config, figures} = JSON.parse(document.getElementById("specs").textContent);
+for (const [anchor, panels] of Object.entries(figures))
+  document.querySelectorAll(`#${anchor} .panels > div`).forEach((place, i) =>
+    vegaEmbed(place, panels[i], {config, mode: "vega-lite", renderer: "svg", actions: false, ast: true}));
+"""
 _PANEL = 420
 """Width of a panel in a picture, pixels."""
 
@@ -123,7 +133,8 @@ class Report:
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {k: v for k, v in vars(tables).items() if callable(v)}
         template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
-        script = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
+        bundle = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
+        script = bundle.replace("</script", "<\\/script") + _DRAW
         return template.make_module(
             {
                 "report": self,
@@ -134,14 +145,16 @@ class Report:
                 "ranks": summary.ranks(self.reading.run),
                 "configuration": config_io.dump(self.reading.run.config),
                 "specs": {f.anchor: [_in_page(panel) for panel in f.panels] for f in self.figures},
-                "script": script.replace("</script", "<\\/script"),
+                "script": script,
+                "hash": f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}",
             }
         )
 
     def write(self) -> Path:
         """Write RUN/reports/index.html, whole or not at all."""
         path = RunDir(self.reading.run.root).reports / "index.html"
-        write_text(path, str(self.page))
+        # A name in a damaged file may hold half a character.
+        write_text(path, str(self.page).encode(errors="replace").decode())
         return path
 
     def write_pictures(self, kind: str) -> Iterator[Path]:
@@ -163,10 +176,14 @@ class Report:
             whole = alt.concat(*drawn, columns=figure.columns, title=alt.Title(figure.title, fontSize=18))
             spec = whole.resolve_scale(color="independent", strokeDash="independent").to_dict(validate=False)
             config = plots.PAGE["config"] | {"background": "var(--card)", "padding": 20}
-            light = json.loads(_in_light(json.dumps(spec | {"config": config})))
-            yield vl_convert.vegalite_to_svg(light, _VEGA_LITE)
+            light = _in_light(json.dumps(_finite(spec | {"config": config}), ensure_ascii=False))
+            yield _legal(vl_convert.vegalite_to_svg(_legal(light), _VEGA_LITE))
         for table in figure.tables:
-            yield _in_light(str(self.page.picture(table, figure.title)))
+            yield _legal(_in_light(str(self.page.picture(table, figure.title))))
+
+
+def _legal(text: str) -> str:
+    return examples.ILLEGAL.sub("\ufffd", text)
 
 
 def _in_light(text: str) -> str:
@@ -179,4 +196,13 @@ def _in_page(panel: Any) -> dict[str, Any]:
     if curves := spec["layer"][0].get("layer"):
         curves[0]["params"] = [_ZOOM]
     wide = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    return {k: v for k, v in (spec | wide).items() if k not in ("$schema", "config")}
+    return {k: _finite(v) for k, v in (spec | wide).items() if k not in ("$schema", "config")}
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinite number."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

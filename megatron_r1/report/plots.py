@@ -399,7 +399,8 @@ def mixture_over_time(reading: Reading) -> Panels:
 
 def epochs(reading: Reading) -> Panels:
     """Passes over each source at the end; a stroke for the control's."""
-    shades, passes = colors(reading.run.domains), reading.run.end["epochs_by_source"]
+    shades, passes = colors(reading.run.domains), dict(reading.run.end["epochs_by_source"])
+    passes = {s: passes.get(s, 0.0) for s in shades}
     against = reading.control.end["epochs_by_source"] if reading.control else {}
     edges = {s: max(passes[s], against.get(s, 0.0)) for s in shades}
     bars = draw(

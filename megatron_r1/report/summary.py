@@ -131,6 +131,11 @@ def scores(reading: Reading) -> Scores | None:
         error_C = np.sqrt((share_N**2) @ (score_NC - mean_C) ** 2)
         sums = float(mean_C @ weight_C), float((joint_N > mix.keep_above).mean())
         influences.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, *sums))
+    if not all(np.isfinite([*s.mean_C, *s.error_C, s.joint]).all() for s in influences):
+        raise ValueError(
+            f"{reading.run.root}: its scores, as mix weighs them, are no numbers; mend the weights of mix in "
+            f"config.yaml, or move mix.json away"
+        )
     influences.sort(key=lambda s: -s.joint)
     return Scores(tables[0].capabilities, influences, tables, _unit(reading, mix, tables[0]))
 
@@ -199,10 +204,13 @@ def drawn(run: Run, most: int = 100) -> list[tuple[str, float, float, dict[str, 
     another has no count before its first step: there the phase's share so far stands in.
     """
     tokens, out = run.columns["tokens"], []
-    count_ST = np.stack([np.insert(run.columns[f"tokens_by_source/{s}"], 0, 0.0) for s in run.domains])
+    none = np.zeros(len(tokens))
+    of_each = [run.columns.get(f"tokens_by_source/{s}", none) for s in run.domains]
+    count_ST = np.array([np.insert(counts, 0, 0.0) for counts in of_each])
+    count_ST = np.where(np.abs(count_ST) < 1e100, count_ST, 0.0)
     for a, b in itertools.pairwise(stretches(run, tokens, most).tolist()):
         phase = next((name for name, _, end in run.spans if tokens[b - 1] <= end), run.phases[-1])
-        share_S = count_ST[:, b] - count_ST[:, a]
+        share_S = np.maximum(count_ST[:, b] - count_ST[:, a], 0.0)
         if not a and run.first["step"] > 1:
             share_S = np.array([run.first["mix_actual"].get(s, 0.0) for s in run.domains])
         share = dict(zip(run.domains, (share_S / max(share_S.sum(), 1e-12)).tolist(), strict=True))
@@ -322,8 +330,10 @@ def checkpoints(reading: Reading) -> list[Saved]:
     scored = {one.step for of in reading.scored.values() for one in of}
     out = []
     for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):
-        number = path.name.removeprefix(".").removeprefix("step_").split(".")[0]
-        if number.isdigit():
+        hidden, _, number = path.name.partition("step_")
+        number = number.split(".")[0] if hidden else number
+        # Copies of other names are left alone.
+        if number.isdecimal() and f"{int(number):08d}" == number:
             pinned, seen = pinned_as(config, int(number)), int(number) in scored
             out.append(Saved(path, int(number), _size(path), pinned, seen, path in whole))
     return out
@@ -333,7 +343,7 @@ def _size(directory: Path) -> int:
     size = 0
     for path in directory.rglob("*"):
         # A run that trains may take a checkpoint away meanwhile.
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             size += path.stat().st_size if path.is_file() else 0
     return size
 

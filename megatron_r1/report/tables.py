@@ -51,7 +51,7 @@ def held_out(ends: dict[str, dict[str, float]]) -> Table:
         return Table(["", arm], [[c, f"{value:.3f}"] for c, value in run.items()])
     rows: list[list[Cell | str]] = []
     for c, value in run.items():
-        control = others[0][1][c]
+        control = others[0][1].get(c, math.nan)
         share = f"{signed(100 * (value - control) / control, 1)}{_SPACE}%, one run, no interval"
         rows.append([c, f"{value:.3f}", f"{control:.3f}", Cell(signed(value - control), share)])
     return Table(["", arm, others[0][0], "difference"], rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_r1.export.origin import compare_tokenizer, context_of
+from megatron_r1.export.origin import CONTEXT, IMPORTED, compare_tokenizer, context_of, imported
 from tests.tools.test_convert_checkpoint import save
 
 
@@ -77,3 +77,23 @@ def test_relative_datasets_of_a_run_are_found_from_anywhere(tmp_path: Path) -> N
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match="the tokenizer f1 is not the run's"):
         compare_tokenizer(checkpoint, "{}", "f1")
+
+
+@pytest.mark.parametrize("value", ["x", [[1]], {"a": 1}, 1.5, True, 1 << 63, ["x" * 10**6]])
+def test_what_an_import_never_wrote_is_refused_in_a_line(value: object, tmp_path: Path) -> None:
+    (tmp_path / IMPORTED).write_text(json.dumps({CONTEXT: 64, "eos_token_id": value}))
+    with pytest.raises(ValueError, match=rf"{IMPORTED}: 'eos_token_id' is .*; import again") as error:
+        imported(tmp_path / "step_00000000")
+    assert len(str(error.value)) < 500
+    (tmp_path / IMPORTED).write_text(json.dumps({CONTEXT: 64, "eos_token_id": [1, 2], "pad_token_id": -1}))
+    assert imported(tmp_path / "step_00000000")["pad_token_id"] == -1
+
+
+@pytest.mark.parametrize("sources", ["[1]", "{a: 3}", "{a: {prefix: [1]}}", "{a: {prefix: '/'}}", "x"])
+def test_sources_of_another_kind_are_not_compared(
+    sources: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run(tmp_path)
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {{sources: {sources}}}\ntrain: {{run: [1]}}")
+    compare_tokenizer(checkpoint, "{}", "f1")
+    assert "the tokenizer is not compared" in capsys.readouterr().err

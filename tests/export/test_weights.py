@@ -17,6 +17,7 @@ from megatron_r1 import backend
 from megatron_r1.config import ModelConfig, ParallelConfig, RopeScaling
 from megatron_r1.export import config as hf_config
 from megatron_r1.export import weights as hf
+from megatron_r1.export.folder import check_tensors, shapes, stored_tensors
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 
@@ -99,6 +100,8 @@ def test_logits_are_those_of_the_released_class(model: ModelConfig) -> None:
     family = family_of(model)
     gpt = filled(model)
     exported = hf.views(gpt, model, family)
+    named = {name: tuple(tensor.shape) for name, tensor in hf.tensors(exported).items()}
+    assert named == dict(shapes(model, family))
     theirs = hugging_face(hf_config.to_hf(model, 128, "float32"), hf.tensors(exported))
     assert difference(gpt, theirs) < 1e-5
 
@@ -141,7 +144,7 @@ def test_transformers_reads_what_is_saved_and_loading_it_gives_the_same_bits(
     assert difference(gpt, AutoModelForCausalLM.from_pretrained(tmp_path).eval()) < 1e-5
 
     again = empty(SMALL)
-    hf.load(hf.views(again, SMALL, "llama4_text"), tmp_path)
+    hf.load(hf.views(again, SMALL, "llama4_text"), stored_tensors(tmp_path))
     held, loaded = dict(gpt.named_parameters()), dict(again.named_parameters())
     assert [name for name in held if not torch.equal(held[name], loaded[name])] == []
 
@@ -165,7 +168,7 @@ def test_a_released_checkpoint_saved_by_transformers_is_read(tmp_path: Path) -> 
     assert (tmp_path / "model.safetensors.index.json").exists()
     read = hf_config.from_hf(json.loads((tmp_path / "config.json").read_text()))
     gpt = empty(read.model)
-    hf.load(hf.views(gpt, read.model, read.family), tmp_path)
+    hf.load(hf.views(gpt, read.model, read.family), stored_tensors(tmp_path))
     assert difference(gpt, theirs) < 1e-5
 
 
@@ -177,7 +180,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     wrong["model.layers.0.input_layernorm.weight"] = torch.zeros(47)
     hf.save(wrong, tmp_path)
     with pytest.raises(ValueError) as error:
-        hf.load(views, tmp_path)
+        check_tensors(tmp_path, stored_tensors(tmp_path), SMALL, "llama4_text")
     for mistake in (
         "model.norm.weight: missing",
         "model.layers.1.self_attn.q_proj.bias: GPTModel has no place for it",
@@ -193,7 +196,7 @@ def test_a_stored_output_layer_must_be_the_embedding(tmp_path: Path, same: bool)
     head[3, 4] += 0 if same else 1
     hf.save({**views, "lm_head.weight": head}, tmp_path)
     if same:
-        hf.load(views, tmp_path)
+        hf.load(views, stored_tensors(tmp_path))
     else:
         with pytest.raises(ValueError, match=r"lm_head.weight is not model.embed_tokens.weight"):
-            hf.load(views, tmp_path)
+            hf.load(views, stored_tensors(tmp_path))

@@ -155,3 +155,32 @@ def test_the_tool_answers_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "484,407 steps x 4,128,768 = 2,000,004,120,576 tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("phases.one.steps=1000000000000000", "checkpoints: 1,000,000,000,000 is more than is planned"),
+        ("train.global_batch=67108864", "train.global_batch: 67,108,864 is more than is planned"),
+        ("data.seq_length=67108864", "data.seq_length: 67,108,864 is more"),
+        ("model.num_layers=1000000000000", "model.num_layers: 1,000,000,000,000 is more"),
+        ("model.vocab_size=1000000000000000", "is more than is planned, 1,125,899,906,842,624"),
+        ("train.keep_spaced=1000000000000", "train.keep_spaced=1000000000000 must be within 0 and 100,000"),
+        ("parallel.pipeline=3 model.num_layers=4611686018427387904", "does not divide model.num_layers"),
+    ],
+)
+def test_numbers_beyond_planning_are_refused_at_once(change: str, said: str) -> None:
+    model = (
+        "{num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, num_query_groups: 1,"
+    )
+    words = [f"model={model} head_dim: 16, vocab_size: 400}}", "phases.one={steps: 3, learning_rate: 1e-3}"]
+    words += ["train={run: r, global_batch: 2, micro_batch: 1, precision: fp32}"]
+    words += ["data={seq_length: 64, sources: {x: {prefix: nowhere, tokens: 1000000000000000000}}}"]
+    plan_launch(config_io.load(words), Launch(2), build=False)
+    with pytest.raises(ConfigError) as error:
+        plan_launch(config_io.load([*words, *change.split()]), Launch(2), build=False)
+    assert said in str(error.value) and max(map(len, str(error.value).splitlines())) < 400
+    with pytest.raises(
+        ConfigError, match="--gpus 1000000000: a launch needs at least one, and 100,000 at most"
+    ):
+        plan_launch(config_io.load(words), Launch(10**9), build=False)
