@@ -93,11 +93,16 @@ def pair_standing(
     same = isinstance(before, list) and len(before) == len(sources) and all(map(_is_same, sources, before))
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
-    theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
+    theirs = {key: sidecar.get(key) for key in (*ours, *_options(sidecar))} if path.exists() else None
     found = standing(theirs, ours, lambda: _is_whole(prefix, sidecar))
     if found is Standing.OTHER and not overwrite:
         _refuse_other(prefix, sidecar, about, inputs)
     return found, sidecar
+
+
+def _options(sidecar: Sidecar) -> list[str]:
+    """Options that a sidecar names only where they are not the usual ones."""
+    return [key for key in ("max_document_bytes",) if key in sidecar]
 
 
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
@@ -121,7 +126,7 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
             f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
         )
     there = [entry.get("path") for entry in entries]
-    changed = differences({key: sidecar.get(key) for key in about}, about)
+    changed = differences({key: sidecar.get(key) for key in (*about, *_options(sidecar))}, about)
     changed += [f"input {name} (there)" for name in there if name not in inputs][:2]
     changed += [f"input {name} (here)" for name in inputs if name not in there][:2]
     if changed or there != list(inputs):
