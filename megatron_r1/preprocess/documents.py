@@ -49,6 +49,8 @@ MOST_BYTES = 16_000_000
 """Bytes of a document, by default. Tokenizers take 250 times the memory of a text, and books have 1 MB."""
 _MOST_PAGE = 32
 """Bytes of a parquet file's page, unpacked, as a multiple of a document's. Writers put 1,024 rows in one."""
+_MOST_LINE = 64
+"""Bytes of a line that is passed over, as a multiple of a document's: a file without line ends is no JSONL."""
 _ROWS_AT_ONCE = 1024
 _BEGINNING = 512
 """Bytes of a file that show its kind."""
@@ -64,8 +66,6 @@ _OTHERS = dict.fromkeys(
     b"ARROW1": "is an Arrow file; give the folder of Dataset.save_to_disk, or a parquet file",
 }
 """First bytes of files that are no JSON lines -> what they are, with the ending under which they are read."""
-
-
 _TAR = slice(257, _BEGINNING)
 """The place of an archive's name for itself. Nearly all lines between the headers would become documents."""
 
@@ -230,6 +230,8 @@ class Lines(Input):
                 with self._reading(lambda: f" after line {first - 1}"):  # noqa: B023
                     # The lines up to the one that brings them to `want` bytes.
                     block = stream.read(want)
+                    if len(block) == PIECE_BYTES and block.isspace():
+                        raise BoundError(f"{PIECE_BYTES:,} bytes of blank lines")
                     rows = io.BytesIO(block).readlines()
                     seen.update(block if whole else b"")
                     at += len(block)
@@ -240,6 +242,8 @@ class Lines(Input):
                         size, at = size + len(rest), at + len(rest)
                         # Of a line that is too long the beginning is kept.
                         line += [rest] if size <= self.most else []
+                        if size > _MOST_LINE * self.most:
+                            raise BoundError(f"a line of more than {size:,} bytes")
                 if not rows:
                     break
                 rows[-1] = b"".join(line)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ from megatron_r1.preprocess.documents import (
     piece_rule,
 )
 from megatron_r1.preprocess.encoder import choose
-from megatron_r1.preprocess.journal import Journal
+from megatron_r1.preprocess.journal import Journal, discard
 from megatron_r1.preprocess.rows import check_keys, parse, text_of
 from megatron_r1.preprocess.store import (
     Stored,
@@ -167,7 +166,7 @@ def preprocess(
         if len(done) == len(prefixes):
             log(f"already done: {', '.join(f'{prefix}.bin' for prefix in done)}")
             # Of a run that was killed at its very end.
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
         else:
             try:
                 stats = [identity(source) for source in sources]
@@ -194,16 +193,16 @@ def preprocess(
                     )
                     for key, prefix in prefixes.items()
                 }
-                shutil.rmtree(work)
+                discard(work)
             except (InputError, TooManyRejectsError) as error:
                 if not Journal.holds_documents(work):
-                    shutil.rmtree(work, ignore_errors=True)
+                    discard(work)
                     raise
                 kept = f"{work} keeps the documents before it, and the same command goes on from them"
                 raise type(error)(f"{error}; {kept}") from None
             except ValueError:
                 # It may be the encoder's, whose tokens must go.
-                shutil.rmtree(work, ignore_errors=True)
+                discard(work)
                 raise
         add_to_ledger(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
     return done

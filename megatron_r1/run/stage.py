@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_r1.run import ledger
 from megatron_r1.run.ledger import Hashes
-from megatron_r1.system.files import sha256, write_json
+from megatron_r1.system.files import plain_name, sha256, write_json
 
 Request = Mapping[str, Any]
 """All that decides a stage's result, by name."""
@@ -97,7 +97,7 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
     def whole() -> bool:
         # A manifest that lists no files is never whole.
         files = content.get("files") or {manifest.name: None}
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not all(map(plain_name, files)):
             return False
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
