@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from megatron_r1.preprocess.rows import MARK, Row, refused_line, rows_of, too_long
 from megatron_r1.system.arrow_io import (
     BoundError,
@@ -35,7 +33,7 @@ from megatron_r1.system.arrow_io import (
     check_stream,
     largest_page,
     open_parquet,
-    row_bytes,
+    slices,
     stand_in,
     text_bytes,
 )
@@ -50,7 +48,7 @@ MOST_BYTES = 16_000_000
 _MOST_PAGE = 32
 """Bytes of a parquet file's page, unpacked, as a multiple of a document's. Writers put 1,024 rows in one."""
 _MOST_LINE = 64
-"""Bytes of a line that is passed over, as a multiple of a document's: a file without line ends is no JSONL."""
+"""Bytes of a line that is passed over, as a multiple of a document's: JSONL has line ends."""
 _ROWS_AT_ONCE = 1024
 _BEGINNING = 512
 """Bytes of a file that show its kind."""
@@ -297,7 +295,8 @@ class _Table(Input):
         start, end = (-(-byte * rows // total) for byte in (lo, hi))
         first, part, size = 1, list[Row](), 0
         for some, of_texts in self._rows(keys, start, end) if start < end else ():
-            part, size = [*part, *some], size + of_texts
+            part.extend(some)
+            size += of_texts
             if size >= PIECE_BYTES or len(part) >= PIECE_DOCUMENTS or start + first - 1 + len(part) >= end:
                 position = total * (start + first - 1 + len(part)) // rows
                 yield Piece(self.name, number, first, part, position)
@@ -313,18 +312,12 @@ class _Table(Input):
                 yield [unread] * min(end - at, PIECE_DOCUMENTS), 0
             return
         for table in self._tables([key for key in keys if key not in unread], start, end):
-            ends, at = np.cumsum(row_bytes(table)), 0
-            while at < len(ends):
-                before = int(ends[at - 1]) if at else 0
-                until = int(np.searchsorted(ends, before + min(PIECE_BYTES, self.most), side="right"))
-                until = min(max(until, at + 1), at + PIECE_DOCUMENTS)
-                some, size = table.slice(at, until - at), int(ends[until - 1]) - before
+            for some, size in slices(table, min(PIECE_BYTES, self.most)):
                 if size > self.most:
                     yield [too_long(size, self.most, beginning(some))], 0
                 else:
                     rows = rows_of(some)
                     yield [row | unread for row in rows] if unread else rows, size
-                at = until
 
     def _open(self) -> tuple[Any, int]:
         """The Arrow schema, and the number of rows."""
@@ -361,7 +354,7 @@ class Parquet(_Table):
                     largest = max(largest_page(raw, group.column(c), most) for c in columns)
                     # Each row may hold the longest text of a page, which may be that of a dictionary.
                     some = min(max(most // 2 // largest, 1), _ROWS_AT_ONCE)
-                    batches = file.iter_batches(some, row_groups=[number], columns=names)
+                    batches = file.iter_batches(some, [number], names, use_threads=False)
                 while done < hi:
                     with self._reading(lambda: f" in row group {number}"):  # noqa: B023
                         batch = next(batches)

@@ -48,7 +48,7 @@ def refused_line(line: bytes, size: int, most: int) -> bytes | Refused:
     if size > most:
         return too_long(size, most, line)
     # Counted fast first: prose has a comma in 50 characters, and they are within its texts.
-    if sum(map(line.count, _BEFORE_VALUES)) > _MOST_VALUES:
+    if size > _MOST_VALUES < sum(map(line.count, _BEFORE_VALUES)):
         structure = _structure(line)
         if (values := sum(map(structure.count, _BEFORE_VALUES))) > _MOST_VALUES:
             return Refused(f"too many values: {values:,}, more than {_MOST_VALUES:,}", line[:_EXCERPT])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,9 +48,27 @@ def _stored(kind: Any) -> Any:
     return kind.value_type if types.is_dictionary(kind) else kind
 
 
-def row_bytes(table: Any) -> np.ndarray:
-    """Bytes of the texts of each row of an Arrow table or batch, [rows] int64. A text that a dictionary holds
-    once counts in each of its rows."""
+def slices(table: Any, most: int) -> Iterator[tuple[Any, int]]:
+    """Consecutive rows of an Arrow table or batch, at most `most` bytes of texts or one row, and their bytes.
+
+    A text that a dictionary holds once counts in each of its rows.
+    """
+    if table.nbytes <= most and all(str(column.type) in _PLAIN for column in table.columns):
+        yield table, table.nbytes
+        return
+    ends, at = np.cumsum(_row_bytes(table)), 0
+    while at < len(ends):
+        before = int(ends[at - 1]) if at else 0
+        until = max(at + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield table.slice(at, until - at), int(ends[until - 1]) - before
+        at = until
+
+
+_PLAIN = ("string", "large_string", "binary", "large_binary")
+
+
+def _row_bytes(table: Any) -> np.ndarray:
+    """Bytes of the texts of each row, [rows] int64."""
     total = np.zeros(table.num_rows, np.int64)
     for column in table.columns:
         at = 0
@@ -66,11 +85,13 @@ def _sizes(array: Any) -> np.ndarray:
         array = array.storage
     if isinstance(array, arrow.DictionaryArray):
         sizes = arrow.array(_sizes(array.dictionary)).take(array.indices)
+    elif isinstance(array, arrow.StringArray | arrow.BinaryArray):
+        sizes = compute.binary_length(array)
     elif (texts := text_bytes(array)) is not None:
         sizes = compute.binary_length(texts)
     else:
         return np.zeros(len(array), np.int64)
-    return sizes.fill_null(0).to_numpy(zero_copy_only=False)
+    return (sizes.fill_null(0) if sizes.null_count else sizes).to_numpy()
 
 
 def beginning(table: Any) -> bytes:
@@ -87,7 +108,7 @@ def text_bytes(column: Any) -> Any:
         column = column.cast(column.type.storage_type)
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    kinds = (*_PLAIN, "string_view", "binary_view")
     texts = str(column.type) in kinds or types.is_fixed_size_binary(column.type)
     return column.cast(arrow.large_binary()) if texts else None
 

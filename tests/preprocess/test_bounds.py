@@ -206,7 +206,7 @@ def test_a_document_beyond_the_limit_is_one_reject_with_its_place(tmp_path, mode
     for n, (name, size) in enumerate(((source, 2013), (tmp_path / "in.parquet", 2000))):
         out = tmp_path / f"out{n}"
         run([name], out, model, max_document_bytes=1003)
-        [rejected] = [json.loads(line) for line in Path(f"{out}_text_document.side/rejects.jsonl").open()]
+        [rejected] = map(json.loads, Path(f"{out}_text_document.side/rejects.jsonl").read_text().splitlines())
         reason = f"document too long: {size:,} bytes, more than --max-document-megabytes 0.001003"
         assert (rejected["line"], rejected["reason"]) == (3, reason)
         assert "yyy" in rejected["excerpt"] and len(rejected["excerpt"]) == 200
@@ -221,7 +221,7 @@ def test_the_limit_is_part_of_the_request(tmp_path, model):
         run([source], tmp_path / "out", model)
     run([source], tmp_path / "out", model, overwrite=True)
     assert read(tmp_path / "out")[0]["documents"] == len(DOCUMENTS) + 1
-    with pytest.raises(ValueError, match=r"max_document_bytes \(nothing there, 1000 here\)"):
+    with pytest.raises(ValueError, match=r"max_document_bytes \(None there, 1000 here\)"):
         run([source], tmp_path / "out", model, max_document_bytes=1000)
 
 
