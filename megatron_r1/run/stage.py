@@ -18,7 +18,6 @@ to its text: a file by its SHA-256, a dataset by `data.indexed.identity_of`, a c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 from megatron_r1.run import ledger
 from megatron_r1.run.ledger import Hashes
 from megatron_r1.system.files import plain_name, sha256, write_json
+from megatron_r1.system.json_io import read_object
 
 Request = Mapping[str, Any]
 """All that decides a stage's result, by name."""
@@ -84,10 +84,9 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 def read(record: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where the file is missing or damaged."""
     try:
-        value = json.loads(record.read_text(encoding="utf-8"))
+        return read_object(record)
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
