@@ -44,6 +44,7 @@ def main() -> None:
     add("--max-document-tokens", type=count, default=2048, help="of one document (default: %(default)s)")
     add("--end-documents", action="store_true", help="end what is cut out of a document by the "
         "end-of-document token, for data.cross_documents=false")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace sets of other sources, capabilities or options")
     add("--check", action="store_true", help="print how each source would be split, and exit")
     args = parser.parse_args()
     with user_errors():
@@ -55,6 +56,7 @@ def main() -> None:
             fraction=args.fraction,
             max_document_tokens=args.max_document_tokens,
             end_documents=args.end_documents,
+            overwrite=args.overwrite,
             check=args.check,
         )
         split = manifest["sources"]

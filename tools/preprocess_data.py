@@ -15,6 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from megatron_r1.preprocess.documents import MOST_BYTES, most_bytes
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.shards import merge, parse_shard
 from megatron_r1.preprocess.store import verify
@@ -88,6 +89,8 @@ def main() -> None:
         default=100,
         help="stop beyond so many rejects (default: %(default)s)",
     )
+    add("--max-document-megabytes", type=float, default=MOST_BYTES / 1e6, metavar="N", help="a longer line "
+        "or row of a table is a reject (default: %(default)g)")  # fmt: skip
     add("--encoder", choices=["auto", "reference"], default="auto", help="auto: gigatoken for vetted forms "
         "of tokenizers (default); reference: never")  # fmt: skip
     add("--shard", metavar="I/N", help="encode part I of N, from 0; env: as torchrun or SLURM says")
@@ -162,6 +165,7 @@ def main() -> None:
                 workers=args.workers,
                 seed=None if args.no_shuffle or args.keep_sequential_samples else args.seed,
                 reject_limit=args.reject_limit,
+                max_document_bytes=most_bytes(args.max_document_megabytes),
                 encoder=args.encoder,
                 shard=shard,
                 overwrite=args.overwrite,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_r1.preprocess.documents import open_inputs
+from megatron_r1.preprocess.documents import MOST_BYTES, most_bytes, open_inputs
 from megatron_r1.preprocess.train_tokenizer import train_tokenizer
 from megatron_r1.system.terminal import count, positive, tool_parser, user_errors
 
@@ -25,13 +25,20 @@ def main() -> None:
         default=30,
         help="text to learn from, an equal share of each input (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-document-megabytes",
+        type=float,
+        default=MOST_BYTES / 1e6,
+        help="a longer line, or row of a table, is an error (default: %(default)g)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another model of this name")
     parser.add_argument("--check", action="store_true", help="print what would be read, and exit")
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():
+        longest = most_bytes(args.max_document_megabytes)
         if args.check:
-            inputs = open_inputs(args.input)
+            inputs = open_inputs(args.input, longest)
             share = min(args.max_megabytes, sum(i.size for i in inputs) / 1e6) / len(inputs)
             for source in inputs:
                 source.check([args.json_key])
@@ -42,7 +49,7 @@ def main() -> None:
             return
         most = int(args.max_megabytes * 1e6)
         tokenizer, seen = train_tokenizer(
-            args.input, args.output, args.vocab_size, args.json_key, most, args.overwrite
+            args.input, args.output, args.vocab_size, args.json_key, most, args.overwrite, longest
         )
     print(
         f"wrote {args.output}: {tokenizer.vocab_size} tokens from {seen / 1e6:.1f} MB of text in "

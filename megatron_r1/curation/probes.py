@@ -33,7 +33,7 @@ from megatron_r1.data.indexed import (
 )
 from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.records import Corpus
-from megatron_r1.run.stage import answer, answered, finish
+from megatron_r1.run.stage import answer, answered, finish, read, standing
 from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.process import allow_open_files
@@ -60,7 +60,8 @@ class _Source:
     """Documents left to training. The rest is set aside."""
 
     def digest(self, document: int) -> bytes:
-        return hashlib.blake2b(self.dataset.document(document).tobytes(), digest_size=16).digest()
+        # The mapped bytes: a document of others may have gigabytes.
+        return hashlib.blake2b(self.dataset.document(document).data, digest_size=16).digest()
 
     def report(self) -> dict[str, Any]:
         tokens = self.dataset.tokens_before(self.leading)
@@ -84,6 +85,7 @@ def curate_probes(
     fraction: float = 0.1,
     max_document_tokens: int = 2048,
     end_documents: bool = False,
+    overwrite: bool = False,
     check: bool = False,
     log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
@@ -98,8 +100,11 @@ def curate_probes(
     `data.cross_documents=false` needs it. `check`: write nothing. The manifest then tells how each source
     would be split, and names no files.
 
-    Raises ValueError for names that are unknown or cannot be a file's, for a source that is too small and for
-    tokenizers that differ. Raises FileNotFoundError for a dataset that is not there.
+    Sets of another request are replaced only with `overwrite`, or where only the datasets have changed since.
+
+    Raises ValueError for names that are unknown or cannot be a file's, for a source that is too small, for
+    tokenizers that differ and for sets of another request. Raises FileNotFoundError for a dataset that is not
+    there.
     """
     output_dir = Path(output_dir)
     if not sources or not capabilities or tokens_per_source < 1 or max_document_tokens < 1:
@@ -123,7 +128,9 @@ def curate_probes(
         **({"end_documents": True} if end_documents else {}),
     }
     manifest_path = output_dir / "manifest.json"
-    if (manifest := answered(manifest_path, request)) is not None:
+    if manifest_path.exists() and not overwrite:
+        _refuse_other(manifest_path, request)
+    if (manifest := answered(manifest_path, request)) is not None and _is_whole(manifest, request):
         log(f"already done: {manifest_path}")
         if not check:
             _record(manifest, output_dir)
@@ -140,7 +147,6 @@ def curate_probes(
     members = [source for source in opened if source.capability]
     digests = {s.name: [s.digest(i) for i in range(s.leading, len(s.lengths))] for s in members}
     taken = dict.fromkeys(_copies_in_training(opened, digests), "in_training")
-    manifest_path.unlink(missing_ok=True)
     stretches: dict[str, dict[str, list[np.ndarray]]] = {}
     for source in members:
         stretches[source.name], counts = _choose(
@@ -152,7 +158,8 @@ def curate_probes(
                 f"{source.name}: dropped {counts['dropped_in_training']} documents that training holds too, "
                 f"{counts['dropped_repeated']} repeated"
             )
-    files = []
+    files: list[Path] = []
+    manifest_path.unlink(missing_ok=True)
     for capability, names in capabilities.items():
         for kind in SETS:
             prefix = output_dir / f"{kind}_{capability}"
@@ -166,6 +173,39 @@ def curate_probes(
     manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
     _record(manifest, output_dir)
     return manifest
+
+
+def _refuse_other(manifest: Path, request: dict[str, Any]) -> None:
+    """ValueError for a manifest of another request, or of another tool."""
+    theirs = (read(manifest) or {}).get("request")
+    if not isinstance(theirs, dict) or "capabilities" not in theirs:
+        raise ValueError(
+            f"{manifest} is damaged, or another tool's; name another --output-dir, or replace it with "
+            f"--overwrite"
+        )
+    # Sources in their order, as documents of the first come first.
+    ours = {**request, "sources": [[name, of["prefix"]] for name, of in request["sources"].items()]}
+    sources: Any = theirs.get("sources")
+    listed = [[name, of.get("prefix")] for name, of in sources.items()] if _is_table(sources) else None
+    standing({**theirs, "sources": listed}, ours, lambda: True, f"{manifest} is of another request", _WAY_OUT)
+
+
+_WAY_OUT = "name another --output-dir, or replace the sets with --overwrite"
+_COUNTS = ("documents", "training_documents", "training_tokens", "set_aside_documents", "set_aside_tokens")
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())
+
+
+def _is_whole(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether a manifest that was read back holds the counts of each source."""
+    sources: Any = manifest.get("sources")
+    return (
+        _is_table(sources)
+        and list(sources) == list(request["sources"])
+        and all(type(of.get(name)) is int for of in sources.values() for name in _COUNTS)
+    )
 
 
 def _record(manifest: dict[str, Any], directory: Path) -> None:

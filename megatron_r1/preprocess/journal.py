@@ -9,16 +9,20 @@
 
 Pieces are committed together, since the system takes a few large writes in a quarter of the time of many
 small ones. A kill loses at most COMMIT_SECONDS of work or COMMIT_BYTES of tokens.
+
+The folder may be another's. One with anything else in it, a link too, is left alone and refused. A journal of
+other content than a writer's is begun anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import os
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
@@ -31,12 +35,15 @@ from megatron_r1.data.integrity import BinHashes
 from megatron_r1.data.provenance import ORIGIN
 from megatron_r1.preprocess.store import Stored, reject_line
 from megatron_r1.preprocess.workers import Encoded
-from megatron_r1.system.files import naming, replacing
+from megatron_r1.system.errors import shown
+from megatron_r1.system.files import naming, remove_if_empty, replacing
+from megatron_r1.system.json_io import MOST_BYTES, parse_json
 
 COMMIT_BYTES, COMMIT_SECONDS = 1 << 23, 1.0
 _FORMAT = 4
 """Goes up when a journal of before could not be continued."""
 _KINDS = ("tokens", "lengths", "origins", "rejects")
+_OURS = re.compile(rf"journal(\.partial)?|\d+\.({'|'.join(_KINDS)}|tokens\.link)")
 
 
 class Journal:
@@ -51,9 +58,13 @@ class Journal:
         self.work, self.keys = work, keys
         header = {"journal": _FORMAT, **request}
         paths = {(key, kind): work / f"{k}.{kind}" for k, key in enumerate(keys) for kind in _KINDS}
+        if reason := _foreign(work):
+            raise ValueError(
+                f"{work} {reason}, so it is not this tool's; move it away, or name another --output-prefix"
+            )
         kept = _commits(work / "journal", header, list(paths.values()))
         if not kept:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
             work.mkdir()
         self.pieces, sizes, self._input, skipped, _ = kept[-1] if kept else (0, [0] * len(paths), 0, {}, [])
         self.skipped = Counter(skipped)
@@ -77,13 +88,17 @@ class Journal:
 
     def rejects(self, key: str) -> int:
         """Number of rejects committed."""
-        with open(self._files[key, "rejects"].name, "rb") as stream:
-            return sum(1 for _ in stream)
+        path = Path(self._files[key, "rejects"].name)
+        return sum(block.count(b"\n") for block in _blocks(path, 0, path.stat().st_size))
 
     def stored(self, key: str, dtype: np.dtype[Any]) -> Stored:
-        """The documents of a key, once all are committed."""
+        """The documents of a key, once all are committed. ValueError for files that contradict each other."""
         path = {kind: Path(self._files[key, kind].name) for kind in _KINDS}
         lengths = np.fromfile(path["lengths"], dtype=np.int32)
+        sizes = int(lengths.sum(dtype=np.int64)) * dtype.itemsize, len(lengths) * ORIGIN.itemsize
+        there = tuple(path[kind].stat().st_size for kind in ("tokens", "origins"))
+        if sizes != there or lengths.min(initial=0) < 0:
+            raise ValueError(f"{self.work} is damaged and is removed; the same command begins anew")
         tokens = map_array(path["tokens"], dtype, 0, int(lengths.sum(dtype=np.int64)))
         origins = map_array(path["origins"], ORIGIN, 0, len(lengths))
         whole = (path["tokens"], self._hashes[key]) if self._hashes else None
@@ -144,11 +159,34 @@ class Journal:
                 stream.close()
 
 
+def _foreign(work: Path) -> str:
+    """Why what has the name of a journal's folder is none; nothing if it is one, or nothing is there."""
+    if not os.path.lexists(work):
+        return ""
+    if work.is_symlink() or not work.is_dir():
+        return "is no folder"
+    with os.scandir(work) as entries:
+        ours = {e.name: bool(_OURS.fullmatch(e.name)) and e.is_file(follow_symlinks=False) for e in entries}
+    return next((f"holds {shown(name)}" for name, is_ours in ours.items() if not is_ours), "")
+
+
+def discard(work: Path) -> None:
+    """Remove the folder of a journal; what is none stays."""
+    if not _foreign(work) and work.is_dir():
+        for name in os.listdir(work):
+            (work / name).unlink(missing_ok=True)
+        remove_if_empty(work)
+
+
 def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> list[Any]:
     """The commits of a journal that hold: of the same request, and of inputs that are as they were."""
     try:
-        before, *commits = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+        with open(journal, "rb") as stream:
+            lines = stream.read(MOST_BYTES).split(b"\n")[:-1]
+        before, *commits = [parse_json(line, str(journal)) for line in lines]
     except (OSError, ValueError):
+        return []
+    if not isinstance(before, dict) or not isinstance(before.get("inputs"), list):
         return []
     if {**before, "inputs": None} != {**header, "inputs": None}:
         return []
@@ -158,7 +196,7 @@ def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> li
     there = [path.stat().st_size if path.is_file() else 0 for path in files]
     kept = [
         commit
-        for commit in commits
+        for commit in takewhile(lambda commit: _is_commit(commit, len(files)), commits)
         if commit[2] < same and all(size <= length for size, length in zip(commit[1], there, strict=True))
     ]
     before_each = [[0] * len(files), *(commit[1] for commit in kept)]
@@ -166,19 +204,41 @@ def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> li
     return [commit for _, commit in sound]
 
 
+def _is_commit(commit: Any, files: int) -> bool:
+    match commit:
+        case [pieces, [*sizes], number, {**skipped}, [*hashes]]:
+            numbers = [pieces, number, *sizes, *skipped.values()]
+            counts = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            return counts and len(sizes) == len(hashes) == files
+    return False
+
+
 def _holds(files: Sequence[Path], before: Sequence[int], commit: Sequence[Any]) -> bool:
     """Whether the files hold what a commit added: after a loss of power their sizes may be right all the
     same."""
-    for path, lo, hi, digest in zip(files, before, commit[1], commit[4], strict=True):
-        # A commit is small enough to be read at once.
-        if lo < hi:
-            with open(path, "rb") as stream:
-                stream.seek(lo)
-                if xxhash.xxh3_64_intdigest(stream.read(hi - lo)) != digest:
-                    return False
+    for path, lo, hi, stored in zip(files, before, commit[1], commit[4], strict=True):
+        digest = xxhash.xxh3_64()
+        for block in _blocks(path, lo, hi):
+            digest.update(block)
+        if lo > hi or (lo < hi and digest.intdigest() != stored):
+            return False
     return True
+
+
+def _blocks(path: Path, lo: int, hi: int) -> Iterator[bytes]:
+    """Bytes [lo, hi) of a file, a few at a time."""
+    if lo < hi:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(lo)
+            while lo < hi and (block := stream.read(min(COMMIT_BYTES, hi - lo))):
+                lo += len(block)
+                yield block
 
 
 def _open(path: Path) -> IO[bytes]:
     # Room for what is gathered and one piece more, so that a commit is one write.
-    return open(path, "ab", buffering=2 * COMMIT_BYTES)
+    return open(path, "ab", buffering=2 * COMMIT_BYTES, opener=_no_link)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

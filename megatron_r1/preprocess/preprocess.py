@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 
 from megatron_r1.data.indexed import best_dtype, with_suffix
 from megatron_r1.preprocess.documents import (
+    MOST_BYTES,
     Input,
     InputError,
     Piece,
@@ -41,7 +41,7 @@ from megatron_r1.preprocess.documents import (
     piece_rule,
 )
 from megatron_r1.preprocess.encoder import choose
-from megatron_r1.preprocess.journal import Journal
+from megatron_r1.preprocess.journal import Journal, discard
 from megatron_r1.preprocess.rows import check_keys, parse, text_of
 from megatron_r1.preprocess.store import (
     Stored,
@@ -83,12 +83,14 @@ def preprocess(
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     check: bool = False,
+    max_document_bytes: int = MOST_BYTES,
     log: Callable[[str], None] = say,
 ) -> dict[str, dict[str, Any]]:
     """Write `{output_prefix}_{key}_document.{bin,idx,json,side}` for each key. Returns sidecars by prefix.
 
     seed: of the document shuffle; None keeps the input order, which gives the very bytes of Megatron's own
-    tool. reject_limit: documents of one key that may be rejected. encoder: "auto" or "reference". shard:
+    tool. reject_limit: documents of one key that may be rejected. max_document_bytes: a longer line, or row
+    of a table, is a reject. encoder: "auto" or "reference". shard:
     (i, n) encodes the i-th of n parts for `merge`, with line numbers counted from where the part begins.
     Outputs that match the inputs and options are left as they are. Those of the same request are made again
     where an input has changed since. Those of another request are refused, unless `overwrite` is set. check:
@@ -106,7 +108,7 @@ def preprocess(
     require_utf8(f"{output_prefix}")
     require_utf8(f"{tokenizer_model}")
     began, output = time.monotonic(), Path(output_prefix)
-    sources = open_inputs(inputs)
+    sources = open_inputs(inputs, max_document_bytes)
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
     if tokenizer.note:
         log(f"tokenizer: {tokenizer.note}")
@@ -121,6 +123,8 @@ def preprocess(
         "dtype": best_dtype(tokenizer.vocab_size).name,
         "seed": seed,
     }
+    if max_document_bytes != MOST_BYTES:
+        about["max_document_bytes"] = max_document_bytes
     base = output
     if shard is not None:
         if not 0 <= shard[0] < shard[1]:
@@ -162,14 +166,14 @@ def preprocess(
         if len(done) == len(prefixes):
             log(f"already done: {', '.join(f'{prefix}.bin' for prefix in done)}")
             # Of a run that was killed at its very end.
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
         else:
             try:
                 stats = [identity(source) for source in sources]
                 chosen, why = choose(tokenizer, _sample(sources, ranges, json_keys), encoder)
                 log(f"encoder: {why}")
                 job = Job(tokenizer_model, chosen, json_keys, append_eod, workers, reject_limit)
-                request = {**about, "keys": list(json_keys), "pieces": piece_rule()}
+                request = {**about, "keys": list(json_keys), "pieces": piece_rule(max_document_bytes)}
                 request["inputs"] = [[stat, *span] for stat, span in zip(stats, ranges, strict=True)]
                 stored, lines, skipped = _encode_all(job, work, request, sources, ranges, log)
                 # Those of shards are hashed once, when they are merged.
@@ -189,16 +193,16 @@ def preprocess(
                     )
                     for key, prefix in prefixes.items()
                 }
-                shutil.rmtree(work)
+                discard(work)
             except (InputError, TooManyRejectsError) as error:
                 if not Journal.holds_documents(work):
-                    shutil.rmtree(work, ignore_errors=True)
+                    discard(work)
                     raise
                 kept = f"{work} keeps the documents before it, and the same command goes on from them"
                 raise type(error)(f"{error}; {kept}") from None
             except ValueError:
                 # It may be the encoder's, whose tokens must go.
-                shutil.rmtree(work, ignore_errors=True)
+                discard(work)
                 raise
         add_to_ledger(output, "preprocess", done, {str(tokenizer_model): tokenizer.fingerprint()})
     return done

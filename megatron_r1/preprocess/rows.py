@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
-from megatron_r1.system.errors import require
+import numpy as np
+
+from megatron_r1.system.arrow_io import text_bytes
+from megatron_r1.system.errors import shown
 
 try:
     import orjson
@@ -24,9 +27,40 @@ BLANK, MARKED = "blank line", "byte order mark"
 DEEPEST = 1024
 """Levels of nesting that a JSON line may have: orjson's limit."""
 _KEYS_SHOWN, _KEY_BYTES = 8, 100
+_EXCERPT = 200
+_MOST_VALUES = 1 << 20
+"""Values of a JSON line: Python takes 100 bytes and more for one that takes three in the line."""
 
 
-def parse(row: bytes | dict[str, Any], skipped: Counter[str] | None = None) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Refused:
+    """A row that is not read, because it would take too much memory. It becomes a reject."""
+
+    reason: str
+    excerpt: bytes
+
+
+Row = bytes | dict[str, Any] | Refused
+
+
+def refused_line(line: bytes, size: int, most: int) -> bytes | Refused:
+    """A JSON line, or why it is not read. size: bytes of the whole line. most: bytes of a document."""
+    if size > most:
+        return too_long(size, most, line)
+    # Counted fast first: prose has a comma in 50 characters, and they are within its texts.
+    if size > _MOST_VALUES < sum(map(line.count, _BEFORE_VALUES)):
+        structure = _structure(line)
+        if (values := sum(map(structure.count, _BEFORE_VALUES))) > _MOST_VALUES:
+            return Refused(f"too many values: {values:,}, more than {_MOST_VALUES:,}", line[:_EXCERPT])
+    return line
+
+
+def too_long(size: int, most: int, beginning: bytes) -> Refused:
+    limit = f"--max-document-megabytes {most / 1e6:g}"
+    return Refused(f"document too long: {size:,} bytes, more than {limit}", beginning[:_EXCERPT])
+
+
+def parse(row: Row, skipped: Counter[str] | None = None) -> dict[str, Any] | None:
     """A JSON line as an object; None for a line without content.
 
     Counts such lines in `skipped`, and byte order marks before a line, which cat leaves within a file.
@@ -34,6 +68,13 @@ def parse(row: bytes | dict[str, Any], skipped: Counter[str] | None = None) -> d
     """
     if isinstance(row, dict):
         return row
+    if isinstance(row, Refused):
+        raise ValueError(row.reason)
+    if row.isspace():
+        # Asked first: nothing is smaller when packed.
+        if skipped is not None:
+            skipped[BLANK] += 1
+        return None
     if orjson is not None:
         # Twice as fast, and stricter: the standard library decides about lines that it refuses.
         try:
@@ -74,11 +115,27 @@ _JSON = json.JSONDecoder(parse_int=float)
 _LEVEL = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 
 
-def _depth(row: bytes) -> int:
+_BEFORE_VALUES = b",", b"[", b"{"
+_STRUCTURE = np.isin(np.arange(256), list(b"{}[],"))
+_AT_ONCE = 1 << 20
+
+
+def _structure(line: bytes) -> bytes:
+    """Brackets and commas of a line that are not within a text."""
+    # Without escapes each quote begins or ends a text.
+    line = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    found, quotes = [], 0
+    for at in range(0, len(line), _AT_ONCE):
+        some = np.frombuffer(line[at : at + _AT_ONCE], np.uint8)
+        within = np.cumsum(some == ord('"'), dtype=np.int64) + quotes
+        found.append(some[(within % 2 == 0) & _STRUCTURE[some]].tobytes())
+        quotes = int(within[-1])
+    return b"".join(found)
+
+
+def _depth(line: bytes) -> int:
     """Levels of nesting of a line."""
-    # Without escapes each quote begins or ends a string.
-    outside = b"".join(row.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    return max(accumulate(_LEVEL[byte] for byte in re.sub(rb"[^][{}]", b"", outside)), default=0)
+    return max(accumulate(_LEVEL.get(byte, 0) for byte in _structure(line)), default=0)
 
 
 def _kind(value: Any) -> str:
@@ -102,7 +159,7 @@ def check_keys(keys: Sequence[str]) -> None:
 def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
     """The text under a key, and its UTF-8. Raises ValueError that says why there is none."""
     if key not in record:
-        names = [repr(name) for name in record][:_KEYS_SHOWN] or ["none"]
+        names = [shown(name) for name in islice(record, _KEYS_SHOWN)] or ["none"]
         raise ValueError(f"missing key {key!r}: there {'are' if len(names) > 1 else 'is'} {', '.join(names)}")
     text = record[key]
     if isinstance(text, bytes):
@@ -120,10 +177,12 @@ def text_of(record: dict[str, Any], key: str) -> tuple[str, bytes]:
         raise ValueError(f"invalid UTF-8: lone surrogate at character {error.start} of {key!r}") from None
 
 
-def reject(path: str, line: int, reason: str, row: bytes | dict[str, Any]) -> dict[str, Any]:
+def reject(path: str, line: int, reason: str, row: Row) -> dict[str, Any]:
     """The record of a row that became no document."""
-    quoted = row if isinstance(row, bytes) else repr(row).encode("utf-8", "backslashreplace")
-    excerpt = quoted[:200].decode("utf-8", "backslashreplace").rstrip("\r\n")
+    quoted = row.excerpt if isinstance(row, Refused) else row
+    if isinstance(quoted, dict):
+        quoted = shown(quoted).encode("utf-8", "backslashreplace")
+    excerpt = quoted[:_EXCERPT].decode("utf-8", "backslashreplace").rstrip("\r\n")
     return {"file": path, "line": line, "reason": reason, "excerpt": excerpt}
 
 
@@ -144,15 +203,3 @@ def _values(column: Any) -> list[Any]:
         return (column if texts is None else texts).to_pylist()
     except Exception:
         return [column.type] * len(column)
-
-
-def text_bytes(column: Any) -> Any:
-    """A column of texts, however it is stored, as the bytes of each; None for a column of other values."""
-    arrow, types = require("pyarrow", "reading a table"), require("pyarrow.types", "reading a table")
-    if isinstance(column.type, arrow.BaseExtensionType):
-        column = column.cast(column.type.storage_type)
-    if types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = column.type
-    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return column.cast(arrow.large_binary()) if texts else None

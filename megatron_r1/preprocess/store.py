@@ -36,6 +36,7 @@ from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity
 from megatron_r1.run import ledger
 from megatron_r1.run.stage import Standing, differences, finish, read, standing
+from megatron_r1.system.errors import shown
 from megatron_r1.system.files import (
     json_bytes,
     naming,
@@ -45,8 +46,11 @@ from megatron_r1.system.files import (
     replacing,
     sha256,
 )
+from megatron_r1.system.json_io import parse_json
 from megatron_r1.system.terminal import Progress, say
 
+_MOST_REJECT = 1 << 17
+"""Bytes of a line of a file of rejects: a path, a reason and an excerpt are a tenth of that."""
 COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
 _SHOWN_MB = 1000
@@ -72,6 +76,11 @@ def shard_counts(output_prefix: Path, key: str) -> list[int]:
 def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time write a prefix. A second one waits, and then finds the work done."""
     lock = work.with_name(work.name + ".lock")
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
+        raise ValueError(
+            f"{lock} is no lock of this tool, which is an empty file; move it away, or name another "
+            f"--output-prefix"
+        )
     with open_exclusive(lock, lambda: log(f"waiting for another process that writes {work.with_suffix('')}")):
         try:
             yield
@@ -93,11 +102,16 @@ def pair_standing(
     same = isinstance(before, list) and len(before) == len(sources) and all(map(_is_same, sources, before))
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
-    theirs = {key: sidecar.get(key) for key in ours} if path.exists() else None
+    theirs = {key: sidecar.get(key) for key in (*ours, *_options(sidecar))} if path.exists() else None
     found = standing(theirs, ours, lambda: _is_whole(prefix, sidecar))
     if found is Standing.OTHER and not overwrite:
         _refuse_other(prefix, sidecar, about, inputs)
     return found, sidecar
+
+
+def _options(sidecar: Sidecar) -> list[str]:
+    """Options that a sidecar names only where they are not the usual ones."""
+    return [key for key in ("max_document_bytes",) if key in sidecar]
 
 
 def _is_same(source: Input, before: dict[str, Any]) -> bool:
@@ -120,10 +134,10 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
         raise ValueError(
             f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
         )
-    there = [entry.get("path") for entry in entries]
-    changed = differences({key: sidecar.get(key) for key in about}, about)
-    changed += [f"input {name} (there)" for name in there if name not in inputs][:2]
-    changed += [f"input {name} (here)" for name in inputs if name not in there][:2]
+    there = [str(entry.get("path")) for entry in entries]
+    changed = differences({key: sidecar.get(key) for key in (*about, *_options(sidecar))}, about)
+    changed += [f"input {name:.200} (there)" for name in there if name not in inputs][:2]
+    changed += [f"input {name:.200} (here)" for name in inputs if name not in there][:2]
     if changed or there != list(inputs):
         raise ValueError(
             f"{prefix}.bin is of another request: {', '.join(changed) or 'order of inputs'}. Restore these, "
@@ -248,15 +262,20 @@ def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Itera
     """The rejects of all parts, in input order, with line numbers of the whole input."""
     names = [source["path"] for source in inputs]
     for part in parts:
-        for line in part.rejects.open("rb") if part.rejects.is_file() else ():
-            try:
-                rejected = json.loads(line)
-                if part.lines_before is not None:
-                    rejected["line"] += part.lines_before[names.index(rejected["file"])]
-                rejected["reason"].split()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{part.rejects} is damaged ({error!r}); {REDO}") from None
-            yield rejected
+        with part.rejects.open("rb") if part.rejects.is_file() else io.BytesIO() as stream:
+            while line := stream.readline(_MOST_REJECT):
+                yield _rejected(part, line, names)
+
+
+def _rejected(part: Stored, line: bytes, names: Sequence[str]) -> dict[str, Any]:
+    """A line of a file of rejects. ValueError for one that no writer gives."""
+    match parse_json(line, str(part.rejects), _MOST_REJECT - 1):
+        case {"file": str(name), "line": int(number), "reason": str(), "excerpt": str()} as rejected:
+            if part.lines_before is None:
+                return rejected
+            if name in names:
+                return {**rejected, "line": number + part.lines_before[names.index(name)]}
+    raise ValueError(f"{part.rejects} is damaged: it has the line {shown(line)}; {REDO}")
 
 
 def reject_line(rejected: dict[str, Any]) -> bytes:
@@ -323,8 +342,11 @@ def write_pair(
                 rejects_file.writelines(map(reject_line, _rejects(parts, about["inputs"])))
                 on_disk(rejects_file)
 
+        # Only a pair of ours has a sidecar. Files of these names beside another's are none of ours.
+        former = [_former_rejects(prefix), with_suffix(prefix, FORMER)] if sidecar.exists() else []
+
         def forget_earlier() -> None:
-            for path in (sidecar, rejects_path, _former_rejects(prefix), with_suffix(prefix, FORMER)):
+            for path in (sidecar, rejects_path, *former):
                 path.unlink(missing_ok=True)
 
         writer.finalize(forget_earlier)

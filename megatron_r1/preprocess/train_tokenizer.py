@@ -6,10 +6,9 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_r1.preprocess.documents import Input, Lines, digest, open_inputs
-from megatron_r1.preprocess.rows import parse, text_of
+from megatron_r1.preprocess.documents import MOST_BYTES, Input, Lines, digest, open_inputs
+from megatron_r1.preprocess.rows import Refused, Row, parse, text_of
 from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
 from megatron_r1.system.errors import require, require_utf8
@@ -25,10 +24,11 @@ def train_tokenizer(
     json_key: str = "text",
     max_bytes: int = 30_000_000,
     overwrite: bool = False,
+    max_document_bytes: int = MOST_BYTES,
 ) -> tuple[Tokenizer, int]:
     """Call `train_sentencepiece` and add a ledger line. Returns the tokenizer and the bytes of text seen."""
-    sources = open_inputs(inputs)
-    seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes, overwrite)
+    sources = open_inputs(inputs, max_document_bytes)
+    seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes, overwrite, max_document_bytes)
     tokenizer = build_tokenizer(SentencePiece.kind, output)
     digests, outputs = {source.name: digest(source) for source in sources}, {output: tokenizer.fingerprint()}
     finish(Path(output).parent, "train tokenizer", inputs=digests, outputs=outputs)
@@ -42,6 +42,7 @@ def train_sentencepiece(
     json_key: str = "text",
     max_bytes: int = 30_000_000,
     overwrite: bool = False,
+    max_document_bytes: int = MOST_BYTES,
 ) -> int:
     """Train a BPE model on texts and write it; returns the bytes of text it has seen.
 
@@ -49,7 +50,8 @@ def train_sentencepiece(
     hash, so that the same files give the same model. Text survives a round trip exactly (spaces, tabs,
     newlines, any Unicode, by byte fallback), U+2581 excepted, which SentencePiece uses for the space. Digits
     stand alone. Errors: FileNotFoundError, InputError, ValueError for a row without text or for a vocabulary
-    the text cannot fill; ValueError also for an `output` of another content, unless `overwrite` is set.
+    the text cannot fill, or of more than `max_document_bytes`; ValueError also for an `output` of another
+    content, unless `overwrite` is set.
     """
     trainer = require("sentencepiece", SentencePiece.kind).SentencePieceTrainer
     model, seen = io.BytesIO(), 0
@@ -57,7 +59,7 @@ def train_sentencepiece(
     require_utf8(str(output))
     if Path(output).is_dir():
         raise ValueError(f"{output} is a folder; name the model's file")
-    sources = open_inputs(inputs)
+    sources = open_inputs(inputs, max_document_bytes)
     for source in sources:
         source.check([json_key])
 
@@ -118,11 +120,12 @@ def _sample(source: Input, json_key: str, max_bytes: int) -> Iterator[tuple[str,
             raise ValueError(f"{source.name}:{number}: no text under {json_key!r}: {error}") from None
 
 
-def _rows(source: Input, json_key: str) -> Iterator[tuple[int, bytes, bytes | dict[str, Any]]]:
+def _rows(source: Input, json_key: str) -> Iterator[tuple[int, bytes, Row]]:
     """Number of each row, its bytes, and the row."""
     for piece in source.pieces(0, [json_key], 0, source.size):
         for number, row in enumerate(piece.rows, piece.first):
-            yield number, row if isinstance(row, bytes) else repr(row).encode("utf-8", "replace"), row
+            line = row.excerpt if isinstance(row, Refused) else row
+            yield number, line if isinstance(line, bytes) else repr(line).encode("utf-8", "replace"), row
 
 
 def _refuse_other(output: Path, content: bytes, overwrite: bool) -> None:

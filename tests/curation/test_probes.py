@@ -141,7 +141,7 @@ def test_documents_of_training_are_dropped_and_counted(tmp_path, documents):
     assert not any(is_within(s, documents["a"][0]) or is_within(s, documents["junk"][0]) for s in every)
 
 
-def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, documents):
+def test_second_run_answers_at_once(tmp_path, documents):
     sources = write_all(tmp_path, documents)
     out, said = tmp_path / "out", []
     first = curate_probes(sources, CAPABILITIES, out, log=said.append, **OPTIONS)
@@ -153,8 +153,70 @@ def test_second_run_answers_at_once_and_a_changed_one_writes_again(tmp_path, doc
     assert {name: content for name, (_, content) in before.items()} == {
         p.name: p.read_bytes() for p in out.rglob("*.*") if p.is_file()
     }
-    changed = curate_probes(sources, CAPABILITIES, out, **{**OPTIONS, "tokens_per_source": 100})
+
+
+def test_sets_of_another_request_are_replaced_only_when_asked_to(tmp_path, documents):
+    sources, out = write_all(tmp_path, documents), tmp_path / "out"
+    first = curate_probes(sources, CAPABILITIES, out, **OPTIONS)
+    others = {**OPTIONS, "tokens_per_source": 100}
+    with pytest.raises(ValueError, match=r"is of another request: tokens_per_source \(200 .*--overwrite"):
+        curate_probes(sources, CAPABILITIES, out, **others)
+    moved = {name: sources[name] for name in reversed(sources)}
+    with pytest.raises(ValueError, match=r"is of another request: sources "):
+        curate_probes(moved, CAPABILITIES, out, **OPTIONS)
+    assert curate_probes(sources, CAPABILITIES, out, **OPTIONS) == first
+    changed = curate_probes(sources, CAPABILITIES, out, overwrite=True, **others)
     assert changed["files"] != first["files"]
+    # The same request over datasets that were made anew brings its sets up to date.
+    write_source(tmp_path / "a", documents["a"][:-1])
+    assert curate_probes(sources, CAPABILITIES, out, **others)["files"] != changed["files"]
+
+
+def test_a_manifest_of_others_is_not_believed(tmp_path, documents):
+    sources, out = write_all(tmp_path, documents), tmp_path / "out"
+    first = curate_probes(sources, CAPABILITIES, out, **OPTIONS)
+    manifest = out / "manifest.json"
+    counts = first["sources"]
+    wrong = (
+        {},
+        [],
+        None,
+        3,
+        dict.fromkeys(counts, 3),
+        {**counts, "a": {}},
+        {**counts, "a": {"documents": "7"}},
+    )
+    for value in wrong:
+        write_json(manifest, {**first, "sources": value})
+        assert curate_probes(sources, CAPABILITIES, out, check=True, **OPTIONS)["sources"] == {
+            name: {key: of[key] for key in of if not key.startswith(("probe", "heldout", "dropped"))}
+            for name, of in counts.items()
+        }
+    for files in ({"../c.idx": "0"}, {"/dev/zero": "0"}, {"": "0"}, [], {"probe_code.bin": []}):
+        write_json(manifest, {**first, "files": files})
+        assert curate_probes(sources, CAPABILITIES, out, **OPTIONS) == first
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[]", "[" * 100_000, "", '{"request": []}', "\0" * 20])
+def test_a_manifest_of_another_tool_is_left_alone(tmp_path, documents, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged, or another tool's.*--overwrite"):
+        curate_probes(write_all(tmp_path, documents), CAPABILITIES, out, **OPTIONS)
+    assert [path.read_text() for path in out.iterdir()] == [content]
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "./../../x", "/x", "a/b", "..", ".", "", "-x", "x\n", "x\0", "é" * 60]
+)
+def test_names_stay_inside(tmp_path, documents, name):
+    sources = write_all(tmp_path, documents)
+    with pytest.raises(ValueError, match=r"--capabilities: name .*a name has"):
+        curate_probes(sources, {name: ["a"]}, tmp_path / "out", **OPTIONS)
+    with pytest.raises(ValueError, match=r"--sources: name .*a name has"):
+        curate_probes({**sources, name: sources["a"]}, CAPABILITIES, tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_source_too_small_says_what_to_do(tmp_path, documents):

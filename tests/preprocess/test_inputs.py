@@ -105,8 +105,8 @@ def test_a_text_that_is_no_utf_8_is_one_reject_in_any_column(tmp_path, model, na
         ([7, 8], "non-string text: 'text' is number"),
         ([["a"], ["b"]], "non-string text: 'text' is list"),
         ([{"a": "b"}, None], "non-string text: 'text' is dict"),
-        (lambda: arrow.ListArray.from_arrays([0, 1, 3], broken()), "non-string text: 'text' is ListType"),
-        (lambda: arrow.StructArray.from_arrays([broken()], ["a"]), "non-string text: 'text' is StructType"),
+        (lambda: arrow.ListArray.from_arrays([0, 1, 3], broken()), "non-string text: 'text' is list"),
+        (lambda: arrow.StructArray.from_arrays([broken()], ["a"]), "non-string text: 'text' is dict"),
         (lambda: arrow.array([2**62, 0], arrow.timestamp("us")), "non-string text: 'text' is TimestampType"),
     ],
 )
