@@ -60,7 +60,7 @@ def test_scores_weigh_as_in_the_mixture(whole: Path, scale: str, monkeypatch: py
     monkeypatch.setattr("megatron_r1.mixture.mixture.open_data", lambda config, use: opened)
     planned = SimpleNamespace(epochs=lambda sample: {})
     monkeypatch.setattr("megatron_r1.mixture.mixture.build_plan", lambda config, corpora: planned)
-    monkeypatch.setattr(f"{draws}.room", lambda draws: np.full(len(SOURCES), np.inf))
+    monkeypatch.setattr(f"{draws}.room", lambda draws, config: np.full(len(SOURCES), np.inf))
     monkeypatch.setattr(f"{draws}.epochs", lambda draws, weights: {})
     mixture, _ = make_mixture(config_io.load([str(whole / "config.yaml")]))
     scores = scores_of(whole)
