@@ -69,6 +69,13 @@ def test_keys_of_loggers_are_given_on_and_shown_nowhere(base: str, tmp_path: Pat
     assert config_io.dump(again) == text
 
 
+def test_no_mistake_in_a_file_quotes_a_key(base: str, tmp_path: Path) -> None:
+    """Nor the line below the name."""
+    (tmp_path / "mine.yaml").write_text("train:\n  exp_manager:\n    api_key:\n      0123456\n")
+    messages = mistakes(TINY, base, str(tmp_path / "mine.yaml"))
+    assert "line 4" in str(messages) and "0123456" not in str(messages)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -82,6 +89,7 @@ def test_keys_of_loggers_are_given_on_and_shown_nowhere(base: str, tmp_path: Pat
         "train.exp_manager={api_key: 'SECRET'}: x",
         "train.run={url: 'https://u:SECRET@h'}",
         "train.exp_manager={uri: 'https://u:SECRET@h${now:}'}",
+        "train.exp_manager={uri: 'https://u:SECRET@h', uri: 1}",
     ],
 )
 def test_no_mistake_quotes_a_key(base: str, override: str) -> None:

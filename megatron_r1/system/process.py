@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_r1.system.errors import RunBusyError, brief
+from megatron_r1.system.errors import RunBusyError, brief, shown
 from megatron_r1.system.files import make_folder, naming, ours
 from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
@@ -174,6 +174,16 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         elif not self.requested:
             self.requested, self._since = True, now
+
+
+def launch_number(name: str, default: int) -> int:
+    """A number that a launcher sets in the environment. ValueError for any other value, and for no ranks."""
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise ValueError(f"{name}={shown(value)} in the environment is no number; the launcher sets it")
+    if name.endswith("WORLD_SIZE") and int(value) == 0:
+        raise ValueError(f"{name}={value} in the environment is no number of ranks; the launcher sets it")
+    return int(value)
 
 
 _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
