@@ -199,8 +199,8 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
     content = _described(path)
     if expect is not None and (is_ := hashlib.sha256(content).hexdigest()) != expect.lower():
         raise ValueError(
-            f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}; ask its maker "
-            "for sha256sum STEP/megatron_r1.json"
+            f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}; ask its "
+            "maker for sha256sum STEP/megatron_r1.json"
         )
     try:
         meta = parse_json(content, META)

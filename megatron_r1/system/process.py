@@ -216,13 +216,13 @@ _OPEN_BESIDES = 150
 """Files and sockets that a launch's process opens beside its datasets."""
 
 
-def allow_open_files(count: int, what: str, besides: int = _OPEN_BESIDES) -> None:
+def allow_open_files(count: int, what: str) -> None:
     """Raise this process's limit of open files for `count` files that stay open.
 
     Raises ValueError with the number needed where the system does not allow as many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed, no_limit = count + besides, resource.RLIM_INFINITY
+    needed, no_limit = count + _OPEN_BESIDES, resource.RLIM_INFINITY
     if hard != no_limit and hard < needed:
         raise ValueError(
             f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}: raise it "
