@@ -131,6 +131,9 @@ class _Given:
                 why = f"{brief(told)}: its value is no YAML" if HIDDEN in told else str(error)
                 mistakes.append(f"{why} (in a shell: {brief(key)}='\"...\"')")
                 continue
+            # A variable of a shell that is not set would pin nothing without a word.
+            if key == "train.expect" and not value:
+                mistakes.append("train.expect= is no identity; give one, or leave the field out")
             for part in reversed(key.split(".")):
                 leaf = {part: leaf}
             self._overrides.append(leaf)

@@ -196,7 +196,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("influence={directions: {x: y}, examples: 0}", "influence.examples=0 must be positive"),
         ("influence={directions: {x: y}, probe_examples: 0}", "influence.probe_examples=0 must be positive"),
         ("influence={directions: {x: y}, seed: -1}", "influence.seed=-1 must be at least 0 and below 2^63"),
-        ("train.keep_spaced=-1", "train.keep_spaced=-1 must not be negative"),
+        ("train.keep_spaced=-1", "train.keep_spaced=-1 must be within 0 and 100,000"),
         ("train.seed=-1", "train.seed=-1 must be at least 0 and below 2^63"),
         ("health.max_skipped=0", "health.max_skipped=0 must be at least 1"),
         ("health.loss_spike=-1", "health.loss_spike=-1.0 must be at least 0"),

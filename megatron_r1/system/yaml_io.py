@@ -114,7 +114,7 @@ def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
             f"U+{error.character:04X} is no character of YAML",
         )
     # A value may stand below its key.
-    there = text.splitlines()[max(0, line - 3) : line + 1]
+    there = "\n".join(text.splitlines()[max(0, line - 3) : line + 1])
     if hidden(there) != there:
         problem = (
             "a value that is no YAML, or not the same to every reader; quote it (it looks like a secret)"

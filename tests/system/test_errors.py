@@ -87,7 +87,8 @@ def test_text_for_a_terminal_holds_no_control_characters() -> None:
 
 
 def test_suggestions_cost_little_for_any_word(tmp_path: Path) -> None:
-    assert suggest("x" * 10**6, ["phase"]) == suggest("phase", map(str, range(10**5))) == ""
+    assert suggest("x" * 10**6, ["phase"]) == "; known: phase"
+    assert suggest("phase", map(str, range(10**5))) == ""
     assert len(suggest("entirely", ["n" * 10**6])) < 300
 
 
