@@ -214,6 +214,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("phases.one.max_epochs={a: 0}", "phases.one.max_epochs.a=0.0 must be above 0"),
         ("phases.one.weights={a: 1e308, b: 1e308}", "phases.one.weights: their sum is inf"),
         ("train.=3", "train.=3: 'train.' is no dotted key"),
+        ("train.expect=", "train.expect= is no identity; give one, or leave the field out"),
         (
             "parallel={context: 3}",
             "data.seq_length=64 does not divide into 2 x parallel.context=3 parts",
