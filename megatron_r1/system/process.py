@@ -71,12 +71,12 @@ class RunLock:
             json.dump(mine, self._file)
             self._file.flush()
         # The lock may be lost as it is turned: over NFS it is let go first. Who took it has written there.
-        if share and not (self._try(fcntl.LOCK_SH) and self._content() == mine):
-            raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
+        if share:
+            self.join(mine)
 
-    def join(self) -> None:
-        """Hold the lock beside the first rank, which must have taken it to share."""
-        if not self._try(fcntl.LOCK_SH):
+    def join(self, written: dict[str, Any] | None = None) -> None:
+        """Hold the lock beside the first rank, which must have taken it to share. `written`: what it wrote."""
+        if not self._try(fcntl.LOCK_SH) or (written and self._content() != written):
             raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
 
     def release(self) -> None:
