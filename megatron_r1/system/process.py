@@ -75,7 +75,7 @@ class RunLock:
             self.join(mine)
 
     def join(self, written: dict[str, Any] | None = None) -> None:
-        """Hold the lock beside the first rank, which must have taken it to share. `written`: what it wrote."""
+        """Hold the lock beside the first rank, which took it to share. `written`: what that rank wrote."""
         if not self._try(fcntl.LOCK_SH) or (written and self._content() != written):
             raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
 
