@@ -131,6 +131,9 @@ class _Given:
                 why = f"{brief(told)}: its value is no YAML" if HIDDEN in told else str(error)
                 mistakes.append(f"{why} (in a shell: {brief(key)}='\"...\"')")
                 continue
+            # A variable of a shell that is not set would pin nothing without a word.
+            if key == "train.expect" and not value:
+                mistakes.append("train.expect= is no identity; give one, or leave the field out")
             for part in reversed(key.split(".")):
                 leaf = {part: leaf}
             self._overrides.append(leaf)
@@ -305,7 +308,7 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
             out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
-        if train.expect and not (train.init_from or train.init_weights):
+        if train.expect is not None and not (train.init_from or train.init_weights):
             out.append("train.expect is of a checkpoint to begin with: give train.init_weights or init_from")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)

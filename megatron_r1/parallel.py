@@ -25,9 +25,8 @@ from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.records import Batch
-from megatron_r1.system.errors import shown
 from megatron_r1.system.json_io import parse_json
-from megatron_r1.system.process import RunBusyError, RunLock
+from megatron_r1.system.process import RunBusyError, RunLock, launch_number
 from megatron_r1.system.terminal import say
 
 _TIMEOUT = timedelta(minutes=10)
@@ -70,7 +69,7 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
 
     Without torchrun this is a launch of one rank.
     """
-    backend.use_local_device()
+    backend.use_local_device(launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", 1))
     cpu_products.use_onednn()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -235,7 +234,7 @@ _LOOPBACK = "127.0.0.1"
 
 def on_one_machine() -> bool:
     """Whether all ranks of this launch are here: then no other machine need reach any of its sockets."""
-    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+    if launch_number("WORLD_SIZE", 1) == launch_number("LOCAL_WORLD_SIZE", 1):
         return True
     host = os.environ["MASTER_ADDR"]
     with suppress(ValueError):
@@ -255,12 +254,16 @@ def launch_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     torchrun names may be taken by the time the first rank is here. Raises ValueError for an environment that
     is none, OSError for a port that is taken, TimeoutError.
     """
-    rank, world_size, port = map(_number, ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, world_size, port = (
+        launch_number(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 0))
+    )
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} in the environment is not below WORLD_SIZE={world_size}")
     host = _LOOPBACK if (here := on_one_machine()) else os.environ["MASTER_ADDR"]
     launcher: dist.Store
     if not here or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         launcher, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        if not _number("TORCHELASTIC_MAX_RESTARTS"):
+        if not launch_number("TORCHELASTIC_MAX_RESTARTS", 0):
             return launcher, rank, world_size
     elif (error := os.environ.get("TORCHELASTIC_ERROR_FILE")) and (of := Path(error).parent.parent).is_dir():
         launcher = dist.FileStore(str(of / "store"), world_size)
@@ -297,13 +300,6 @@ def _open_store(host: str, port: int, world_size: int, serve: bool, timeout: tim
         raise OSError(f"MASTER_PORT={port} cannot be opened on {host}: {error}; give another") from None
     port = listener.getsockname()[1]
     return open_at(port=port, is_master=True, master_listen_fd=listener.detach())
-
-
-def _number(name: str) -> int:
-    value = os.environ.get(name, "0")
-    if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise ValueError(f"{name}={shown(value)} in the environment is no number; the launcher sets it")
-    return int(value)
 
 
 class DelayedAllReduce:

@@ -69,6 +69,13 @@ def test_keys_of_loggers_are_given_on_and_shown_nowhere(base: str, tmp_path: Pat
     assert config_io.dump(again) == text
 
 
+def test_no_mistake_in_a_file_quotes_a_key(base: str, tmp_path: Path) -> None:
+    """Nor the line below the name."""
+    (tmp_path / "mine.yaml").write_text("train:\n  exp_manager:\n    api_key:\n      0123456\n")
+    messages = mistakes(TINY, base, str(tmp_path / "mine.yaml"))
+    assert "line 4" in str(messages) and "0123456" not in str(messages)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -82,6 +89,7 @@ def test_keys_of_loggers_are_given_on_and_shown_nowhere(base: str, tmp_path: Pat
         "train.exp_manager={api_key: 'SECRET'}: x",
         "train.run={url: 'https://u:SECRET@h'}",
         "train.exp_manager={uri: 'https://u:SECRET@h${now:}'}",
+        "train.exp_manager={uri: 'https://u:SECRET@h', uri: 1}",
     ],
 )
 def test_no_mistake_quotes_a_key(base: str, override: str) -> None:
@@ -188,7 +196,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("influence={directions: {x: y}, examples: 0}", "influence.examples=0 must be positive"),
         ("influence={directions: {x: y}, probe_examples: 0}", "influence.probe_examples=0 must be positive"),
         ("influence={directions: {x: y}, seed: -1}", "influence.seed=-1 must be at least 0 and below 2^63"),
-        ("train.keep_spaced=-1", "train.keep_spaced=-1 must not be negative"),
+        ("train.keep_spaced=-1", "train.keep_spaced=-1 must be within 0 and 100,000"),
         ("train.seed=-1", "train.seed=-1 must be at least 0 and below 2^63"),
         ("health.max_skipped=0", "health.max_skipped=0 must be at least 1"),
         ("health.loss_spike=-1", "health.loss_spike=-1.0 must be at least 0"),
@@ -206,6 +214,7 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ("phases.one.max_epochs={a: 0}", "phases.one.max_epochs.a=0.0 must be above 0"),
         ("phases.one.weights={a: 1e308, b: 1e308}", "phases.one.weights: their sum is inf"),
         ("train.=3", "train.=3: 'train.' is no dotted key"),
+        ("train.expect=", "train.expect= is no identity; give one, or leave the field out"),
         (
             "parallel={context: 3}",
             "data.seq_length=64 does not divide into 2 x parallel.context=3 parts",

@@ -226,7 +226,9 @@ def test_torchrun_launcher_starts_168_ranks_of_the_tool() -> None:
     assert words[-2:] == ["train.run=with\\", "space"]
 
 
-@pytest.mark.parametrize("word", ["--standalone", "--rdzv_backend=c10d", "--nnodes=2", "--master-addr"])
+@pytest.mark.parametrize(
+    "word", ["--standalone", "--stand", "--rdzv_backend=c10d", "--nn=2", "--master-addr"]
+)
 def test_one_machine_takes_no_words_for_several(word: str) -> None:
     done = subprocess.run([EXAMPLES / LAUNCHERS[2], word, "a.py"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {word}: ")
@@ -240,7 +242,8 @@ def test_one_machine_starts_torchrun_without_a_socket_of_its_own(tmp_path: Path)
     (tmp_path / "tmp").mkdir()
     done = subprocess.run(
         [EXAMPLES / LAUNCHERS[2], "--nproc-per-node", "8", "a.py", "train.run=with space", "--standalone"],
-        env={**os.environ, "PYTHON": str(tmp_path / "python"), "TMPDIR": str(tmp_path / "tmp")},
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "TMPDIR": str(tmp_path / "tmp")}
+        | {"PET_STANDALONE": "1", "PET_NNODES": "2", "PET_RDZV_BACKEND": "static"},
         capture_output=True,
         text=True,
         check=True,
@@ -249,6 +252,9 @@ def test_one_machine_starts_torchrun_without_a_socket_of_its_own(tmp_path: Path)
     assert words[:4] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
     assert words[4:7] == ["a.py", "train.run=with space", "--standalone"]
     assert {"PET_RDZV_BACKEND=c10d", "PET_RDZV_CONF=store_type=file", "PET_LOCAL_ADDR=127.0.0.1"} < set(words)
+    assert {word.partition("=")[0] for word in words if word.startswith("PET_")} == {
+        *("PET_RDZV_BACKEND", "PET_RDZV_CONF", "PET_RDZV_ENDPOINT", "PET_LOCAL_ADDR")
+    }
     # Nothing is left in the folder of temporary files.
     assert words[-1].startswith("PET_")
 

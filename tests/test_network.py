@@ -90,6 +90,9 @@ def test_a_process_alone_listens_here() -> None:
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 cannot be opened"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is no number"),
         ({"RANK": "-1"}, "RANK='-1' in the environment is no number"),
+        ({"RANK": "1"}, "RANK=1 in the environment is not below WORLD_SIZE=1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment is no number of ranks"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two' in the environment is no number"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9999"),
     ],
 )
@@ -102,6 +105,17 @@ def test_an_environment_that_is_none_is_one_line(
     with pytest.raises((ValueError, OSError), match=message) as raised:
         parallel.launch_store(timedelta(seconds=1))
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(("tool", "value"), [("train", "0"), ("compute_influence", "x")])
+def test_a_number_of_ranks_that_is_none_is_one_line(tool: str, value: str, tmp_path: Path) -> None:
+    words = [str(launch.ROOT / f"tools/{tool}.py"), str(launch.ROOT / "examples/models/tiny.yaml"), "--check"]
+    words += ["data={sources: {a: {prefix: none}}, seq_length: 8}", "phases={one: {steps: 1}}"]
+    words += [f"train={{run: {tmp_path}, global_batch: 1, micro_batch: 1}}"]
+    environment = {**os.environ, "PYTHONPATH": str(launch.ROOT), "WORLD_SIZE": value}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "WORLD_SIZE=" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr) < 1000
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

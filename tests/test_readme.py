@@ -13,7 +13,10 @@ from pathlib import Path
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from tests.launch import ROOT
 
-PREPROCESS, TRAIN = "python tools/preprocess_data.py --input docs.jsonl", "torchrun --nproc-per-node 8"
+PREPROCESS, TRAIN = (
+    "python tools/preprocess_data.py --input docs.jsonl",
+    "examples/launch/one_machine.sh --nproc-per-node 8",
+)
 HELD_BY = {
     "make quickstart": "tests/test_quickstart.py::test_killed_twice_it_goes_on",
     "make test": ".ci/run::make test",
@@ -50,18 +53,16 @@ def test_the_commands_by_hand_fit_together(tmp_path: Path) -> None:
     texts = [f"question {n}?\n\nso {n}" for n in range(200)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_sentencepiece([tmp_path / "docs.jsonl"], tmp_path / "tokenizer.model", vocab_size=280)
-    (tmp_path / "my_run.yaml").write_text(
-        "data: {seq_length: 64, sources: {docs: {prefix: data/docs_text_document}}}\n"
-        "train: {run: runs/x, global_batch: 32, micro_batch: 2}\n"
-        "phases: {one: {steps: 2}}\n"
-    )
+    [mine] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_run.yaml").write_text(mine)
+    shorter = ("data.seq_length=64", "phases.one.steps=2")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launch = shlex.split(starting(TRAIN))
     script = launch.index("tools/train.py")
     ranks = {"WORLD_SIZE": launch[launch.index("--nproc-per-node") + 1], "RANK": "0"}
     for words, more in (
         (shlex.split(starting(PREPROCESS))[1:], {}),
-        ([*launch[script:], "--check"], ranks),
+        ([*launch[script:], *shorter, "--check"], ranks),
     ):
         done = subprocess.run(
             [sys.executable, *words],

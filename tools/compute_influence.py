@@ -9,6 +9,7 @@ import os
 
 from megatron_r1 import config_io
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
+from megatron_r1.system.process import launch_number
 from megatron_r1.system.terminal import announce_torch, say, tool_parser, user_errors
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     with user_errors():
         # torchrun says how many ranks there are; without it, one model copy is meant.
-        ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+        ranks = launch_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else None
         if options.estimate:
             config = config_io.load(options.config)
             devices = ranks or config.parallel.model_ranks()

@@ -11,13 +11,13 @@ from megatron_r1 import config_io
 from megatron_r1.config import Config
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.system.files import sha256
-from megatron_r1.system.process import keep_freed_memory
+from megatron_r1.system.process import keep_freed_memory, launch_number
 from megatron_r1.system.terminal import announce_torch, say, tool_parser, user_errors
 
 
 def open_for_training(config: Config) -> OpenData:
     # torchrun says how many ranks there are; without it, one model copy is meant.
-    ranks = int(os.environ.get("WORLD_SIZE", config.parallel.model_ranks()))
+    ranks = launch_number("WORLD_SIZE", config.parallel.model_ranks())
     return open_data(config, launched(), also=lambda _: config_io.check_world(config, ranks))
 
 

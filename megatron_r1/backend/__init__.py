@@ -25,16 +25,15 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
 
 
-def use_local_device() -> None:
-    """Bind this process to its GPU, or to its share of the cores."""
+def use_local_device(rank: int, ranks: int) -> None:
+    """Bind this process, `rank` of `ranks` on this machine, to its GPU or to its share of the cores."""
     if HAS_CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(rank)
         return
     # torchrun sets OMP_NUM_THREADS=1 where nobody chose, whatever the machine has.
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is None or (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def place(module: torch.nn.Module) -> Any:

@@ -197,8 +197,11 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
     """The description of a checkpoint. Raises ValueError if it is missing or damaged, or if the `identity` of
     the checkpoint is not `expect`."""
     content = _described(path)
-    if expect and (is_ := hashlib.sha256(content).hexdigest()) != expect.lower():
-        raise ValueError(f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}")
+    if expect is not None and (is_ := hashlib.sha256(content).hexdigest()) != expect.lower():
+        raise ValueError(
+            f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}; ask its "
+            "maker for sha256sum STEP/megatron_r1.json"
+        )
     try:
         meta = parse_json(content, META)
     except JsonError:

@@ -24,7 +24,7 @@ from megatron_r1.data.keep import made_for_another
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
-from megatron_r1.system.process import allow_open_files
+from megatron_r1.system.process import allow_open_files, launch_number
 from megatron_r1.system.terminal import is_first_rank, say
 
 Use = Literal["train", "score", "mix", "plan"]
@@ -38,7 +38,7 @@ def launched() -> tuple[int, int]:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
 
 
 @dataclass(frozen=True)

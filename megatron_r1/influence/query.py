@@ -8,7 +8,6 @@ their own, OUTPUT/influence/step_N/SOURCE/, in the store's format.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_r1.parallel import holding, process_groups
 from megatron_r1.records import CheckpointRef
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.process import exit_when_orphaned
+from megatron_r1.system.terminal import is_first_rank
 
 _ROWS = 256
 """Examples whose projections are in memory at a time."""
@@ -66,7 +66,7 @@ def query_influence(job: Job, output: Path) -> None:
     """Write the missing answers of an `open_query`. Every rank of the launch calls this, in any layout."""
     killed = any(launch_note(job, ref).is_file() for ref in job.refs)
     if not killed and not any(part.left() for part in job.all_parts()):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_rank():
             print(f"{output}: asked before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()

@@ -8,7 +8,6 @@ that was not killed.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import process_start
 from megatron_r1.run.stage import Standing
 from megatron_r1.system.process import exit_when_orphaned
-from megatron_r1.system.terminal import Progress
+from megatron_r1.system.terminal import Progress, is_first_rank
 
 _COMPARED = 64
 """Examples on which an approximation is compared with exact scores."""
@@ -53,7 +52,7 @@ def compute_influence(config: Config, work: Work | None = None) -> None:
     influence = RunDir(Path(config.train.run)).influence
     killed = any(launch_note(job, ref).is_file() for ref in job.refs)
     if not killed and all(standing is Standing.DONE for standing in standings):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_rank():
             print(f"{influence}: scored before, steps {job.work.steps}", flush=True)
         return
     exit_when_orphaned()

@@ -165,8 +165,8 @@ class HuggingFace(Tokenizer):
         """All that decides tokens beside tokenizer.json and the end token."""
         if is_rebuilt(settings, plain):
             built, eos, maker = auto_tokenizer(path, files, settings)
-            spec = json.loads(built)
-            ours, written = pipeline(spec), pipeline(json.loads(plain.to_str()))
+            spec = parse_json(built, str(path))
+            ours, written = pipeline(spec), pipeline(parse_json(plain.to_str(), str(path)))
             if ours != written:
                 self._rules.append(json.dumps(ours, sort_keys=True).encode())
                 built_parts = " and ".join(differences(ours, written, "")[:3])

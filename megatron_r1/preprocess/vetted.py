@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.system.json_io import parse_json
 from megatron_r1.system.yaml_io import read_yaml
 
 
@@ -48,9 +49,9 @@ def vet(model: str) -> Vetted | str:
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import ByteLevel
 
-    given = json.loads(model)
+    given = parse_json(model, "tokenizer.json")
     # Defaults filled in, and merges as the reference ranks them.
-    full = json.loads(Tokenizer.from_str(model).to_str())
+    full = parse_json(Tokenizer.from_str(model).to_str(), "tokenizer.json")
     bpe = full["model"]
     vocab, merges = bpe["vocab"], bpe.get("merges")
     parts = pipeline(full)

@@ -40,13 +40,18 @@ def shown(value: Any) -> str:
 
 
 _SECRET = re.compile(
-    r"key|token(?!s\b|iz)|secret|pass|pwd|credential|auth(?!ors?\b|ored)|bearer|dsn|cookie|jwt|webhook|private",
+    r"key|token(?!s\b|iz)|secret|pass|pwd|credential|auth(?!ors?\b|ored)|bearer|dsn|cookie|jwt|webhook|private"
+    r"|signature|(?<![a-z])(?:pw|pat|sas|sig)(?![a-z])",
     re.I,
 )
 """In names of settings that keep others out."""
 _IN_TEXT = re.compile(
-    r"(?P<url>://)\S{1,300}(?=@)"
-    rf"|(?P<name>(?:{_SECRET.pattern})[\w-]{{0,40}}[\"']?\s*[=:]\s*|\bbearer\s+)(?:(?:basic|bearer|token)\s+)?[^\s,;&}}]+",
+    r"(?P<url>://)(?:(?=[^\s@]{0,300}+@)\S{1,300}(?=@)|[^\s/?#]{256}\S*)"
+    rf"|(?P<name>(?:{_SECRET.pattern})[\w-]{{0,40}}[\"']?\s*[=:]\s*|\bbearer\s+"
+    rf"|(?<!\S)--[\w-]{{0,40}}?(?:{_SECRET.pattern})[\w-]{{0,40}}\s+)(?:(?:basic|bearer|token)\s+)?"
+    r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&}]+)"
+    # What begins as the keys of hubs and clouds do.
+    r"|\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA|eyJ)[\w.-]{16,}",
     re.I,
 )
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+\}")
@@ -59,14 +64,16 @@ def hidden(value: Any, secret: bool = False) -> Any:
     Names of environment variables stay. `secret`: a name above says so for all that is below.
     """
     if isinstance(value, dict):
-        secret = secret or ("value" in value and _looks_secret(value.get("name")))
+        named = _looks_secret(value.get("name")) or _looks_secret(value.get("key"))
+        secret = secret or ("value" in value and named)
         return {k: hidden(v, secret or _looks_secret(k)) for k, v in value.items()}
     if isinstance(value, list):
-        # What follows `--api-key`.
-        flags = [False, *(isinstance(v, str) and v[:1] == "-" and _looks_secret(v) for v in value)]
+        # What follows `--api-key`, or `api_key` in a pair.
+        pair = len(value) == 2
+        flags = [False, *((pair or str(v)[:1] == "-") and _looks_secret(v) for v in value)]
         return [hidden(v, secret or flag) for v, flag in zip(value, flags, strict=False)]
     if isinstance(value, str) and value and not _FROM_ENVIRONMENT.fullmatch(value):
-        return HIDDEN if secret else _IN_TEXT.sub(lambda m: f"{m['url'] or m['name']}{HIDDEN}", value)
+        return HIDDEN if secret else _IN_TEXT.sub(lambda m: f"{m['url'] or m['name'] or ''}{HIDDEN}", value)
     return HIDDEN if secret and isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 

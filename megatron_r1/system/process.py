@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_r1.system.errors import RunBusyError, brief
+from megatron_r1.system.errors import RunBusyError, brief, shown
 from megatron_r1.system.files import make_folder, naming, ours
 from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
@@ -71,12 +71,12 @@ class RunLock:
             json.dump(mine, self._file)
             self._file.flush()
         # The lock may be lost as it is turned: over NFS it is let go first. Who took it has written there.
-        if share and not (self._try(fcntl.LOCK_SH) and self._content() == mine):
-            raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
+        if share:
+            self.join(mine)
 
-    def join(self) -> None:
-        """Hold the lock beside the first rank, which must have taken it to share."""
-        if not self._try(fcntl.LOCK_SH):
+    def join(self, written: dict[str, Any] | None = None) -> None:
+        """Hold the lock beside the first rank, which took it to share. `written`: what that rank wrote."""
+        if not self._try(fcntl.LOCK_SH) or (written and self._content() != written):
             raise RunBusyError(f"{self.path.parent} was taken by {self._holder()} while this launch started")
 
     def release(self) -> None:
@@ -176,6 +176,16 @@ class StopRequest:
             self.requested, self._since = True, now
 
 
+def launch_number(name: str, default: int) -> int:
+    """A number that a launcher sets in the environment. ValueError for any other value, and for no ranks."""
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise ValueError(f"{name}={shown(value)} in the environment is no number; the launcher sets it")
+    if name.endswith("WORLD_SIZE") and int(value) == 0:
+        raise ValueError(f"{name}={value} in the environment is no number of ranks; the launcher sets it")
+    return int(value)
+
+
 _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
 
 
@@ -206,13 +216,13 @@ _OPEN_BESIDES = 150
 """Files and sockets that a launch's process opens beside its datasets."""
 
 
-def allow_open_files(count: int, what: str, besides: int = _OPEN_BESIDES) -> None:
+def allow_open_files(count: int, what: str) -> None:
     """Raise this process's limit of open files for `count` files that stay open.
 
     Raises ValueError with the number needed where the system does not allow as many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed, no_limit = count + besides, resource.RLIM_INFINITY
+    needed, no_limit = count + _OPEN_BESIDES, resource.RLIM_INFINITY
     if hard != no_limit and hard < needed:
         raise ValueError(
             f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}: raise it "

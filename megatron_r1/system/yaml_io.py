@@ -113,7 +113,8 @@ def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
             text.count("\n", 0, error.position),
             f"U+{error.character:04X} is no character of YAML",
         )
-    there = text.splitlines()[line : line + 1]
+    # A value may stand below its key.
+    there = "\n".join(text.splitlines()[max(0, line - 3) : line + 1])
     if hidden(there) != there:
         problem = (
             "a value that is no YAML, or not the same to every reader; quote it (it looks like a secret)"

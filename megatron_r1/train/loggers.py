@@ -54,7 +54,7 @@ def _command_hidden() -> Iterator[None]:
     """Loggers record the command line. Settings of loggers on it may hold keys."""
     given = sys.argv[:]
     for n, word in enumerate(given):
-        if word.startswith("train.exp_manager"):
+        if word.startswith(("train=", "train.exp_manager")):
             sys.argv[n] = f"{word.partition('=')[0]}={HIDDEN}"
     try:
         yield
@@ -118,8 +118,9 @@ class _ExperimentManager:
         # What a configuration written by an earlier launch leaves out, loggers read from the environment.
         try:
             nemo.exp_manager(trainer, {**ours, **unhidden(given)})
-        except ValueError as error:
-            raise ValueError(f"train.exp_manager: {hidden(str(error))}") from None
+        except Exception as error:  # Of NeMo, Lightning and all loggers, whose messages quote settings.
+            told = f"{type(error).__name__}: {hidden(str(error))}"
+            raise ValueError(f"train.exp_manager: {told}") from None
         self._loggers = trainer.loggers
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:

@@ -154,3 +154,6 @@ def test_an_identity_pins_a_checkpoint(gpt: Any, genuine: Path, tmp_path: Path) 
     path = copied(genuine, tmp_path / genuine.name, lambda *_: None, tmp_path, phase="two")
     with pytest.raises(ValueError, match=f"is not the checkpoint that was expected: '{expected}' was, it is"):
         load_checkpoint(path, gpt, None, tiny.MODEL, expect=expected)
+    # As of a variable of the shell that is not set.
+    with pytest.raises(ValueError, match="expected: '' was"):
+        checkpoint_files.read_meta(genuine, "")

@@ -26,7 +26,7 @@ precision, folder = sys.argv[1], Path(sys.argv[2])
 model, one_rank = ModelConfig(2, 128, 256, 4, 2, 512, head_dim=32), ParallelConfig()
 token_BS = torch.randint(512, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
 position_BS = torch.arange(64, device="cuda").expand(2, 64)
-backend.use_local_device()
+backend.use_local_device(0, 1)
 with process_groups(one_rank):
     backend.seed_model_parallel(1)
     outputs = {}

@@ -212,7 +212,7 @@ class _Nemo(types.ModuleType):
     def exp_manager(self, trainer: Any, given: dict[str, Any]) -> None:
         self.given, self.argv = given, sys.argv[:]
         if self.fail:
-            raise ValueError(self.fail)
+            raise AttributeError(self.fail)
 
 
 def _manage(monkeypatch: pytest.MonkeyPatch, run: Path, nemo: _Nemo, settings: dict[str, Any]) -> None:
@@ -230,7 +230,13 @@ def test_loggers_get_their_keys_and_see_no_key_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nemo, settings = _Nemo(), {"wandb_logger_kwargs": {"api_key": "SECRET", "project": "p"}}
-    words = ["train.py", "base.yaml", "train.exp_manager={a: SECRET}", "train.exp_manager.b.c=SECRET"]
+    words = [
+        "train.py",
+        "base.yaml",
+        "train.exp_manager={a: SECRET}",
+        "train.exp_manager.b.c=SECRET",
+        "train={a: SECRET}",
+    ]
     monkeypatch.setattr(sys, "argv", words[:])
     _manage(monkeypatch, tmp_path, nemo, settings)
     assert nemo.given["wandb_logger_kwargs"] == settings["wandb_logger_kwargs"]
@@ -239,7 +245,9 @@ def test_loggers_get_their_keys_and_see_no_key_on_the_command_line(
     _manage(monkeypatch, tmp_path, nemo, {"wandb_logger_kwargs": {"api_key": "(hidden)", "project": "p"}})
     assert nemo.given["wandb_logger_kwargs"] == {"project": "p"}
     nemo.fail = "wandb: no access with api_key=SECRET to p"
-    with pytest.raises(ValueError, match=r"train.exp_manager: wandb: no access with api_key=\(hidden\) to p"):
+    with pytest.raises(
+        ValueError, match=r"exp_manager: AttributeError: wandb: no access with api_key=\(hidden\) to p"
+    ):
         _manage(monkeypatch, tmp_path, nemo, settings)
 
 

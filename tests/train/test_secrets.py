@@ -31,6 +31,8 @@ def _train(given: Path, launches: Sequence[Sequence[str]]) -> list[tuple[int, st
     sys.modules.update(dict.fromkeys(PACKAGES, package))
     os.umask(0o077)
     os.environ.setdefault("GLIBC_TUNABLES", "")
+    # Of several launches in one process the first one's store keeps the port.
+    del os.environ["MASTER_PORT"]
     return [inputs.call("train", *words) for words in launches]
 
 
