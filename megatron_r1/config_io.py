@@ -305,7 +305,7 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
             out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
         if train.init_from and train.init_weights:
             out.append("train.init_from and train.init_weights: give one, to go on from or to begin with")
-        if train.expect and not (train.init_from or train.init_weights):
+        if train.expect is not None and not (train.init_from or train.init_weights):
             out.append("train.expect is of a checkpoint to begin with: give train.init_weights or init_from")
     if phases is not None:
         out += _check_phases(phases, list(data.sources) if data else None)

@@ -82,6 +82,8 @@ def to_hf(
         origin.compare_tokenizer(source, meta["plan"], tokenizer.fingerprint)
         special = tokenizer.special
     require_empty(target)
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} lies in the checkpoint {source}, which it would spoil; name another folder")
     stored = precision or _stored_precision(source)
     config = hf_config.to_hf(model, context, _TORCH_NAME[stored], special)
     summary = _summary(model, stored, f"{config['model_type']}, {context} positions")
