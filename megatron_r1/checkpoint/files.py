@@ -23,7 +23,7 @@ import xxhash
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.records import CheckpointRef, TrainState
-from megatron_r1.system.errors import shown, suggest_path
+from megatron_r1.system.errors import shown, some, suggest_path
 from megatron_r1.system.files import json_bytes, naming, plain_name, sync
 from megatron_r1.system.json_io import JsonError, parse_json
 
@@ -42,9 +42,7 @@ _KINDS = {"state": dict, "model": dict, "files": dict, "plan": str, "phase": str
 _MOST_SMALL, _MOST_META = 256 << 20, 64 << 20
 """Bytes of a file that is read as a whole, and of a description. `.metadata` has up to 0.5 kB for each piece
 of a tensor, 1 MB in all of a model of 950 M parameters on 64 ranks. Read, it takes about 9 times its bytes,
-and a crafted one at most 35 times (`pickles.py`)."""
-_FEW = 8
-"""Corruptions that an error names."""
+and a crafted one at most 45 times (`pickles.py`)."""
 
 FileFacts = dict[str, list[Any]]
 """Name -> [bytes, checksum]."""
@@ -321,10 +319,9 @@ def read_verified(path: Path, name: str, files: FileFacts) -> bytes:
 def raise_corrupt(path: Path, corruptions: list[str]) -> None:
     """Raise ValueError that names the corruptions, if there are any."""
     if corruptions:
-        more = [f"and {len(corruptions) - _FEW} more"] if len(corruptions) > _FEW else []
         raise ValueError(
-            f"{path} is damaged: {'; '.join(corruptions[:_FEW] + more)}; remove it: training continues from "
-            f"an earlier one, scoring leaves it out"
+            f"{path} is damaged: {some(corruptions, '; ', 8)}; remove it: training continues from an earlier "
+            f"one, scoring leaves it out"
         )
 
 

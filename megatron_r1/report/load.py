@@ -29,6 +29,8 @@ _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
 _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
 """Of a step's line: values that figures and tables rely on."""
+_MOST_JSON = 16 << 20
+"""Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -106,7 +108,7 @@ class Reading:
     scored: dict[str, list[Scored]] = field(default_factory=dict)
     """Source -> where its scores lie, checkpoint by checkpoint."""
     mix: dict[str, Any] | None = None
-    """RUN/mix.json, by tools/make_mix.py."""
+    """RUN/mix.json, by tools/make_mix.py; "mix" is its MixConfig."""
     measured_impact: dict[str, dict[str, float]] = field(default_factory=dict)
     """Capability -> source -> how much higher its loss is without the source, nats (Eq. 1); from
     RUN/measured_impact.json, which whoever trains runs without sources writes."""
@@ -207,7 +209,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
 def _read_json(path: Path, way_out: str) -> Any:
     """None where the file is not there."""
     try:
-        return read_json(path) if os.path.lexists(path) else None
+        return read_json(path, _MOST_JSON) if os.path.lexists(path) else None
     except JsonError as error:
         raise ValueError(f"{error}; {way_out}") from None
 
@@ -222,7 +224,7 @@ def _made_mix(path: Path) -> dict[str, Any] | None:
         alpha_CK = np.array(made["alpha"], dtype=np.float64)
         known = {f.name for f in fields(MixConfig)}
         settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
-        TypeAdapter(MixConfig).validate_python(settings)
+        made["mix"] = TypeAdapter(MixConfig).validate_python(settings)
         if alpha_CK.shape != shape or 0 in shape or not (np.abs(alpha_CK) < 1e100).all():
             raise ValueError("its alpha")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

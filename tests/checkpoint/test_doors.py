@@ -108,7 +108,7 @@ def test_a_folder_within_the_checkpoint_is_no_target(trained: Config) -> None:
     """It would be a file that the description does not list."""
     step = Path(trained.train.run) / "checkpoints" / "step_00000002"
     for target in (step / "hf", step / "new" / "hf"):
-        with pytest.raises(ValueError, match="lies in the checkpoint .* name another folder"):
+        with pytest.raises(ValueError, match=r"lies in the checkpoint .* name another folder"):
             convert.to_hf(step, target, 32, check=True)
 
 
