@@ -108,7 +108,7 @@ class Reading:
     scored: dict[str, list[Scored]] = field(default_factory=dict)
     """Source -> where its scores lie, checkpoint by checkpoint."""
     mix: dict[str, Any] | None = None
-    """RUN/mix.json, by tools/make_mix.py; "mix" is its MixConfig."""
+    """RUN/mix.json, by tools/make_mix.py."""
     measured_impact: dict[str, dict[str, float]] = field(default_factory=dict)
     """Capability -> source -> how much higher its loss is without the source, nats (Eq. 1); from
     RUN/measured_impact.json, which whoever trains runs without sources writes."""
@@ -224,7 +224,7 @@ def _made_mix(path: Path) -> dict[str, Any] | None:
         alpha_CK = np.array(made["alpha"], dtype=np.float64)
         known = {f.name for f in fields(MixConfig)}
         settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
-        made["mix"] = TypeAdapter(MixConfig).validate_python(settings)
+        TypeAdapter(MixConfig).validate_python(settings)
         if alpha_CK.shape != shape or 0 in shape or not (np.abs(alpha_CK) < 1e100).all():
             raise ValueError("its alpha")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

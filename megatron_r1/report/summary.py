@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,9 @@ def _weighing(reading: Reading) -> tuple[MixConfig, np.ndarray, list[ScoreTable]
         return mix, np.empty((0, 0)), []
     capabilities, steps = tables[0].capabilities, tables[0].steps
     if made and made["capabilities"] == list(capabilities) and set(made["steps"]) <= set(steps):
-        mix, steps, alpha_CK = made["mix"], tuple(made["steps"]), np.array(made["alpha"])
+        known = {f.name for f in fields(MixConfig)}
+        mix = MixConfig(**{"phase": "", **{k: v for k, v in made.get("mix", {}).items() if k in known}})
+        steps, alpha_CK = tuple(made["steps"]), np.array(made["alpha"])
     else:
         alpha_CK = checkpoint_weights(mix, capabilities, steps)
     columns = [tables[0].steps.index(step) for step in steps]
