@@ -23,9 +23,9 @@ import xxhash
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.records import CheckpointRef, TrainState
-from megatron_r1.system.errors import shown, suggest_path
+from megatron_r1.system.errors import shown, some, suggest_path
 from megatron_r1.system.files import json_bytes, naming, plain_name, sync
-from megatron_r1.system.json_io import MOST_BYTES, JsonError, parse_json
+from megatron_r1.system.json_io import JsonError, parse_json
 
 META = "megatron_r1.json"
 _FORMAT = 2
@@ -39,11 +39,10 @@ _RESERVE = 8 << 20
 
 _KINDS = {"state": dict, "model": dict, "files": dict, "plan": str, "phase": str}
 
-_MOST_SMALL = 16 << 20
-"""Bytes of a file that is read as a whole. `.metadata` has 0.3 kB for each piece of a tensor, 1 MB in all
-of a model of 950 M parameters on 64 ranks."""
-_FEW = 8
-"""Corruptions that an error names."""
+_MOST_SMALL, _MOST_META = 256 << 20, 64 << 20
+"""Bytes of a file that is read as a whole, and of a description. `.metadata` has up to 0.5 kB for each piece
+of a tensor, 1 MB in all of a model of 950 M parameters on 64 ranks. Read, it takes about 9 times its bytes,
+and a crafted one at most 45 times (`pickles.py`)."""
 
 FileFacts = dict[str, list[Any]]
 """Name -> [bytes, checksum]."""
@@ -187,7 +186,7 @@ def _described(path: Path) -> bytes:
                 f"{path / META} is no file itself but a link, a pipe or the like; restore the file"
             )
         with open(path / META, "rb") as file:
-            return file.read(MOST_BYTES + 1)
+            return file.read(_MOST_META + 1)
     except (FileNotFoundError, NotADirectoryError):
         lost = "restore or remove it" if path.is_dir() else f"name a step_N directory{suggest_path(path)}"
         raise ValueError(f"{path} is no complete checkpoint ({META} is missing); {lost}") from None
@@ -203,7 +202,7 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
             "maker for sha256sum STEP/megatron_r1.json"
         )
     try:
-        meta = parse_json(content, META)
+        meta = parse_json(content, META, _MOST_META)
     except JsonError:
         meta = None
     if isinstance(meta, dict) and meta.get("format") == 1:
@@ -320,10 +319,9 @@ def read_verified(path: Path, name: str, files: FileFacts) -> bytes:
 def raise_corrupt(path: Path, corruptions: list[str]) -> None:
     """Raise ValueError that names the corruptions, if there are any."""
     if corruptions:
-        more = [f"and {len(corruptions) - _FEW} more"] if len(corruptions) > _FEW else []
         raise ValueError(
-            f"{path} is damaged: {'; '.join(corruptions[:_FEW] + more)}; remove it: training continues from "
-            f"an earlier one, scoring leaves it out"
+            f"{path} is damaged: {some(corruptions, '; ', 8)}; remove it: training continues from an earlier "
+            f"one, scoring leaves it out"
         )
 
 

@@ -6,7 +6,6 @@ Every file is verified before it is used, and megatron-core's own reader is not:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,9 +113,11 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
         raise ValueError(f"{where} has the shape {stored.size}, and {tuple(shard.global_shape)} here")
     target = shard.data.detach()[(None,) * shard.prepend_axis_num]
     begin, size = tuple(shard.global_offset), tuple(target.shape)
-    exact = stored.pieces.get(begin)
-    left = math.prod(max(0, min(n, whole - o)) for o, n, whole in zip(begin, size, stored.size, strict=True))
-    for piece in [exact] if exact and exact.size == size else stored.pieces.values():
+    exact = [piece for piece in (stored.pieces.get(begin),) if piece is not None and piece.size == size]
+    # What is still to come, where no piece has it all: those of others may overlap, and leave holes.
+    left = torch.zeros([0] * len(size) if exact else size, dtype=torch.bool)
+    left[tuple(slice(max(0, whole - o)) for o, whole in zip(begin, stored.size, strict=True))] = True
+    for piece in exact or stored.pieces.values():
         # Of each axis: the first and the last element that both have.
         both = [
             (max(o, p), min(o + n, p + m))
@@ -139,8 +140,8 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
                 for offset in (begin, piece.offset)
             )
             target[here].copy_(numbers[there])
-        left -= math.prod(high - low for low, high in both)
-    if left > 0:
+            left[here] = False
+    if left.any():
         raise ValueError(f"{where} is not in this checkpoint as a whole")
 
 

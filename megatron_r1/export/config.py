@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1.config import ModelConfig, RopeScaling
-from megatron_r1.system.errors import require, shown
+from megatron_r1.system.errors import require, shown, some
 from megatron_r1.system.json_io import parse_json
 
 Family = Literal["llama", "llama4_text"]
@@ -60,7 +60,6 @@ _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-_MOST_LINES = 40
 _ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
@@ -180,11 +179,7 @@ def from_hf(config: dict[str, Any]) -> HfModel:
                 given = functools.reduce(lambda at, part: at[part], e["loc"], cast(Any, shape))
                 wrong.append(f"{key}={shown(given)}: {e.get('ctx', {}).get('message', e['msg'])}")
     if (mistakes := refused + wrong) or model is None:
-        lines = [
-            *mistakes[:_MOST_LINES],
-            *([f"and {len(mistakes)} in all"] if mistakes[_MOST_LINES:] else []),
-        ]
-        raise ValueError("GPTModel cannot represent this model:\n" + "\n".join(f"  {one}" for one in lines))
+        raise ValueError("GPTModel cannot represent this model:\n  " + some(mistakes, "\n  ", 40))
     special = {key: has[key] for key in SPECIAL}
     return HfModel(cast(Family, family), model, has["max_position_embeddings"], special, ignored)
 

@@ -82,6 +82,8 @@ def to_hf(
         origin.compare_tokenizer(source, meta["plan"], tokenizer.fingerprint)
         special = tokenizer.special
     require_empty(target)
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} lies in the checkpoint {source} and would spoil it; name another folder")
     stored = precision or _stored_precision(source)
     config = hf_config.to_hf(model, context, _TORCH_NAME[stored], special)
     summary = _summary(model, stored, f"{config['model_type']}, {context} positions")
@@ -193,7 +195,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.partial")
     # Tells our folders from others, and holds the lock.
     mark = folder / _MARK
-    if os.path.lexists(folder) and (folder.is_symlink() or not (mark.is_file() or _is_empty(folder))):
+    ours = mark.is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if os.path.lexists(folder) and (folder.is_symlink() or not ours):
         raise ValueError(f"{folder} was not made by a conversion, which would fill it; move it away")
     with _locked(mark, f"another conversion writes {target}; this one waits for it"):
         try:
@@ -219,7 +222,3 @@ def _locked(mark: Path, waiting: str) -> IO[bytes]:
         # The holder takes the folder away with the file.
         with suppress(FileNotFoundError):
             return open_exclusive(mark, lambda: say(waiting))
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

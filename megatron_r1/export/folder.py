@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
-from megatron_r1.system.errors import shown
+from megatron_r1.system.errors import brief, shown, some
 from megatron_r1.system.files import plain_name, regular
 from megatron_r1.system.json_io import read_object
 
@@ -27,7 +27,6 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 MOST_JSON = 16 << 20
 """Bytes of a config.json, an index or a header of tensors. The header of 1,000 tensors has 100 KB."""
 _MOST_TENSORS = 200_000
-_MOST_NAMED = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     for file in sorted(shards):
         for name, stored in _header(directory / file).items():
             if name in out:
-                both = f"{stored.file} and {out[name].file} both have {plain(name)}"
+                both = f"{stored.file} and {out[name].file} both have {brief(name, 100)}"
                 raise ValueError(f"{both}; which one is meant?")
             out[name] = stored
         if len(out) > _MOST_TENSORS:
@@ -78,7 +77,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         there = out[name].file.name if name in out else "no file that it names"
         if where.get(name) != there:
             says = f"says {where[name]}" if name in where else "does not name it"
-            is_in = f"{plain(name)} is in {there}"
+            is_in = f"{brief(name, 100)} is in {there}"
             raise ValueError(f"{index} disagrees with its files: {is_in}, and the index {says}")
     return out
 
@@ -90,15 +89,9 @@ def unread_files(directory: Path, read: Iterable[Stored] = ()) -> str:
     return few([name for name in names if name not in known])
 
 
-def plain(name: str) -> str:
-    """A name of a file of others, for a message: as it is where it is short and on one line."""
-    return name if len(name) <= 100 and name.isprintable() else shown(name)
-
-
 def few(names: Sequence[str]) -> str:
     """The first names in one line, and how many more there are."""
-    more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*map(plain, names[:_MOST_NAMED]), *more])
+    return some([brief(name, 100) for name in names], most=16)
 
 
 def shapes(model: ModelConfig, family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -144,14 +137,13 @@ def check_tensors(directory: Path, stored: Mapping[str, Stored], model: ModelCon
         if name not in expected and name != HEAD:
             # The frequencies follow from config.json; early releases stored them.
             if not name.endswith("rotary_emb.inv_freq"):
-                wrong.append(f"{plain(name)}: GPTModel has no place for it")
+                wrong.append(f"{brief(name, 100)}: GPTModel has no place for it")
         elif one.dtype not in _FLOATS:
             wrong.append(f"{name}: {one.dtype} in {one.file.name}; weights are {', '.join(_FLOATS)}")
         elif one.shape != (shape := expected[EMBEDDING if name == HEAD else name]):
             wrong.append(f"{name}: shape {shown([*one.shape])}, expected {[*shape]}")
     if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        lines = "\n  ".join(wrong[:10] + more)
+        lines = some(wrong, "\n  ", 10)
         raise ValueError(f"{directory}: tensors do not fit config.json:\n  {lines}")
 
 
@@ -163,8 +155,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index} is damaged: it has no weight_map")
     for name, file in where.items():
-        if not plain_name(file) or not file.endswith(".safetensors"):
-            said = f"{plain(name)} is said to be in {shown(file)}"
+        named = plain_name(file) and file.isprintable() and len(file) < 256
+        if not named or not file.endswith(".safetensors"):
+            said = f"{brief(name, 100)} is said to be in {shown(file)}"
             raise ValueError(f"{index}: {said}, which is no .safetensors beside it")
     return where
 

@@ -35,7 +35,6 @@ class Launch:
     """Bytes of one GPU."""
 
     def mistakes(self, config: Config) -> list[str]:
-        out = list[str]()
         if not 1 <= self.gpus <= _MOST_GPUS:
             return [
                 f"--gpus {self.gpus}: a launch needs at least one, and {_MOST_GPUS:,} at most are planned"
@@ -47,9 +46,11 @@ class Launch:
             "model.parameters": (config.model.parameters(), 1 << 50),
             "checkpoints": (phase_spans(config)[-1].end // config.train.checkpoint_every, 1 << 20),
         }
-        for name, (size, most) in sizes.items():
-            if size > most:
-                out.append(f"{name}: {size:,} is more than is planned, {most:,}")
+        out = [
+            f"{name}: {n:,} is more than is planned, {most:,}"
+            for name, (n, most) in sizes.items()
+            if n > most
+        ]
         if not 0 <= self.rank < self.gpus:
             out.append(f"--rank {self.rank}: {self.gpus} GPUs are ranks 0 to {self.gpus - 1}")
         if not 0 < self.mfu <= 1:

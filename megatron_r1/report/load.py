@@ -29,6 +29,8 @@ _GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
 _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
 """Of a step's line: values that figures and tables rely on."""
+_MOST_JSON = 16 << 20
+"""Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -207,7 +209,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
 def _read_json(path: Path, way_out: str) -> Any:
     """None where the file is not there."""
     try:
-        return read_json(path) if os.path.lexists(path) else None
+        return read_json(path, _MOST_JSON) if os.path.lexists(path) else None
     except JsonError as error:
         raise ValueError(f"{error}; {way_out}") from None
 

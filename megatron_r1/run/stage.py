@@ -26,16 +26,12 @@ from typing import Any
 
 from megatron_r1.run import ledger
 from megatron_r1.run.ledger import Hashes
-from megatron_r1.system.errors import brief
+from megatron_r1.system.errors import brief, some
 from megatron_r1.system.files import plain_name, sha256, write_json
 from megatron_r1.system.json_io import read_object
 
 Request = Mapping[str, Any]
 """All that decides a stage's result, by name."""
-
-
-_FEW = 20
-"""Differences that a refusal names."""
 
 
 class Standing(Enum):
@@ -66,8 +62,7 @@ def standing(
     if changed := differences(theirs, ours, notes):
         if refusal is None:
             return Standing.OTHER
-        more = f" and {len(changed) - _FEW} more" if len(changed) > _FEW else ""
-        raise ValueError(f"{refusal}: {', '.join(changed[:_FEW])}{more}. Restore these, or {way_out}")
+        raise ValueError(f"{refusal}: {some(changed, most=20)}. Restore these, or {way_out}")
     return Standing.DONE if whole() else Standing.GO_ON
 
 

@@ -16,6 +16,7 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.records import TrainState
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import is_number, read_jsonl
+from megatron_r1.system.errors import some
 from megatron_r1.system.files import make_folder, naming, ours, write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.train.health import stragglers
@@ -239,10 +240,9 @@ def lost_steps(steps: Iterable[int], first: int, last: int) -> list[tuple[int, i
 
 def describe_lost(path: Path, lost: Sequence[tuple[int, int]]) -> str:
     """`PATH has lost the lines of step 7, 9 to 12, 5 in all`. Names the first eight stretches."""
-    named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in lost[:8]]
-    more = f" and {len(lost) - 8} other places" if len(lost) > 8 else ""
+    named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in lost]
     count = sum(b - a + 1 for a, b in lost)
-    return f"{path} has lost the lines of step {', '.join(named)}{more}, {count:,} in all"
+    return f"{path} has lost the lines of step {some(named, most=8)}, {count:,} in all"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import Hashes
 from megatron_r1.run.stage import Standing, finish
-from megatron_r1.system.errors import shown
+from megatron_r1.system.errors import shown, some
 from megatron_r1.system.files import sha256, write_text
 from megatron_r1.system.process import RunLock
 from megatron_r1.system.terminal import say
@@ -146,7 +146,7 @@ def _losses(config: Config, step: int, lines: list[dict[str, Any]] | None = None
             f"another version's); the run goes on without"
         )
     if foreign := checkpoint_files.foreign(run.checkpoints):
-        names = ", ".join(map(shown, foreign[:8])) + (" and more" if foreign[8:] else "")
+        names = some([*map(shown, foreign)], most=8)
         out.append(f"{run.checkpoints}: {names}: no checkpoints of this run by their names, left alone")
     if damage := ledger.describe_damage(run.root):
         out.append(f"{run.root}: warning: {damage}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_r1.checkpoint import files as checkpoint_files
 
@@ -96,6 +97,20 @@ def replaced(name: str, value: Callable[[Payload], bytes]) -> Craft:
         place.relative_path, place.offset, place.length = "__9_9.distcp", 0, len(content)
 
     return changed(change)
+
+
+def overlapping(metadata: Any, path: Path, payload: Payload) -> None:
+    """Two pieces of [64] that have more than 64 numbers, and not the last."""
+    name, index = "decoder.final_layernorm.weight", next(i for i in metadata.storage_data if "final" in i.fqn)
+    content, offsets = archive(torch.ones(40)), (torch.Size([0]), torch.Size([20]))
+    (path / "__9_9.distcp").write_bytes(content * 2)
+    place = metadata.storage_data.pop(index)
+    metadata.state_dict_metadata[name].chunks.clear()
+    for n, offset in enumerate(offsets):
+        chunk = ChunkStorageMetadata(offset, torch.Size([40]))
+        metadata.state_dict_metadata[name].chunks.append(chunk)
+        here = type(place)("__9_9.distcp", n * len(content), len(content))
+        metadata.storage_data[MetadataIndex(name, offset)] = here
 
 
 def file(name: str, content: bytes | Callable[[Payload], bytes]) -> Craft:
@@ -208,6 +223,7 @@ CRAFTED: dict[str, Craft] = {
     "a tensor without its pieces": changed(
         lambda m, path, p: m.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()
     ),
+    "pieces that overlap and leave a hole": changed(overlapping),
     "a tensor that is lost": changed(
         lambda m, path, p: m.state_dict_metadata.pop("decoder.final_layernorm.weight")
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.checkpoint.load import contents_of, load_checkpoint
+from megatron_r1.checkpoint.pickles import Span, read_archive, read_pickle
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ParallelConfig
 from megatron_r1.parallel import process_groups
@@ -140,6 +142,35 @@ def test_settings_among_the_tensors_are_read(gpt: Any, genuine: Path, tmp_path: 
     path = copied(genuine, tmp_path / genuine.name, changed(move), tmp_path)
     assert contents_of(path).common == {"a": (1, 2.5, None, "x")}
     assert load_checkpoint(path, gpt, None, tiny.MODEL) == TrainState(3, 6, 24)
+
+
+@pytest.mark.parametrize("byte", [b"]", b"}", b"N\x94", b")\x85", b"("], ids=repr)
+def test_a_byte_stands_for_few_objects(byte: bytes) -> None:
+    """Genuine pickles have 4 to 5 bytes an object. A list of one byte takes 64 in memory."""
+    crafted = b"\x80\x04(" + byte * 100_000 + b"t."
+    with pytest.raises(ValueError, match="more objects than one of its size"):
+        read_pickle(crafted, ())
+    content = b"\x80\x04](" + b"}" * 400 + b"e."
+    assert read_pickle(content, ()) == [{}] * 400
+
+
+def test_the_pickle_of_an_archive_is_short() -> None:
+    content = archive("x" * (5 << 20))
+    with pytest.raises(ValueError, match="its pickle is too long"):
+        read_archive(io.BytesIO(content), Span("x", 0, len(content)), ())
+
+
+def test_a_small_file_of_many_ranks_is_read_and_a_huge_one_is_not(tmp_path: Path) -> None:
+    """17 MB are 0.5 kB for 34,000 pieces."""
+    (tmp_path / ".metadata").write_bytes(bytes(17 << 20))
+    facts = checkpoint_files.facts_of([tmp_path / ".metadata"])
+    assert len(checkpoint_files.read_verified(tmp_path, ".metadata", facts)) == 17 << 20
+    os.truncate(tmp_path / ".metadata", size := (256 << 20) + 1)
+    with pytest.raises(ValueError, match="has 268,435,457 bytes, more than 268,435,456"):
+        checkpoint_files.read_verified(tmp_path, ".metadata", {".metadata": [size, "0"]})
+    (tmp_path / checkpoint_files.META).write_bytes(b"{" + b" " * (64 << 20) + b"}")
+    with pytest.raises(ValueError, match="is not as it was written"):
+        checkpoint_files.read_meta(tmp_path)
 
 
 def test_a_genuine_one_that_is_sealed_anew_loads(gpt: Any, genuine: Path, tmp_path: Path) -> None:

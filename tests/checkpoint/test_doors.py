@@ -104,9 +104,21 @@ def test_a_description_of_a_huge_model_is_not_laid_out(trained: Config, tmp_path
         convert.to_hf(crafted, tmp_path / "hf", 32)
 
 
+def test_a_folder_within_the_checkpoint_is_no_target(trained: Config) -> None:
+    """It would be a file that the description does not list."""
+    step = Path(trained.train.run) / "checkpoints" / "step_00000002"
+    for target in (step / "hf", step / "new" / "hf"):
+        with pytest.raises(ValueError, match=r"lies in the checkpoint .* name another folder"):
+            convert.to_hf(step, target, 32, check=True)
+
+
 def test_an_identity_pins_what_is_converted_and_begun_with(trained: Config, tmp_path: Path) -> None:
     step = Path(trained.train.run) / "checkpoints" / "step_00000002"
     right, wrong = checkpoint_files.identity(step), "0" * 64
+    # An empty one is a variable that was not set, and a short one pins little.
+    for other in ("", right[:12], f"{right} "):
+        with pytest.raises(ValueError, match="is not the checkpoint that was expected"):
+            convert.to_hf(step, tmp_path / "hf", 32, check=True, expect=other)
     assert convert.to_hf(step, tmp_path / "hf", 32, check=True, expect=right)
     with pytest.raises(ValueError, match="is not the checkpoint that was expected"):
         convert.to_hf(step, tmp_path / "hf", 32, check=True, expect=wrong)

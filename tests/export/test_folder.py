@@ -130,6 +130,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
         (indexed({"a": ONE, "b": None}), "b is said to be in None"),
         (indexed({"a": ONE, "b": "/dev/zero.safetensors"}), "which is no .safetensors beside it"),
         (indexed({"a": ONE, "b": "x\0.safetensors"}), "which is no .safetensors beside it"),
+        (indexed({"a": ONE, "b": "\ud800.safetensors"}), r"in '\ud800.safetensors', which is no"),
+        (indexed({"a": ONE, "b": "x" * 5000 + ".safetensors"}), "which is no .safetensors beside it"),
         (indexed({}), f"{INDEX} is damaged: it has no weight_map"),
         (indexed([]), f"{INDEX} is damaged: it has no weight_map"),
         (holding(b'{"weight_map": ', INDEX), f"{INDEX}: no JSON"),
@@ -269,4 +271,4 @@ def test_names_of_others_are_shown_short_and_on_one_line(name: str, tmp_path: Pa
 def test_of_many_other_files_the_first_are_named(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"{number:03d}.bin").touch()
-    assert unread_files(tmp_path).endswith("015.bin, and 84 more")
+    assert unread_files(tmp_path).endswith("015.bin and 84 more")

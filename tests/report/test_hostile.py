@@ -278,6 +278,15 @@ def test_copies_and_other_folders_are_no_checkpoints(name: str, small: Path) -> 
     assert [one.path.name for one in saved] == [f"step_{step:08d}" for step in (3, 6, 10)]
 
 
+def test_what_lies_behind_a_link_is_not_looked_through(small: Path) -> None:
+    """A link to / would be looked through for hours."""
+    (small / "outside" / "below").mkdir(parents=True)
+    (small / "outside" / "below" / "x").write_bytes(bytes(1 << 20))
+    (small / "checkpoints" / "step_00000042").symlink_to(small / "outside")
+    (one,) = [one for one in summary.checkpoints(load.read_all(small)) if one.step == 42]
+    assert one.size < 1 << 16 and not one.complete
+
+
 @pytest.mark.parametrize(
     "spell", [lambda root: root, lambda root: root / "x" / "..", lambda root: root.with_name("l")]
 )

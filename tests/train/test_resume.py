@@ -125,7 +125,7 @@ def test_lost_steps_are_those_of_no_line(steps: list[int]) -> None:
 
 def test_many_places_are_told_by_their_number() -> None:
     text = describe_lost(Path("m"), [(n, n) for n in range(1, 30, 2)])
-    named = "1, 3, 5, 7, 9, 11, 13, 15 and 7 other places"
+    named = "1, 3, 5, 7, 9, 11, 13, 15 and 7 more"
     assert text == f"m has lost the lines of step {named}, 15 in all"
 
 
