@@ -32,6 +32,7 @@ from megatron_r1.data.indexed import (
     with_suffix,
 )
 from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.sidecar import is_count
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish, read, standing
 from megatron_r1.system.errors import suggest
@@ -204,7 +205,7 @@ def _is_whole(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
     return (
         _is_table(sources)
         and list(sources) == list(request["sources"])
-        and all(type(of.get(name)) is int for of in sources.values() for name in _COUNTS)
+        and all(is_count(of.get(name)) for of in sources.values() for name in _COUNTS)
     )
 
 

@@ -44,7 +44,7 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
     return fields
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -60,20 +60,20 @@ def _are_inputs(value: Any) -> bool:
 
 Kind = tuple[str, Callable[[Any], bool]]
 _KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("documents", "tokens", "vocab_size"), ("a whole number from 0 on", _is_count)),
+    **dict.fromkeys(("documents", "tokens", "vocab_size"), ("a whole number from 0 on", is_count)),
     **dict.fromkeys(
         ("tokenizer_fingerprint", "tokenizer_type", "dtype", "encoder", "key"),
         ("text", lambda v: isinstance(v, str)),
     ),
     **dict.fromkeys(("seed", "merged_seed"), ("a number or null", lambda v: v is None or type(v) is int)),
-    "eod": ("a whole number from 0 on, or null", lambda v: v is None or _is_count(v)),
+    "eod": ("a whole number from 0 on, or null", lambda v: v is None or is_count(v)),
     "append_eod": ("true or false", lambda v: isinstance(v, bool)),
     **dict.fromkeys(("bin_sha256", "idx_sha256", "docs_sha256"), ("64 hexadecimal digits", _is_digest)),
     "inputs": ("a list of files", _are_inputs),
-    "lines": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_count, v))),
+    "lines": ("a list of numbers", lambda v: isinstance(v, list) and all(map(is_count, v))),
     **dict.fromkeys(
         ("rejected", "skipped"),
-        ("numbers by reason", lambda v: isinstance(v, dict) and all(map(_is_count, v.values()))),
+        ("numbers by reason", lambda v: isinstance(v, dict) and all(map(is_count, v.values()))),
     ),
 }
 """Fields that are read somewhere. Others are notes."""

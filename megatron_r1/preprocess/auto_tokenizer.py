@@ -27,7 +27,7 @@ def read_model(path: Path) -> bytes:
     """A model's file. ValueError for one that is no model of any kind."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the tokenizer's file in it")
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a pipe or a device; give the tokenizer's file")
     with open(path, "rb") as file:
         content = file.read(MOST_BYTES + 1)

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -112,11 +112,10 @@ def parse(row: Row, skipped: Counter[str] | None = None) -> dict[str, Any] | Non
 
 # Not int, which refuses numbers of more than 4,300 digits.
 _JSON = json.JSONDecoder(parse_int=float)
-_LEVEL = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
-
-
 _BEFORE_VALUES = b",", b"[", b"{"
 _STRUCTURE = np.isin(np.arange(256), list(b"{}[],"))
+_LEVELS = np.array([(chr(byte) in "[{") - (chr(byte) in "]}") for byte in range(256)], np.int8)
+"""What each byte adds to the depth."""
 _AT_ONCE = 1 << 20
 
 
@@ -135,7 +134,8 @@ def _structure(line: bytes) -> bytes:
 
 def _depth(line: bytes) -> int:
     """Levels of nesting of a line."""
-    return max(accumulate(_LEVEL.get(byte, 0) for byte in _structure(line)), default=0)
+    levels = _LEVELS[np.frombuffer(_structure(line), np.uint8)]
+    return int(np.cumsum(levels, dtype=np.int32).max(initial=0))
 
 
 def _kind(value: Any) -> str:

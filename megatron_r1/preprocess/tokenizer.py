@@ -38,6 +38,9 @@ from megatron_r1.preprocess.vetted import differences, pipeline, published
 from megatron_r1.system.errors import require, shown, suggest
 from megatron_r1.system.json_io import parse_json
 
+MOST_IDS = 1 << 24
+"""Ids of a vocabulary, above which libraries take memory and time for each. The largest have a million."""
+
 
 class Tokenizer(Protocol):
     kind: str
@@ -237,6 +240,8 @@ class HuggingFace(Tokenizer):
         return [token["content"] for token in spec.get("added_tokens") or []]
 
     def fast_model(self) -> str | None:
+        if self.vocab_size > MOST_IDS:
+            return None
         return json.dumps({**self._spec, "post_processor": None})
 
     def fingerprint(self) -> str:

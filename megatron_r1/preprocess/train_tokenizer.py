@@ -7,12 +7,13 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_r1.preprocess.auto_tokenizer import first_line, read_model
 from megatron_r1.preprocess.documents import MOST_BYTES, Input, Lines, digest, open_inputs
 from megatron_r1.preprocess.rows import Refused, Row, parse, text_of
-from megatron_r1.preprocess.tokenizer import SentencePiece, Tokenizer, build_tokenizer
+from megatron_r1.preprocess.tokenizer import MOST_IDS, SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
 from megatron_r1.system.errors import require, require_utf8
-from megatron_r1.system.files import replacing, write_json, write_text
+from megatron_r1.system.files import regular, replacing, write_json, write_text
 
 _END = "<|endoftext|>"
 
@@ -130,7 +131,11 @@ def _rows(source: Input, json_key: str) -> Iterator[tuple[int, bytes, Row]]:
 
 def _refuse_other(output: Path, content: bytes, overwrite: bool) -> None:
     """ValueError for a file of another content: datasets may have been made with it."""
-    if output.exists() and not overwrite and output.read_bytes() != content:
+    if overwrite or not output.exists():
+        return
+    with open(output, "rb", opener=regular) as file:
+        same = file.read(len(content) + 1) == content
+    if not same:
         raise ValueError(
             f"{output} is there and holds something else, which datasets may need; name another output, or "
             f"replace it with --overwrite"
@@ -145,7 +150,9 @@ def convert_gpt2(
     Errors: OSError, ValueError for files that it would read otherwise, or in which a byte has no token, and
     for a folder that holds another tokenizer, unless `overwrite` lets it be replaced.
     """
-    library, merges = require("tokenizers", "GPT2BPETokenizer"), Path(merge_file).read_bytes()
+    library = require("tokenizers", "GPT2BPETokenizer")
+    # Read here first, within bounds: the library waits for a pipe and reads a device without end.
+    _, merges = read_model(Path(vocab_file)), read_model(Path(merge_file))
     if not merges.startswith(b"#version") or not merges.endswith(b"\n"):
         raise ValueError(
             f"{merge_file} is no merges.txt: it begins with #version, and its last line is whole"
@@ -153,10 +160,16 @@ def convert_gpt2(
     try:
         model = library.Tokenizer(library.models.BPE.from_file(str(vocab_file), str(merge_file)))
     except Exception as error:
-        raise ValueError(f"{vocab_file}, {merge_file}: no vocab.json and merges.txt ({error})") from None
+        raise ValueError(
+            f"{vocab_file}, {merge_file}: no vocab.json and merges.txt ({first_line(error)})"
+        ) from None
     vocab, bytes_ = model.get_vocab(), library.pre_tokenizers.ByteLevel.alphabet()
     if missing := [token for token in (_END, *bytes_) if token not in vocab]:
         raise ValueError(f"{vocab_file} lacks {len(missing)} of {_END} and 256 bytes, such as {missing[0]!r}")
+    if (largest := max(vocab.values())) >= MOST_IDS:
+        raise ValueError(
+            f"{vocab_file} has the id {largest}, and ids below {MOST_IDS:,} are read; number them from 0"
+        )
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = library.decoders.ByteLevel()
     model.add_special_tokens([_END])

@@ -185,6 +185,8 @@ def test_a_manifest_of_others_is_not_believed(tmp_path, documents):
         dict.fromkeys(counts, 3),
         {**counts, "a": {}},
         {**counts, "a": {"documents": "7"}},
+        {**counts, "a": {**counts["a"], "documents": -7}},
+        {**counts, "a": {**counts["a"], "training_tokens": 10**300}},
     )
     for value in wrong:
         write_json(manifest, {**first, "sources": value})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from megatron_r1.preprocess.encoder import Encoder, choose
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import convert_gpt2, train_sentencepiece
 from tests.faults.inputs import (
@@ -115,6 +117,13 @@ def test_gpt2_s_files_give_gpt2_s_tokens(tmp_path):
         (lambda vocab, merges: vocab.write_text("{"), r"vocab\.json, .*merges\.txt"),
         (lambda vocab, merges: gpt2(vocab.parent, words=[*letters().values()], merges=[]), "lacks 1 of"),
         (lambda vocab, merges: gpt2(vocab.parent, words=["de", END], merges=[]), "lacks 256 of"),
+        (lambda vocab, merges: (vocab.unlink(), os.mkfifo(vocab)), r"vocab\.json is a pipe"),
+        (lambda vocab, merges: (merges.unlink(), merges.symlink_to("/dev/zero")), r"merges\.txt is a pipe"),
+        (
+            lambda vocab, merges: vocab.write_text(f'{vocab.read_text()[:-1]}, "z": {2**32 - 2}}}'),
+            r"vocab\.json has the id 4294967294",
+        ),
+        (lambda vocab, merges: merges.write_text(f"#version\n{'q' * 10_000} d\n"), r"^.{,800}$"),
     ],
 )
 def test_gpt2_s_files_that_are_damaged_are_named(tmp_path, change, message):
@@ -123,6 +132,26 @@ def test_gpt2_s_files_that_are_damaged_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         convert_gpt2(*files, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_under_the_name_of_a_tokenizer_is_named(tmp_path, kind):
+    there = tmp_path / "hf/tokenizer.json"
+    there.parent.mkdir()
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to("/dev/zero"))(there)
+    with pytest.raises(OSError, match=r"tokenizer\.json is no regular file"):
+        convert_gpt2(*gpt2(tmp_path), there.parent)
+
+
+def test_a_token_of_a_huge_id_takes_no_memory_for_the_ids_before_it(tmp_path):
+    convert_gpt2(*gpt2(tmp_path), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["model"]["vocab"]["z"] = 2**31 - 3
+    path.write_text(json.dumps(record))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    encoder, why = choose(tokenizer, [])
+    assert type(encoder) is Encoder, why
 
 
 def test_a_command_line_of_gpt2_is_taken(tools, tmp_path):
