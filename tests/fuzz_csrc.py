@@ -622,7 +622,9 @@ def main() -> None:
         fuzz = Fuzz(module, seed, Path(folder))
         # Everything once, then what has arguments more often.
         first = sorted(fuzz.table)
-        names = first + [name for name in first if "." in name and not name.endswith("__reduce__")] * 7
+        plain = [name for name in first if not name.endswith("__reduce__")]
+        asked = [name for name in plain if "." in name or name.islower()]
+        names = first + asked * 7
         while sum(fuzz.called.values()) < calls or first:
             fuzz.table[first.pop(0) if first else fuzz.random.choice(names)]()
     print(json.dumps({"called": fuzz.called, "raised": fuzz.raised}))
