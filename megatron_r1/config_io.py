@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 _MOST, _LONGEST = 50, 1000
-"""Mistakes that are told, and characters of one. Of a section's, twice as many are worded."""
+"""Mistakes of a message, and characters of one. Of a section's, twice as many are worded."""
 
 
 class ConfigError(ValueError):
@@ -121,14 +121,14 @@ class _Given:
         self._overrides: list[dict[str, Any]] = []
         for text in overrides:
             key, value = text.split("=", 1)
-            told = f"{key}={HIDDEN}" if _may_be_secret(key.split(".")) else hidden(text)
+            public_text = f"{key}={HIDDEN}" if _may_be_secret(key.split(".")) else hidden(text)
             if not all(key.split(".")) or key.count(".") >= MOST_DEPTH:
-                mistakes.append(f"{brief(told)}: {shown(key)} is no dotted key, as train.seed")
+                mistakes.append(f"{brief(public_text)}: {shown(key)} is no dotted key, as train.seed")
                 continue
             try:
-                leaf: Any = parse_yaml(value, told).tree
+                leaf: Any = parse_yaml(value, public_text).tree
             except YamlError as error:
-                why = f"{brief(told)}: its value is no YAML" if HIDDEN in told else str(error)
+                why = f"{brief(public_text)}: its value is no YAML" if HIDDEN in public_text else str(error)
                 mistakes.append(f"{why} (in a shell: {brief(key)}='\"...\"')")
                 continue
             # A variable of a shell that is not set would pin nothing without a word.
@@ -246,14 +246,14 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
         # A branch that went further into the value knows more.
         if not any(other[: len(where)] == where for other in (*out, *(w for w in wanted if w != where))):
             value, words = given.at(where)[1], list(dict.fromkeys(words))
-            told, hint = shown(hidden(value, isinstance(value, str) and _may_be_secret(where))), ""
+            value_text, hint = shown(hidden(value, isinstance(value, str) and _may_be_secret(where))), ""
             if value is None or isinstance(value, bool):
-                told = json.dumps(value)
+                value_text = json.dumps(value)
                 hint = "" if value is None else "; YAML reads yes, no, on and off as true and false"
             elif "text" in words and isinstance(value, (int, float)):
                 hint = "; quote it"
             name = brief(".".join(map(str, where)))
-            out[where] = f"{name}={told} must be {' or '.join(words)}{hint}{given.place(where)}"
+            out[where] = f"{name}={value_text} must be {' or '.join(words)}{hint}{given.place(where)}"
     return list(out.values())
 
 

@@ -157,8 +157,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in where.items():
         named = plain_name(file) and file.isprintable() and len(file) < 256
         if not named or not file.endswith(".safetensors"):
-            said = f"{brief(name, 100)} is said to be in {shown(file)}"
-            raise ValueError(f"{index}: {said}, which is no .safetensors beside it")
+            mistake = f"{brief(name, 100)} is said to be in {shown(file)}"
+            raise ValueError(f"{index}: {mistake}, which is no .safetensors beside it")
     return where
 
 
