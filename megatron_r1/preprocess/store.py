@@ -103,7 +103,7 @@ def pair_standing(
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
     theirs = {key: sidecar.get(key) for key in (*ours, *_options(sidecar))} if path.exists() else None
-    found = standing(theirs, ours, lambda: _is_whole(prefix, sidecar))
+    found = standing(theirs, ours, lambda: _is_whole(prefix))
     if found is Standing.OTHER and not overwrite:
         _refuse_other(prefix, sidecar, about, inputs)
     return found, sidecar
@@ -145,7 +145,7 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
         )
 
 
-def _is_whole(prefix: Path, sidecar: dict[str, Any]) -> bool:
+def _is_whole(prefix: Path) -> bool:
     """Whether a pair is as it was written. Says the damage, if there is any."""
     try:
         corpus = open_corpus(prefix.name, prefix)

@@ -119,8 +119,8 @@ class _ExperimentManager:
         try:
             nemo.exp_manager(trainer, {**ours, **unhidden(given)})
         except Exception as error:  # Of NeMo, Lightning and all loggers, whose messages quote settings.
-            told = f"{type(error).__name__}: {hidden(str(error))}"
-            raise ValueError(f"train.exp_manager: {told}") from None
+            mistake = f"{type(error).__name__}: {hidden(str(error))}"
+            raise ValueError(f"train.exp_manager: {mistake}") from None
         self._loggers = trainer.loggers
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
