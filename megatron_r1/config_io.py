@@ -281,11 +281,8 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
     mix, out = sections.get("mix"), []
     if model:
         scaling, heads, groups = model.rope_scaling, model.num_attention_heads, model.num_query_groups
-        if scaling and not scaling.low_freq_factor < scaling.high_freq_factor:
-            out.append(
-                f"model.rope_scaling: low_freq_factor={scaling.low_freq_factor} is not below "
-                f"high_freq_factor={scaling.high_freq_factor}"
-            )
+        if scaling and not (low := scaling.low_freq_factor) < (high := scaling.high_freq_factor):
+            out.append(f"model.rope_scaling: low_freq_factor={low} is not below high_freq_factor={high}")
         if model.head_dim % 2:
             out.append(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs")
         if heads % groups:
@@ -300,10 +297,8 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
             out.append(f"train.global_batch={batch} is no multiple of train.micro_batch={micro}")
         undivided = data and all(source.documents is None for source in data.sources.values())
         if train.validation_windows > 0 and undivided:
-            out.append(
-                f"train.validation_windows={train.validation_windows} needs documents set aside: give "
-                f"data.sources.NAME.documents (tools/curate_probes.py does)"
-            )
+            needs = "documents set aside: give data.sources.NAME.documents (tools/curate_probes.py does)"
+            out.append(f"train.validation_windows={train.validation_windows} needs {needs}")
         if train.keep_every is not None and train.keep_last is None:
             out.append(f"train.keep_every={train.keep_every} deletes nothing alone; set train.keep_last, too")
         if train.init_from and train.init_weights:
@@ -311,9 +306,8 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
         if train.expect is not None and not (train.init_from or train.init_weights):
             out.append("train.expect is of a checkpoint to begin with: give train.init_weights or init_from")
     if phases is not None:
-        out += _check_phases(phases, list(data.sources) if data else None)
-        if data and train and legal:
-            out += _check_lengths(phases, train.global_batch * data.seq_length)
+        tokens_per_step = train.global_batch * data.seq_length if data and train and legal else None
+        out += _check_phases(phases, list(data.sources) if data else None, tokens_per_step)
     if mix and mix.floor > mix.cap:
         out.append(f"mix.floor={mix.floor} is above mix.cap={mix.cap}")
     return out
@@ -355,29 +349,12 @@ def _check_layout(parallel: ParallelConfig, model: ModelConfig | None, data: Dat
     return out
 
 
-def _check_lengths(phases: dict[str, PhaseConfig], tokens_per_step: int) -> list[str]:
-    """Warm-ups and decays that their phases are too short for."""
-    out = []
-    for name, phase in phases.items():
-        steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
-        decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
-        if steps * tokens_per_step >= 1 << 62:
-            out.append(f"phases.{name}: {steps} steps are beyond counting; a phase has less than 2^62 tokens")
-        if phase.warmup_steps > steps - decay:
-            also = f" with a decay over {decay}" if decay else ""
-            out.append(
-                f"phases.{name}.warmup_steps={phase.warmup_steps} is not within the phase's {steps} steps"
-                f"{also}"
-            )
-    return out
-
-
-def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> list[str]:
-    """`sources`: None where they did not parse."""
+def _check_phases(
+    phases: dict[str, PhaseConfig], sources: list[str] | None, tokens_per_step: int | None
+) -> list[str]:
+    """`sources`, `tokens_per_step`: None where they did not parse."""
     known = set(sources or ())
-    out = []
-    if not phases:
-        out.append("phases: empty; name at least one phase")
+    out = [] if phases else ["phases: empty; name at least one phase"]
     for name, phase in phases.items():
         path = f"phases.{name}"
         if (phase.steps is None) == (phase.tokens is None):
@@ -396,25 +373,35 @@ def _check_phases(phases: dict[str, PhaseConfig], sources: list[str] | None) -> 
         if not 0 < total < math.inf:
             wrong = "all weights are 0; at least one source must be drawn"
             out.append(f"{path}.weights: {f'their sum is {total}' if total else wrong}")
+        if tokens_per_step is None:
+            continue
+        steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
+        decay = phase.wsd_steps(steps) if phase.decay == "wsd" else 0
+        if steps * tokens_per_step >= 1 << 62:
+            out.append(f"{path}: {steps} steps are beyond counting; a phase has less than 2^62 tokens")
+        # Warm-up and decay share the phase.
+        if phase.warmup_steps > steps - decay:
+            within = f"the phase's {steps} steps" + (f" with a decay over {decay}" if decay else "")
+            out.append(f"{path}.warmup_steps={phase.warmup_steps} is not within {within}")
     return out
 
 
 def check_world(config: Config, world_size: int) -> list[str]:
     """Mistakes of launching this configuration on `world_size` ranks."""
-    ranks = config.parallel.model_ranks()
-    if config.train.global_batch % config.train.micro_batch:
+    parallel, train = config.parallel, config.train
+    if train.global_batch % train.micro_batch:
         return []  # config_io.load reports this
-    if mistakes := check_copies(config.parallel, world_size):
+    if mistakes := check_copies(parallel, world_size):
         return mistakes
-    data_parallel, train = world_size // ranks, config.train
-    if train.global_batch % (train.micro_batch * data_parallel) == 0:
-        passes = train.global_batch // (train.micro_batch * data_parallel)
-        if config.parallel.virtual_pipeline > 1 and passes % config.parallel.pipeline:
-            return [
-                f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} interleaves groups of "
-                f"parallel.pipeline={config.parallel.pipeline} micro-batches, but a step has {passes} on "
-                f"each data-parallel rank; change train.global_batch or train.micro_batch"
-            ]
+    data_parallel, virtual = world_size // parallel.model_ranks(), parallel.virtual_pipeline
+    passes, left = divmod(train.global_batch, train.micro_batch * data_parallel)
+    if not left and virtual > 1 and passes % parallel.pipeline:
+        return [
+            f"parallel.virtual_pipeline={virtual} interleaves groups of parallel.pipeline="
+            f"{parallel.pipeline} micro-batches, but a step has {passes} on each data-parallel rank; change "
+            f"train.global_batch or train.micro_batch"
+        ]
+    if not left:
         return []
     share, rest = divmod(train.global_batch, data_parallel)
     if rest:
@@ -433,10 +420,6 @@ def check_copies(parallel: ParallelConfig, ranks: int) -> list[str]:
     copy = parallel.model_ranks()
     if ranks % copy == 0:
         return []
-    sizes = " x ".join(
-        f"parallel.{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context")
-    )
-    return [
-        f"{ranks} ranks do not divide into model copies of {sizes} = {copy} ranks; launch a multiple of "
-        f"{copy}"
-    ]
+    sizes = [f"parallel.{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context")]
+    copies = f"model copies of {' x '.join(sizes)} = {copy} ranks"
+    return [f"{ranks} ranks do not divide into {copies}; launch a multiple of {copy}"]

@@ -35,12 +35,8 @@ def main() -> None:
         "a source in none is split all the same")  # fmt: skip
     add("--output-dir", required=True, metavar="DIR")
     add("--tokens-per-source", type=count, default=32_768, help="of each set (default: %(default)s)")
-    add(
-        "--fraction",
-        type=number(float, 0, 0.5, above=True),
-        default=0.1,
-        help="of a source to set aside (default: %(default)s)",
-    )
+    add("--fraction", type=number(float, 0, 0.5, above=True), default=0.1, help="of a source to set aside "
+        "(default: %(default)s)")  # fmt: skip
     add("--max-document-tokens", type=count, default=2048, help="of one document (default: %(default)s)")
     add("--end-documents", action="store_true", help="end what is cut out of a document by the "
         "end-of-document token, for data.cross_documents=false")  # fmt: skip

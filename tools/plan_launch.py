@@ -34,13 +34,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     with user_errors():
         config = config_io.load(options.config)
-        launch = Launch(
-            options.gpus,
-            options.rank,
-            options.mfu,
-            options.peak_tflops * 1e12,
-            options.gpu_memory * GIB,
-        )
+        flops, memory = options.peak_tflops * 1e12, options.gpu_memory * GIB
+        launch = Launch(options.gpus, options.rank, options.mfu, flops, memory)
         plan = plan_launch(config, launch, build=not (options.check or options.diff))
         if options.diff:
             print("\n".join(differences(config, options.gpus)) or "no difference from the paper")

@@ -83,12 +83,7 @@ def main() -> None:
     add("--workers", type=count, default=1, help="processes; the result does not depend on it (default: 1)")
     add("--seed", type=int, default=1234, help="of the document shuffle (default: %(default)s)")
     add("--no-shuffle", action="store_true", help="keep the input order: the bytes of Megatron's own tool")
-    add(
-        "--reject-limit",
-        type=number(int, 0),
-        default=100,
-        help="stop beyond so many rejects (default: %(default)s)",
-    )
+    add("--reject-limit", type=number(int, 0), default=100, help="stop beyond so many rejects (default: 100)")
     add("--max-document-megabytes", type=float, default=MOST_BYTES / 1e6, metavar="N", help="a longer line "
         "or row of a table is a reject (default: %(default)g)")  # fmt: skip
     add("--encoder", choices=["auto", "reference"], default="auto", help="auto: gigatoken for vetted forms "

@@ -16,9 +16,7 @@ def main() -> None:
     parser = tool_parser(__doc__)
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as for compute_influence")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="writes DIR/influence/")
-    parser.add_argument(
-        "--capabilities", metavar="NAME,...", help="of influence.directions (default: all of them)"
-    )
+    parser.add_argument("--capabilities", metavar="NAME,...", help="of influence.directions (default: all)")
     parser.add_argument("--check", action="store_true", help="print what would be asked, and exit")
     options = parser.parse_intermixed_args()
     with user_errors():

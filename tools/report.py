@@ -14,22 +14,19 @@ from megatron_r1.system.terminal import tool_parser, user_errors
 
 def main() -> None:
     parser = tool_parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; writes RUN/reports/index.html")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory; writes RUN/reports/index.html")
+    add(
         "--control",
         type=Path,
         metavar="CONTROL_RUN",
         help="run to compare with (default: RUN/control, if any)",
     )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="MODEL",
-        help="tokenizer that made the datasets, to show examples as text (default: RUN/tokenizer.*)",
-    )
-    parser.add_argument("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
-    parser.add_argument("--svg", action="store_true", help="write figures as RUN/reports/*.svg, too")
-    parser.add_argument("--check", action="store_true", help="print the figures' captions, and exit")
+    add("--tokenizer", type=Path, metavar="MODEL", help="tokenizer that made the datasets, to show examples "
+        "as text (default: RUN/tokenizer.*)")  # fmt: skip
+    add("--png", action="store_true", help="write figures as RUN/reports/*.png, too")
+    add("--svg", action="store_true", help="write figures as RUN/reports/*.svg, too")
+    add("--check", action="store_true", help="print the figures' captions, and exit")
     options = parser.parse_args()
     with user_errors():
         try:

@@ -96,15 +96,11 @@ def release(directory: Path) -> None:
 
 
 def publish(
-    temporary: Path,
-    final: Path,
-    facts: FileFacts,
-    state: TrainState,
-    model: ModelConfig,
-    phase: str,
-    plan: str,
+    directory: Path, facts: FileFacts, state: TrainState, model: ModelConfig, phase: str, plan: str
 ) -> None:
-    """Give a checkpoint whose `facts` files are on the disk its description and its name."""
+    """Give a checkpoint whose `facts` files are on the disk, under `temporary_path`, its description and its
+    name."""
+    temporary, final = temporary_path(directory, state.step), step_path(directory, state.step)
     meta = {
         "format": _FORMAT,
         "phase": phase,
@@ -258,12 +254,11 @@ def check_model(
     another one."""
     meta = read_meta(path, expect)
     theirs = meta["model"]
-    changed = [
+    if changed := [
         f"{key} {shown(theirs.get(key))} there, {value!r} here"
         for key, value in dataclasses.asdict(model).items()
         if theirs.get(key) != value and key not in but
-    ]
-    if changed:
+    ]:
         raise ValueError(f"{path} holds another model: {'; '.join(changed)}")
     return meta
 
@@ -275,11 +270,8 @@ def facts_of(paths: Iterable[Path]) -> FileFacts:
 
 def corruptions(path: Path, files: FileFacts, rank: int = 0, ranks: int = 1) -> list[str]:
     """Damage to the files of a checkpoint, a line each. This rank reads its share of them."""
-    out = []
-    if rank == 0:
-        out = [
-            f"{shown(p.name)} is not listed by {META}" for p in path.iterdir() if p.name not in {*files, META}
-        ]
+    there = [p.name for p in path.iterdir()] if rank == 0 else []
+    out = [f"{shown(name)} is not listed by {META}" for name in there if name not in {*files, META}]
     for name, (size, checksum) in sorted(files.items(), key=lambda item: -item[1][0])[rank::ranks]:
         if error := difference(path / name, size):
             out.append(error)

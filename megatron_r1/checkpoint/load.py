@@ -22,7 +22,7 @@ from megatron_r1.checkpoint.shards import METADATA, rectangles_of
 from megatron_r1.config import ModelConfig
 from megatron_r1.parallel import gather_objects
 from megatron_r1.records import TrainState
-from megatron_r1.system.errors import shown
+from megatron_r1.system.errors import rewording, shown
 
 # isort: split
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
@@ -59,10 +59,9 @@ def load_checkpoint(
         )
         loaded = load_state(contents, wanted)
         gpt.load_state_dict(loaded["model"])
-        try:
+        unfit = KeyError, TypeError, AssertionError, NotImplementedError
+        with rewording(lambda error: f"{path}: its optimizer's settings do not fit: {shown(error)}", *unfit):
             optimizer.load_state_dict(loaded["optimizer"])
-        except (KeyError, TypeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"{path}: its optimizer's settings do not fit: {shown(error)}") from None
     return TrainState(**meta["state"])
 
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +121,14 @@ class Saver:
             # which runs the main program again.
             filesystem_async._results_queue = queue.Queue()
             with _first_rank_writes(ref):
-                request = dist_checkpointing.save(
-                    self._copied(_sharded(gpt, optimizer)),
-                    str(temporary),
-                    content_metadata=dict(METADATA),
-                    **_ASYNC,
-                )
+                copied, about = self._copied(_sharded(gpt, optimizer)), dict(METADATA)
+                request = dist_checkpointing.save(copied, str(temporary), content_metadata=about, **_ASYNC)
         saved = replace(state)
-        self._flight = _Flight(
-            ref,
-            temporary,
-            request,
-            lambda facts: checkpoint_files.publish(temporary, final, facts, saved, model, phase, plan),
-        )
+
+        def publish(facts: FileFacts) -> None:
+            checkpoint_files.publish(self._directory, facts, saved, model, phase, plan)
+
+        self._flight = _Flight(ref, temporary, request, publish)
         return ref
 
     @property
@@ -199,7 +195,8 @@ class Saver:
                     say(f"warning: train.keep_last: {error}; it stays, and no room is freed")
                 self._staying.add(step)
         if hidden:
-            self._remover = threading.Thread(target=_delete, args=(hidden,), name="remover")
+            delete = partial(shutil.rmtree, ignore_errors=True)
+            self._remover = threading.Thread(target=lambda: list(map(delete, hidden)), name="remover")
             self._remover.start()
 
     def _copied(self, sharded: dict[str, Any]) -> dict[str, Any]:
@@ -277,11 +274,6 @@ def _cause(error: BaseException) -> str:
     while inner is not None and not isinstance(inner, OSError):
         inner = inner.__cause__ or inner.__context__
     return str(inner) if inner is not None else f"{type(error).__name__}: {error}"
-
-
-def _delete(directories: list[Path]) -> None:
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _on_first_rank(action: Callable[[], None], ref: CheckpointRef) -> None:

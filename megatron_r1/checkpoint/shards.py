@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import add
 from typing import Any
 
 import torch
@@ -73,11 +74,8 @@ def _rectangles(param: Any, state: str, flat: torch.Tensor, start: int) -> Itera
     """
     whole = torch.empty(param.data.shape, dtype=flat.dtype, device="meta")
     # The optimizer shards what data-parallel ranks replicate.
-    meant = {
-        "key": f"optimizer.state.{state}.{param.key}",
-        "data": whole,
-        "replica_id": (*param.replica_id[:2], 0),
-    }
+    key, replica_id = f"optimizer.state.{state}.{param.key}", (*param.replica_id[:2], 0)
+    meant = {"key": key, "data": whole, "replica_id": replica_id}
     if isinstance(param, ShardedTensorFactory):
         shards = list(nested_values(replace(param, **meant).build()))
     else:
@@ -88,17 +86,14 @@ def _rectangles(param: Any, state: str, flat: torch.Tensor, start: int) -> Itera
         begin = shard.data.storage_offset()
         low, high = max(start, begin), min(end, begin + shard.data.numel())
         for offset, size in rectangles(tuple(shard.local_shape), low - begin, high - begin):
-            taken = low - start
+            taken, ahead = low - start, shard.prepend_axis_num
             low += math.prod(size)
-            ahead = shard.prepend_axis_num
             shape = (1,) * ahead + size
             yield replace(
                 shard,
                 data=flat[taken : low - start].detach().view(shape),
                 local_shape=shape,
-                global_offset=tuple(
-                    o + inner for o, inner in zip(shard.global_offset, (0,) * ahead + offset, strict=True)
-                ),
+                global_offset=tuple(map(add, shard.global_offset, (0,) * ahead + offset)),
                 # Not a regular grid, and one that has its leading axes.
                 axis_fragmentations=None,
                 prepend_axis_num=0,

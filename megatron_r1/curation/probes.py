@@ -32,11 +32,11 @@ from megatron_r1.data.indexed import (
     with_suffix,
 )
 from megatron_r1.data.integrity import say_unchecked
-from megatron_r1.data.sidecar import is_count
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish, read, standing
 from megatron_r1.system.errors import suggest
 from megatron_r1.system.files import write_json, write_text
+from megatron_r1.system.json_io import is_count, mistake
 from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import Progress, say
 from megatron_r1.system.yaml_io import format_yaml
@@ -137,10 +137,7 @@ def curate_probes(
             _record(manifest, output_dir)
         return manifest
     need = int(2 * tokens_per_source * SLACK)
-    opened = [
-        _divide(corpus, of_capability.get(corpus.name), fraction, need, max_document_tokens)
-        for corpus in corpora
-    ]
+    opened = [_divide(c, of_capability.get(c.name), fraction, need, max_document_tokens) for c in corpora]
     _check_tokenizers(opened, end_documents)
     report = {source.name: source.report() for source in opened}
     if check:
@@ -196,17 +193,14 @@ _COUNTS = ("documents", "training_documents", "training_tokens", "set_aside_docu
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())
+    return not mistake(value, {str: dict})
 
 
 def _is_whole(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether a manifest that was read back holds the counts of each source."""
     sources: Any = manifest.get("sources")
-    return (
-        _is_table(sources)
-        and list(sources) == list(request["sources"])
-        and all(is_count(of.get(name)) for of in sources.values() for name in _COUNTS)
-    )
+    same = _is_table(sources) and list(sources) == list(request["sources"])
+    return same and all(is_count(of.get(name)) for of in sources.values() for name in _COUNTS)
 
 
 def _record(manifest: dict[str, Any], directory: Path) -> None:
@@ -362,15 +356,11 @@ def _write_set(
 
 def _split(opened: Sequence[_Source], capabilities: Mapping[str, Sequence[str]], output_dir: Path) -> str:
     """The trainer's configuration of this split: what to train on, what to watch, what to score against."""
-    sources = {
-        s.name: {"prefix": str(s.dataset.prefix), "documents": s.leading}
-        | ({"domain": s.capability} if s.capability else {})
-        for s in opened
-    }
+    sources: dict[str, dict[str, Any]] = {}
+    for s in opened:
+        sources[s.name] = {"prefix": str(s.dataset.prefix), "documents": s.leading}
+        sources[s.name] |= {"domain": s.capability} if s.capability else {}
     sets = {name: {c: str(output_dir / f"{name}_{c}") for c in capabilities} for name in SETS}
-    split = {
-        "data": {"sources": sources, "probes": sets["heldout"]},
-        "influence": {"directions": sets["probe"]},
-    }
+    data = {"sources": sources, "probes": sets["heldout"]}
     head = "# Written by tools/curate_probes.py; paths are relative to where it ran.\n"
-    return head + format_yaml(split)
+    return head + format_yaml({"data": data, "influence": {"directions": sets["probe"]}})

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_r1._csrc import Plan as NativePlan
 from megatron_r1.data.keep import KeptWindows, Mask, load_mask
-from megatron_r1.system.errors import closest, shown, some
+from megatron_r1.system.errors import closest, rewording, shown, some
 
 Order = Literal["balanced", "megatron"]
 Number = int | float
@@ -106,10 +106,8 @@ class BlendPlan:
         given = self._by_source(weights)
         caps = self._caps(max_epochs)
         masks = self._masks(keep or {})
-        try:
+        with rewording(lambda error: f"a phase cannot start at sample {start}: {error}", IndexError):
             drawn = self._native.counts(start).tolist()
-        except IndexError as error:
-            raise ValueError(f"a phase cannot start at sample {start}: {error}") from None
         epochs, unseen = self._epochs_from(drawn, masks)
         limit = [_limit(cap, at) for cap, at in zip(caps, epochs, strict=True)]
         for name, weight, at in zip(self.sources, given, epochs, strict=True):
@@ -171,11 +169,8 @@ class BlendPlan:
 
     def _check_names(self, argument: str, names: Iterable[str]) -> None:
         if unknown := [name for name in names if name not in self.sources]:
-            near = "".join(
-                f"; {shown(name)} is near '{match}'"
-                for name in unknown[:3]
-                for match in closest(str(name), self.sources)
-            )
+            matches = [(name, match) for name in unknown[:3] for match in closest(str(name), self.sources)]
+            near = "".join(f"; {shown(name)} is near '{match}'" for name, match in matches)
             raise ValueError(
                 f"{argument} name {listed(unknown)}, but the sources are {listed(self.sources)}{near}"
             )
@@ -197,11 +192,8 @@ class BlendPlan:
         self._check_names("keep", keep)
         masks = {name: load_mask(name, self.sources[name], mask) for name, mask in keep.items()}
         # A mask that keeps everything is no mask: it must not close an epoch.
-        return {
-            name: mask
-            for name, mask in masks.items()
-            if mask.stretch_N2 is not None or mask.bitmap.kept < self.sources[name]
-        }
+        no_masks = {n for n, m in masks.items() if m.stretch_N2 is None and m.bitmap.kept == self.sources[n]}
+        return {name: mask for name, mask in masks.items() if name not in no_masks}
 
     def _epochs_from(
         self, drawn: list[int], masks: dict[str, KeptWindows]
@@ -251,8 +243,6 @@ class BlendPlan:
 
     def position(self, name: str, j: int) -> int:
         """The global sample that is the source's j-th draw, from 0. IndexError if there is none."""
-        if j < 0:
-            raise IndexError(f"draws count from 0, got {j}")
         self._check_names("the question", [name])
         at = int(self._native.position(self._index[name], j))
         if at < 0:

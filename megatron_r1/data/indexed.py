@@ -107,9 +107,8 @@ class IndexedDataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Tokens of one sequence, without a copy."""
-        n = len(self)
-        if not -n <= index < n:
-            raise IndexError(f"sequence {index} of {self.prefix}, which has {n}")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {len(self)}")
         start = int(self.pointers[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
 
@@ -132,30 +131,26 @@ class IndexedDataset:
             head, status = stream.read(INDEX_START), os.fstat(stream.fileno())
         size = status.st_size
         if len(head) < INDEX_START:
-            self._raise_damaged(
-                self._idx, len(head), f"the header needs {INDEX_START} bytes and {size} are there"
-            )
+            self._raise_damaged(len(head), f"the header needs {INDEX_START} bytes and {size} are there")
         if head[:9] != HEADER:
-            self._raise_damaged(self._idx, 0, f"it starts with {head[:9]!r} and not with {HEADER!r}")
+            self._raise_damaged(0, f"it starts with {head[:9]!r} and not with {HEADER!r}")
         version, code, sequences, entries = struct.unpack("<QBQQ", head[9:])
         if version != 1:
-            self._raise_damaged(self._idx, 9, f"version {version}, where only 1 is known")
+            self._raise_damaged(9, f"version {version}, where only 1 is known")
         if code not in DTYPES:
-            self._raise_damaged(
-                self._idx, 17, f"token type code {code} is not an integer type of Megatron's table"
-            )
+            self._raise_damaged(17, f"token type code {code} is not an integer type of Megatron's table")
         self.dtype = np.dtype(DTYPES[code])
         if entries < 1:
-            self._raise_damaged(self._idx, 26, "no document entry, where even an empty dataset has one")
+            self._raise_damaged(26, "no document entry, where even an empty dataset has one")
         expected = INDEX_START + 12 * sequences + 8 * entries
         if size != expected:
             needs = f"{sequences} sequences and {entries} document entries need {expected} bytes"
             multimodal = size == expected + sequences
             also = " (multimodal pairs, with a mode a sequence, are not read)" if multimodal else ""
-            self._raise_damaged(self._idx, min(size, expected), f"{needs} and {size} are there{also}")
+            self._raise_damaged(min(size, expected), f"{needs} and {size} are there{also}")
         # Each byte takes time to check, also of a hole. No file system packs numbers that rise so tightly.
         if size > _COMPARED and 0 < (held := status.st_blocks * 512) < size // 64:
-            self._raise_damaged(self._idx, 0, f"all but {held} of its {size} bytes are a hole")
+            self._raise_damaged(0, f"all but {held} of its {size} bytes are a hole")
         self.lengths = map_array(self._idx, np.dtype("<i4"), INDEX_START, sequences)
         self.pointers = map_array(self._idx, np.dtype("<i8"), INDEX_START + 4 * sequences, sequences)
         self.documents = map_array(self._idx, np.dtype("<i8"), INDEX_START + 12 * sequences, entries)
@@ -172,9 +167,7 @@ class IndexedDataset:
             lengths = self.lengths[lo:hi].astype(np.int64)
             if lengths.min() < 0:
                 i = lo + int(np.argmax(lengths < 0))
-                self._raise_damaged(
-                    self._idx, lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}"
-                )
+                self._raise_damaged(lengths_at + 4 * i, f"sequence {i} has length {self.lengths[i]}")
             # Of each sequence, where the one before it ends.
             ends = np.concatenate(([self._end(lo)], (self.pointers[lo:hi] + item * lengths)[:-1]))
             wrong = np.flatnonzero(self.pointers[lo:hi] != ends)
@@ -182,22 +175,20 @@ class IndexedDataset:
                 i = lo + int(wrong[0])
                 start = f"sequence {i} starts at byte {self.pointers[i]} of the .bin"
                 end = f"the lengths before it (offset {lengths_at} on) end at byte {ends[i - lo]}"
-                self._raise_damaged(self._idx, pointers_at + 8 * i, f"{start}, but {end}")
+                self._raise_damaged(pointers_at + 8 * i, f"{start}, but {end}")
         if self.documents[0] != 0 or self.documents[-1] != n:
             span = f"sequences {self.documents[0]} to {self.documents[-1]}"
-            self._raise_damaged(self._idx, documents_at, f"documents span {span}, not 0 to {n}")
+            self._raise_damaged(documents_at, f"documents span {span}, not 0 to {n}")
         for lo, hi in _pieces(len(self.documents), part, parts):
             falling = np.flatnonzero(np.diff(self.documents[lo : hi + 1]) < 0)
             if len(falling):
                 i = lo + int(falling[0]) + 1
-                self._raise_damaged(
-                    self._idx, documents_at + 8 * i, f"document entry {i} is below the one before"
-                )
+                self._raise_damaged(documents_at + 8 * i, f"document entry {i} is below the one before")
         size, expected = self._bin.stat().st_size, self._end(n)
         if size != expected:
             fault = "is truncated" if size < expected else "is longer than its index says"
             sizes = f"{size} bytes, where {self._idx.name} says {expected}"
-            self._raise_damaged(self._bin, min(size, expected), f"it {fault}: {sizes}")
+            self._raise_damaged(min(size, expected), f"it {fault}: {sizes}", self._bin)
 
     def _end(self, sequences: int) -> int:
         """The byte of the .bin at which its first sequences end."""
@@ -205,8 +196,8 @@ class IndexedDataset:
             return 0
         return int(self.pointers[sequences - 1]) + int(self.lengths[sequences - 1]) * self.dtype.itemsize
 
-    def _raise_damaged(self, path: Path, offset: int, fault: str) -> NoReturn:
-        raise ValueError(f"{path} is damaged at offset {offset}: {fault}; {REDO}")
+    def _raise_damaged(self, offset: int, fault: str, path: Path | None = None) -> NoReturn:
+        raise ValueError(f"{path or self._idx} is damaged at offset {offset}: {fault}; {REDO}")
 
 
 def _pieces(count: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
@@ -408,8 +399,8 @@ def open_corpus(
     """
     dataset, sidecar = IndexedDataset(prefix, share), read_sidecar(prefix)
     if sidecar is not None:
-        counts = {"documents": dataset.num_documents, "tokens": len(dataset.tokens)}
-        for key, value in {**counts, "dtype": dataset.dtype.name}.items():
+        facts = ("documents", dataset.num_documents), ("tokens", len(dataset.tokens))
+        for key, value in (*facts, ("dtype", dataset.dtype.name)):
             if sidecar.get(key) != value:
                 raise ValueError(
                     f"{with_suffix(prefix, '.json')} belongs to another pair: it says {key} "
@@ -421,14 +412,11 @@ def open_corpus(
             if len(wrong):
                 entry = lo + int(wrong[0])
                 at = INDEX_START + 12 * len(dataset) + 8 * entry
-                dataset._raise_damaged(
-                    dataset._idx, at, f"document entry {entry} is {dataset.documents[entry]}"
-                )
+                dataset._raise_damaged(at, f"document entry {entry} is {dataset.documents[entry]}")
         if dataset._idx.stat().st_size <= _COMPARED:
             check_file(dataset._idx, sidecar, "idx_sha256", share)
     doubt = check_bin(prefix, sidecar or {}, share)
-    if documents is None:
-        documents = dataset.num_documents
+    documents = dataset.num_documents if documents is None else documents
     if not 0 <= documents <= dataset.num_documents:
         raise ValueError(
             f"documents={documents}, but {prefix} has {dataset.num_documents}; "

@@ -24,6 +24,7 @@ import xxhash
 
 from megatron_r1.data.npy import read_array
 from megatron_r1.records import Corpus
+from megatron_r1.system.errors import rewording, some
 from megatron_r1.system.files import sha256
 from megatron_r1.system.terminal import say
 
@@ -126,7 +127,7 @@ def check_bin(
             _compare(path, number, runs, stored)
             return "" if whole else _untold(holes, status)
     if digest is not None and whole:
-        if zlib.crc32(bytes(path)) % parts == part and sha256(path) != digest:
+        if _differs(path, digest, share):
             raise DamagedBinError(f"{path} is damaged: its SHA-256 is not that of {path.stem}.json; {REDO}")
         return ""
     reasons = "no hashes beside it", *(_hole(*hole) for hole in (holes or [])[:1]), _untold(holes, status)
@@ -138,9 +139,12 @@ def check_file(path: Path, sidecar: Mapping[str, Any], field: str, share: tuple[
 
     One of the ranks of `share` reads the file.
     """
-    part, parts = share
-    if field in sidecar and zlib.crc32(bytes(path)) % parts == part and sha256(path) != sidecar[field]:
+    if field in sidecar and _differs(path, sidecar[field], share):
         raise DamagedBinError(f"{path} is not the file that was written: its SHA-256 is another; {REDO}")
+
+
+def _differs(path: Path, digest: str, share: tuple[int, int]) -> bool:
+    return zlib.crc32(bytes(path)) % share[1] == share[0] and sha256(path) != digest
 
 
 def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | None:
@@ -149,17 +153,13 @@ def read_hashes(prefix: str | Path, sidecar: Mapping[str, Any]) -> np.ndarray | 
     Raises ValueError for a damaged file, and for one of another pair.
     """
     path, size = side_file(prefix, "hashes.npy"), os.stat(f"{prefix}.bin").st_size
-    try:
+    unlike = f"{path} is damaged, or of another pair"
+    with suppress(FileNotFoundError), rewording(lambda why: f"{unlike}: {why}; {REDO}, with this folder"):
         words = read_array(path, np.uint64, (_HEAD - -size // _STRETCH,), "r")
         if sidecar.get("bin_sha256", whole_hash(words)) != whole_hash(words):
             raise ValueError(f"its SHA-256 is not that of {Path(prefix).name}.json")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged, or of another pair: {error}; {REDO}, with this folder"
-        ) from None
-    return words[_HEAD:]
+        return words[_HEAD:]
+    return None
 
 
 def sample_hash(prefix: str | Path) -> str:
@@ -237,5 +237,4 @@ def say_unchecked(corpora: Iterable[Corpus]) -> None:
     """Name the pairs whose bytes could not all be compared, in one line."""
     doubts = [f"{corpus.prefix}.bin ({corpus.doubt})" for corpus in corpora if corpus.doubt]
     if doubts:
-        more = f" and {len(doubts) - 12} more" if len(doubts) > 12 else ""
-        say(f"unchecked, damage to these would not be seen: {', '.join(doubts[:12])}{more}")
+        say(f"unchecked, damage to these would not be seen: {some(doubts)}")

@@ -30,7 +30,7 @@ from megatron_r1._csrc import Keep
 from megatron_r1.data.indexed import document_starts, identity_of
 from megatron_r1.data.npy import MOST_HEADER, read_stream, require_memory
 from megatron_r1.records import Corpus
-from megatron_r1.system.errors import shown
+from megatron_r1.system.errors import rewording, shown
 from megatron_r1.system.files import regular, replacing
 
 Mask = np.ndarray | str | Path
@@ -65,14 +65,11 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     stretch_N2 = corpus = archive = None
     size = (windows + 7) // 8
     try:
-        content = b"" if isinstance(mask, np.ndarray) else _load(name, Path(mask), windows)
         if isinstance(mask, np.ndarray):
             bits = mask
-        elif content[:2] == b"PK":
+        elif (content := _load(name, Path(mask), windows))[:2] == b"PK":
             archive = _Archive(content)
-            seq_length, count = (
-                archive.read(field, np.int64, ()).item() for field in ("seq_length", "count")
-            )
+            seq_length, count = (archive.read(of, np.int64, ()).item() for of in ("seq_length", "count"))
             corpus = archive.read("corpus", str, ()).item()
             where += f", for {count} windows of {seq_length} tokens,"
         else:
@@ -87,12 +84,10 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
     if archive is not None:
         if count != windows:
             raise ValueError(f"{where} does not fit: the source has {windows} windows; make the mask again")
-        try:
+        with rewording(lambda error: f"{where} is damaged: {error!s:.200}; make it again", Exception):
             bits = archive.read("windows", np.uint8, (size,))
             stretch_N2 = archive.read("stretches", np.int64, (None, 2))
             _check_stretches(stretch_N2, bits, windows, seq_length)
-        except Exception as error:
-            raise ValueError(f"{where} is damaged: {error!s:.200}; make it again") from None
     if bits.dtype == np.bool_ and bits.shape == (windows,):
         packed = np.packbits(bits, bitorder="little")
     elif bits.dtype == np.uint8 and bits.shape == (size,):
@@ -104,11 +99,9 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
             f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
             f"[{windows}] or packed uint8 [{size}]"
         )
-    digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes())
-    if stretch_N2 is not None:
-        digest.update(stretch_N2.tobytes())
-    bitmap = Keep(windows, packed)
-    return KeptWindows(bitmap, packed, digest.hexdigest(), path, stretch_N2, seq_length, corpus)
+    stretches = b"" if stretch_N2 is None else stretch_N2.tobytes()
+    digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes() + stretches).hexdigest()
+    return KeptWindows(Keep(windows, packed), packed, digest, path, stretch_N2, seq_length, corpus)
 
 
 def _load(name: str, path: Path, windows: int) -> bytes:
@@ -163,13 +156,15 @@ def _check_stretches(stretch_N2: np.ndarray, bits: np.ndarray, windows: int, seq
         raise ValueError("its windows are not those of its stretches")
 
 
-def made_for_another(mask: KeptWindows, prefix: str | Path, seq_length: int) -> str:
-    """For what else than this pair and this length a mask over documents was made, or nothing."""
+def require_made_for(mask: KeptWindows, prefix: str | Path, seq_length: int) -> None:
+    """Raise ValueError for a mask over documents that was made for another pair, or another length."""
+    other = ""
     if mask.seq_length not in (None, seq_length):
-        return f"windows of {mask.seq_length} tokens, not data.seq_length={seq_length}"
-    if mask.corpus is not None and mask.corpus != identity_of(prefix):
-        return f"another dataset than {prefix}"
-    return ""
+        other = f"windows of {mask.seq_length} tokens, not data.seq_length={seq_length}"
+    elif mask.corpus is not None and mask.corpus != identity_of(prefix):
+        other = f"another dataset than {prefix}"
+    if other:
+        raise ValueError(f"{mask.path} was made for {other}; make it again")
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
@@ -203,11 +198,9 @@ def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None
     if stretch_N2 is None:
         np.save(stream, packed)
     else:
-        length, count = np.int64(seq_length), np.int64(len(windows))
-        made_for = np.array(identity_of(corpus.prefix))
-        np.savez(
-            stream, windows=packed, stretches=stretch_N2, seq_length=length, count=count, corpus=made_for
-        )
+        made_for = {"seq_length": np.int64(seq_length), "count": np.int64(len(windows))}
+        made_for["corpus"] = np.array(identity_of(corpus.prefix))
+        np.savez(stream, windows=packed, stretches=stretch_N2, **made_for)
     return stream.getvalue()
 
 

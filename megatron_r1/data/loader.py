@@ -51,12 +51,11 @@ class BatchLoader:
                 f"the corpora are {sorted(corpus.name for corpus in corpora)}, but the plan's sources are "
                 f"{sorted(plan.sources)}; give one corpus for each source"
             )
-        differ = [
+        if differ := [
             f"'{name}' has {by_name[name].windows(seq_length)} windows where the plan has {windows}"
             for name, windows in plan.sources.items()
             if by_name[name].windows(seq_length) != windows
-        ]
-        if differ:
+        ]:
             raise ValueError(
                 f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
                 f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
@@ -90,8 +89,8 @@ class BatchLoader:
         suspects = np.flatnonzero((tokens_BS[:, [self.seq_length // 2, -1]] == tokens_BS[:, :1]).all(1))
         for row in suspects.tolist():
             if (tokens_BS[row] == tokens_BS[row, 0]).all():
-                place = self._corpora[source_N[row]], int(window_N[row]), int(tokens_BS[row, 0])
-                self.one_id.append(place)
+                corpus = self._corpora[source_N[row]]
+                self.one_id.append((corpus, int(window_N[row]), int(tokens_BS[row, 0])))
 
     def _check_ids(self, id_BS: np.ndarray, first: int, source_N: np.ndarray, window_N: np.ndarray) -> None:
         """Raise ValueError for an id outside the vocabulary. `id_BS` begins at token `first` of a window."""

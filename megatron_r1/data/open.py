@@ -20,7 +20,7 @@ from megatron_r1.config_io import ConfigError
 from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of, open_corpus, stored_sha256
 from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
-from megatron_r1.data.keep import made_for_another
+from megatron_r1.data.keep import require_made_for
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
@@ -119,11 +119,8 @@ def open_data(
     if is_first_rank():
         say_unchecked(every)
         _say_trained_on(opened)
-    if mistakes := [
-        *opener.mistakes,
-        *_named_twice(c for c in opened.corpora if c.name not in opener.absent),
-        *also(opened),
-    ]:
+    twice = _named_twice(c for c in opened.corpora if c.name not in opener.absent)
+    if mistakes := [*opener.mistakes, *twice, *also(opened)]:
         raise ConfigError(mistakes)
     if use in ("train", "score"):
         # Each stays open as long as windows are drawn from it.
@@ -161,12 +158,9 @@ class _Opener:
         self._tokenizers: dict[str, str] = {}
         """Hash of each tokenizer -> the first dataset that was made with it."""
         self.eod, vocab_size = config.data.eod, config.model.vocab_size
-        self.mistakes: list[str] = []
+        unknown = f"data.eod={self.eod}: model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}"
+        self.mistakes = [unknown] if self.eod is not None and not 0 <= self.eod < vocab_size else []
         self.damaged: list[str] = []
-        if self.eod is not None and not 0 <= self.eod < vocab_size:
-            self.mistakes.append(
-                f"data.eod={self.eod}: model.vocab_size={vocab_size} has ids 0 to {vocab_size - 1}"
-            )
         self.absent: set[str] = set()
 
     def corpora(self, section: str, named: Mapping[str, SourceConfig | str]) -> list[Corpus]:
@@ -178,11 +172,9 @@ class _Opener:
                 source, aside = SourceConfig(source), "; set more documents aside"
             try:
                 corpus = self._open(path, name, source)
-                short = (
-                    f"{corpus.tokens} tokens are less than one window of data.seq_length={seq_length}, "
-                    f"which takes {seq_length + 1}"
-                )
-                mistakes = [short + aside] if corpus.tokens <= seq_length else []
+                window = f"one window of data.seq_length={seq_length}, which takes {seq_length + 1}"
+                short = f"{corpus.tokens} tokens are less than {window}{aside}"
+                mistakes = [short] if corpus.tokens <= seq_length else []
                 if name not in self.absent:
                     mistakes += self._mistakes_of(path, corpus)
                 opened.append(corpus)
@@ -293,10 +285,10 @@ def build_plan(config: Config, corpora: list[Corpus]) -> BlendPlan:
             raise ConfigError([f"phases.{name}: {error}"]) from None
         mistakes = []
         for source, mask in plan.phases[-1].keep.items():
-            if made := made_for_another(mask, data.sources[source].prefix, data.seq_length):
-                mistakes.append(
-                    f"phases.{name}.keep.{source}: {mask.path} was made for {made}; make it again"
-                )
+            try:
+                require_made_for(mask, data.sources[source].prefix, data.seq_length)
+            except ValueError as error:
+                mistakes.append(f"phases.{name}.keep.{source}: {error}")
         if mistakes:
             raise ConfigError(mistakes)
         start += config.phase_steps(name) * config.train.global_batch

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.blend import BlendPlan, Phase, integer_weights, listed
-from megatron_r1.system.errors import shown, some
+from megatron_r1.system.errors import rewording, shown, some
 from megatron_r1.system.json_io import JsonError, mistake, parse_json
 
 FORMAT = "megatron_r1.blend"
@@ -51,10 +51,13 @@ def from_json(text: str, samples: int | None = None) -> BlendPlan:
     then not compared with its fingerprint, which is of all phases.
     ValueError where a mask file or the text was changed since; a missing mask is FileNotFoundError.
     """
-    try:
+    unlike = KeyError, TypeError, AttributeError, ArithmeticError, IndexError, MemoryError
+    with rewording(lambda error: _damaged(shown(error)), *unlike):
         return _from_json(_read(text), samples)
-    except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError, MemoryError) as error:
-        raise ValueError(f"{_DAMAGED} ({shown(error)}); {_WAY_OUT}") from None
+
+
+def _damaged(why: str) -> str:
+    return f"the plan is damaged ({why}); restore it, or begin a new run"
 
 
 def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
@@ -63,13 +66,13 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     if parts.get("version") != VERSION:
         raise ValueError(f"blend plan version {shown(parts.get('version'))}; this release reads {VERSION}")
     if isinstance(parts.get("phases"), list) and len(parts["phases"]) > _MOST_PHASES:
-        raise ValueError(f"{_DAMAGED} ({len(parts['phases'])} phases, at most {_MOST_PHASES}); {_WAY_OUT}")
+        raise ValueError(_damaged(f"{len(parts['phases'])} phases, at most {_MOST_PHASES}"))
     if wrong := mistake(parts, _KIND):
-        raise ValueError(f"{_DAMAGED} (it{wrong}); {_WAY_OUT}")
+        raise ValueError(_damaged(f"it{wrong}"))
     sources = {source["name"]: source["windows"] for source in parts["sources"]}
     paths = [mask["path"] for phase in parts["phases"] for mask in phase["keep"].values()]
     if len(sources) < len(parts["sources"]) or max(map(len, [*sources, *paths]), default=0) > _MOST_TEXT:
-        raise ValueError(f"{_DAMAGED} (a source twice, or a name of {_MOST_TEXT} characters); {_WAY_OUT}")
+        raise ValueError(_damaged(f"a source twice, or a name of {_MOST_TEXT} characters"))
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
     last = max((phase["start"] for phase in parts["phases"]), default=0) if samples is None else samples
     if plan.order == "megatron" and last * len(sources) > _MOST_STEPS:
@@ -97,7 +100,6 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     return plan
 
 
-_DAMAGED, _WAY_OUT = "the plan is damaged", "restore it, or begin a new run"
 _MOST_BYTES, _MOST_PHASES, _MOST_TEXT = 64 << 20, 10_000, 1024
 _MOST_STEPS = 1 << 37
 """Of Megatron's order, which takes a step for each sample before: some minutes. The balanced has none."""
@@ -120,12 +122,10 @@ _KIND = {
 
 
 def _read(text: str) -> dict[str, Any]:
-    try:
+    with rewording(lambda error: _damaged(str(error)), JsonError):
         parts = parse_json(text, "the plan", _MOST_BYTES)
-    except JsonError as error:
-        raise ValueError(f"{_DAMAGED} ({error}); {_WAY_OUT}") from None
     if not isinstance(parts, dict):
-        raise ValueError(f"{_DAMAGED} (no JSON mapping); {_WAY_OUT}")
+        raise ValueError(_damaged("no JSON mapping"))
     return parts
 
 
@@ -136,7 +136,7 @@ def datasets_of(text: str) -> dict[str, str]:
     """
     data = _read(text).get("data", {})
     if wrong := mistake(data, {str: str}):
-        raise ValueError(f"{_DAMAGED} (data{wrong}); {_WAY_OUT}")
+        raise ValueError(_damaged(f"data{wrong}"))
     return dict(data)
 
 
@@ -193,8 +193,7 @@ def _phase_changes(before: BlendPlan, now: BlendPlan, samples: int) -> list[str]
             gone = f"(start {old.start}) is gone" if old else f"is new but starts at sample {new.start}"
             changed.append(f"phase {number} {gone}")
             continue
-        if old.start != new.start:
-            changed.append(f"phase {number} start {old.start} -> {new.start}")
+        changed += [f"phase {number} start {old.start} -> {new.start}"] if old.start != new.start else []
         was, is_ = _identity(before, old), _identity(now, new)
         shown = {"weights": (old.weights, new.weights), "max_epochs": (was["max_epochs"], is_["max_epochs"])}
         for key, pair in shown.items():

@@ -25,6 +25,7 @@ from megatron_r1.data.indexed import IndexedDataset, with_suffix
 from megatron_r1.data.integrity import side_file
 from megatron_r1.data.npy import read_array
 from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.system.errors import rewording
 
 ORIGIN = np.dtype([("hash", "u1", 16), ("file", "<u4"), ("line", "<u8")])
 FORMER = ".docs.npy"
@@ -70,10 +71,8 @@ def load_origins(prefix: str | Path, documents: int) -> np.ndarray:
     path = origins_of(prefix)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; tools/preprocess_data.py writes it")
-    try:
+    with rewording(lambda error: f"{path} is damaged ({error}); make the pair again"):
         records = read_array(path, ORIGIN, (None,), "r")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); make the pair again") from None
     if len(records) != documents:
         raise ValueError(
             f"{path} belongs to another pair: it has {len(records)} records, where the pair has {documents} "

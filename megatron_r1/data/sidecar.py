@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_r1.data.integrity import REDO
 from megatron_r1.system.errors import shown
-from megatron_r1.system.json_io import read_json
+from megatron_r1.system.json_io import is_count, mistake, read_json
 
 _MOST_BYTES = 64 << 20
 """Of a sidecar. One that names 300,000 inputs has so many."""
@@ -39,41 +39,28 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
         for field, value in fields.items()
         if field in _KINDS and not _KINDS[field][1](value)
     ]
-    if mistake := [*missing, *wrong, *([] if fields else ["no field"])]:
-        raise ValueError(f"{path} is not the sidecar of an indexed dataset: {mistake[0]}; {REDO}")
+    if mistakes := [*missing, *wrong, *([] if fields else ["no field"])]:
+        raise ValueError(f"{path} is not the sidecar of an indexed dataset: {mistakes[0]}; {REDO}")
     return fields
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _are_inputs(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, dict) and isinstance(v.get("path"), str) for v in value
-    )
-
-
-Kind = tuple[str, Callable[[Any], bool]]
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("documents", "tokens", "vocab_size"), ("a whole number from 0 on", is_count)),
-    **dict.fromkeys(
-        ("tokenizer_fingerprint", "tokenizer_type", "dtype", "encoder", "key"),
-        ("text", lambda v: isinstance(v, str)),
-    ),
-    **dict.fromkeys(("seed", "merged_seed"), ("a number or null", lambda v: v is None or type(v) is int)),
-    "eod": ("a whole number from 0 on, or null", lambda v: v is None or is_count(v)),
-    "append_eod": ("true or false", lambda v: isinstance(v, bool)),
-    **dict.fromkeys(("bin_sha256", "idx_sha256", "docs_sha256"), ("64 hexadecimal digits", _is_digest)),
-    "inputs": ("a list of files", _are_inputs),
-    "lines": ("a list of numbers", lambda v: isinstance(v, list) and all(map(is_count, v))),
-    **dict.fromkeys(
-        ("rejected", "skipped"),
-        ("numbers by reason", lambda v: isinstance(v, dict) and all(map(is_count, v.values()))),
+_WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a whole number from 0 on": (is_count, "documents tokens vocab_size"),
+    "text": (lambda v: isinstance(v, str), "tokenizer_fingerprint tokenizer_type dtype encoder key"),
+    "a number or null": (lambda v: v is None or type(v) is int, "seed merged_seed"),
+    "a whole number from 0 on, or null": (lambda v: v is None or is_count(v), "eod"),
+    "true or false": (lambda v: isinstance(v, bool), "append_eod"),
+    "64 hexadecimal digits": (_is_digest, "bin_sha256 idx_sha256 docs_sha256"),
+    "a list of files": (lambda v: not mistake(v, [{"path": str}]), "inputs"),
+    "a list of numbers": (lambda v: isinstance(v, list) and all(map(is_count, v)), "lines"),
+    "numbers by reason": (
+        lambda v: isinstance(v, dict) and all(map(is_count, v.values())),
+        "rejected skipped",
     ),
 }
+_KINDS = {name: (words, holds) for words, (holds, names) in _WORDS.items() for name in names.split()}
 """Fields that are read somewhere. Others are notes."""

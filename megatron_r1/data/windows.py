@@ -59,13 +59,12 @@ def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:
     The search reads a whole stream of up to a million tokens, and as many tokens, evenly spread, of a longer
     one. `BatchLoader` finds the others when it draws them.
     """
-    tokens = _tokens(corpus)
+    tokens, mistake = _tokens(corpus), None
     last = max(0, len(tokens) - _STRETCH)
     for first in sorted({last * k // (_STRETCHES - 1) for k in range(_STRETCHES)}):
         id_1S = tokens[None, first : first + _STRETCH].astype(np.int64)
-        if mistake := unknown_id(id_1S, vocab_size, [corpus], np.array([0]), np.array([first])):
-            return [mistake]
-    return []
+        mistake = mistake or unknown_id(id_1S, vocab_size, [corpus], np.array([0]), np.array([first]))
+    return [mistake] if mistake else []
 
 
 def last_tokens(corpus: Corpus, most: int) -> np.ndarray:

@@ -165,14 +165,10 @@ def from_hf(config: dict[str, Any]) -> HfModel:
             model = TypeAdapter(ModelConfig).validate_json(json.dumps(shape), strict=True)
             refused += _shape_refusals(model, divided)
             refused += _layer_refusals(has)
-            tokens = {key: config[key] for key in SPECIAL if key in config}
-            refused += [
-                f"{key}={shown(ids)}: no token of vocab_size={model.vocab_size}"
-                for key, ids in tokens.items()
-                if any(
-                    (number or 0) >= model.vocab_size for number in (ids if isinstance(ids, list) else [ids])
-                )
-            ]
+            for key in (key for key in SPECIAL if key in config):
+                ids = config[key] if isinstance(config[key], list) else [config[key]]
+                if any((number or 0) >= model.vocab_size for number in ids):
+                    refused.append(f"{key}={shown(config[key])}: no token of vocab_size={model.vocab_size}")
         except ValidationError as error:
             for e in error.errors():
                 key = ".".join(names.get(str(part), str(part)) for part in e["loc"])

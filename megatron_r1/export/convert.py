@@ -29,7 +29,7 @@ from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.run.stage import finish, require_empty
-from megatron_r1.system.errors import shown, suggest_path
+from megatron_r1.system.errors import rewording, shown, suggest_path
 from megatron_r1.system.files import naming, open_exclusive, sha256, sync, write_json
 from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
@@ -62,10 +62,8 @@ def to_hf(
         raise ValueError(f"--context {context}: the longest sequence has at least one token")
     meta = checkpoint_files.read_meta(source, expect)
     checkpoint_files.raise_corrupt(source, checkpoint_files.corruptions(source, meta["files"]))
-    try:
+    with rewording(lambda error: f"{source} describes no model: {shown(str(error))}"):
         model = TypeAdapter(ModelConfig).validate_python(meta["model"])
-    except ValueError as error:
-        raise ValueError(f"{source} describes no model: {shown(str(error))}") from None
     held = sum(size for size, _ in meta["files"].values())
     if 2 * model.parameters() > held:
         raise ValueError(
@@ -119,16 +117,13 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     fp32, which rounds nothing. The folder appears whole or not at all. Raises ValueError naming every field
     and tensor that GPTModel has no place for, or for a `target` that holds something.
     """
-    try:
+    absent, other = f"{source} has no config.json", "name a folder as save_pretrained writes it"
+    with rewording(
+        lambda _: f"{absent}; {other}{suggest_path(source)}", FileNotFoundError, NotADirectoryError
+    ):
         config = read_object(source / "config.json", MOST_JSON)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{source} has no config.json; name a folder as save_pretrained writes it{suggest_path(source)}"
-        ) from None
-    try:
+    with rewording(lambda error: f"{source / 'config.json'}: {error}"):
         described = hf_config.from_hf(config)
-    except ValueError as error:
-        raise ValueError(f"{source / 'config.json'}: {error}") from None
     require_empty(target)
     model, stored = described.model, stored_tensors(source)
     check_tensors(source, stored, model, described.family)

@@ -97,11 +97,8 @@ def few(names: Sequence[str]) -> str:
 def shapes(model: ModelConfig, family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the tensors that config.json means."""
     heads, groups = (n * model.head_dim for n in (model.num_attention_heads, model.num_query_groups))
-    mlp, hidden, ffn = (
-        "mlp" if family == "llama" else "feed_forward",
-        model.hidden_size,
-        model.ffn_hidden_size,
-    )
+    mlp = "mlp" if family == "llama" else "feed_forward"
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
     yield EMBEDDING, (model.vocab_size, hidden)
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),

@@ -13,7 +13,7 @@ from megatron_r1.export.folder import MOST_JSON
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.preprocess.tokenizer import HuggingFace, SentencePiece, TikToken, Tokenizer, build_tokenizer
 from megatron_r1.preprocess.vetted import pipeline
-from megatron_r1.system.errors import require
+from megatron_r1.system.errors import require, rewording
 from megatron_r1.system.files import regular
 from megatron_r1.system.json_io import parse_json
 
@@ -69,24 +69,17 @@ def _special_of(files: Mapping[str, bytes], tokenizer: Tokenizer, model: str) ->
     with tempfile.TemporaryDirectory() as folder:
         for name, content in {**files, "config.json": b'{"model_type": "llama"}'}.items():
             Path(folder, name).write_bytes(content)
-        try:
+        cannot = f"{model}: transformers cannot read this tokenizer"
+        with rewording(lambda error: f"{cannot}: {first_line(error)}", BaseException):
             theirs = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             ids = theirs(_TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        # A panic in Rust is no Exception.
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            why = first_line(error)
-            raise ValueError(f"{model}: transformers cannot read this tokenizer: {why}") from None
     special = {f"{name}_token_id": getattr(theirs, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     added = [name for name, number in special.items() if (number or 0) >= tokenizer.vocab_size]
     other = ids != tokenizer.encode_batch(_TEXTS)
     if isinstance(tokenizer, HuggingFace):
         # Texts do not show every rule.
-        built = (theirs.backend_tokenizer, tokenizer._model)
-        other |= (
-            len({json.dumps(pipeline(parse_json(one.to_str(), model)), sort_keys=True) for one in built}) > 1
-        )
+        specs = (parse_json(one.to_str(), model) for one in (theirs.backend_tokenizer, tokenizer._model))
+        other |= len({json.dumps(pipeline(spec), sort_keys=True) for spec in specs}) > 1
     if other or special["eos_token_id"] != tokenizer.eod or added:
         raise ValueError(
             f"{model}: transformers would read the exported tokenizer with other tokens, as "
@@ -124,14 +117,9 @@ def _from_sentencepiece(model: Path) -> tuple[str, dict[str, str]]:
     extractor = library.SentencePieceExtractor(str(model))
     proto = extractor.proto
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if (
-        trainer.model_type != trainer.BPE
-        or not trainer.byte_fallback
-        or trainer.treat_whitespace_as_suffix
-        or normalizer.precompiled_charsmap
-        or normalizer.add_dummy_prefix
-        or normalizer.remove_extra_whitespaces
-    ):
+    plain = trainer.model_type == trainer.BPE and trainer.byte_fallback
+    spaces = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    if not plain or spaces or trainer.treat_whitespace_as_suffix or normalizer.precompiled_charsmap:
         raise ValueError(
             f"{model}: only BPE with byte fallback and without normalisation, as tools/train_tokenizer.py "
             f"trains it, becomes a tokenizer.json; leave the tokenizer out"

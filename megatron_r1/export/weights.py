@@ -63,7 +63,9 @@ def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
 
 def tensors(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors on the CPU; copies only where the layout differs."""
-    return {name: view.contiguous().view(_shape(view)).cpu() for name, view in views.items()}
+    # A matrix has the columns of ours, a norm its length.
+    shapes = {name: (-1, view.shape[-1]) if view.dim() > 1 else (-1,) for name, view in views.items()}
+    return {name: view.contiguous().view(shapes[name]).cpu() for name, view in views.items()}
 
 
 def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -136,8 +138,3 @@ def require_finite(name: str, tensor: Tensor, where: Path) -> None:
 def holds_more_than_bf16(views: Mapping[str, Tensor]) -> bool:
     """Whether bf16 would round a number: megatron-core's own norms are float32 in a bf16 model."""
     return any(not torch.equal(view, view.bfloat16().to(view.dtype)) for view in views.values())
-
-
-def _shape(view: Tensor) -> tuple[int, ...]:
-    """A matrix has the columns of ours, a norm its length."""
-    return (view.numel() // view.shape[-1], view.shape[-1]) if view.dim() > 1 else (view.numel(),)

@@ -36,21 +36,16 @@ class Launch:
 
     def mistakes(self, config: Config) -> list[str]:
         if not 1 <= self.gpus <= _MOST_GPUS:
-            return [
-                f"--gpus {self.gpus}: a launch needs at least one, and {_MOST_GPUS:,} at most are planned"
-            ]
-        sizes = {
-            "train.global_batch": (config.train.global_batch, 1 << 24),
-            "data.seq_length": (config.data.seq_length, 1 << 24),
-            "model.num_layers": (config.model.num_layers, 4096),
-            "model.parameters": (config.model.parameters(), 1 << 50),
-            "checkpoints": (phase_spans(config)[-1].end // config.train.checkpoint_every, 1 << 20),
-        }
-        out = [
-            f"{name}: {n:,} is more than is planned, {most:,}"
-            for name, (n, most) in sizes.items()
-            if n > most
+            most = f"a launch needs at least one, and {_MOST_GPUS:,} at most are planned"
+            return [f"--gpus {self.gpus}: {most}"]
+        sizes = [
+            ("train.global_batch", config.train.global_batch, 1 << 24),
+            ("data.seq_length", config.data.seq_length, 1 << 24),
+            ("model.num_layers", config.model.num_layers, 4096),
+            ("model.parameters", config.model.parameters(), 1 << 50),
+            ("checkpoints", phase_spans(config)[-1].end // config.train.checkpoint_every, 1 << 20),
         ]
+        out = [f"{name}: {n:,} is more than is planned, {most:,}" for name, n, most in sizes if n > most]
         if not 0 <= self.rank < self.gpus:
             out.append(f"--rank {self.rank}: {self.gpus} GPUs are ranks 0 to {self.gpus - 1}")
         if not 0 < self.mfu <= 1:

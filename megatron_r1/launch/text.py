@@ -19,7 +19,9 @@ _SHOWN = 8
 
 def text(plan: LaunchPlan) -> str:
     parts = [_sizes(plan), _data(plan), *(_memory(plan, held) for held in plan.memory)]
-    parts += [_time(plan), _checkpoints(plan), _first(plan), _warnings(plan)]
+    parts += [_time(plan), _checkpoints(plan), _first(plan)]
+    lines = [f"  - {line}" for line in warnings(plan)]
+    parts.append(iter(["warnings", *lines] if lines else ["no warnings"]))
     return "\n\n".join(part for part in map("\n".join, parts) if part)
 
 
@@ -138,9 +140,3 @@ def _first(plan: LaunchPlan) -> Iterator[str]:
         for sample in plan.first_N[:_SHOWN].tolist():
             source, epoch, window = plan.data.plan.locate(sample)
             yield f"  {sample:8d}  {plan.data.corpora[source].name:18s} epoch {epoch} window {window}"
-
-
-def _warnings(plan: LaunchPlan) -> Iterator[str]:
-    lines = warnings(plan)
-    yield "warnings" if lines else "no warnings"
-    yield from (f"  - {line}" for line in lines)

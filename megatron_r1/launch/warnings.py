@@ -19,9 +19,7 @@ PER_NODE = 8
 
 
 def warnings(plan: LaunchPlan) -> list[str]:
-    config, gpus = plan.config, plan.launch.gpus
-    sizes = [*_gpus(config, gpus), *_batch(config), *_heads(config), *_nodes(config, gpus)]
-    return [*_data(plan), *sizes, *_memory(plan)]
+    return [*_data(plan), *_sizes(plan.config, plan.launch.gpus), *_memory(plan)]
 
 
 def _data(plan: LaunchPlan) -> Iterator[str]:
@@ -43,7 +41,8 @@ def _data(plan: LaunchPlan) -> Iterator[str]:
         yield f"sources that no phase draws: {', '.join(never)}"
 
 
-def _gpus(config: Config, gpus: int) -> Iterator[str]:
+def _sizes(config: Config, gpus: int) -> Iterator[str]:
+    model, figures, tensor = config.model, PAPER["launch"], config.parallel.tensor
     if gpus in (128, 168):
         data_parallel = gpus // config.parallel.model_ranks()
         each = config.train.global_batch / data_parallel
@@ -53,28 +52,17 @@ def _gpus(config: Config, gpus: int) -> Iterator[str]:
             f"{tokens[0]} on 168 GPUs and {tokens[1]} on 128. This plan keeps the token budget: {gpus} GPUs, "
             f"{each:g} sequences for each of {data_parallel} data-parallel ranks, steps derived"
         )
-
-
-def _batch(config: Config) -> Iterator[str]:
-    figures = PAPER["launch"]
     paper = figures["GPUs"] * figures["sequences per GPU and step"] * figures["data.seq_length"]
     if (times := config.tokens_per_step() / paper) > LARGE:
         yield (
             f"train.global_batch={config.train.global_batch}: {config.tokens_per_step():,} tokens a step are "
             f"{times:.1f} times the paper's {paper:,}; its learning rates and steps are not meant for that"
         )
-
-
-def _heads(config: Config) -> Iterator[str]:
-    model = config.model
     if model.head_dim % 8 or model.head_dim > 256:
         yield f"model.head_dim={model.head_dim} has no flash attention (a multiple of 8, at most 256, does)"
     if (width := model.head_dim * model.num_attention_heads) != model.hidden_size:
         yield (f"model.head_dim x num_attention_heads = {width} is not model.hidden_size={model.hidden_size}")
-
-
-def _nodes(config: Config, gpus: int) -> Iterator[str]:
-    several, tensor = gpus > PER_NODE, config.parallel.tensor
+    several = gpus > PER_NODE
     if several and gpus % PER_NODE:
         yield f"{gpus} GPUs do not fill nodes of {PER_NODE}"
     if tensor > PER_NODE or (several and PER_NODE % tensor):

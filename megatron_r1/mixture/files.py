@@ -44,20 +44,19 @@ def table(mixture: Mixture) -> str:
         weight, epochs = mixture.weights[name], mixture.epochs[name]
         share = f"  {mixture.masks[name].share:6.1%}" if mixture.masks else ""
         lines.append(f"{name:{width}s}  {weight:6.1%}  {epochs:6.2f}{share}  {values}")
-    lines.append(
-        "predicted gain per token, first order (least: the worst capability's share of its own best)"
-    )
+    least_of = "the worst capability's share of its own best"
+    lines.append(f"predicted gain per token, first order (least: {least_of})")
     for name, weight_G in mixes.items():
         gain_C, least = mixture.gains(weight_G), mixture.least_share(weight_G)
         values = _numbers([*gain_C, gain_C @ mixture.alpha_CK.sum(1)])
         share = "" if math.isnan(least) else f"{least:6.1%}"
         space = " " * (8 if mixture.masks else 0)
         lines.append(f"{name:{width}s}  least   {share:>6s}{space}  {values}")
-    for mask in mixture.masks.values():
-        lines.append(
-            f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
-            f"{mixture.steps[-1]}; {mask.share:.1%} of its windows may be drawn"
-        )
+    lines += [
+        f"keep {mask.corpus.name}: {mask.helpful} of {mask.scored} scored examples help at step "
+        f"{mixture.steps[-1]}; {mask.share:.1%} of its windows may be drawn"
+        for mask in mixture.masks.values()
+    ]
     return "\n".join(lines)
 
 

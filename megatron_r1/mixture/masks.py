@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.config import MixConfig
-from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, made_for_another, mask_file
+from megatron_r1.data.keep import kept_stretches, kept_windows, load_mask, mask_file, require_made_for
 from megatron_r1.influence.store import Scored, dataset_identity
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import Corpus, ScoreTable
@@ -111,8 +111,7 @@ def _check(corpus: Corpus, manifest: Mapping[str, Any], unit: str, seq_length: i
 def _and_before(mask: KeepMask, path: str, seq_length: int) -> KeepMask:
     """The windows and labels that both `mask` and the mask in a file keep."""
     earlier = load_mask(mask.corpus.name, len(mask.windows), path)
-    if made := made_for_another(earlier, mask.corpus.prefix, seq_length):
-        raise ValueError(f"{path} was made for {made}; make it again")
+    require_made_for(earlier, mask.corpus.prefix, seq_length)
     bits = np.unpackbits(earlier.packed, count=len(mask.windows), bitorder="little").astype(bool)
     stretches = [s for s in (mask.stretch_N2, earlier.stretch_N2) if s is not None]
     stretch_N2 = _overlap(*stretches) if len(stretches) == 2 else next(iter(stretches), None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.config import Config, MixConfig
-from megatron_r1.data.keep import load_mask, made_for_another
+from megatron_r1.data.keep import load_mask, require_made_for
 from megatron_r1.data.open import build_plan, open_data
 from megatron_r1.influence.store import Scored
 from megatron_r1.mixture.masks import KeepMask, make_masks
@@ -26,6 +26,7 @@ from megatron_r1.mixture.weights import (
     worst_case_weights,
 )
 from megatron_r1.records import Corpus
+from megatron_r1.system.errors import rewording
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,7 @@ class _Draws:
                 kept = int(self._masks[name].windows.sum())
             elif name in self._keep:
                 mask, source = load_mask(name, windows, self._keep[name]), config.data.sources[name]
-                if made := made_for_another(mask, source.prefix, config.data.seq_length):
-                    raise ValueError(f"{mask.path} was made for {made}; make it again")
+                require_made_for(mask, source.prefix, config.data.seq_length)
                 kept = mask.bitmap.kept
             else:
                 kept = windows
@@ -151,10 +151,8 @@ class _Draws:
         masks = {name: mask.windows for name, mask in self._masks.items() if mask.windows.any()}
         self._plan.add_phase(self._start, weights, self.caps or None, masks or self._keep)
         end = self._start + self._samples
-        try:
+        with rewording(lambda error: f"phases: {error}", IndexError):
             self._plan.locate(end - 1)
-        except IndexError as error:
-            raise ValueError(f"phases: {error}") from None
         after = self._plan.epochs(end)
         return {name: float(after[name] - self._used[name]) for name in self._windows}
 

@@ -80,9 +80,7 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
             differ.append(f"steps ({list(tables[0].steps)} and {list(others[0].steps)})")
         else:
             manifests = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
-            differ += [
-                key for key in _SAME if any(one.get(key) != other.get(key) for one, other in manifests)
-            ]
+            differ += [key for key in _SAME if any(a.get(key) != b.get(key) for a, b in manifests)]
         if differ:
             raise ValueError(
                 f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}; "

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.system.errors import hub_name, require, shown, suggest_path
+from megatron_r1.system.errors import hub_name, require, rewording, shown, suggest_path
 from megatron_r1.system.json_io import MOST_BYTES, JsonError, parse_json
 
 
@@ -50,13 +50,11 @@ _AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    try:
+    with rewording(lambda error: f"{error}; copy it again or mend it", JsonError):
         settings = parse_json(read_model(path), str(path))
+    half = f"{path} holds half a character, a lone surrogate; mend it"
+    with rewording(lambda _: half, UnicodeEncodeError):
         json.dumps(settings, ensure_ascii=False).encode()
-    except JsonError as error:
-        raise ValueError(f"{error}; copy it again or mend it") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{path} holds half a character, a lone surrogate; mend it") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, not the settings of a tokenizer by name")
     if others := settings.get("fast_tokenizer_files"):
@@ -137,15 +135,12 @@ def auto_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         for file, source in files.items():
             Path(folder, file).write_bytes(source.read_bytes())
-        try:
+        cannot = f"AutoTokenizer of transformers {library.__version__} cannot build the class {name}"
+        way_out = "take out what it objects to, or save the tokenizer anew"
+        with rewording(lambda error: f"{path}: {cannot}: {first_line(error)}; {way_out}", Exception):
             built = library.AutoTokenizer.from_pretrained(
                 folder, split_special_tokens=True, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:
-            raise ValueError(
-                f"{path}: AutoTokenizer of transformers {library.__version__} cannot build the class {name}: "
-                f"{first_line(error)}; take out what it objects to, or save the tokenizer anew"
-            ) from None
     base, own = library.PreTrainedTokenizerFast, type(built)
     if not isinstance(built, base) or any(
         getattr(own, method) is not getattr(base, method) for method in ("__call__", "_encode_plus")

@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -441,9 +442,7 @@ def cut(inputs: Sequence[Input], shard: tuple[int, int] | None) -> list[tuple[in
     """The bytes [lo, hi) of each input that shard (i, n) reads: an equal share of all, in order."""
     index, count = shard or (0, 1)
     sizes = [source.size for source in inputs]
-    start, end = sum(sizes) * index // count, sum(sizes) * (index + 1) // count
-    ranges = []
-    for size in sizes:
-        ranges.append((min(max(start, 0), size), min(max(end, 0), size)))
-        start, end = start - size, end - size
-    return ranges
+    befores = list(accumulate(sizes, initial=0))
+    ends = [befores[-1] * part // count for part in (index, index + 1)]
+    clipped = [[min(max(end - b, 0), size) for b, size in zip(befores, sizes, strict=False)] for end in ends]
+    return list(zip(*clipped, strict=True))

@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import psutil
 
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.preprocess.tokenizer import Tokenizer
-from megatron_r1.preprocess.vetted import Vetted, contested, split_digits, vet
+from megatron_r1.preprocess.vetted import UnvettedError, contested, split_digits, vet
 
 REMEMBERED_BYTES = 1 << 29
 """What gigatoken may remember before it is loaded afresh; without this its memory grows with the input."""
@@ -71,18 +72,14 @@ class Gigatoken(Encoder):
     def __init__(self, tokenizer: Tokenizer, model: str):
         super().__init__(tokenizer)
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
-        self.model = model
-        vetted = vet(model)
-        if not isinstance(vetted, Vetted):
-            raise UnvettedError(vetted)
-        self.vetted = vetted
+        self.model, self.vetted = model, vet(model)
         self._load()
 
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
         # The old one goes first: two of them never share the memory.
-        self._model = None
+        self._model: Any = None
         self._model = load_hf_json(self.vetted.model)
         self._loaded = _memory()
 
@@ -108,13 +105,8 @@ class Gigatoken(Encoder):
 
     def _rows(self, utf8: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts, and where those of each begin and end, [texts + 1]. Takes one thread."""
-        assert self._model is not None
         rows = self._model.encode_batch(list(utf8), parallel=False).layout
         return np.asarray(rows.content.data), np.asarray(rows.offsets.data)
-
-
-class UnvettedError(ValueError):
-    """A feature of a tokenizer.json that no vetted form has."""
 
 
 def choose(tokenizer: Tokenizer, sample: Sequence[str], mode: str = "auto") -> tuple[Encoder, str]:

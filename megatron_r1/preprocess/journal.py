@@ -37,7 +37,7 @@ from megatron_r1.preprocess.store import Stored, reject_line
 from megatron_r1.preprocess.workers import Encoded
 from megatron_r1.system.errors import shown
 from megatron_r1.system.files import naming, remove_if_empty, replacing
-from megatron_r1.system.json_io import MOST_BYTES, parse_json
+from megatron_r1.system.json_io import MOST_BYTES, is_count, mistake, parse_json
 
 COMMIT_BYTES, COMMIT_SECONDS = 1 << 23, 1.0
 _FORMAT = 4
@@ -80,11 +80,6 @@ class Journal:
         """Of what has been added since the last line of the journal."""
         self._gathered, self._begun = 0, time.monotonic()
         self._hashes = {key: BinHashes().update_from(paths[key, "tokens"]) for key in keys if hashed}
-
-    @staticmethod
-    def holds_documents(work: Path) -> bool:
-        """Whether a run that ended has left documents to go on from."""
-        return any(path.stat().st_size for path in work.glob("*.lengths"))
 
     def rejects(self, key: str) -> int:
         """Number of rejects committed."""
@@ -161,13 +156,11 @@ class Journal:
 
 def _foreign(work: Path) -> str:
     """Why what has the name of a journal's folder is none; nothing if it is one, or nothing is there."""
-    if not os.path.lexists(work):
-        return ""
     if work.is_symlink() or not work.is_dir():
-        return "is no folder"
+        return "is no folder" if os.path.lexists(work) else ""
     with os.scandir(work) as entries:
-        ours = {e.name: bool(_OURS.fullmatch(e.name)) and e.is_file(follow_symlinks=False) for e in entries}
-    return next((f"holds {shown(name)}" for name, is_ours in ours.items() if not is_ours), "")
+        theirs = (e for e in entries if not (_OURS.fullmatch(e.name) and e.is_file(follow_symlinks=False)))
+        return next((f"holds {shown(entry.name)}" for entry in theirs), "")
 
 
 def discard(work: Path) -> None:
@@ -186,9 +179,7 @@ def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> li
         before, *commits = [parse_json(line, str(journal)) for line in lines]
     except (OSError, ValueError):
         return []
-    if not isinstance(before, dict) or not isinstance(before.get("inputs"), list):
-        return []
-    if {**before, "inputs": None} != {**header, "inputs": None}:
+    if mistake(before, {"inputs": list}) or {**before, "inputs": None} != {**header, "inputs": None}:
         return []
     pairs = zip(before["inputs"], header["inputs"], strict=False)
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -207,8 +198,7 @@ def _commits(journal: Path, header: dict[str, Any], files: Sequence[Path]) -> li
 def _is_commit(commit: Any, files: int) -> bool:
     match commit:
         case [pieces, [*sizes], number, {**skipped}, [*hashes]]:
-            numbers = [pieces, number, *sizes, *skipped.values()]
-            counts = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            counts = all(map(is_count, (pieces, number, *sizes, *skipped.values())))
             return counts and len(sizes) == len(hashes) == files
     return False
 

@@ -122,9 +122,8 @@ def preprocess(
         "append_eod": append_eod,
         "dtype": best_dtype(tokenizer.vocab_size).name,
         "seed": seed,
+        **({"max_document_bytes": max_document_bytes} if max_document_bytes != MOST_BYTES else {}),
     }
-    if max_document_bytes != MOST_BYTES:
-        about["max_document_bytes"] = max_document_bytes
     base = output
     if shard is not None:
         if not 0 <= shard[0] < shard[1]:
@@ -144,12 +143,12 @@ def preprocess(
     work = with_suffix(base, ".partial")
     with contextlib.nullcontext() if check else exclusive(work, log):
         names = [source.name for source in sources]
-        there = {
-            p: pair_standing(p, {**about, "key": key}, sources, names, overwrite)
-            for key, p in prefixes.items()
-        }
-        done = {str(p): sidecar for p, (standing, sidecar) in there.items() if standing is Standing.DONE}
-        states = {p: _state(p, standing, sidecar, work) for p, (standing, sidecar) in there.items()}
+        done: dict[str, dict[str, Any]] = {}
+        states = {}
+        for key, prefix in prefixes.items():
+            standing, sidecar = pair_standing(prefix, {**about, "key": key}, sources, names, overwrite)
+            states[prefix] = _state(prefix, standing, sidecar, work)
+            done |= {str(prefix): sidecar} if standing is Standing.DONE else {}
         if check:
             for source in sources:
                 log(f"input {source.name}: {source.size:,} bytes")
@@ -181,21 +180,16 @@ def preprocess(
                 if [identity(source) for source in sources] != stats:
                     raise InputError("an input changed while it was read; run again when it is complete")
                 about["inputs"] = [{**stat, "sha256": d} for stat, d in zip(stats, digests, strict=True)]
-                about["skipped"] = skipped
-                if shard is not None:
-                    about["lines"] = lines
-                else:
-                    for key, prefix in prefixes.items():
-                        refuse_empty([stored[key]], key, prefix, about["inputs"])
-                done = {
-                    str(prefix): write_pair(
-                        [stored[key]], prefix, {**about, "key": key, "encoder": chosen.name}, began, log
-                    )
-                    for key, prefix in prefixes.items()
-                }
+                about |= {"skipped": skipped, **({"lines": lines} if shard is not None else {})}
+                for key, prefix in prefixes.items() if shard is None else ():
+                    refuse_empty([stored[key]], key, prefix, about["inputs"])
+                for key, prefix in prefixes.items():
+                    described = {**about, "key": key, "encoder": chosen.name}
+                    done[str(prefix)] = write_pair([stored[key]], prefix, described, began, log)
                 discard(work)
             except (InputError, TooManyRejectsError) as error:
-                if not Journal.holds_documents(work):
+                # Without documents there is nothing to go on from.
+                if not any(path.stat().st_size for path in work.glob("*.lengths")):
                     discard(work)
                     raise
                 kept = f"{work} keeps the documents before it, and the same command goes on from them"

@@ -32,17 +32,13 @@ from megatron_r1.preprocess.store import (
     write_pair,
 )
 from megatron_r1.run.stage import Standing
-from megatron_r1.system.errors import shown
+from megatron_r1.system.errors import rewording, shown
 from megatron_r1.system.files import remove_if_empty
 from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import say
 
 _ARRAY = "SLURM_ARRAY_TASK_"
-_ENVIRONMENT = (
-    ("RANK", "WORLD_SIZE"),
-    (f"{_ARRAY}ID", f"{_ARRAY}COUNT"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
+_ENVIRONMENT = ("RANK", "WORLD_SIZE"), (f"{_ARRAY}ID", f"{_ARRAY}COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")
 """Variables with this task's number and the number of tasks: of torchrun, a SLURM job array, srun."""
 
 
@@ -159,12 +155,10 @@ def merge(
                 continue
             for entry, source in zip(about["inputs"], sources, strict=True):
                 entry["sha256"] = None if source is None else digest(source)
-            before = np.zeros(len(sources), dtype=np.int64)
-            parts = []
+            before, parts = np.zeros(len(sources), dtype=np.int64), []
             for shard, sidecar in shards:
-                dataset = IndexedDataset(shard, share=None)
+                dataset, rejects = IndexedDataset(shard, share=None), rejects_of(shard)
                 origins = load_origins(shard, dataset.num_documents)
-                rejects = rejects_of(shard)
                 parts.append(Stored(dataset.tokens, dataset.lengths, origins, rejects, before.tolist()))
                 before += sidecar["lines"]
             refuse_empty(parts, key, prefix, about["inputs"])
@@ -187,46 +181,31 @@ def shards_of(output_prefix: Path, key: str) -> list[tuple[Path, dict[str, Any]]
         kinds = f"shards of {' and of '.join(map(str, counts))}; remove one kind"
         fault = kinds if counts else "no shards there"
         raise FileNotFoundError(f"{output_prefix}_shard-*_{key}_document: {fault}")
-    shards, opened = [], []
+    shards, opened, count = [], [], counts[0]
     # A shard's tokens, three parts of its index and its origins stay mapped, and a mapping holds a file.
-    allow_open_files(5 * counts[0], "mapped files of shards")
-    for index in range(counts[0]):
-        prefix = with_suffix(shard_prefix(output_prefix, index, counts[0]), f"_{key}_document")
-        sidecar = read_sidecar(prefix, _NEEDED)
+    allow_open_files(5 * count, "mapped files of shards")
+    for index in range(count):
+        prefix = with_suffix(shard_prefix(output_prefix, index, count), f"_{key}_document")
+        sidecar, again = read_sidecar(prefix, _NEEDED), f"run --shard {index}/{count} again"
         if sidecar is None:
-            raise FileNotFoundError(
-                f"{prefix} is missing or not finished; run --shard {index}/{counts[0]} again"
-            )
-        if sidecar["shard"] != [index, counts[0]] or len(sidecar["lines"]) != len(sidecar["inputs"]):
+            raise FileNotFoundError(f"{prefix} is missing or not finished; {again}")
+        if sidecar["shard"] != [index, count] or len(sidecar["lines"]) != len(sidecar["inputs"]):
             raise ValueError(
                 f"{prefix}.json is of another shard: it says shard {shown(sidecar['shard'])}, and lines of "
-                f"{len(sidecar['lines'])} inputs; run --shard {index}/{counts[0]} again"
+                f"{len(sidecar['lines'])} inputs; {again}"
             )
-        rejects, count = rejects_of(prefix), sum(sidecar["rejected"].values())
-        if count and not rejects.is_file():
-            raise FileNotFoundError(
-                f"{rejects} is missing, with {count} rejects; run --shard {index}/{counts[0]} again"
-            )
-        try:
+        rejects, rejected = rejects_of(prefix), sum(sidecar["rejected"].values())
+        if rejected and not rejects.is_file():
+            raise FileNotFoundError(f"{rejects} is missing, with {rejected} rejects; {again}")
+        with rewording(lambda error: f"{error} ({again})"):  # noqa: B023
             opened.append(open_corpus(prefix.name, prefix))
-        except ValueError as error:
-            raise ValueError(f"{error} (run --shard {index}/{counts[0]} again)") from None
         shards.append((prefix, sidecar))
     say_unchecked(opened)
     return shards
 
 
-_NEEDED = (
-    "shard",
-    "inputs",
-    "encoder",
-    "rejected",
-    "lines",
-    "documents",
-    "tokens",
-    "merged_seed",
-    "bin_sha256",
-)
+_COUNTS = ("rejected", "lines", "documents", "tokens")
+_NEEDED = ("shard", "inputs", "encoder", *_COUNTS, "merged_seed", "bin_sha256")
 """Fields of a shard's sidecar that the merge reads."""
 
 
@@ -240,18 +219,16 @@ def _common(shards: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
         # The same file copied to another node has a time of its own.
         inputs = [{**entry, "mtime_ns": 0} for entry in sidecar["inputs"]]
         described.append(about | {"inputs": inputs, "skipped": {}})
+    (first, sidecar), common = shards[0], described[0]
     for (prefix, _), about in zip(shards, described, strict=True):
         for key, value in about.items():
-            if value != described[0].get(key):
-                first = shards[0][0]
-                raise ValueError(
-                    f"{prefix} and {first} differ in {key}: {shown(value)} and {shown(described[0].get(key))}"
-                )
+            if value != (meant := common.get(key)):
+                raise ValueError(f"{prefix} and {first} differ in {key}: {shown(value)} and {shown(meant)}")
     encoders = sorted({sidecar["encoder"] for _, sidecar in shards})
-    inputs = [dict(entry) for entry in shards[0][1]["inputs"]]
+    inputs = [dict(entry) for entry in sidecar["inputs"]]
     skipped = sum((Counter(sidecar.get("skipped", {})) for _, sidecar in shards), Counter())
     counts = dict(sorted(skipped.items()))
-    return described[0] | {"inputs": inputs, "skipped": counts, "encoder": ", ".join(encoders)}
+    return common | {"inputs": inputs, "skipped": counts, "encoder": ", ".join(encoders)}
 
 
 def _again(entry: dict[str, Any]) -> Input | None:

@@ -46,7 +46,7 @@ from megatron_r1.system.files import (
     replacing,
     sha256,
 )
-from megatron_r1.system.json_io import parse_json
+from megatron_r1.system.json_io import mistake, parse_json
 from megatron_r1.system.terminal import Progress, say
 
 _MOST_REJECT = 1 << 17
@@ -102,25 +102,23 @@ def pair_standing(
     same = isinstance(before, list) and len(before) == len(sources) and all(map(_is_same, sources, before))
     ours = {**about, "inputs": before if same else [identity(source) for source in sources]}
     # A damaged sidecar is of no request.
-    theirs = {key: sidecar.get(key) for key in (*ours, *_options(sidecar))} if path.exists() else None
+    keys = (*ours, *(_UNUSUAL & sidecar.keys()))
+    theirs = {key: sidecar.get(key) for key in keys} if path.exists() else None
     found = standing(theirs, ours, lambda: _is_whole(prefix))
     if found is Standing.OTHER and not overwrite:
         _refuse_other(prefix, sidecar, about, inputs)
     return found, sidecar
 
 
-def _options(sidecar: Sidecar) -> list[str]:
-    """Options that a sidecar names only where they are not the usual ones."""
-    return [key for key in ("max_document_bytes",) if key in sidecar]
+_UNUSUAL = {"max_document_bytes"}
+"""Options that a sidecar names only where they are not the usual ones."""
 
 
-def _is_same(source: Input, before: dict[str, Any]) -> bool:
+def _is_same(source: Input, before: Any) -> bool:
     """Whether an input is the one in a sidecar. Only a file that moved or was touched is read."""
     if not isinstance(before, dict):
         return False
     now = identity(source)
-    if not isinstance(before, dict):
-        return False
     if now.items() <= before.items():
         return True
     return now["bytes"] == before.get("bytes") and digest(source) == before.get("sha256")
@@ -135,7 +133,7 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
             f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
         )
     there = [str(entry.get("path")) for entry in entries]
-    changed = differences({key: sidecar.get(key) for key in (*about, *_options(sidecar))}, about)
+    changed = differences({key: sidecar.get(key) for key in (*about, *(_UNUSUAL & sidecar.keys()))}, about)
     changed += [f"input {name:.200} (there)" for name in there if name not in inputs][:2]
     changed += [f"input {name:.200} (here)" for name in inputs if name not in there][:2]
     if changed or there != list(inputs):
@@ -264,18 +262,16 @@ def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Itera
     for part in parts:
         with part.rejects.open("rb") if part.rejects.is_file() else io.BytesIO() as stream:
             while line := stream.readline(_MOST_REJECT):
-                yield _rejected(part, line, names)
+                rejected = parse_json(line, str(part.rejects), _MOST_REJECT - 1)
+                if mistake(rejected, _REJECT) or (
+                    part.lines_before is not None and rejected["file"] not in names
+                ):
+                    raise ValueError(f"{part.rejects} is damaged: it has the line {shown(line)}; {REDO}")
+                before = part.lines_before[names.index(rejected["file"])] if part.lines_before else 0
+                yield {**rejected, "line": rejected["line"] + before}
 
 
-def _rejected(part: Stored, line: bytes, names: Sequence[str]) -> dict[str, Any]:
-    """A line of a file of rejects. ValueError for one that no writer gives."""
-    match parse_json(line, str(part.rejects), _MOST_REJECT - 1):
-        case {"file": str(name), "line": int(number), "reason": str(), "excerpt": str()} as rejected:
-            if part.lines_before is None:
-                return rejected
-            if name in names:
-                return {**rejected, "line": number + part.lines_before[names.index(name)]}
-    raise ValueError(f"{part.rejects} is damaged: it has the line {shown(line)}; {REDO}")
+_REJECT = {"file": str, "line": int, "reason": str, "excerpt": str}
 
 
 def reject_line(rejected: dict[str, Any]) -> bytes:
@@ -303,24 +299,26 @@ def write_pair(
         origins = files.enter_context(replacing(origins_path))
         rejects_file = files.enter_context(replacing(rejects_path)) if reasons else None
         writer = files.enter_context(IndexedWriter(prefix, dtype))
+        docs = hashlib.sha256()
+
+        def add_origins(data: Any) -> None:
+            with naming(origins_path):
+                origins.write(data)
+            docs.update(data)
+
         descr = np.lib.format.dtype_to_descr(ORIGIN)
         header = {"descr": descr, "fortran_order": False, "shape": (len(lengths),)}
         np.lib.format.write_array_header_1_0(head := io.BytesIO(), header)
-        origins.write(head.getvalue())
-        docs = hashlib.sha256(head.getvalue())
+        add_origins(head.getvalue())
         whole = parts[0].whole if len(parts) == 1 and about["seed"] is None else None
         if whole is not None and writer.adopt(whole[0], lengths, whole[1]):
-            with naming(origins_path):
-                origins.write(parts[0].origins.data)
-            docs.update(parts[0].origins.data)
+            add_origins(parts[0].origins.data)
         else:
             tokens_MB = -(-int(lengths.sum(dtype=np.int64)) * dtype.itemsize // 1_000_000)
             progress = files.enter_context(Progress("store", tokens_MB, "MB", show=tokens_MB >= _SHOWN_MB))
             for tokens, counts, records in _in_order(parts, lengths, about["seed"], dtype):
                 writer.add_documents(tokens, counts)
-                with naming(origins_path):
-                    origins.write(records.data)
-                docs.update(records.data)
+                add_origins(records.data)
                 progress.advance(writer.num_tokens * dtype.itemsize // 1_000_000 - progress.done)
         described = {
             "tool": _tool(),

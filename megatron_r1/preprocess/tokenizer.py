@@ -35,7 +35,7 @@ from megatron_r1.preprocess.auto_tokenizer import (
     without_spelling,
 )
 from megatron_r1.preprocess.vetted import differences, pipeline, published
-from megatron_r1.system.errors import require, shown, suggest
+from megatron_r1.system.errors import require, rewording, shown, suggest
 from megatron_r1.system.json_io import parse_json
 
 MOST_IDS = 1 << 24
@@ -116,12 +116,9 @@ class SentencePiece(Tokenizer):
     def __init__(self, model: Path):
         library = require("sentencepiece", self.kind)
         self.model_bytes = read_model(existing(model, self.kind))
-        try:
+        other = "is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
+        with rewording(lambda _: f"{model} {other}", RuntimeError):
             self._model = library.SentencePieceProcessor(model_proto=self.model_bytes)
-        except RuntimeError:
-            raise ValueError(
-                f"{model} is not a SentencePiece model; Llama 3's tokenizer.model is for TikTokenizer"
-            ) from None
         self.vocab_size: int = self._model.vocab_size()
         # -1 also for a user-defined symbol, which a document's text could spell.
         self.eod: int = self._model.eos_id()
@@ -199,28 +196,20 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         if self.vocab_size > 2**31 - 1:
             raise ValueError(f"{path}: id {self.vocab_size - 1} is larger than an int32 holds")
-        try:
+        with rewording(self._unreadable, BaseException):
             self.encode("a1 \u0378\n漢🙂")
-        # A panic in Rust is no Exception.
-        except BaseException as error:
-            raise self._unreadable(error) from None
 
     def _load(self, content: bytes) -> Any:
-        library = require("tokenizers", self.kind)
-        try:
-            model = library.Tokenizer.from_str(content.decode())
-        except BaseException as error:
-            raise self._unreadable(error) from None
+        with rewording(self._unreadable, BaseException):
+            model = require("tokenizers", self.kind).Tokenizer.from_str(content.decode())
         model.encode_special_tokens = True
         model.no_truncation()
         model.no_padding()
         return model
 
-    def _unreadable(self, error: BaseException) -> BaseException:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            return error
+    def _unreadable(self, error: BaseException) -> str:
         version = require("tokenizers", self.kind).__version__
-        return ValueError(
+        return (
             f"{self._path} does not work with tokenizers {version}: {first_line(error)}; copy it again if it "
             f"is damaged, or save it anew with AutoTokenizer of a version that reads it"
         )

@@ -12,28 +12,18 @@ from megatron_r1.preprocess.documents import MOST_BYTES, Input, Lines, digest, o
 from megatron_r1.preprocess.rows import Refused, Row, parse, text_of
 from megatron_r1.preprocess.tokenizer import MOST_IDS, SentencePiece, Tokenizer, build_tokenizer
 from megatron_r1.run.stage import finish
-from megatron_r1.system.errors import require, require_utf8
+from megatron_r1.system.errors import require, require_utf8, rewording
 from megatron_r1.system.files import regular, replacing, write_json, write_text
 
 _END = "<|endoftext|>"
 
 
-def train_tokenizer(
-    inputs: Sequence[str],
-    output: str,
-    vocab_size: int,
-    json_key: str = "text",
-    max_bytes: int = 30_000_000,
-    overwrite: bool = False,
-    max_document_bytes: int = MOST_BYTES,
-) -> tuple[Tokenizer, int]:
-    """Call `train_sentencepiece` and add a ledger line. Returns the tokenizer and the bytes of text seen."""
-    sources = open_inputs(inputs, max_document_bytes)
-    seen = train_sentencepiece(inputs, output, vocab_size, json_key, max_bytes, overwrite, max_document_bytes)
+def record_tokenizer(sources: Sequence[Input], output: str) -> Tokenizer:
+    """Add the ledger line of a model that `train_sentencepiece` has trained. Returns the tokenizer."""
     tokenizer = build_tokenizer(SentencePiece.kind, output)
     digests, outputs = {source.name: digest(source) for source in sources}, {output: tokenizer.fingerprint()}
     finish(Path(output).parent, "train tokenizer", inputs=digests, outputs=outputs)
-    return tokenizer, seen
+    return tokenizer
 
 
 def train_sentencepiece(
@@ -157,12 +147,9 @@ def convert_gpt2(
         raise ValueError(
             f"{merge_file} is no merges.txt: it begins with #version, and its last line is whole"
         )
-    try:
+    no_files = f"{vocab_file}, {merge_file}: no vocab.json and merges.txt"
+    with rewording(lambda error: f"{no_files} ({first_line(error)})", Exception):
         model = library.Tokenizer(library.models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:
-        raise ValueError(
-            f"{vocab_file}, {merge_file}: no vocab.json and merges.txt ({first_line(error)})"
-        ) from None
     vocab, bytes_ = model.get_vocab(), library.pre_tokenizers.ByteLevel.alphabet()
     if missing := [token for token in (_END, *bytes_) if token not in vocab]:
         raise ValueError(f"{vocab_file} lacks {len(missing)} of {_END} and 256 bytes, such as {missing[0]!r}")

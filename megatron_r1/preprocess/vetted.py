@@ -44,8 +44,12 @@ class Vetted:
     """Whether text is brought to NFC."""
 
 
-def vet(model: str) -> Vetted | str:
-    """The tokenizer.json `model` for gigatoken, or the first feature that is in no vetted form."""
+class UnvettedError(ValueError):
+    """A feature of a tokenizer.json that no vetted form has."""
+
+
+def vet(model: str) -> Vetted:
+    """The tokenizer.json `model` for gigatoken. UnvettedError names a feature that is in no vetted form."""
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -62,24 +66,24 @@ def vet(model: str) -> Vetted | str:
     form = min(
         features, key=lambda name: (sum('{"type"' in one for one in features[name]), len(features[name]))
     )
-    if features[form]:
-        return features[form][0]
+    for feature in features[form]:
+        raise UnvettedError(feature)
 
     ids, letters = sorted(given["model"]["vocab"].values()), ByteLevel.alphabet()
     if ids != list(range(len(ids))):
-        return f"ids that are not 0 to {len(ids) - 1}"
+        raise UnvettedError(f"ids that are not 0 to {len(ids) - 1}")
     if len(given["model"]["merges"]) != len(merges):
-        return "merges that are listed twice"
+        raise UnvettedError("merges that are listed twice")
     made = [vocab[left + right] for left, right in merges]
     whole_words = bpe["ignore_merges"]
     if any(left > right or (left == right and not whole_words) for left, right in pairwise(made)):
-        return "merges in another order than their tokens' ids"
+        raise UnvettedError("merges in another order than their tokens' ids")
     added = {token["content"] for token in full["added_tokens"]}
     others = vocab.keys() - set(letters) - {left + right for left, right in merges}
     if whole_words and not added.isdisjoint(others):
-        return f"the added token {min(added & others)!r} as a word of the vocabulary"
+        raise UnvettedError(f"the added token {min(added & others)!r} as a word of the vocabulary")
     if not whole_words and not others <= added:
-        return f"the token {min(others - added)!r}, which no merge makes"
+        raise UnvettedError(f"the token {min(others - added)!r}, which no merge makes")
 
     missing = [letter for letter in letters if letter not in vocab]
     vocab |= {letter: len(ids) + i for i, letter in enumerate(sorted(missing))}

@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def _encode_column(encoder: Encoder, piece: Piece, column: _Column, append_eod: 
     return Encoded(flat, lengths.astype(np.int32), origins, column.rejects, column.skipped)
 
 
-_worker: tuple[Encoder, Sequence[str], bool] | None = None
+_worker: Callable[[Piece], list[Encoded]]
+"""`encode_piece` of a worker process."""
 
 
 def _start_worker(
@@ -148,7 +150,7 @@ def _start_worker(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = build_tokenizer(kind, model)
     encoder = Encoder(tokenizer) if fast_model is None else Gigatoken(tokenizer, fast_model)
-    _worker = encoder, keys, append_eod
+    _worker = partial(encode_piece, encoder, keys=keys, append_eod=append_eod)
 
 
 def _end_with_parent() -> None:
@@ -160,9 +162,7 @@ def _end_with_parent() -> None:
 
 
 def _work(piece: Piece) -> list[Encoded]:
-    assert _worker is not None
-    encoder, keys, append_eod = _worker
-    return encode_piece(encoder, piece, keys, append_eod)
+    return _worker(piece)
 
 
 def _until_mistake(pieces: Iterable[Piece], mistakes: list[Exception]) -> Iterator[Piece]:

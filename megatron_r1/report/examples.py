@@ -99,10 +99,9 @@ def _sidecar(source: SourceConfig) -> dict[str, Any] | None:
 
 
 def _read(reading: Reading, one: Example, tokenizer: Tokenizer | None) -> Example:
-    try:
+    place, text = f"number {one.number:,}; the dataset is not there any more", None
+    with suppress(OSError, ValueError, IndexError, OverflowError):
         place, text = _place_and_text(reading, one, tokenizer)
-    except (OSError, ValueError, IndexError, OverflowError):
-        place, text = f"number {one.number:,}; the dataset is not there any more", None
     return Example(one.source, one.number, one.score, place, text)
 
 

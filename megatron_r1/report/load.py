@@ -19,7 +19,7 @@ from megatron_r1.influence.store import Scored, read_scores, scored
 from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import rewording, suggest_path
 from megatron_r1.system.json_io import JsonError, read_json
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
@@ -31,6 +31,8 @@ _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "t
 """Of a step's line: values that figures and tables rely on."""
 _MOST_JSON = 16 << 20
 """Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
+_UNLIKE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What reading JSON of another form ends in."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -208,10 +210,8 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
 
 def _read_json(path: Path, way_out: str) -> Any:
     """None where the file is not there."""
-    try:
+    with rewording(lambda error: f"{error}; {way_out}", JsonError):
         return read_json(path, _MOST_JSON) if os.path.lexists(path) else None
-    except JsonError as error:
-        raise ValueError(f"{error}; {way_out}") from None
 
 
 def _made_mix(path: Path) -> dict[str, Any] | None:
@@ -219,24 +219,28 @@ def _made_mix(path: Path) -> dict[str, Any] | None:
     made: dict[str, Any] | None = _read_json(path, way_out)
     if made is None:
         return None
-    try:
+    with rewording(
+        lambda error: f"{path} is damaged ({' '.join(str(error).split())[:80]}); {way_out}", *_UNLIKE
+    ):
         shape = len(made["capabilities"]), len(set(made["steps"]))
         alpha_CK = np.array(made["alpha"], dtype=np.float64)
-        known = {f.name for f in fields(MixConfig)}
-        settings = {"phase": "any"} | {k: v for k, v in made.get("mix", {}).items() if k in known}
-        TypeAdapter(MixConfig).validate_python(settings)
+        mix_settings(made)
         if alpha_CK.shape != shape or 0 in shape or not (np.abs(alpha_CK) < 1e100).all():
             raise ValueError("its alpha")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        about = " ".join(str(error).split())[:80]
-        raise ValueError(f"{path} is damaged ({about}); {way_out}") from None
     return made
+
+
+def mix_settings(made: dict[str, Any]) -> MixConfig:
+    """The settings of mix in a mix.json, without those that this program does not know."""
+    known = {f.name for f in fields(MixConfig)}
+    settings = {k: v for k, v in made.get("mix", {}).items() if k in known}
+    return TypeAdapter(MixConfig).validate_python({"phase": "any"} | settings)
 
 
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
     way_out = "write it as {capability: {source: nats}}, or move it away"
     read = _read_json(path, way_out) or {}
-    try:
+    with rewording(
+        lambda error: f"{path}: not {{capability: {{source: nats}}}} ({error!s:.80}); {way_out}", *_UNLIKE
+    ):
         return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: not {{capability: {{source: nats}}}} ({error!s:.80}); {way_out}") from None

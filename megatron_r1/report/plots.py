@@ -68,10 +68,8 @@ def redraw(chart: Any, mark: str, tips: str = "", **channels: Any) -> Any:
     """The same rows and channels by another mark."""
     kind, _, options = mark.partition(" ")
     shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
-    fields = [
-        alt.Tooltip(field=name, type="quantitative" if form else "nominal", format=form)
-        for name, form in shown
-    ]
+    types = {True: "quantitative", False: "nominal"}
+    fields = [alt.Tooltip(field=name, type=types[bool(form)], format=form) for name, form in shown]
     # Altair takes 20 ms to find the class of a dictionary.
     typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
     chart = chart.encode(**typed, **({"tooltip": fields} if fields else {}))
@@ -287,8 +285,7 @@ def histograms(reading: Reading, scores: summary.Scores, bins: int = 48) -> Pane
         every = np.concatenate([s.score_NC[:, c] for s in scored])
         low, high = np.percentile(every[np.isfinite(every)], (1, 99)) if np.isfinite(every).any() else (0, 0)
         edges = np.linspace(*padded(min(float(low), 0.0), max(float(high), 0.0)), bins + 1).tolist()
-        bars: Rows = []
-        means: Rows = []
+        bars, means = Rows(), Rows()
         for foot, s in enumerate(scored, 1):
             share = np.histogram(s.score_NC[:, c], edges)[0] / len(s.score_NC)
             row = {"source": s.source, "foot": foot - 0.05}
@@ -368,8 +365,7 @@ def mixture(reading: Reading) -> Panels:
 def mixture_over_time(reading: Reading) -> Panels:
     """Share of each source in the tokens of the steps, stacked over tokens; a phase's means as numbers."""
     run, shades = reading.run, colors(reading.run.domains)
-    bands: Rows = []
-    means: Rows = []
+    bands, means = Rows(), Rows()
     wide = [span for span in run.spans if span[2] - span[1] > 0.07 * run.end["tokens"]]
     spans = [(*span, run.last[span[0]]["mix_actual"]) for span in wide]
     for drawn, out in ((summary.drawn(run), bands), (spans, means)):

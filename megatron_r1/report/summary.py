@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_r1.mixture.masks import joint_scores
 from megatron_r1.mixture.scores import in_units
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
 from megatron_r1.records import ScoreTable
-from megatron_r1.report.load import Points, Reading, Run
+from megatron_r1.report.load import Points, Reading, Run, mix_settings
 from megatron_r1.run.layout import RunDir
 from megatron_r1.train.schedule import phase_spans, retention
 
@@ -151,9 +151,7 @@ def _weighing(reading: Reading) -> tuple[MixConfig, np.ndarray, list[ScoreTable]
         return mix, np.empty((0, 0)), []
     capabilities, steps = tables[0].capabilities, tables[0].steps
     if made and made["capabilities"] == list(capabilities) and set(made["steps"]) <= set(steps):
-        known = {f.name for f in fields(MixConfig)}
-        mix = MixConfig(**{"phase": "", **{k: v for k, v in made.get("mix", {}).items() if k in known}})
-        steps, alpha_CK = tuple(made["steps"]), np.array(made["alpha"])
+        mix, steps, alpha_CK = mix_settings(made), tuple(made["steps"]), np.array(made["alpha"])
     else:
         alpha_CK = checkpoint_weights(mix, capabilities, steps)
     columns = [tables[0].steps.index(step) for step in steps]
@@ -324,9 +322,8 @@ class Saved:
 def checkpoints(reading: Reading) -> list[Saved]:
     """In training order; first those with a hidden name, which are under way or left behind."""
     config, directory = reading.run.config, RunDir(reading.run.root).checkpoints
-    whole = {ref.path for ref in checkpoint_files.complete_checkpoints(directory)} - set(
-        checkpoint_files.damaged(directory)
-    )
+    whole = {ref.path for ref in checkpoint_files.complete_checkpoints(directory)}
+    whole.difference_update(checkpoint_files.damaged(directory))
     scored = {one.step for of in reading.scored.values() for one in of}
     out = []
     for path in sorted([*directory.glob("step_*"), *directory.glob(".step_*")]):

@@ -44,8 +44,7 @@ def append(
     devices. A stage that ran again replaces nothing: its last line is of the launch that finished, earlier
     lines are what was spent besides.
     """
-    if seconds is None:
-        seconds = time.time() - process_start()
+    seconds = time.time() - process_start() if seconds is None else seconds
     line = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -123,28 +123,17 @@ def require_empty(target: Path) -> None:
 
 
 def finish(
-    directory: Path,
-    name: str,
-    *,
-    inputs: Hashes,
-    outputs: Hashes,
-    tokens: int = 0,
-    devices: int = 1,
-    seconds: float | None = None,
-    again: bool = False,
+    directory: Path, name: str, *, inputs: Hashes, outputs: Hashes, again: bool = False, **line: Any
 ) -> None:
     """Add the line of a finished stage to `directory`/ledger.jsonl. Inputs and outputs: path -> identity.
 
-    `seconds` is by default the age of this process. No line is added if one of this name has the same
-    outputs: the stage then found its result and did not make it. `again` adds the line all the same, for
-    stages whose time counts each time.
+    `line`: as of `ledger.append`. No line is added if one of this name has the same outputs: the stage then
+    found its result and did not make it. `again` adds the line all the same, for stages whose time counts
+    each time.
     """
     lines = [] if again else ledger.read(directory)
-    if any(line["stage"] == name and line["outputs"] == outputs for line in lines):
-        return
-    ledger.append(
-        directory, name, devices=devices, tokens=tokens, seconds=seconds, inputs=inputs, outputs=outputs
-    )
+    if not any(line["stage"] == name and line["outputs"] == outputs for line in lines):
+        ledger.append(directory, name, inputs=inputs, outputs=outputs, **line)
 
 
 def note_launch(note: Path, **line: Any) -> None:

@@ -69,13 +69,9 @@ _PLAIN = ("string", "large_string", "binary", "large_binary")
 
 def _row_bytes(table: Any) -> np.ndarray:
     """Bytes of the texts of each row, [rows] int64."""
-    total = np.zeros(table.num_rows, np.int64)
-    for column in table.columns:
-        at = 0
-        for chunk in getattr(column, "chunks", [column]):
-            total[at : at + len(chunk)] += _sizes(chunk)
-            at += len(chunk)
-    return total
+    chunks = [getattr(column, "chunks", [column]) for column in table.columns]
+    none = np.zeros(0, np.int64)
+    return np.sum([np.concatenate([none, *map(_sizes, of_column)]) for of_column in chunks], axis=0)
 
 
 def _sizes(array: Any) -> np.ndarray:
@@ -85,8 +81,6 @@ def _sizes(array: Any) -> np.ndarray:
         array = array.storage
     if isinstance(array, arrow.DictionaryArray):
         sizes = arrow.array(_sizes(array.dictionary)).take(array.indices)
-    elif isinstance(array, arrow.StringArray | arrow.BinaryArray):
-        sizes = compute.binary_length(array)
     elif (texts := text_bytes(array)) is not None:
         sizes = compute.binary_length(texts)
     else:

@@ -7,7 +7,8 @@ import importlib
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,21 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
+@contextmanager
+def rewording(message: Callable[[Any], str], *kinds: type[BaseException]) -> Iterator[None]:
+    """Within, an error of these kinds, by default ValueError, becomes a ValueError with `message` of it.
+
+    BaseException is for libraries in Rust, whose panics are no Exception. Interrupts stay themselves.
+    """
+    caught = kinds or (ValueError,)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except caught as error:
+        raise ValueError(message(error)) from None
+
+
 _SECRET = re.compile(
     r"key|token(?!s\b|iz)|secret|pass|pwd|credential|auth(?!ors?\b|ored)|bearer|dsn|cookie|jwt|webhook|private"
     r"|signature|(?<![a-z])(?:pw|pat|sas|sig)(?![a-z])",
@@ -64,8 +80,7 @@ def hidden(value: Any, secret: bool = False) -> Any:
     Names of environment variables stay. `secret`: a name above says so for all that is below.
     """
     if isinstance(value, dict):
-        named = _looks_secret(value.get("name")) or _looks_secret(value.get("key"))
-        secret = secret or ("value" in value and named)
+        secret |= "value" in value and any(_looks_secret(value.get(name)) for name in ("name", "key"))
         return {k: hidden(v, secret or _looks_secret(k)) for k, v in value.items()}
     if isinstance(value, list):
         # What follows `--api-key`, or `api_key` in a pair.
@@ -130,16 +145,12 @@ def some(texts: Sequence[str], between: str = ", ", most: int = 12) -> str:
 def suggest_path(path: Path) -> str:
     """`; did you mean PATH?` for a missing path. The first name in it that does not exist is replaced by one
     beside it."""
-    for missing in (*reversed(path.parents), path):
-        if not os.path.lexists(missing):
-            break
-    else:
+    missing = next((part for part in (*reversed(path.parents), path) if not os.path.lexists(part)), None)
+    if missing is None:
         return ""
-    try:
-        with os.scandir(missing.parent) as entries:
-            beside = [entry.name for entry in islice(entries, _MANY)]
-    except OSError:
-        return ""
+    beside = list[str]()
+    with suppress(OSError), os.scandir(missing.parent) as entries:
+        beside = [entry.name for entry in islice(entries, _MANY)]
     matches = [missing.parent / name for name in closest(missing.name, beside, 3)]
     # Of several that resemble it, one in which the rest is there.
     complete = [match / path.relative_to(missing) for match in matches]
@@ -179,9 +190,6 @@ def require(module: str, user: str, install: str = "") -> ModuleType:
 
 def require_utf8(name: str) -> None:
     """Raise ValueError for a name that is not UTF-8: sidecars, ledgers and manifests could not hold it."""
-    try:
+    why = "is not UTF-8, so no record could name it; rename it"
+    with rewording(lambda _: f"{brief(ascii(name))} {why}", UnicodeEncodeError):
         name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{brief(ascii(name))} is not UTF-8, so no record could name it; rename it"
-        ) from None

@@ -68,6 +68,11 @@ def _levels(value: Any) -> Iterator[list[Any]]:
         level = [part for part in inside if part.__class__ in _NESTED]
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on that 63 bits hold."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def mistake(value: Any, kind: Any) -> str:
     """Where a value is not of a kind, as `.phases[0].start is 'x'`; empty where it is.
 

@@ -57,11 +57,9 @@ class Progress:
         self.name, self.total, self.unit, self.done = printable(name), total, unit, start
         self.show = show
         self._first, self._began, self._last = start, time.monotonic(), time.monotonic()
-        self._bar = (
-            tqdm(total=total, initial=start, desc=self.name, unit=f" {unit}", dynamic_ncols=True, leave=True)
-            if show and sys.stderr.isatty()
-            else None
-        )
+        self._bar = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=self.name, unit=f" {unit}", dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -109,10 +109,8 @@ def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
         mark = error.problem_mark or error.context_mark
         line, problem = mark.line if mark else 0, ", ".join(filter(None, (error.context, error.problem)))
     except ReaderError as error:
-        line, problem = (
-            text.count("\n", 0, error.position),
-            f"U+{error.character:04X} is no character of YAML",
-        )
+        line = text.count("\n", 0, error.position)
+        problem = f"U+{error.character:04X} is no character of YAML"
     # A value may stand below its key.
     there = "\n".join(text.splitlines()[max(0, line - 3) : line + 1])
     if hidden(there) != there:
@@ -165,10 +163,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _beyond(self, event: Any) -> ConstructorError:
-        problem = f"nested too deep, more than {MOST_DEPTH} levels"
-        if self._nodes > MOST_NODES:
-            problem = f"more than {MOST_NODES:,} values and keys, aliases followed; {_SPLIT}"
-        return ConstructorError(None, None, problem, event.start_mark)
+        deep = f"nested too deep, more than {MOST_DEPTH} levels"
+        large = f"more than {MOST_NODES:,} values and keys, aliases followed; {_SPLIT}"
+        return ConstructorError(None, None, large if self._nodes > MOST_NODES else deep, event.start_mark)
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is ScalarNode:

@@ -115,8 +115,7 @@ def save(run: Path, *steps: int, size: int = 1000) -> None:
         (temporary / "__0_0.distcp").write_bytes(bytes(size))
         facts = checkpoint_files.facts_of([temporary / "__0_0.distcp"])
         state = TrainState(step, step * BATCH, step * TOKENS)
-        final = checkpoint_files.step_path(directory, step)
-        checkpoint_files.publish(temporary, final, facts, state, config.model, "any", "{}")
+        checkpoint_files.publish(directory, facts, state, config.model, "any", "{}")
         checkpoint_files.release(directory)
 
 

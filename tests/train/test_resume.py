@@ -30,9 +30,9 @@ def saved(config: Config, *steps: int) -> None:
     directory = Path(config.train.run) / "checkpoints"
     plan = to_json(open_data(config).plan, identities(config))
     for step in steps:
-        temporary = checkpoint_files.begin(directory, step)
-        state, final = TrainState(step, step * 8, step * 256), checkpoint_files.step_path(directory, step)
-        checkpoint_files.publish(temporary, final, {}, state, config.model, "one", plan)
+        checkpoint_files.begin(directory, step)
+        state = TrainState(step, step * 8, step * 256)
+        checkpoint_files.publish(directory, {}, state, config.model, "one", plan)
         checkpoint_files.release(directory)
 
 
