@@ -71,15 +71,11 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal Config, secrets aside."""
-    return format_yaml(public(config), allow_unicode=True, width=110)
-
-
-def public(config: Config) -> dict[str, Any]:
-    """The configuration as a tree, without the keys and passwords that loggers' settings may hold."""
+    """The resolved configuration as YAML that `load` reads back to an equal Config, but for the keys and
+    passwords that loggers' settings may hold."""
     tree = dataclasses.asdict(config)
     tree["train"]["exp_manager"] = hidden(tree["train"]["exp_manager"])
-    return tree
+    return format_yaml(tree, allow_unicode=True, width=110)
 
 
 def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
@@ -89,20 +85,18 @@ def read_tree(path: Path, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, mistakes: list[str]) -> Document | None:
-    # os.path's answers are no errors, however long the name.
-    if not os.path.isfile(path):
-        mistakes.append(f"{brief(str(path))}: no such file{suggest_path(path)}")
-        return None
     try:
+        # os.path's answers are no errors, however long the name.
+        if not os.path.isfile(path):
+            raise YamlError(f"{brief(str(path))}: no such file{suggest_path(path)}")
         document = read_yaml(path)
+        if isinstance(document.tree, dict):
+            return document
+        kind = {type(None): "nothing", list: "a list"}.get(type(document.tree), "one value")
+        raise YamlError(f"{document.name}: expected `section: ...`, found {kind}")
     except (YamlError, OSError) as error:
         mistakes.append(str(error))
         return None
-    if not isinstance(document.tree, dict):
-        kind = {type(None): "nothing", list: "a list"}.get(type(document.tree), "one value")
-        mistakes.append(f"{document.name}: expected `section: ...`, found {kind}")
-        return None
-    return document
 
 
 _ABSENT: Any = object()

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Container, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +198,9 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
             f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}; ask its "
             "maker for sha256sum STEP/megatron_r1.json"
         )
-    try:
+    meta: Any = None
+    with suppress(JsonError):
         meta = parse_json(content, META, _MOST_META)
-    except JsonError:
-        meta = None
     if isinstance(meta, dict) and meta.get("format") == 1:
         raise ValueError(f"{path} has no checksums: an earlier version wrote it; begin a new run")
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _own_checksum(meta):

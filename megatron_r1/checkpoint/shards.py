@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from operator import add
 from typing import Any
 
@@ -55,15 +56,13 @@ def _state(part: Any, model: Any) -> dict[str, ShardedTensor]:
         if isinstance(shard, (ShardedTensor, ShardedTensorFactory))
     }
     held = {}
-    for by_dtype in part.gbuf_ranges:
-        for buckets in by_dtype.values():
-            for bucket in buckets:
-                for param, ranges in bucket["param_map"].items():
-                    for key, flat in part._get_main_param_and_optimizer_states(param).items():
-                        # torch's own Adam counts steps here; ours counts them in the group.
-                        if key != "step":
-                            for shard in _rectangles(described[param], key, flat, ranges["param"].start):
-                                held[f"{shard.key} {shard.global_offset}"] = shard
+    buckets = chain.from_iterable(chain.from_iterable(of.values()) for of in part.gbuf_ranges)
+    for param, ranges in chain.from_iterable(bucket["param_map"].items() for bucket in buckets):
+        for key, flat in part._get_main_param_and_optimizer_states(param).items():
+            # torch's own Adam counts steps here; ours counts them in the group.
+            if key != "step":
+                for shard in _rectangles(described[param], key, flat, ranges["param"].start):
+                    held[f"{shard.key} {shard.global_offset}"] = shard
     return held
 
 

@@ -205,12 +205,10 @@ def _is_whole(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
 
 def _record(manifest: dict[str, Any], directory: Path) -> None:
     """Add the ledger line, which names datasets by their identity."""
-    outputs: dict[str, str] = {}
-    for name, digest in manifest["files"].items():
-        path = directory / name
-        prefix = path.with_suffix("")
-        if path.suffix != ".idx":
-            outputs |= {str(prefix): identity_of(prefix)} if path.suffix == ".bin" else {str(path): digest}
+    files = {directory / name: digest for name, digest in manifest["files"].items()}
+    prefixes = [path.with_suffix("") for path in files if path.suffix == ".bin"]
+    outputs = {str(prefix): identity_of(prefix) for prefix in prefixes}
+    outputs |= {str(path): digest for path, digest in files.items() if path.suffix not in (".bin", ".idx")}
     inputs = {of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()}
     finish(directory, "set probes aside", inputs=inputs, outputs=outputs)
 

@@ -198,7 +198,7 @@ def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None
     if stretch_N2 is None:
         np.save(stream, packed)
     else:
-        made_for = {"seq_length": np.int64(seq_length), "count": np.int64(len(windows))}
+        made_for: dict[str, Any] = {"seq_length": np.int64(seq_length), "count": np.int64(len(windows))}
         made_for["corpus"] = np.array(identity_of(corpus.prefix))
         np.savez(stream, windows=packed, stretches=stretch_N2, **made_for)
     return stream.getvalue()

@@ -77,10 +77,8 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
         raise ValueError(f"--output {output}: name a .yaml file; the .json beside it is written too")
     files = mask_files(masks, output.parent / "keep", config.data.seq_length)
     phase: dict[str, Any] = {"weights": {name: round(weight, 9) for name, weight in mixture.weights.items()}}
-    if mix.max_epochs is not None:
-        phase["max_epochs"] = mixture.max_epochs
-    if files:
-        phase["keep"] = {name: str(path) for name, (path, _) in files.items()}
+    phase |= {} if mix.max_epochs is None else {"max_epochs": mixture.max_epochs}
+    phase |= {"keep": {name: str(path) for name, (path, _) in files.items()}} if files else {}
     hashes = hashes_of(s.directory for s in used)
     report: dict[str, Any] = {
         "phase": mixture.phase,
@@ -98,14 +96,10 @@ def write(mixture: Mixture, used: list[Scored], config: Config, output: Path) ->
             }
             for g, name in enumerate(mixture.sources)
         },
-        "scores": {
-            _name(s, mix): {
-                "scores_sha256": hashes[str(s.directory)],
-                **{k: s.manifest.get(k) for k in _IDENTITIES},
-            }
-            for s in used
-        },
+        "scores": {_name(s, mix): {"scores_sha256": hashes[str(s.directory)]} for s in used},
     }
+    for s in used:
+        report["scores"][_name(s, mix)] |= {key: s.manifest.get(key) for key in _IDENTITIES}
     head = f"# From influence at steps {list(mixture.steps)}; {beside.name} says what is behind it.\n"
     text = (head + format_yaml({"phases": {mixture.phase: phase}}, allow_unicode=True)).encode()
     _check_untrained(config, mixture.phase, output, text)

@@ -89,8 +89,7 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
     stacked = []
     for g, table in enumerate(tables):
         own = {capability: others[g] for capability, (others, _) in runs.items()}
-        columns = [t.score_NCK[:, t.capabilities.index(capability)] for capability, t in own.items()]
-        score_NCK = np.stack(columns, axis=1)
+        score_NCK = np.stack([t.score_NCK[:, t.capabilities.index(c)] for c, t in own.items()], axis=1)
         stacked.append(dataclasses.replace(table, capabilities=tuple(runs), score_NCK=score_NCK))
     return stacked, [one for _, theirs in runs.values() for one in theirs]
 

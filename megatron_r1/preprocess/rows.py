@@ -70,10 +70,10 @@ def parse(row: Row, skipped: Counter[str] | None = None) -> dict[str, Any] | Non
         return row
     if isinstance(row, Refused):
         raise ValueError(row.reason)
+    skipped = Counter() if skipped is None else skipped
     if row.isspace():
         # Asked first: nothing is smaller when packed.
-        if skipped is not None:
-            skipped[BLANK] += 1
+        skipped[BLANK] += 1
         return None
     if orjson is not None:
         # Twice as fast, and stricter: the standard library decides about lines that it refuses.
@@ -86,7 +86,6 @@ def parse(row: Row, skipped: Counter[str] | None = None) -> dict[str, Any] | Non
     line = row
     while line.startswith(MARK):
         line = line[len(MARK) :]
-    skipped = Counter() if skipped is None else skipped
     skipped[MARKED] += len(line) < len(row)
     if not line.strip():
         skipped[BLANK] += 1

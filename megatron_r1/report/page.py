@@ -26,15 +26,6 @@ from megatron_r1.system.files import replacing, write_text
 from megatron_r1.train.metrics import describe_lost
 
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-# Turning the wheel alone scrolls the page.
-_ZOOM = {"name": "zoom", "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"}
-# Expressions are interpreted, because the page forbids scripts but this one, and so eval.
-_DRAW = """
-const {config, figures} = JSON.parse(document.getElementById("specs").textContent);
-for (const [anchor, panels] of Object.entries(figures))
-  document.querySelectorAll(`#${anchor} .panels > div`).forEach((place, i) =>
-    vegaEmbed(place, panels[i], {config, mode: "vega-lite", renderer: "svg", actions: false, ast: true}));
-"""
 _PANEL = 420
 """Width of a panel in a picture, pixels."""
 
@@ -134,7 +125,7 @@ class Report:
         environment.filters |= {k: v for k, v in vars(tables).items() if callable(v)}
         template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
         bundle = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # type: ignore[call-arg]
-        script = bundle.replace("</script", "<\\/script") + _DRAW
+        script = bundle.replace("</script", "<\\/script") + "\n" + plots.PAGE["draw"]
         return template.make_module(
             {
                 "report": self,
@@ -194,7 +185,7 @@ def _in_page(panel: Any) -> dict[str, Any]:
     """As wide as its place there; curves with zoom."""
     spec: dict[str, Any] = panel.to_dict(validate=False)
     if curves := spec["layer"][0].get("layer"):
-        curves[0]["params"] = [_ZOOM]
+        curves[0]["params"] = [plots.PAGE["zoom"]]
     wide = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
     return {k: _finite(v) for k, v in (spec | wide).items() if k not in ("$schema", "config")}
 

@@ -68,7 +68,7 @@ def redraw(chart: Any, mark: str, tips: str = "", **channels: Any) -> Any:
     """The same rows and channels by another mark."""
     kind, _, options = mark.partition(" ")
     shown = [(*tip.split(":", 1), "")[:2] for tip in tips.split()]
-    types = {True: "quantitative", False: "nominal"}
+    types: dict[bool, Any] = {True: "quantitative", False: "nominal"}
     fields = [alt.Tooltip(field=name, type=types[bool(form)], format=form) for name, form in shown]
     # Altair takes 20 ms to find the class of a dictionary.
     typed = {n: getattr(alt, n[:1].upper() + n[1:])(**c) if "field" in c else c for n, c in channels.items()}
@@ -340,12 +340,11 @@ def mixture(reading: Reading) -> Panels:
     phase drew another share."""
     run, shades = reading.run, colors(reading.run.domains)
     phases, rows = list(dict.fromkeys([run.phases[0], run.phases[-1]])), []
-    for phase in phases:
-        for s in shades:
-            share, drew = (run.last[phase][of].get(s, 0.0) for of in ("mix_target", "mix_actual"))
-            off = phase == phases[-1] and abs(drew - share) >= 0.001
-            row = {"source": s, "domain": run.domains[s], "phase": phase, "share": share}
-            rows.append(row | {"drew": drew if off else None, "edge": max(share, drew) if off else share})
+    for phase, s in itertools.product(phases, shades):
+        share, drew = (run.last[phase][of].get(s, 0.0) for of in ("mix_target", "mix_actual"))
+        off = phase == phases[-1] and abs(drew - share) >= 0.001
+        row = {"source": s, "domain": run.domains[s], "phase": phase, "share": share}
+        rows.append(row | {"drew": drew if off else None, "edge": max(share, drew) if off else share})
     opacity = dict(zip(phases, [0.4, 1.0][-len(phases) :], strict=True))
     bars = draw(
         rows,

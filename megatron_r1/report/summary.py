@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config, MixConfig
+from megatron_r1.launch import paper
 from megatron_r1.mixture.masks import joint_scores
 from megatron_r1.mixture.scores import in_units
 from megatron_r1.mixture.weights import checkpoint_weights, scale_of
@@ -23,12 +24,7 @@ from megatron_r1.train.schedule import phase_spans, retention
 
 _PER_NODE = 8
 """GPUs of a node, for commands."""
-PAPER = {
-    "representative and probing sets": 200.0,
-    "influence scores and mixture": 5_100.0 + 1_100.0,
-    "leave-one-out and control runs": 50.0 * 8,
-    "training": 28_000.0 + 10_000.0 + 600.0,
-}
+PAPER: dict[str, float] = paper.PAPER["spent"]
 """Appendix D.3, GPU hours of the 950M model."""
 
 

@@ -190,10 +190,8 @@ def read_jsonl(
                 value = parse_json(line, "")
             if isinstance(value, dict) and holds(value):
                 yield value
-            elif line.endswith(b"\n"):
+            elif line.endswith(b"\n") or len(line) == MOST_LINE:
                 yield None
-            elif len(line) == MOST_LINE:
-                yield None
-                # Its end, or that of the file.
+                # The rest of a line that is too long.
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MOST_LINE)
