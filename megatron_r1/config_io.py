@@ -335,11 +335,9 @@ def _check_layout(parallel: ParallelConfig, model: ModelConfig | None, data: Dat
         out.append("parallel.sequence=true needs parallel.tensor > 1")
     parts = {f"2 x parallel.context={context}": 2 * context} if context > 1 else {}
     parts |= {f"parallel.tensor={tensor} of parallel.sequence": tensor} if parallel.sequence else {}
-    if data and data.seq_length % math.prod(parts.values()):
-        out.append(
-            f"data.seq_length={data.seq_length} does not divide into {' x '.join(parts)} parts; use a "
-            f"multiple of {math.prod(parts.values())}"
-        )
+    if data and data.seq_length % (product := math.prod(parts.values())):
+        into = f"{' x '.join(parts)} parts; use a multiple of {product}"
+        out.append(f"data.seq_length={data.seq_length} does not divide into {into}")
     return out
 
 

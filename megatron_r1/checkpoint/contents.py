@@ -125,10 +125,8 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except ERRORS as error:
         why = str(error) if isinstance(error, ValueError) else f"it is damaged ({type(error).__name__})"
-        raise ValueError(
-            f"{file} is not of a checkpoint that this program wrote: {why}; do not use the checkpoint, and "
-            f"ask whoever made it for another"
-        ) from None
+        way_out = "do not use the checkpoint, and ask whoever made it for another"
+        raise ValueError(f"{file} is not of a checkpoint that this program wrote: {why}; {way_out}") from None
 
 
 def _index(metadata: Any, files: FileFacts) -> tuple[dict[str, Stored], dict[str, Span]]:

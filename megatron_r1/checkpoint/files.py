@@ -179,9 +179,8 @@ def _described(path: Path) -> bytes:
     """The bytes of a checkpoint's description. Raises ValueError if it is missing."""
     try:
         if not stat.S_ISREG((path / META).lstat().st_mode):
-            raise ValueError(
-                f"{path / META} is no file itself but a link, a pipe or the like; restore the file"
-            )
+            way_out = "restore the file"
+            raise ValueError(f"{path / META} is no file itself but a link, a pipe or the like; {way_out}")
         with open(path / META, "rb") as file:
             return file.read(_MOST_META + 1)
     except (FileNotFoundError, NotADirectoryError):
@@ -194,10 +193,8 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
     the checkpoint is not `expect`."""
     content = _described(path)
     if expect is not None and (is_ := hashlib.sha256(content).hexdigest()) != expect.lower():
-        raise ValueError(
-            f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}; ask its "
-            "maker for sha256sum STEP/megatron_r1.json"
-        )
+        fault = f"{path} is not the checkpoint that was expected: {shown(expect)} was, it is {is_}"
+        raise ValueError(f"{fault}; ask its maker for sha256sum STEP/megatron_r1.json")
     meta: Any = None
     with suppress(JsonError):
         meta = parse_json(content, META, _MOST_META)
@@ -206,9 +203,8 @@ def read_meta(path: Path, expect: str | None = None) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _own_checksum(meta):
         raise_corrupt(path, [f"{META} is not as it was written"])
     if mistake := _mistake(meta):
-        raise ValueError(
-            f"{path / META} is none that this program wrote: {mistake}; do not use this checkpoint"
-        )
+        way_out = "do not use this checkpoint"
+        raise ValueError(f"{path / META} is none that this program wrote: {mistake}; {way_out}")
     return meta
 
 
@@ -311,10 +307,8 @@ def read_verified(path: Path, name: str, files: FileFacts) -> bytes:
 def raise_corrupt(path: Path, corruptions: list[str]) -> None:
     """Raise ValueError that names the corruptions, if there are any."""
     if corruptions:
-        raise ValueError(
-            f"{path} is damaged: {some(corruptions, '; ', 8)}; remove it: training continues from an earlier "
-            f"one, scoring leaves it out"
-        )
+        way_out = "remove it: training continues from an earlier one, scoring leaves it out"
+        raise ValueError(f"{path} is damaged: {some(corruptions, '; ', 8)}; {way_out}")
 
 
 def _own_checksum(meta: dict[str, Any]) -> str:

@@ -323,7 +323,5 @@ def _first_rank_writes(ref: CheckpointRef) -> Iterator[None]:
 
 
 def _failed(ref: CheckpointRef, why: str) -> str:
-    return (
-        f"{ref.path} could not be saved ({why}); earlier checkpoints are whole: make room, and the same "
-        f"command goes on from the last of them"
-    )
+    way_out = "earlier checkpoints are whole: make room, and the same command goes on from the last of them"
+    return f"{ref.path} could not be saved ({why}); {way_out}"

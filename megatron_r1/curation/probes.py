@@ -177,10 +177,8 @@ def _refuse_other(manifest: Path, request: dict[str, Any]) -> None:
     """ValueError for a manifest of another request, or of another tool."""
     theirs = (read(manifest) or {}).get("request")
     if not isinstance(theirs, dict) or "capabilities" not in theirs:
-        raise ValueError(
-            f"{manifest} is damaged, or another tool's; name another --output-dir, or replace it with "
-            f"--overwrite"
-        )
+        way_out = "name another --output-dir, or replace it with --overwrite"
+        raise ValueError(f"{manifest} is damaged, or another tool's; {way_out}")
     # Sources in their order, as documents of the first come first.
     ours = {**request, "sources": [[name, of["prefix"]] for name, of in request["sources"].items()]}
     sources: Any = theirs.get("sources")
@@ -236,10 +234,8 @@ def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, 
     """Set the last documents of a corpus aside: `fraction` of its tokens, and `need` tokens for its sets."""
     name, prefix, sidecar = corpus.name, corpus.prefix, read_sidecar(corpus.prefix) or {}
     if sidecar and sidecar.get("seed") is None:
-        raise ValueError(
-            f"source {name}: {prefix} keeps its input order, so its last documents are no random sample; "
-            f"preprocess it without --no-shuffle"
-        )
+        fault = f"source {name}: {prefix} keeps its input order, so its last documents are no random sample"
+        raise ValueError(f"{fault}; preprocess it without --no-shuffle")
     lengths = np.diff(document_starts(corpus))
     total = int(lengths.sum())
     # Counted from the end: documents until the fraction is reached, and until the sets have enough.

@@ -115,10 +115,8 @@ class BlendPlan:
                 why = "its keep mask keeps no window" if name in masks else "it has no window"
                 raise ValueError(f"source '{name}' has weight {weight} but {why}; give it weight 0")
         if not any(weight and n < most for weight, n, most in zip(given, drawn, limit, strict=True)):
-            raise ValueError(
-                f"the phase at sample {start} draws nothing: every source with weight has already reached "
-                f"max_epochs={max_epochs}; raise it"
-            )
+            capped = f"every source with weight has already reached max_epochs={max_epochs}; raise it"
+            raise ValueError(f"the phase at sample {start} draws nothing: {capped}")
         # The native plan takes whole numbers for the balanced order and doubles for Megatron's.
         unused = np.zeros(len(given))
         balanced = self.order == "balanced"
@@ -140,20 +138,16 @@ class BlendPlan:
         if not self.phases and start != 0:
             raise ValueError(f"the first phase must start at sample 0, got {start}")
         if self.phases and start <= self.phases[-1].start:
-            raise ValueError(
-                f"phases are append-only: the last one starts at sample {self.phases[-1].start}, so the next "
-                f"must start later, got {start}"
-            )
+            last = f"the last one starts at sample {self.phases[-1].start}, so the next must start later"
+            raise ValueError(f"phases are append-only: {last}, got {start}")
         return int(start)
 
     def _by_source(self, weights: Mapping[str, Number] | Sequence[Number] | np.ndarray) -> tuple[Number, ...]:
         if isinstance(weights, Mapping):
             self._check_names("weights", weights)
             if missing := [name for name in self.sources if name not in weights]:
-                raise ValueError(
-                    f"weights lack the sources {listed(missing)} and have {listed(weights)}; name every "
-                    f"source and give weight 0 to leave one out"
-                )
+                fault = f"weights lack the sources {listed(missing)} and have {listed(weights)}"
+                raise ValueError(f"{fault}; name every source and give weight 0 to leave one out")
             weights = [weights[name] for name in self.sources]
         if len(weights) != len(self.sources):
             raise ValueError(
@@ -181,9 +175,8 @@ class BlendPlan:
         self._check_names("max_epochs", max_epochs)
         for name, cap in max_epochs.items():
             if not cap > 0:
-                raise ValueError(
-                    f"max_epochs of '{name}' is {cap}; use a number above 0 (or give it weight 0)"
-                )
+                way_out = "use a number above 0 (or give it weight 0)"
+                raise ValueError(f"max_epochs of '{name}' is {cap}; {way_out}")
         caps = [max_epochs.get(name, math.inf) for name in self.sources]
         # As the decimal that was written: 0.3 epochs of 10 windows are 3, though the double is below 0.3.
         return tuple(None if cap == math.inf else Fraction(str(cap)) for cap in caps)

@@ -91,10 +91,8 @@ class IndexedDataset:
         self._idx, self._bin = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self._idx, self._bin):
             if not path.exists():
-                raise FileNotFoundError(
-                    f"{path} does not exist; a prefix is the path of a pair without .bin or .idx"
-                    f"{_suggest_prefix(self.prefix)}"
-                )
+                way_out = f"a prefix is the path of a pair without .bin or .idx{_suggest_prefix(self.prefix)}"
+                raise FileNotFoundError(f"{path} does not exist; {way_out}")
             open(path, "rb", opener=regular).close()
         self._read_index()
         if share is not None:
@@ -274,9 +272,8 @@ class IndexedWriter:
                 f"tokens must be a 1-D integer array, not {tokens.dtype} of shape {tokens.shape}"
             )
         if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1):
-            raise ValueError(
-                f"a document of {lengths.max()} tokens; an index holds up to {2**31 - 1}: split it"
-            )
+            way_out = f"an index holds up to {2**31 - 1}: split it"
+            raise ValueError(f"a document of {lengths.max()} tokens; {way_out}")
         if tokens.size and tokens.dtype != self.dtype:
             low, high, bounds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
             if low < bounds.min or high > bounds.max:
@@ -418,10 +415,8 @@ def open_corpus(
     doubt = check_bin(prefix, sidecar or {}, share)
     documents = dataset.num_documents if documents is None else documents
     if not 0 <= documents <= dataset.num_documents:
-        raise ValueError(
-            f"documents={documents}, but {prefix} has {dataset.num_documents}; "
-            f"leave documents out to use them all"
-        )
+        way_out = "leave documents out to use them all"
+        raise ValueError(f"documents={documents}, but {prefix} has {dataset.num_documents}; {way_out}")
     tokens = dataset.tokens_before(documents)
     made_with = None if sidecar is None else sidecar.get("tokenizer_fingerprint")
     aside = len(dataset.tokens) - tokens

@@ -95,10 +95,8 @@ def load_mask(name: str, windows: int, mask: Mask) -> KeptWindows:
         if windows % 8:
             packed[-1] &= (1 << windows % 8) - 1
     else:
-        raise ValueError(
-            f"{where} is {bits.dtype} {list(bits.shape)}; the source has {windows} windows, so use bool "
-            f"[{windows}] or packed uint8 [{size}]"
-        )
+        way_out = f"the source has {windows} windows, so use bool [{windows}] or packed uint8 [{size}]"
+        raise ValueError(f"{where} is {bits.dtype} {list(bits.shape)}; {way_out}")
     stretches = b"" if stretch_N2 is None else stretch_N2.tobytes()
     digest = hashlib.sha256(windows.to_bytes(8, "little") + packed.tobytes() + stretches).hexdigest()
     return KeptWindows(Keep(windows, packed), packed, digest, path, stretch_N2, seq_length, corpus)

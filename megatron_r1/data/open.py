@@ -207,17 +207,13 @@ class _Opener:
         made_with = corpus.tokenizer_hash
         tokens = max(sidecar.get("vocab_size", 0), (sidecar.get("eod") or 0) + 1)
         if tokens > vocab_size and made_with not in self._tokenizers:
-            out.append(
-                f"its tokenizer has {tokens} tokens, model.vocab_size={vocab_size} fewer; set "
-                f"model.vocab_size={tokens} or preprocess with the model's tokenizer"
-            )
+            way_out = f"set model.vocab_size={tokens} or preprocess with the model's tokenizer"
+            out.append(f"its tokenizer has {tokens} tokens, model.vocab_size={vocab_size} fewer; {way_out}")
         self._tokenizers.setdefault(made_with, path)
         first, other = next(iter(self._tokenizers.items()))
         if first != made_with:
-            out.append(
-                f"made with tokenizer {made_with[:12]}, {other} with {first[:12]}; "
-                f"preprocess both with the same one"
-            )
+            way_out = "preprocess both with the same one"
+            out.append(f"made with tokenizer {made_with[:12]}, {other} with {first[:12]}; {way_out}")
         return out
 
     def _end_mistakes(self, path: str, corpus: Corpus, sidecar: Mapping[str, object] | None) -> list[str]:
@@ -226,10 +222,8 @@ class _Opener:
         if asked is not None and not 0 <= asked < self._config.model.vocab_size:
             return []
         if sidecar is None:
-            missing = (
-                f"{prefix} has no sidecar that names its end-of-document token, which "
-                f"data.cross_documents=false needs; set data.eod"
-            )
+            needed = "which data.cross_documents=false needs; set data.eod"
+            missing = f"{prefix} has no sidecar that names its end-of-document token, {needed}"
             return [missing] if asked is None else self._false_ends(path, corpus, asked, f"data.eod={asked}")
         eod = sidecar.get("eod")
         if not sidecar.get("append_eod") or not isinstance(eod, int):

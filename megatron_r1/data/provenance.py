@@ -91,7 +91,6 @@ def read_provenance(prefix: str | Path) -> Provenance:
     records = load_origins(prefix, IndexedDataset(prefix).num_documents)
     inputs = [entry["path"] for entry in (read_sidecar(prefix) or {}).get("inputs", [])]
     if len(records) and inputs and int(records["file"].max()) >= len(inputs):
-        raise ValueError(
-            f"{origins_of(prefix)} is damaged: it names more inputs than {prefix}.json; make the pair again"
-        )
+        fault = f"{origins_of(prefix)} is damaged: it names more inputs than {prefix}.json"
+        raise ValueError(f"{fault}; make the pair again")
     return Provenance(records["hash"], records["file"], records["line"], inputs)

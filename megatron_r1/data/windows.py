@@ -23,9 +23,8 @@ _WIDTH = {"uint16": 2, "int32": 4}
 
 def add_stream(streams: Streams, corpus: Corpus) -> None:
     if corpus.dtype not in _WIDTH:
-        raise ValueError(
-            f"source '{corpus.name}' has tokens of type {corpus.dtype}; use one of {list(_WIDTH)}"
-        )
+        way_out = f"use one of {list(_WIDTH)}"
+        raise ValueError(f"source '{corpus.name}' has tokens of type {corpus.dtype}; {way_out}")
     streams.add(f"{corpus.prefix}.bin", _WIDTH[corpus.dtype], corpus.tokens)
 
 

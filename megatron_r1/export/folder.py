@@ -46,18 +46,14 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     file, an index that disagrees with its shards.
     """
     if (directory / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{directory} has adapter_config.json, so its weights change those of another model; merge the "
-            f"two and save the result"
-        )
+        fault = f"{directory} has adapter_config.json, so its weights change those of another model"
+        raise ValueError(f"{fault}; merge the two and save the result")
     index, where = directory / INDEX, _weight_map(directory / INDEX)
     shards = {*where.values()}
     if os.path.lexists(directory / SINGLE):
         if shards - {SINGLE}:
-            raise ValueError(
-                f"{directory} has both {SINGLE} and {INDEX}, which names {min(shards - {SINGLE})}; remove "
-                f"the one that is left from another save"
-            )
+            fault = f"{directory} has both {SINGLE} and {INDEX}, which names {min(shards - {SINGLE})}"
+            raise ValueError(f"{fault}; remove the one that is left from another save")
         shards = {SINGLE}
     if not shards:
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
-from megatron_r1.export.folder import EMBEDDING, HEAD, INDEX, SINGLE, Stored
+from megatron_r1.export.folder import EMBEDDING, HEAD, INDEX, SINGLE, Stored, shapes
 from megatron_r1.system.files import naming, sync, write_json
 from megatron_r1.system.terminal import Progress
 
@@ -33,32 +33,24 @@ def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
     params = {name: param.detach() for name, param in gpt.named_parameters()}
     groups, d, h = model.num_query_groups, model.head_dim, model.hidden_size
     queries = model.num_attention_heads // groups
-    mlp = "mlp" if family == "llama" else "feed_forward"
 
     def turned(heads: Tensor) -> Tensor:
         """[groups, heads, d, h] in the family's order of a head's components."""
         return heads if family == "llama" else heads.unflatten(2, (2, d // 2)).transpose(2, 3)
 
-    out = {EMBEDDING: params["embedding.word_embeddings.weight"]}
+    whole = ("input_layernorm", "self_attention.linear_proj", "pre_mlp_layernorm", "mlp.linear_fc2")
+    # In the order of `shapes`, which has their names.
+    out = [params["embedding.word_embeddings.weight"]]
     for n in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-        qkv = params[f"{ours}.self_attention.linear_qkv.weight"].view(groups, queries + 2, d, h)
+        layer = f"decoder.layers.{n}"
+        qkv = params[f"{layer}.self_attention.linear_qkv.weight"].view(groups, queries + 2, d, h)
         q, k, v = qkv.split([queries, 1, 1], dim=1)
-        gate, up = params[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
-        out |= {
-            f"{theirs}.input_layernorm.weight": params[f"{ours}.input_layernorm.weight"],
-            f"{theirs}.self_attn.q_proj.weight": turned(q),
-            f"{theirs}.self_attn.k_proj.weight": turned(k),
-            f"{theirs}.self_attn.v_proj.weight": v,
-            f"{theirs}.self_attn.o_proj.weight": params[f"{ours}.self_attention.linear_proj.weight"],
-            f"{theirs}.post_attention_layernorm.weight": params[f"{ours}.pre_mlp_layernorm.weight"],
-            f"{theirs}.{mlp}.gate_proj.weight": gate,
-            f"{theirs}.{mlp}.up_proj.weight": up,
-            f"{theirs}.{mlp}.down_proj.weight": params[f"{ours}.mlp.linear_fc2.weight"],
-        }
-    out["model.norm.weight"] = params["decoder.final_layernorm.weight"]
-    assert sum(view.numel() for view in out.values()) == sum(param.numel() for param in params.values())
-    return out
+        gate, up = params[f"{layer}.mlp.linear_fc1.weight"].chunk(2)
+        norm, projection, mlp_norm, down = (params[f"{layer}.{name}.weight"] for name in whole)
+        out += [norm, turned(q), turned(k), v, projection, mlp_norm, gate, up, down]
+    out.append(params["decoder.final_layernorm.weight"])
+    assert sum(view.numel() for view in out) == sum(param.numel() for param in params.values())
+    return {name: view for (name, _), view in zip(shapes(model, family), out, strict=True)}
 
 
 def tensors(views: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -82,10 +82,8 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
             manifests = [(one.manifest, other.manifest) for one, other in zip(used, theirs, strict=True)]
             differ += [key for key in _SAME if any(a.get(key) != b.get(key) for a, b in manifests)]
         if differ:
-            raise ValueError(
-                f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}; "
-                f"score every run with the same data, influence section and steps"
-            )
+            fault = f"mix.runs: {used[0].directory} and {theirs[0].directory} differ in {', '.join(differ)}"
+            raise ValueError(f"{fault}; score every run with the same data, influence section and steps")
     stacked = []
     for g, table in enumerate(tables):
         own = {capability: others[g] for capability, (others, _) in runs.items()}
@@ -115,10 +113,8 @@ def in_units(table: ScoreTable, checkpoints: Sequence[Scored], mix: MixConfig) -
 def _cosine(score_NC: np.ndarray, checkpoint: Scored) -> np.ndarray:
     named = checkpoint.manifest.get("direction_norms")
     if named is None or not (checkpoint.directory / "norms.npy").is_file():
-        raise ValueError(
-            f"mix.scale=cosine needs gradient norms, which {checkpoint.directory} lacks; score again with "
-            f"influence.norms=true"
-        )
+        fault = f"mix.scale=cosine needs gradient norms, which {checkpoint.directory} lacks"
+        raise ValueError(f"{fault}; score again with influence.norms=true")
     norm_C = np.array([named.get(c) for c in checkpoint.manifest["capabilities"]], dtype=np.float64)
     if not np.isfinite(norm_C).all():
         path = checkpoint.directory / "manifest.json"

@@ -83,19 +83,14 @@ def bounds(mix: MixConfig, room_G: np.ndarray) -> Bounds:
     lower_G = np.minimum(mix.floor, upper_G)
     count = int((room_G > 0).sum())
     if not count:
-        raise ValueError(
-            "max_epochs lets no source be drawn in the phase; raise mix.max_epochs or the phase's"
-        )
+        way_out = "raise mix.max_epochs or the phase's"
+        raise ValueError(f"max_epochs lets no source be drawn in the phase; {way_out}")
     if lower_G.sum() > 1 + _ROUNDING or mix.cap * count < 1 - _ROUNDING:
-        raise ValueError(
-            f"mix.floor={mix.floor} and mix.cap={mix.cap} fit no weights of {count} sources; floor x {count} "
-            f"must be at most 1 and cap x {count} at least 1"
-        )
+        fault = f"mix.floor={mix.floor} and mix.cap={mix.cap} fit no weights of {count} sources"
+        raise ValueError(f"{fault}; floor x {count} must be at most 1 and cap x {count} at least 1")
     if upper_G.sum() < 1 - _ROUNDING:
-        raise ValueError(
-            f"max_epochs and mix.cap={mix.cap} let the sources fill {upper_G.sum():.1%} of the phase; "
-            f"raise them, or shorten the phase"
-        )
+        fault = f"max_epochs and mix.cap={mix.cap} let the sources fill {upper_G.sum():.1%} of the phase"
+        raise ValueError(f"{fault}; raise them, or shorten the phase")
     return Bounds(lower_G, upper_G)
 
 
@@ -165,10 +160,8 @@ def worst_case_weights(
     asked = weight_C > 0
     best_C = best_gains(rho_GC, within)
     if hopeless := [c for c, best, a in zip(capabilities, best_C, asked, strict=True) if a and not best > 0]:
-        raise ValueError(
-            f"mix.objective=worst: no mixture within the bounds helps {', '.join(hopeless)}; use "
-            f"mix.capability_weight to leave it out, or mix.objective=sum"
-        )
+        fault = f"mix.objective=worst: no mixture within the bounds helps {', '.join(hopeless)}"
+        raise ValueError(f"{fault}; use mix.capability_weight to leave it out, or mix.objective=sum")
     scale_C = best_C * weight_C / weight_C.max()
     part_GC = rho_GC[:, asked] / scale_C[asked]
     # Unknowns: w and t. Both are around 1.

@@ -90,19 +90,16 @@ def end_token(path: Path, named: str | None, file_model: Any) -> str:
         return there[0]
     if named is None:
         also = f", and the vocabulary has {' and '.join(there)}" if there else ""
-        raise ValueError(
-            f"no eos_token is named for {path}{also}; name one in tokenizer_config.json beside it"
-        )
+        way_out = "name one in tokenizer_config.json beside it"
+        raise ValueError(f"no eos_token is named for {path}{also}; {way_out}")
     if file_model.token_to_id(named) is None:
         raise ValueError(
             f"{path} lacks {shown(named)}, the eos_token of its tokenizer_config.json or "
             f"special_tokens_map.json; name one that it has"
         )
     if len(named) == 1 and named in file_model.get_vocab(with_added_tokens=False):
-        raise ValueError(
-            f"{path}: eos_token={named!r} is one character of the vocabulary, which many texts hold; name "
-            f"a token that no text holds"
-        )
+        fault = f"{path}: eos_token={named!r} is one character of the vocabulary, which many texts hold"
+        raise ValueError(f"{fault}; name a token that no text holds")
     return named
 
 
@@ -141,10 +138,8 @@ def auto_tokenizer(
             built = library.AutoTokenizer.from_pretrained(
                 folder, split_special_tokens=True, trust_remote_code=False, local_files_only=True
             )
-    base, own = library.PreTrainedTokenizerFast, type(built)
-    if not isinstance(built, base) or any(
-        getattr(own, method) is not getattr(base, method) for method in ("__call__", "_encode_plus")
-    ):
+    base, own, methods = library.PreTrainedTokenizerFast, type(built), ("__call__", "_encode_plus")
+    if not isinstance(built, base) or any(getattr(own, m) is not getattr(base, m) for m in methods):
         raise ValueError(
             f"{path}: AutoTokenizer builds {own.__name__}, which does not encode as tokenizers does; "
             f"name tokenizer_class PreTrainedTokenizerFast if tokenizer.json alone says how to encode"
@@ -199,8 +194,6 @@ def find_file(model: Path, name: str) -> Path | None:
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
         unreachable = not isinstance(error, hub.errors.EntryNotFoundError)
         if name == "tokenizer.json" and (unreachable or isinstance(error, FileNotFoundError)):
-            raise FileNotFoundError(
-                f"HuggingFaceTokenizer: {model} is no file or folder here, and the hub gave no {name}: "
-                f"{first_line(error)}"
-            ) from None
+            absent = f"HuggingFaceTokenizer: {model} is no file or folder here"
+            raise FileNotFoundError(f"{absent}, and the hub gave no {name}: {first_line(error)}") from None
         return None

@@ -166,10 +166,8 @@ def open_inputs(names: Sequence[str | Path], longest: int = MOST_BYTES) -> list[
         first = known.setdefault(os.path.realpath(source.name), source)
         if first is not source:
             also = "" if first.name == source.name else f", first as {first.name}"
-            raise ValueError(
-                f"input {source.name} is given twice{also}: its documents would come twice; name it once, "
-                f"or copy it if that is meant"
-            )
+            fault = f"input {source.name} is given twice{also}: its documents would come twice"
+            raise ValueError(f"{fault}; name it once, or copy it if that is meant")
     return sources
 
 
@@ -397,10 +395,8 @@ def _load_saved(path: Path) -> Any:
         splits = ", ".join(str(path / name) for name in names or ["SPLIT"])
         raise ValueError(f"input {path} has several splits; give one of {splits}")
     if not (path / "state.json").is_file():
-        raise ValueError(
-            f"input {path} is a folder without state.json, so not from Dataset.save_to_disk; name its files, "
-            f"or write hf:{path} to let datasets find them"
-        )
+        fault = f"input {path} is a folder without state.json, so not from Dataset.save_to_disk"
+        raise ValueError(f"{fault}; name its files, or write hf:{path} to let datasets find them")
     state = path / "state.json"
     listed = read_object(state).get("_data_files")
     read_object(path / "dataset_info.json")

@@ -59,9 +59,8 @@ class Journal:
         header = {"journal": _FORMAT, **request}
         paths = {(key, kind): work / f"{k}.{kind}" for k, key in enumerate(keys) for kind in _KINDS}
         if reason := _foreign(work):
-            raise ValueError(
-                f"{work} {reason}, so it is not this tool's; move it away, or name another --output-prefix"
-            )
+            way_out = "move it away, or name another --output-prefix"
+            raise ValueError(f"{work} {reason}, so it is not this tool's; {way_out}")
         kept = _commits(work / "journal", header, list(paths.values()))
         if not kept:
             discard(work)

@@ -44,6 +44,7 @@ from megatron_r1.preprocess.encoder import choose
 from megatron_r1.preprocess.journal import Journal, discard
 from megatron_r1.preprocess.rows import check_keys, parse, text_of
 from megatron_r1.preprocess.store import (
+    MEND,
     Stored,
     add_to_ledger,
     exclusive,
@@ -158,10 +159,8 @@ def preprocess(
                 log(f"output {prefix}.bin: {state}")
             return done
         if foreign := [prefix for prefix, state in states.items() if state == _FOREIGN]:
-            raise ValueError(
-                f"{foreign[0]}.bin is there without {foreign[0].name}.json, so another tool made it; "
-                f"remove it or choose another --output-prefix"
-            )
+            fault = f"{foreign[0]}.bin is there without {foreign[0].name}.json, so another tool made it"
+            raise ValueError(f"{fault}; remove it or choose another --output-prefix")
         if len(done) == len(prefixes):
             log(f"already done: {', '.join(f'{prefix}.bin' for prefix in done)}")
             # Of a run that was killed at its very end.
@@ -269,10 +268,8 @@ def _encode_all(
                 rejected[key] += len(column.rejects)
                 if rejected[key] > job.reject_limit:
                     last = "; ".join(f"{r['file']}:{r['line']}: {r['reason']}" for r in column.rejects[-3:])
-                    raise TooManyRejectsError(
-                        f"more than {job.reject_limit} documents rejected for key {key!r}, the last {last}; "
-                        f"mend the input or raise --reject-limit"
-                    )
+                    many = f"more than {job.reject_limit} documents rejected for key {key!r}"
+                    raise TooManyRejectsError(f"{many}, the last {last}; {MEND}")
         journal.commit()
         if skipped := dict(sorted(journal.skipped.items())):
             log(f"skipped: {', '.join(f'{count} {name}s' for name, count in skipped.items())}")

@@ -147,10 +147,8 @@ def check_keys(keys: Sequence[str]) -> None:
     """ValueError for keys of which a dataset each cannot be made, since file names hold them."""
     for key in keys:
         if not key or "/" in key or not key.isprintable() or len(key.encode()) > _KEY_BYTES:
-            raise ValueError(
-                f"--json-keys {key!r}: file names hold the key, so it has 1 to {_KEY_BYTES} bytes, all "
-                f"printable, and no '/'; rename it in the input"
-            )
+            rule = f"it has 1 to {_KEY_BYTES} bytes, all printable, and no '/'; rename it in the input"
+            raise ValueError(f"--json-keys {key!r}: file names hold the key, so {rule}")
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise ValueError(f"--json-keys: {twice[0]!r} is given twice; each key makes one dataset")
 

@@ -21,6 +21,7 @@ from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.preprocess.documents import Input, digest, identity, open_input
 from megatron_r1.preprocess.rows import check_keys
 from megatron_r1.preprocess.store import (
+    MEND,
     Stored,
     add_to_ledger,
     exclusive,
@@ -58,9 +59,8 @@ def parse_shard(
                 if names[0].startswith(_ARRAY):
                     index = _of_array(index, count, environment, output_prefix)
                 if not 0 <= index < count:
-                    raise ValueError(
-                        f"--shard env: {names[0]}={index} and {names[1]}={count}; give --shard I/N"
-                    )
+                    way_out = "give --shard I/N"
+                    raise ValueError(f"--shard env: {names[0]}={index} and {names[1]}={count}; {way_out}")
                 return index, count
         known = "; ".join(", ".join(names) for names in _ENVIRONMENT)
         raise ValueError(f"--shard env: neither torchrun nor SLURM has set what it reads ({known})")
@@ -98,9 +98,8 @@ def _of_array(task: int, count: int, environment: Mapping[str, str], output_pref
             os.symlink(str(task), folder / str(index))
         if os.readlink(folder / str(index)) == str(task):
             return index
-    raise ValueError(
-        f"--shard env: {folder} holds {count} other tasks; remove it if they are of another array"
-    )
+    way_out = "remove it if they are of another array"
+    raise ValueError(f"--shard env: {folder} holds {count} other tasks; {way_out}")
 
 
 _CLAIMS = ".array-"
@@ -135,10 +134,8 @@ def merge(
             about = _common(shards)
             count = sum(sum(sidecar["rejected"].values()) for _, sidecar in shards)
             if count > reject_limit:
-                raise ValueError(
-                    f"the shards have {count} rejects for key {key!r}, more than {reject_limit}: "
-                    f"mend the input or raise --reject-limit"
-                )
+                more = f"more than {reject_limit}: {MEND}"
+                raise ValueError(f"the shards have {count} rejects for key {key!r}, {more}")
             if check:
                 documents, tokens = (sum(s[what] for _, s in shards) for what in ("documents", "tokens"))
                 log(f"output {prefix}.bin: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")

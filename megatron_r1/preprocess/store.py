@@ -55,6 +55,7 @@ COPY_TOKENS = 1 << 21
 """Copied at a time: few enough to stay in the processor's cache until they are hashed and written."""
 _SHOWN_MB = 1000
 """Progress is shown from this size on. Less is stored in a moment."""
+MEND = "mend the input or raise --reject-limit"
 Sidecar = dict[str, Any]
 """The content of PREFIX.json, or of a part of it."""
 
@@ -77,10 +78,8 @@ def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time write a prefix. A second one waits, and then finds the work done."""
     lock = work.with_name(work.name + ".lock")
     if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
-        raise ValueError(
-            f"{lock} is no lock of this tool, which is an empty file; move it away, or name another "
-            f"--output-prefix"
-        )
+        way_out = "move it away, or name another --output-prefix"
+        raise ValueError(f"{lock} is no lock of this tool, which is an empty file; {way_out}")
     with open_exclusive(lock, lambda: log(f"waiting for another process that writes {work.with_suffix('')}")):
         try:
             yield
@@ -129,9 +128,8 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
     since, the same request makes the pair again."""
     entries = sidecar.get("inputs")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(
-            f"{prefix}.json is damaged; remove it with its pair, or replace them with --overwrite"
-        )
+        way_out = "remove it with its pair, or replace them with --overwrite"
+        raise ValueError(f"{prefix}.json is damaged; {way_out}")
     there = [str(entry.get("path")) for entry in entries]
     changed = differences({key: sidecar.get(key) for key in (*about, *(_UNUSUAL & sidecar.keys()))}, about)
     changed += [f"input {name:.200} (there)" for name in there if name not in inputs][:2]
@@ -169,9 +167,8 @@ def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[s
             raise ValueError(f"{prefix}.bin cannot be verified: {doubt}")
         digest = sha256(with_suffix(prefix, ".bin"))
         if digest != sidecar.get("bin_sha256", digest):
-            raise DamagedBinError(
-                f"{prefix}.bin is damaged: its SHA-256 is not that of {prefix.name}.json; {REDO}"
-            )
+            fault = f"{prefix}.bin is damaged: its SHA-256 is not that of {prefix.name}.json"
+            raise DamagedBinError(f"{fault}; {REDO}")
         check_file(with_suffix(prefix, ".idx"), sidecar, "idx_sha256")
         if origins_of(prefix).is_file():
             load_origins(prefix, corpus.documents)

@@ -123,9 +123,8 @@ class SentencePiece(Tokenizer):
         # -1 also for a user-defined symbol, which a document's text could spell.
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
-            raise ValueError(
-                f"{model} defines no </s>, which ends a document, as a control symbol; train it with one"
-            )
+            fault = f"{model} defines no </s>, which ends a document, as a control symbol"
+            raise ValueError(f"{fault}; train it with one")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_utf8(text))
@@ -152,10 +151,8 @@ class HuggingFace(Tokenizer):
         names = ("tokenizer.json", *SETTINGS)
         files = {name: file for name in names if (file := find_file(model, name)) is not None}
         if "tokenizer.json" not in files:
-            raise FileNotFoundError(
-                f"{self.kind}: {model} has no tokenizer.json; write one with "
-                f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
+            way_out = "write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            raise FileNotFoundError(f"{self.kind}: {model} has no tokenizer.json; {way_out}")
         self._path = path = files["tokenizer.json"]
         self.model_bytes = read_model(path)
         plain, spec = self._load(self.model_bytes), parse_json(self.model_bytes, str(path))
@@ -209,10 +206,8 @@ class HuggingFace(Tokenizer):
 
     def _unreadable(self, error: BaseException) -> str:
         version = require("tokenizers", self.kind).__version__
-        return (
-            f"{self._path} does not work with tokenizers {version}: {first_line(error)}; copy it again if it "
-            f"is damaged, or save it anew with AutoTokenizer of a version that reads it"
-        )
+        way = "copy it again if it is damaged, or save it anew with AutoTokenizer of a version that reads it"
+        return f"{self._path} does not work with tokenizers {version}: {first_line(error)}; {way}"
 
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(_utf8(text), add_special_tokens=False).ids
@@ -335,14 +330,11 @@ def _read_ranks(model: Path, content: bytes) -> dict[bytes, int]:
             token = base64.b64decode(word, validate=True)
             ranks[token], twice = int(rank), token in ranks
         except ValueError:
-            raise ValueError(
-                f"{model} line {number} is not 'base64 rank'; TikTokenizer reads tiktoken ranks such as "
-                f"Llama 3's tokenizer.model"
-            ) from None
+            way_out = "TikTokenizer reads tiktoken ranks such as Llama 3's tokenizer.model"
+            raise ValueError(f"{model} line {number} is not 'base64 rank'; {way_out}") from None
         if twice:
-            raise ValueError(
-                f"{model} line {number}: the token {shown(token)} is listed twice; copy the file again"
-            )
+            way_out = "copy the file again"
+            raise ValueError(f"{model} line {number}: the token {shown(token)} is listed twice; {way_out}")
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)):
         raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")

@@ -126,10 +126,8 @@ def _refuse_other(output: Path, content: bytes, overwrite: bool) -> None:
     with open(output, "rb", opener=regular) as file:
         same = file.read(len(content) + 1) == content
     if not same:
-        raise ValueError(
-            f"{output} is there and holds something else, which datasets may need; name another output, or "
-            f"replace it with --overwrite"
-        )
+        way_out = "name another output, or replace it with --overwrite"
+        raise ValueError(f"{output} is there and holds something else, which datasets may need; {way_out}")
 
 
 def convert_gpt2(
@@ -154,9 +152,8 @@ def convert_gpt2(
     if missing := [token for token in (_END, *bytes_) if token not in vocab]:
         raise ValueError(f"{vocab_file} lacks {len(missing)} of {_END} and 256 bytes, such as {missing[0]!r}")
     if (largest := max(vocab.values())) >= MOST_IDS:
-        raise ValueError(
-            f"{vocab_file} has the id {largest}, and ids below {MOST_IDS:,} are read; number them from 0"
-        )
+        way_out = "number them from 0"
+        raise ValueError(f"{vocab_file} has the id {largest}, and ids below {MOST_IDS:,} are read; {way_out}")
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = library.decoders.ByteLevel()
     model.add_special_tokens([_END])

@@ -195,8 +195,7 @@ def encode_in_order(job: Job, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, 
         if mistakes:
             raise mistakes[0]
     except BrokenProcessPool:
-        raise ChildProcessError(
-            "a worker process died, most often for want of memory; run again with fewer --workers to go on"
-        ) from None
+        way_out = "run again with fewer --workers to go on"
+        raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -134,10 +134,8 @@ def read_run(root: Path, branch: bool = False) -> Run:
     """
     files = RunDir(root)
     if not files.config.is_file():
-        raise ValueError(
-            f"{files.config}: no such file; name a run directory that tools/train.py has written"
-            f"{suggest_path(root)}"
-        )
+        way_out = f"name a run directory that tools/train.py has written{suggest_path(root)}"
+        raise ValueError(f"{files.config}: no such file; {way_out}")
     config = config_io.load([str(files.config)])
     columns, first, last = _read_metrics(files.metrics, config)
     saved = checkpoint_files.saved_steps(files.checkpoints)

@@ -128,10 +128,8 @@ def scores(reading: Reading) -> Scores | None:
         sums = float(mean_C @ weight_C), float((joint_N > mix.keep_above).mean())
         influences.append(SourceInfluence(table.source, table.example_N, score_NC, mean_C, error_C, *sums))
     if not all(np.isfinite([*s.mean_C, *s.error_C, s.joint]).all() for s in influences):
-        raise ValueError(
-            f"{reading.run.root}: its scores, as mix weighs them, are no numbers; mend the weights of mix in "
-            f"config.yaml, or move mix.json away"
-        )
+        way_out = "mend the weights of mix in config.yaml, or move mix.json away"
+        raise ValueError(f"{reading.run.root}: its scores, as mix weighs them, are no numbers; {way_out}")
     influences.sort(key=lambda s: -s.joint)
     return Scores(tables[0].capabilities, influences, tables, _unit(reading, mix, tables[0]))
 

@@ -169,10 +169,8 @@ def hub_name(name: str, missing: str) -> tuple[str, str]:
     """
     if match := _HUB.fullmatch(name):
         return match[1], match[2]
-    raise FileNotFoundError(
-        f"{missing} {name[:200]}{suggest_path(Path(name))} (a name on the Hugging Face hub needs its commit: "
-        f"ORG/NAME@COMMIT)"
-    )
+    rule = "a name on the Hugging Face hub needs its commit: ORG/NAME@COMMIT"
+    raise FileNotFoundError(f"{missing} {name[:200]}{suggest_path(Path(name))} ({rule})")
 
 
 def require(module: str, user: str, install: str = "") -> ModuleType:

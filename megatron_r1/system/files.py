@@ -185,9 +185,8 @@ def sync(path: Path) -> None:
             raise
         if not _told and is_first_rank():
             _told.append(path)
-            say(
-                f"warning: {path} cannot be flushed ({error.strerror}); a power cut may undo names in folders"
-            )
+            risk = "a power cut may undo names in folders"
+            say(f"warning: {path} cannot be flushed ({error.strerror}); {risk}")
 
 
 def plain_name(name: Any) -> bool:

@@ -60,10 +60,8 @@ class RunLock:
         start = time.monotonic()
         while not self._try(fcntl.LOCK_EX):
             if time.monotonic() - start > patience:
-                raise RunBusyError(
-                    f"{self.path.parent} is in use by {self._holder()}; wait for it to end, or stop it, "
-                    f"and start again"
-                )
+                way_out = "wait for it to end, or stop it, and start again"
+                raise RunBusyError(f"{self.path.parent} is in use by {self._holder()}; {way_out}")
             time.sleep(0.1)
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "take": os.urandom(8).hex()}
         with naming(self.path):

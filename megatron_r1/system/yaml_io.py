@@ -114,9 +114,8 @@ def parse_yaml(text: str, name: str, lines: bool = False) -> Document:
     # A value may stand below its key.
     there = "\n".join(text.splitlines()[max(0, line - 3) : line + 1])
     if hidden(there) != there:
-        problem = (
-            "a value that is no YAML, or not the same to every reader; quote it (it looks like a secret)"
-        )
+        way_out = "quote it (it looks like a secret)"
+        problem = f"a value that is no YAML, or not the same to every reader; {way_out}"
     raise YamlError(f"{name}{f', line {line + 1}' if lines else ''}: {brief(problem, 400)}")
 
 
@@ -196,10 +195,8 @@ class _Loader(yaml.SafeLoader):
         text = brief(node.value) if isinstance(node, ScalarNode) else "a list or mapping"
         # A tag in the text itself may name another kind.
         if kind == "unclear" or not isinstance(node, ScalarNode) or kind != _kind(node.value):
-            problem = (
-                f"{text} is not the same number to every reader of YAML; write a decimal number "
-                f"without leading zeros, or quote it as text"
-            )
+            way_out = "write a decimal number without leading zeros, or quote it as text"
+            problem = f"{text} is not the same number to every reader of YAML; {way_out}"
             raise ConstructorError(None, None, problem, node.start_mark)
         if len(node.value) > _LONGEST:
             problem = f"a number of more than {_LONGEST:,} characters"
