@@ -99,7 +99,11 @@ def _rectangles(param: Any, state: str, flat: torch.Tensor, start: int) -> Itera
             )
 
 
-def rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+Box = tuple[tuple[int, ...], ...]
+"""Offset and size."""
+
+
+def rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
     """(offset, size) of the fewest boxes that hold elements [start, end) of a C-ordered tensor, in order."""
     if start >= end:
         return
@@ -117,8 +121,6 @@ def rectangles(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[t
     yield from _within_row(shape, last, 0, end - last * row)
 
 
-def _within_row(
-    shape: tuple[int, ...], number: int, start: int, end: int
-) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _within_row(shape: tuple[int, ...], number: int, start: int, end: int) -> Iterator[Box]:
     for offset, size in rectangles(shape[1:], start, end):
         yield (number, *offset), (1, *size)

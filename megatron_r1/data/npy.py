@@ -18,8 +18,12 @@ import psutil
 from megatron_r1.system.errors import shown
 from megatron_r1.system.files import ours, regular
 
-Kind = tuple[Any, tuple[int | None, ...]]
-"""A type and a shape; None for an axis of any length. The type `str` is text of up to 999 characters."""
+Axes = tuple[int | None, ...]
+"""A shape; None for an axis of any length."""
+Kind = tuple[Any, Axes]
+"""A type and a shape. The type `str` is text of up to 999 characters."""
+Mode = Literal["r", "r+"] | None
+"""How an array is mapped; None: it is read."""
 MOST_HEADER = 4096
 """Bytes of a header. NumPy writes 128 for all but records of many fields."""
 _HEADER = re.compile(
@@ -36,9 +40,7 @@ def require_memory(size: int) -> None:
         raise ValueError(f"it takes {size:,} bytes, more than half of the memory that is free")
 
 
-def read_array(
-    path: str | Path, dtype: Any, shape: tuple[int | None, ...], mode: Literal["r", "r+"] | None = None
-) -> np.ndarray:
+def read_array(path: str | Path, dtype: Any, shape: Axes, mode: Mode = None) -> np.ndarray:
     """The array in a file; mapped with a `mode`, of which "r+" opens no link.
 
     Raises OSError. Raises ValueError, without the file's name, for all else than such an array.
@@ -47,9 +49,7 @@ def read_array(
         return read_stream(stream, os.fstat(stream.fileno()).st_size, (dtype, shape), mode=mode)
 
 
-def read_stream(
-    stream: IO[bytes], size: int, *wanted: Kind, mode: Literal["r", "r+"] | None = None
-) -> np.ndarray:
+def read_stream(stream: IO[bytes], size: int, *wanted: Kind, mode: Mode = None) -> np.ndarray:
     """The array in a stream of `size` bytes, of one of the kinds `wanted`. ValueError for all else."""
     descr, shape, order, begin = _header(stream)
     of_type = [(dtype, axes) for dtype, axes in wanted if _is(descr, dtype)]
@@ -110,15 +110,14 @@ def _is(descr: str, dtype: Any) -> bool:
     return written == repr(np.lib.format.dtype_to_descr(np.dtype(dtype)))
 
 
-def _has(shape: tuple[int, ...], meant: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(meant) and all(
-        want in (None, have) for have, want in zip(shape, meant, strict=True)
-    )
+def _has(shape: tuple[int, ...], meant: Axes) -> bool:
+    fits = [want in (None, have) for have, want in zip(shape, meant, strict=False)]
+    return len(shape) == len(meant) and all(fits)
 
 
 def _name(dtype: Any) -> str:
     return "text" if dtype is str else str(np.dtype(dtype))
 
 
-def _axes(meant: tuple[int | None, ...]) -> str:
+def _axes(meant: Axes) -> str:
     return f"[{', '.join('any' if axis is None else str(axis) for axis in meant)}]"

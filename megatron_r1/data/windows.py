@@ -109,9 +109,7 @@ class Examples:
     length_N: np.ndarray
     """Labels of each example, s(x) of Eq. 5."""
 
-    def __init__(
-        self, sets: Sequence[tuple[Corpus, np.ndarray]], seq_length: int, unit: Unit = "window"
-    ) -> None:
+    def __init__(self, sets: Sequence[tuple[Corpus, np.ndarray]], seq_length: int, unit: Unit = "window"):
         self.seq_length = seq_length
         self._corpora = [corpus for corpus, _ in sets]
         self._streams = Streams()

@@ -127,9 +127,7 @@ def _overlap(a_N2: np.ndarray, b_N2: np.ndarray) -> np.ndarray:
     return np.stack((edge_M[begin], edge_M[begin + 1]), axis=1)
 
 
-def mask_files(
-    masks: Mapping[str, KeepMask], directory: Path, seq_length: int
-) -> dict[str, tuple[Path, bytes]]:
+def mask_files(masks: dict[str, KeepMask], directory: Path, seq_length: int) -> dict[str, tuple[Path, bytes]]:
     """Source -> path of its mask's file, SOURCE-HASH.npy or .npz, and the file's content.
 
     Masks that keep everything or nothing have no file. The hash is of the content, so that a file that an

@@ -116,9 +116,7 @@ def make_mixture(config: Config) -> tuple[Mixture, list[Scored]]:
 class _Draws:
     """Draws of the data plan in `mix.phase`. Only the phases before it affect them."""
 
-    def __init__(
-        self, config: Config, mix: MixConfig, corpora: list[Corpus], masks: dict[str, KeepMask]
-    ) -> None:
+    def __init__(self, config: Config, mix: MixConfig, corpora: list[Corpus], masks: dict[str, KeepMask]):
         names, batch = list(config.phases), config.train.global_batch
         earlier = {name: config.phases[name] for name in names[: names.index(mix.phase)]}
         self._keep, self._masks = config.phases[mix.phase].keep, masks

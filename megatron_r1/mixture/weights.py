@@ -177,9 +177,10 @@ def worst_case_weights(
     return np.asarray(weight_G / weight_G.sum())
 
 
-def maximise(
-    gain_N: np.ndarray, a_MN: np.ndarray, limits: Sequence[tuple[float | None, float | None]]
-) -> np.ndarray:
+Limits = Sequence[tuple[float | None, float | None]]
+
+
+def maximise(gain_N: np.ndarray, a_MN: np.ndarray, limits: Limits) -> np.ndarray:
     """x that maximises gain x, float64 [N], within its limits (None: without a limit).
 
     A x <= 0 holds, and all of x but the last sum to 1. Raises ValueError where no x fits or the gain has no

@@ -44,6 +44,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+Settings = dict[str, dict[str, Any]]
+"""File name -> its content."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 _AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizer_config.json for which AutoTokenizer takes tokenizer.json as it is."""
@@ -65,7 +67,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def named_eos(model: Path, settings: dict[str, dict[str, Any]]) -> str | None:
+def named_eos(model: Path, settings: Settings) -> str | None:
     """The eos_token of the settings; None: they name none."""
     folder = model if model.is_dir() else model.parent
     names: dict[str, str] = {}
@@ -103,7 +105,7 @@ def end_token(path: Path, named: str | None, file_model: Any) -> str:
     return named
 
 
-def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
+def is_rebuilt(settings: Settings, file_model: Any) -> bool:
     """Whether AutoTokenizer may build something else than tokenizer.json says."""
     config, special = (settings.get(name, {}) for name in SETTINGS[:2])
     if config.get("tokenizer_class") not in _AS_IT_IS or {"auto_map", "fix_mistral_regex"} & config.keys():
@@ -121,9 +123,7 @@ def is_rebuilt(settings: dict[str, dict[str, Any]], file_model: Any) -> bool:
     return any(isinstance(token, str) and file_model.token_to_id(token) is None for token in contents)
 
 
-def auto_tokenizer(
-    path: Path, files: dict[str, Path], settings: dict[str, dict[str, Any]]
-) -> tuple[str, str | None, str]:
+def auto_tokenizer(path: Path, files: dict[str, Path], settings: Settings) -> tuple[str, str | None, str]:
     """The tokenizer.json of AutoTokenizer's tokenizer, its end token, and its class and version."""
     name = settings.get("tokenizer_config.json", {}).get("tokenizer_class") or "of config.json"
     name = name if isinstance(name, str) and len(name) < 100 else shown(name)

@@ -56,6 +56,7 @@ COPY_TOKENS = 1 << 21
 _SHOWN_MB = 1000
 """Progress is shown from this size on. Less is stored in a moment."""
 MEND = "mend the input or raise --reject-limit"
+Log = Callable[[str], None]
 Sidecar = dict[str, Any]
 """The content of PREFIX.json, or of a part of it."""
 
@@ -74,7 +75,7 @@ def shard_counts(output_prefix: Path, key: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def exclusive(work: Path, log: Callable[[str], None]) -> Iterator[None]:
+def exclusive(work: Path, log: Log) -> Iterator[None]:
     """Let one process at a time write a prefix. A second one waits, and then finds the work done."""
     lock = work.with_name(work.name + ".lock")
     if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
@@ -154,7 +155,7 @@ def _is_whole(prefix: Path) -> bool:
     return True
 
 
-def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Callable[[str], None]) -> None:
+def verify(output_prefix: str | Path, json_keys: Sequence[str], log: Log) -> None:
     """Compare every byte of each key's pair, or of the pair that `output_prefix` names, with its hashes.
 
     Raises DamagedBinError, ValueError for a pair that has no hash, FileNotFoundError where no pair is there.
@@ -275,9 +276,7 @@ def reject_line(rejected: dict[str, Any]) -> bytes:
     return json.dumps(rejected, ensure_ascii=False).encode() + b"\n"
 
 
-def write_pair(
-    parts: Sequence[Stored], prefix: Path, about: Sidecar, began: float, log: Callable[[str], None]
-) -> Sidecar:
+def write_pair(parts: Sequence[Stored], prefix: Path, about: Sidecar, began: float, log: Log) -> Sidecar:
     """Bring one key's documents into their final order; then all its files take their names.
 
     Tokens that are in that order already, in one file, are not copied. began: `time.monotonic()` of the run.

@@ -33,6 +33,8 @@ _MOST_JSON = 16 << 20
 """Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
 _UNLIKE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading JSON of another form ends in."""
+Line = dict[str, Any]
+"""Of metrics.jsonl, or of a ledger."""
 Points = tuple[np.ndarray, np.ndarray]
 """Tokens, values."""
 
@@ -43,11 +45,11 @@ class Run:
     config: Config
     columns: dict[str, np.ndarray]
     """Metric, or "metric/source" -> float64 [T], T recorded steps; NaN where it was not measured."""
-    first: dict[str, Any]
+    first: Line
     """The first step's line."""
-    last: dict[str, dict[str, Any]]
+    last: dict[str, Line]
     """Phase that has trained at least a step, in order -> its last step's line."""
-    stages: list[dict[str, Any]]
+    stages: list[Line]
     """The ledger's lines, in order; of a report's own run also those of the stages that it stands on."""
     lost: list[tuple[int, int]] = field(default_factory=list)
     """Stretches of steps, first and last, that were trained and whose lines are gone from metrics.jsonl."""
@@ -152,9 +154,7 @@ def read_run(root: Path, branch: bool = False) -> Run:
     return Run(root, config, columns, first, last, ledger.read(root), lost)
 
 
-def _read_metrics(
-    path: Path, config: Config
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_metrics(path: Path, config: Config) -> tuple[dict[str, np.ndarray], Line, dict[str, Line]]:
     """Columns, first line, and last line by phase. Holds 8 bytes a number, for runs of millions of steps.
 
     Leaves out lines of phases that the configuration does not have, and names
