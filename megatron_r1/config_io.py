@@ -401,10 +401,8 @@ def check_world(config: Config, world_size: int) -> list[str]:
     else:
         most = min(share, _MOST_NAMED)
         way = f"use a train.micro_batch of {[m for m in range(1, most + 1) if share % m == 0]}"
-    return [
-        f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
-        f"{data_parallel} data-parallel ranks; {way}"
-    ]
+    fault = f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch}"
+    return [f"{fault} x {data_parallel} data-parallel ranks; {way}"]
 
 
 def check_copies(parallel: ParallelConfig, ranks: int) -> list[str]:

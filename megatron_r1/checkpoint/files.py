@@ -215,13 +215,11 @@ def _mistake(meta: dict[str, Any]) -> str:
             return f"{key} is {shown(meta.get(key))}"
     if meta.get("format") != _FORMAT:
         return f"format is {shown(meta.get('format'))}"
-    state, files = meta["state"], meta["files"]
+    state, files, guard = meta["state"], meta["files"], meta["state"].get("guard", {})
     counts = [state.get(key) for key in ("step", "samples", "tokens")]
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in counts) or any(counts[1:]) > bool(counts[0]):
         return f"its step, samples and tokens are {shown(counts)}"
-    if set(state) - {"guard"} != {"step", "samples", "tokens"} or not isinstance(
-        state.get("guard", {}), dict
-    ):
+    if set(state) - {"guard"} != {"step", "samples", "tokens"} or not isinstance(guard, dict):
         return f"state is {shown(state)}"
     for name, fact in files.items():
         if not plain_name(name) or not name.isascii() or name == META:

@@ -54,10 +54,8 @@ def load_checkpoint(
         gpt.load_state_dict(load_state(contents, wanted)["model"])
         return TrainState(**meta["state"])
     with torch.no_grad(), rectangles_of(optimizer):
-        wanted["optimizer"] = optimizer.sharded_state_dict(
-            wanted["model"], is_loading=True, metadata=METADATA
-        )
-        loaded = load_state(contents, wanted)
+        part = optimizer.sharded_state_dict(wanted["model"], is_loading=True, metadata=METADATA)
+        loaded = load_state(contents, wanted | {"optimizer": part})
         gpt.load_state_dict(loaded["model"])
         unfit = KeyError, TypeError, AssertionError, NotImplementedError
         with rewording(lambda error: f"{path}: its optimizer's settings do not fit: {shown(error)}", *unfit):
@@ -118,10 +116,8 @@ def _fill(shard: ShardedTensor, contents: Contents, files: dict[str, BinaryIO], 
     left[tuple(slice(max(0, whole - o)) for o, whole in zip(begin, stored.size, strict=True))] = True
     for piece in exact or stored.pieces.values():
         # Of each axis: the first and the last element that both have.
-        both = [
-            (max(o, p), min(o + n, p + m))
-            for o, n, p, m in zip(begin, size, piece.offset, piece.size, strict=True)
-        ]
+        axes = zip(begin, size, piece.offset, piece.size, strict=True)
+        both = [(max(o, p), min(o + n, p + m)) for o, n, p, m in axes]
         if any(low >= high for low, high in both):
             continue
         if piece.archive.file not in files:

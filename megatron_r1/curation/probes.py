@@ -151,11 +151,9 @@ def curate_probes(
             source, digests[source.name], taken, tokens_per_source, max_document_tokens
         )
         report[source.name] |= counts
-        if counts["dropped_in_training"] or counts["dropped_repeated"]:
-            log(
-                f"{source.name}: dropped {counts['dropped_in_training']} documents that training holds too, "
-                f"{counts['dropped_repeated']} repeated"
-            )
+        copies, repeated = counts["dropped_in_training"], counts["dropped_repeated"]
+        if copies or repeated:
+            log(f"{source.name}: dropped {copies} documents that training holds too, {repeated} repeated")
     files: list[Path] = []
     manifest_path.unlink(missing_ok=True)
     for capability, names in capabilities.items():
@@ -259,10 +257,9 @@ def _check_tokenizers(opened: Sequence[_Source], end_documents: bool) -> None:
     for source in opened:
         ours, theirs = (s.sidecar.get("tokenizer_fingerprint") for s in (first, source))
         if ours != theirs or source.dataset.dtype != first.dataset.dtype:
-            raise ValueError(
-                f"source {source.name} was tokenized by {str(theirs)[:12]} ({source.dataset.dtype}), "
-                f"{first.name} by {str(ours)[:12]} ({first.dataset.dtype}); use one tokenizer"
-            )
+            fault = f"source {source.name} was tokenized by {str(theirs)[:12]} ({source.dataset.dtype})"
+            other = f"{first.name} by {str(ours)[:12]} ({first.dataset.dtype})"
+            raise ValueError(f"{fault}, {other}; use one tokenizer")
         eod = source.sidecar.get("eod") if source.sidecar.get("append_eod") else None
         ended = eod is not None and eod <= np.iinfo(source.dataset.dtype).max
         if end_documents and source.capability and not ended:

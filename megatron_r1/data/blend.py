@@ -150,9 +150,8 @@ class BlendPlan:
                 raise ValueError(f"{fault}; name every source and give weight 0 to leave one out")
             weights = [weights[name] for name in self.sources]
         if len(weights) != len(self.sources):
-            raise ValueError(
-                f"{len(weights)} weights for the {len(self.sources)} sources {listed(self.sources)}"
-            )
+            sources = f"{len(self.sources)} sources {listed(self.sources)}"
+            raise ValueError(f"{len(weights)} weights for the {sources}")
         given = tuple(map(_number, weights))
         for name, weight in zip(self.sources, given, strict=True):
             if not 0 <= weight < math.inf:
@@ -165,9 +164,8 @@ class BlendPlan:
         if unknown := [name for name in names if name not in self.sources]:
             matches = [(name, match) for name in unknown[:3] for match in closest(str(name), self.sources)]
             near = "".join(f"; {shown(name)} is near '{match}'" for name, match in matches)
-            raise ValueError(
-                f"{argument} name {listed(unknown)}, but the sources are {listed(self.sources)}{near}"
-            )
+            fault = f"{argument} name {listed(unknown)}, but the sources are {listed(self.sources)}"
+            raise ValueError(f"{fault}{near}")
 
     def _caps(self, max_epochs: Number | Mapping[str, Number] | None) -> tuple[Fraction | None, ...]:
         if not isinstance(max_epochs, Mapping):
@@ -239,9 +237,8 @@ class BlendPlan:
         self._check_names("the question", [name])
         at = int(self._native.position(self._index[name], j))
         if at < 0:
-            raise IndexError(
-                f"the plan never makes draw {j} of '{name}': before it, its weight is 0 or max_epochs reached"
-            )
+            why = "before it, its weight is 0 or max_epochs reached"
+            raise IndexError(f"the plan never makes draw {j} of '{name}': {why}")
         return at
 
     def epochs(self, i: int) -> dict[str, float]:

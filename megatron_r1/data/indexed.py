@@ -268,20 +268,18 @@ class IndexedWriter:
         """Append several documents at once: their tokens, [T], and the length of each, [documents]."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
         if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-            raise ValueError(
-                f"tokens must be a 1-D integer array, not {tokens.dtype} of shape {tokens.shape}"
-            )
+            given = f"{tokens.dtype} of shape {tokens.shape}"
+            raise ValueError(f"tokens must be a 1-D integer array, not {given}")
         if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1):
             way_out = f"an index holds up to {2**31 - 1}: split it"
             raise ValueError(f"a document of {lengths.max()} tokens; {way_out}")
         if tokens.size and tokens.dtype != self.dtype:
             low, high, bounds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
             if low < bounds.min or high > bounds.max:
-                raise ValueError(
-                    f"token {low if low < bounds.min else high} in documents {self.num_documents} to "
-                    f"{self.num_documents + len(lengths) - 1} of {self.prefix} does not fit {self.dtype}; "
-                    f"take the dtype from best_dtype(vocab_size)"
-                )
+                token, first = low if low < bounds.min else high, self.num_documents
+                where = f"documents {first} to {first + len(lengths) - 1} of {self.prefix}"
+                fault = f"token {token} in {where} does not fit {self.dtype}"
+                raise ValueError(f"{fault}; take the dtype from best_dtype(vocab_size)")
         assert int(lengths.sum()) == tokens.size
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
         with naming(self._partial):

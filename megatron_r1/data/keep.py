@@ -171,9 +171,9 @@ def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_len
     ValueError where `kept_D` is not over the corpus's documents, or leaves no label to train on.
     """
     if kept_D.dtype != np.bool_ or kept_D.shape != (corpus.documents,):
+        kinds = f"bool [{corpus.documents}], not {kept_D.dtype} {list(kept_D.shape)}"
         raise ValueError(
-            f"source '{corpus.name}' has {corpus.documents} documents, so kept_D must be bool "
-            f"[{corpus.documents}], not {kept_D.dtype} {list(kept_D.shape)}"
+            f"source '{corpus.name}' has {corpus.documents} documents, so kept_D must be {kinds}"
         )
     stretch_N2 = kept_stretches(corpus, kept_D)
     windows = kept_windows(stretch_N2, corpus.windows(seq_length), seq_length)

@@ -47,19 +47,17 @@ class BatchLoader:
             raise ValueError(f"seq_length={seq_length} must be at least 1")
         by_name = {corpus.name: corpus for corpus in corpora}
         if len(by_name) != len(corpora) or by_name.keys() != plan.sources.keys():
-            raise ValueError(
-                f"the corpora are {sorted(corpus.name for corpus in corpora)}, but the plan's sources are "
-                f"{sorted(plan.sources)}; give one corpus for each source"
-            )
+            names = sorted(corpus.name for corpus in corpora)
+            fault = f"the corpora are {names}, but the plan's sources are {sorted(plan.sources)}"
+            raise ValueError(f"{fault}; give one corpus for each source")
         if differ := [
             f"'{name}' has {by_name[name].windows(seq_length)} windows where the plan has {windows}"
             for name, windows in plan.sources.items()
             if by_name[name].windows(seq_length) != windows
         ]:
-            raise ValueError(
-                f"at seq_length={seq_length} the corpora are not the ones that the plan was made for: "
-                f"{'; '.join(differ)}. Restore the files or the sequence length, or make a new plan"
-            )
+            fault = f"at seq_length={seq_length} the corpora are not the ones that the plan was made for"
+            way_out = "Restore the files or the sequence length, or make a new plan"
+            raise ValueError(f"{fault}: {'; '.join(differ)}. {way_out}")
         self._corpora = [by_name[name] for name in plan.sources]
         self._streams = Streams()
         for corpus in self._corpora:

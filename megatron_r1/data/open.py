@@ -227,11 +227,9 @@ class _Opener:
             return [missing] if asked is None else self._false_ends(path, corpus, asked, f"data.eod={asked}")
         eod = sidecar.get("eod")
         if not sidecar.get("append_eod") or not isinstance(eod, int):
-            return [
-                f"{prefix} was preprocessed without --append-eod, so data.cross_documents=false cannot "
-                f"tell its documents apart; preprocess it again with --append-eod (a probing set: curate it "
-                f"with --end-documents)"
-            ]
+            fault = "so data.cross_documents=false cannot tell its documents apart"
+            way_out = "preprocess it again with --append-eod (a probing set: curate it with --end-documents)"
+            return [f"{prefix} was preprocessed without --append-eod, {fault}; {way_out}"]
         if asked not in (None, eod):
             return [f"its documents end with token {eod}, not data.eod={asked}"]
         self.eod = eod if self.eod is None else self.eod

@@ -76,10 +76,9 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
     plan = BlendPlan(sources, seed=parts["seed"], order=parts["order"], shuffle=parts["shuffle"])
     last = max((phase["start"] for phase in parts["phases"]), default=0) if samples is None else samples
     if plan.order == "megatron" and last * len(sources) > _MOST_STEPS:
-        raise ValueError(
-            f"to sample {last} of {len(sources)} sources in Megatron's order is too far to follow: at most "
-            f"{_MOST_STEPS} samples x sources. The balanced order has no such bound"
-        )
+        fault = f"to sample {last} of {len(sources)} sources in Megatron's order is too far to follow"
+        bound = f"at most {_MOST_STEPS} samples x sources. The balanced order has no such bound"
+        raise ValueError(f"{fault}: {bound}")
     past = [phase for phase in parts["phases"] if samples is None or phase["start"] < samples]
     for number, phase in enumerate(past):
         keep = {name: mask["path"] for name, mask in phase["keep"].items()}
@@ -93,10 +92,8 @@ def _from_json(parts: dict[str, Any], samples: int | None) -> BlendPlan:
                 )
     whole = len(past) == len(parts["phases"])
     if whole and parts.get("fingerprint") not in (None, fingerprint(plan)):
-        raise ValueError(
-            "the plan's text was edited: its fingerprint does not match; restore it, or delete the "
-            'line "fingerprint" if the edit is meant'
-        )
+        way_out = 'restore it, or delete the line "fingerprint" if the edit is meant'
+        raise ValueError(f"the plan's text was edited: its fingerprint does not match; {way_out}")
     return plan
 
 
@@ -158,11 +155,9 @@ def check_extends(now: BlendPlan, before: BlendPlan, samples: int) -> None:
     if tuple(before.sources) == tuple(now.sources):
         changed += _phase_changes(before, now, samples)
     if changed:
-        raise ValueError(
-            f"this plan differs from the one that drew the first {samples} samples: "
-            f"{some(changed, '; ')}. Restore it, and put changes of weights, caps or masks into a "
-            f"new phase at sample {samples} or later"
-        )
+        fault = f"this plan differs from the one that drew the first {samples} samples"
+        way_out = f"put changes of weights, caps or masks into a new phase at sample {samples} or later"
+        raise ValueError(f"{fault}: {some(changed, '; ')}. Restore it, and {way_out}")
 
 
 def _head(plan: BlendPlan) -> dict[str, Any]:

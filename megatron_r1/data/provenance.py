@@ -74,10 +74,8 @@ def load_origins(prefix: str | Path, documents: int) -> np.ndarray:
     with rewording(lambda error: f"{path} is damaged ({error}); make the pair again"):
         records = read_array(path, ORIGIN, (None,), "r")
     if len(records) != documents:
-        raise ValueError(
-            f"{path} belongs to another pair: it has {len(records)} records, where the pair has {documents} "
-            f"documents; make the pair again"
-        )
+        fault = f"it has {len(records)} records, where the pair has {documents} documents"
+        raise ValueError(f"{path} belongs to another pair: {fault}; make the pair again")
     # Lines count from 1. A sample of 65,536 records finds zeros in place of a part of the file.
     line_N = records["line"][:: max(1, documents >> 16)]
     if not line_N.all():

@@ -57,10 +57,7 @@ _WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "64 hexadecimal digits": (_is_digest, "bin_sha256 idx_sha256 docs_sha256"),
     "a list of files": (lambda v: not mistake(v, [{"path": str}]), "inputs"),
     "a list of numbers": (lambda v: isinstance(v, list) and all(map(is_count, v)), "lines"),
-    "numbers by reason": (
-        lambda v: isinstance(v, dict) and all(map(is_count, v.values())),
-        "rejected skipped",
-    ),
+    "numbers by reason": (lambda v: type(v) is dict and all(map(is_count, v.values())), "rejected skipped"),
 }
 _KINDS = {name: (words, holds) for words, (holds, names) in _WORDS.items() for name in names.split()}
 """Fields that are read somewhere. Others are notes."""

@@ -45,11 +45,10 @@ def unknown_id(
     if not id_NS.size or int(id_NS.view(np.uint64).max()) < vocab_size:
         return None
     row, column = np.argwhere((id_NS < 0) | (id_NS >= vocab_size))[0]
-    return (
-        f"{with_suffix(corpora[source_N[row]].prefix, '.bin')}: token {start_N[row] + column} has id "
-        f"{id_NS[row, column]}, but model.vocab_size={vocab_size} holds ids 0 to {vocab_size - 1}; set "
-        f"model.vocab_size to the tokenizer's, or preprocess with the model's tokenizer"
-    )
+    way_out = "set model.vocab_size to the tokenizer's, or preprocess with the model's tokenizer"
+    path, token = with_suffix(corpora[source_N[row]].prefix, ".bin"), start_N[row] + column
+    fault = f"{path}: token {token} has id {id_NS[row, column]}"
+    return f"{fault}, but model.vocab_size={vocab_size} holds ids 0 to {vocab_size - 1}; {way_out}"
 
 
 def sampled_mistakes(corpus: Corpus, vocab_size: int) -> list[str]:

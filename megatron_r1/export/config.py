@@ -88,10 +88,9 @@ def to_hf(
     """
     family: Family = "llama4_text" if model.qk_norm else "llama"
     if family == "llama" and model.hidden_size % model.num_attention_heads:
-        raise ValueError(
-            f"{_CLASS[family]} needs model.hidden_size={model.hidden_size} to be a multiple of "
-            f"model.num_attention_heads={model.num_attention_heads}; with model.qk_norm it would not matter"
-        )
+        rule = f"needs model.hidden_size={model.hidden_size} to be a multiple of"
+        heads = f"model.num_attention_heads={model.num_attention_heads}"
+        raise ValueError(f"{_CLASS[family]} {rule} {heads}; with model.qk_norm it would not matter")
     fixed = ("hidden_act", "attention_bias", "attention_dropout", "tie_word_embeddings")
     config = {
         "architectures": [_CLASS[family]],
@@ -236,9 +235,8 @@ def _layer_refusals(has: dict[str, Any]) -> list[str]:
     step, experts = has["interleave_moe_layer_step"], has["moe_layers"]
     # Without a list, every `step`-th layer has experts.
     if experts or (experts is None and step <= layers):
-        out.append(
-            f"moe_layers={shown(experts)}, interleave_moe_layer_step={shown(step)}: no layer may have experts"
-        )
+        given = f"moe_layers={shown(experts)}, interleave_moe_layer_step={shown(step)}"
+        out.append(f"{given}: no layer may have experts")
     return out
 
 

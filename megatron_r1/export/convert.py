@@ -65,10 +65,8 @@ def to_hf(
     with rewording(lambda error: f"{source} describes no model: {shown(str(error))}"):
         model = TypeAdapter(ModelConfig).validate_python(meta["model"])
     held = sum(size for size, _ in meta["files"].values())
-    if 2 * model.parameters() > held:
-        raise ValueError(
-            f"{source} describes {model.parameters():,} parameters, and its files have {held:,} bytes"
-        )
+    if 2 * (numel := model.parameters()) > held:
+        raise ValueError(f"{source} describes {numel:,} parameters, and its files have {held:,} bytes")
     context = context or origin.context_of(source)
     special = {key: value for key, value in origin.imported(source).items() if key in hf_config.SPECIAL}
     if tokenizer is not None:
@@ -117,10 +115,8 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
     fp32, which rounds nothing. The folder appears whole or not at all. Raises ValueError naming every field
     and tensor that GPTModel has no place for, or for a `target` that holds something.
     """
-    absent, other = f"{source} has no config.json", "name a folder as save_pretrained writes it"
-    with rewording(
-        lambda _: f"{absent}; {other}{suggest_path(source)}", FileNotFoundError, NotADirectoryError
-    ):
+    absent = f"{source} has no config.json; name a folder as save_pretrained writes it{suggest_path(source)}"
+    with rewording(lambda _: absent, FileNotFoundError, NotADirectoryError):
         config = read_object(source / "config.json", MOST_JSON)
     with rewording(lambda error: f"{source / 'config.json'}: {error}"):
         described = hf_config.from_hf(config)

@@ -56,10 +56,9 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             raise ValueError(f"{fault}; remove the one that is left from another save")
         shards = {SINGLE}
     if not shards:
-        raise ValueError(
-            f"{directory} has neither {SINGLE} nor {INDEX}, but {unread_files(directory) or 'no weights'}; "
-            f"other formats become one by transformers' from_pretrained(...).save_pretrained(...)"
-        )
+        there = unread_files(directory) or "no weights"
+        way_out = "other formats become one by transformers' from_pretrained(...).save_pretrained(...)"
+        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}, but {there}; {way_out}")
     out: dict[str, Stored] = {}
     for file in sorted(shards):
         for name, stored in _header(directory / file).items():
@@ -120,10 +119,9 @@ def check_tensors(directory: Path, stored: Mapping[str, Stored], model: ModelCon
     """
     numbers = sum(math.prod(one.shape) for one in stored.values())
     if model.parameters() > 10 * numbers or model.num_layers > len(stored):
-        raise ValueError(
-            f"{directory}: config.json means {model.parameters():,} parameters in {model.num_layers:,} "
-            f"layers, and the files hold {numbers:,} in {len(stored):,} tensors"
-        )
+        meant = f"{model.parameters():,} parameters in {model.num_layers:,} layers"
+        held = f"{numbers:,} in {len(stored):,} tensors"
+        raise ValueError(f"{directory}: config.json means {meant}, and the files hold {held}")
     expected = dict(shapes(model, family))
     wrong = [f"{name}: missing" for name in expected if name not in stored]
     for name, one in stored.items():

@@ -81,10 +81,9 @@ def _special_of(files: Mapping[str, bytes], tokenizer: Tokenizer, model: str) ->
         specs = (parse_json(one.to_str(), model) for one in (theirs.backend_tokenizer, tokenizer._model))
         other |= len({json.dumps(pipeline(spec), sort_keys=True) for spec in specs}) > 1
     if other or special["eos_token_id"] != tokenizer.eod or added:
-        raise ValueError(
-            f"{model}: transformers would read the exported tokenizer with other tokens, as "
-            f"{type(theirs).__name__} with {special}; correct tokenizer_class or the tokens in {_SETTINGS}"
-        )
+        fault = f"{model}: transformers would read the exported tokenizer with other tokens"
+        way_out = f"correct tokenizer_class or the tokens in {_SETTINGS}"
+        raise ValueError(f"{fault}, as {type(theirs).__name__} with {special}; {way_out}")
     return special
 
 
@@ -120,10 +119,8 @@ def _from_sentencepiece(model: Path) -> tuple[str, dict[str, str]]:
     plain = trainer.model_type == trainer.BPE and trainer.byte_fallback
     spaces = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
     if not plain or spaces or trainer.treat_whitespace_as_suffix or normalizer.precompiled_charsmap:
-        raise ValueError(
-            f"{model}: only BPE with byte fallback and without normalisation, as tools/train_tokenizer.py "
-            f"trains it, becomes a tokenizer.json; leave the tokenizer out"
-        )
+        rule = "only BPE with byte fallback and without normalisation, as tools/train_tokenizer.py trains it"
+        raise ValueError(f"{model}: {rule}, becomes a tokenizer.json; leave the tokenizer out")
     parts = extractor.extract(None)
     # The converter would also merge characters into a control token: "<" and "s>" into "<s>".
     normal = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}

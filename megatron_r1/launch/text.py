@@ -26,29 +26,24 @@ def text(plan: LaunchPlan) -> str:
 
 
 def _sizes(plan: LaunchPlan) -> Iterator[str]:
-    config, gpus = plan.config, plan.launch.gpus
-    copy = config.parallel.model_ranks()
+    config, parallel, gpus = plan.config, plan.config.parallel, plan.launch.gpus
+    copy = parallel.model_ranks()
     copies = gpus // copy
     passes = config.train.global_batch // (config.train.micro_batch * copies)
     yield f"model     {config.model.parameters():,} parameters"
-    yield (
-        f"ranks     {gpus} = {copies} data-parallel x {copy} (tensor {config.parallel.tensor}, pipeline "
-        f"{config.parallel.pipeline}, context {config.parallel.context}): every size divides"
-    )
-    yield (
-        f"step      {config.train.global_batch} sequences = {copies} ranks x {passes} passes x "
-        f"{config.train.micro_batch}; x {config.data.seq_length} = {config.tokens_per_step():,} tokens"
-    )
+    parts = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
+    yield f"ranks     {gpus} = {copies} data-parallel x {copy} ({parts}): every size divides"
+    sequences = f"{copies} ranks x {passes} passes x {config.train.micro_batch}"
+    tokens = f"{config.data.seq_length} = {config.tokens_per_step():,} tokens"
+    yield f"step      {config.train.global_batch} sequences = {sequences}; x {tokens}"
 
 
 def _data(plan: LaunchPlan) -> Iterator[str]:
     data, step = plan.data, plan.config.tokens_per_step()
     phases = list(epochs_by_phase(plan.config, data.plan))
     for span, _, _ in phases:
-        yield (
-            f"phase {span.name}: {span.steps:,} steps x {step:,} = {span.steps * step:,} tokens, "
-            f"peak learning rate {span.config.learning_rate:g}"
-        )
+        tokens = f"{span.steps:,} steps x {step:,} = {span.steps * step:,} tokens"
+        yield f"phase {span.name}: {tokens}, peak learning rate {span.config.learning_rate:g}"
     head = "".join(f"{span.name[:12]:>13s} {'epochs':>8s}" for span, _, _ in phases)
     yield f"  {'source':18s}{'tokens':>20s} {head}{'all epochs':>12s}"
     total = plan.epochs()
@@ -76,16 +71,13 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
     def padded(size: int, width: int) -> str:
         return f"{numel:,} x {width} B + {size - numel * width:,} padding"
 
+    each_layer = f"{activations / tokens / layers:,.0f} B a token and layer, at the fullest moment"
+    kept = f"kept for backward passes: {tokens:,} tokens x {layers} layers x {each_layer}"
     sizes = [
         ("parameters", held.parameters, padded(held.parameters, width)),
         ("gradients", held.gradients, f"{padded(held.gradients, 4)}, summed in fp32"),
         ("optimizer", held.optimizer, f"{held.optimizer_numel:,} of a 1/{shards} share x {each}"),
-        (
-            "activations",
-            activations,
-            f"kept for backward passes: {tokens:,} tokens x {layers} layers x "
-            f"{activations / tokens / layers:,.0f} B a token and layer, at the fullest moment",
-        ),
+        ("activations", activations, kept),
     ]
     if held.logits:
         chunk = "" if whole else ", one chunk"
@@ -106,29 +98,23 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
 def _time(plan: LaunchPlan) -> Iterator[str]:
     launch, hours, paper = plan.launch, plan.gpu_hours, PAPER["gpu_hours"]["pretraining"]
     yield f"time at an assumed MFU of {launch.mfu:.0%}, {launch.peak_flops / 1e12:g} TFLOP/s a GPU"
-    yield (
-        f"  {plan.config.model.flops_per_token(plan.config.data.seq_length):.4g} FLOP a token x "
-        f"{plan.tokens:,} tokens = {plan.flops:.4g} FLOP"
-    )
+    each = plan.config.model.flops_per_token(plan.config.data.seq_length)
+    yield f"  {each:.4g} FLOP a token x {plan.tokens:,} tokens = {plan.flops:.4g} FLOP"
     yield (
         f"  {hours:,.0f} GPU hours, {hours / launch.gpus / 24:.2f} days on {launch.gpus} GPUs, "
         f"{plan.step_seconds:.3f} s a step, "
         f"{plan.config.tokens_per_step() / plan.step_seconds / launch.gpus:,.0f} tokens/s a GPU"
     )
-    yield (
-        f"  the paper: {paper:,} GPU hours of pre-training ({paper / 168 / 24:.1f} days on 168); this plan "
-        f"would take them at an MFU of {plan.mfu_of(paper):.1%}"
-    )
+    theirs = f"{paper:,} GPU hours of pre-training ({paper / 168 / 24:.1f} days on 168)"
+    yield f"  the paper: {theirs}; this plan would take them at an MFU of {plan.mfu_of(paper):.1%}"
 
 
 def _checkpoints(plan: LaunchPlan) -> Iterator[str]:
     saves, train, numel = plan.checkpoints, plan.config.train, plan.config.model.parameters()
     width = 2 if train.precision == "bf16" else 4
     pause = train.checkpoint_every * plan.step_seconds
-    yield (
-        f"checkpoints: {saves.size / 1e9:.2f} GB each = {numel:,} x ({width} + 12) B, "
-        f"{saves.size / plan.launch.gpus / 1e6:.0f} MB a rank"
-    )
+    each = f"{saves.size / 1e9:.2f} GB each = {numel:,} x ({width} + 12) B"
+    yield f"checkpoints: {each}, {saves.size / plan.launch.gpus / 1e6:.0f} MB a rank"
     rate = saves.size / pause / 1e6
     yield f"  every {train.checkpoint_every} steps, {pause / 60:.1f} min: {rate:,.1f} MB/s"
     yield f"  {saves.saved} written, {saves.kept} kept in the end, {saves.kept * saves.size / 1e12:.2f} TB"

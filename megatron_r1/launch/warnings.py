@@ -27,10 +27,8 @@ def _data(plan: LaunchPlan) -> Iterator[str]:
         total = sum(plan.config.phase_weights(name).values())
         whole = 100.0 if total > 10 else 1.0
         if phase.weights != "uniform" and abs(total - whole) >= 1e-9 * whole:
-            yield (
-                f"the weights of phase {name} sum to {total:.6g}, not {whole:g}; normalised, "
-                f"each share changes by {abs(total - whole) / total:.2%} of itself"
-            )
+            change = f"each share changes by {abs(total - whole) / total:.2%} of itself"
+            yield f"the weights of phase {name} sum to {total:.6g}, not {whole:g}; normalised, {change}"
     epochs = dict(sorted(plan.epochs().items(), key=lambda item: -item[1]))
     if repeated := [f"{name} {n:.1f}" for name, n in epochs.items() if n > REPEATED]:
         text = f"sources read more than {REPEATED} times over all phases: {', '.join(repeated)} epochs"
@@ -81,8 +79,6 @@ def _memory(plan: LaunchPlan) -> Iterator[str]:
         yield f"train.keep_last is not set: all {saves} checkpoints stay"
     for held in plan.memory:
         if held.total > plan.launch.gpu_memory:
-            yield (
-                f"rank {held.context.rank} holds at least {held.total / GIB:.1f} GiB, a GPU has "
-                f"{plan.launch.gpu_memory / GIB:.0f}: lower train.micro_batch, or set train.head_chunk "
-                f"or train.recompute"
-            )
+            way_out = "lower train.micro_batch, or set train.head_chunk or train.recompute"
+            sizes = f"at least {held.total / GIB:.1f} GiB, a GPU has {plan.launch.gpu_memory / GIB:.0f}"
+            yield f"rank {held.context.rank} holds {sizes}: {way_out}"

@@ -90,20 +90,18 @@ def make_masks(
             mask = _and_before(mask, before[table.source], seq_length)
         masks[table.source] = mask
     if not any(mask.windows.any() for mask in masks.values()):
-        raise ValueError(
-            f"no scored example has influence above mix.keep_above={mix.keep_above} at step "
-            f"{tables[0].steps[-1]}, and nothing is left to train on: here Eq. 7 ends"
-        )
+        above = f"above mix.keep_above={mix.keep_above} at step {tables[0].steps[-1]}"
+        end = "nothing is left to train on: here Eq. 7 ends"
+        raise ValueError(f"no scored example has influence {above}, and {end}")
     return masks
 
 
 def _check(corpus: Corpus, manifest: Mapping[str, Any], unit: str, seq_length: int) -> None:
     scored_with = manifest.get("seq_length", seq_length)
     if unit == "window" and scored_with != seq_length:
-        raise ValueError(
-            f"scores of {corpus.name} are of windows of {scored_with} tokens, data.seq_length={seq_length} "
-            f"cuts others; score again at {seq_length}"
-        )
+        fault = f"scores of {corpus.name} are of windows of {scored_with} tokens"
+        way_out = f"score again at {seq_length}"
+        raise ValueError(f"{fault}, data.seq_length={seq_length} cuts others; {way_out}")
     if manifest.get("data", {}).get("hash") != dataset_identity(corpus.prefix, manifest["format"]):
         raise ValueError(f"{corpus.prefix} has changed since {corpus.name} was scored; score it again")
 

@@ -69,10 +69,9 @@ def _stack(runs: Mapping[str, Selected]) -> Selected:
     tables, used = next(iter(runs.values()))
     for capability, (others, theirs) in runs.items():
         if capability not in others[0].capabilities:
-            raise ValueError(
-                f"mix.runs.{capability}: {theirs[0].directory} has scores for {list(others[0].capabilities)} "
-                f"only; score that run for {capability} with tools/compute_influence.py"
-            )
+            fault = f"{theirs[0].directory} has scores for {list(others[0].capabilities)} only"
+            way_out = f"score that run for {capability} with tools/compute_influence.py"
+            raise ValueError(f"mix.runs.{capability}: {fault}; {way_out}")
         pairs = zip(tables, others, strict=True)
         same = all(np.array_equal(one.example_N, other.example_N) for one, other in pairs)
         differ = [] if same else ["examples"]

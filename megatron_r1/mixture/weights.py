@@ -102,10 +102,9 @@ def source_weights(rho_G: np.ndarray, within: Bounds) -> np.ndarray:
     """
     gain_G = np.where(within.upper_G > 0, np.maximum(rho_G, 0.0), 0.0)
     if not gain_G.sum() > 0:
-        raise ValueError(
-            "no source has positive influence, so Eq. 5 gives no weights; look at the per-capability scores, "
-            "or use mix.scale=zscore, which weighs sources against their average"
-        )
+        other = "use mix.scale=zscore, which weighs sources against their average"
+        way_out = f"look at the per-capability scores, or {other}"
+        raise ValueError(f"no source has positive influence, so Eq. 5 gives no weights; {way_out}")
     share_G = gain_G / gain_G.sum()
     share_G = np.where(share_G > _NOTHING, share_G, 0.0)
     share_G /= share_G.sum()

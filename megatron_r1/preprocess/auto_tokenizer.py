@@ -140,10 +140,9 @@ def auto_tokenizer(path: Path, files: dict[str, Path], settings: Settings) -> tu
             )
     base, own, methods = library.PreTrainedTokenizerFast, type(built), ("__call__", "_encode_plus")
     if not isinstance(built, base) or any(getattr(own, m) is not getattr(base, m) for m in methods):
-        raise ValueError(
-            f"{path}: AutoTokenizer builds {own.__name__}, which does not encode as tokenizers does; "
-            f"name tokenizer_class PreTrainedTokenizerFast if tokenizer.json alone says how to encode"
-        )
+        fault = f"{path}: AutoTokenizer builds {own.__name__}, which does not encode as tokenizers does"
+        way_out = "name tokenizer_class PreTrainedTokenizerFast if tokenizer.json alone says how to encode"
+        raise ValueError(f"{fault}; {way_out}")
     maker = f"{own.__name__} of transformers {library.__version__}"
     return built.backend_tokenizer.to_str(), built.eos_token, maker
 

@@ -54,9 +54,8 @@ _ROWS_AT_ONCE = 1024
 _BEGINNING = 512
 """Bytes of a file that show its kind."""
 _PACKED = (b"BZh", b"\xfd7zXZ", b"\x04\x22\x4d\x18", b"PK\x03\x04")
-_OTHERS = dict.fromkeys(
-    _PACKED, "is packed in a way that is not read; unpack it, or pack it as .gz or .zst"
-) | {
+_OTHERS = {
+    **dict.fromkeys(_PACKED, "is packed in a way that is not read; unpack it, or pack it as .gz or .zst"),
     b"version https://git-lfs": "is a git-lfs pointer; fetch the file by git lfs pull",
     b"\x1f\x8b": "is packed by gzip; name it .gz",
     b"\x28\xb5\x2f\xfd": "is packed by zstd; name it .zst",

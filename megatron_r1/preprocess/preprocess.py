@@ -130,10 +130,9 @@ def preprocess(
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard {shard[0]} of {shard[1]}: the first is 0, the last {shard[1] - 1}")
         if others := [n for key in json_keys for n in shard_counts(output, key) if n != shard[1]]:
-            raise ValueError(
-                f"--shard {shard[0]}/{shard[1]}: {output} has shards of {others[0]}, and a merge "
-                f"takes one kind; give that number of shards, remove them, or name another --output-prefix"
-            )
+            fault = f"{output} has shards of {others[0]}, and a merge takes one kind"
+            way_out = "give that number of shards, remove them, or name another --output-prefix"
+            raise ValueError(f"--shard {shard[0]}/{shard[1]}: {fault}; {way_out}")
         about |= {"seed": None, "shard": list(shard), "merged_seed": seed}
         base = shard_prefix(output, *shard)
     ranges = cut(sources, shard)

@@ -136,10 +136,9 @@ def _refuse_other(prefix: Path, sidecar: Sidecar, about: Sidecar, inputs: Sequen
     changed += [f"input {name:.200} (there)" for name in there if name not in inputs][:2]
     changed += [f"input {name:.200} (here)" for name in inputs if name not in there][:2]
     if changed or there != list(inputs):
-        raise ValueError(
-            f"{prefix}.bin is of another request: {', '.join(changed) or 'order of inputs'}. Restore these, "
-            f"name another --output-prefix, or replace it with --overwrite"
-        )
+        fault = f"{prefix}.bin is of another request: {', '.join(changed) or 'order of inputs'}"
+        way_out = "Restore these, name another --output-prefix, or replace it with --overwrite"
+        raise ValueError(f"{fault}. {way_out}")
 
 
 def _is_whole(prefix: Path) -> bool:
@@ -248,10 +247,9 @@ def refuse_empty(parts: Sequence[Stored], key: str, prefix: Path, inputs: Sequen
     with replacing(path) as stream:
         stream.writelines(map(reject_line, rejects))
     first = rejects[0]
-    raise ValueError(
-        f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}, the first "
-        f"{first['file']}:{first['line']}: {first['reason']}; all are in {path}"
-    )
+    fault = f"every document is rejected for key {key!r}, so nothing is written: {len(rejects)}"
+    place = f"{first['file']}:{first['line']}: {first['reason']}"
+    raise ValueError(f"{fault}, the first {place}; all are in {path}")
 
 
 def _rejects(parts: Sequence[Stored], inputs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -344,11 +342,9 @@ def write_pair(parts: Sequence[Stored], prefix: Path, about: Sidecar, began: flo
                 path.unlink(missing_ok=True)
 
         writer.finalize(forget_earlier)
-    log(
-        f"wrote {prefix}.bin: {len(lengths)} documents, {writer.num_tokens} {dtype} tokens, "
-        f"{time.monotonic() - began:.1f} s"
-        + (f", {sum(reasons.values())} rejected, see {rejects_path}" if reasons else "")
-    )
+    rejected = f", {sum(reasons.values())} rejected, see {rejects_path}" if reasons else ""
+    stored = f"{len(lengths)} documents, {writer.num_tokens} {dtype} tokens"
+    log(f"wrote {prefix}.bin: {stored}, {time.monotonic() - began:.1f} s{rejected}")
     return described
 
 

@@ -174,10 +174,8 @@ class HuggingFace(Tokenizer):
                     f"tokenizer_config.json"
                 )
         if spec["model"].get("dropout"):
-            raise ValueError(
-                f"{path}: dropout={shown(spec['model']['dropout'])} gives other tokens each time; "
-                f'set "dropout": null in it'
-            )
+            fault = f"{path}: dropout={shown(spec['model']['dropout'])} gives other tokens each time"
+            raise ValueError(f'{fault}; set "dropout": null in it')
         eos = end_token(path, eos, plain)
         if any(not token["special"] for token in spec.get("added_tokens") or []):
             self._rules.append(b"added tokens are text")
@@ -339,10 +337,8 @@ def _read_ranks(model: Path, content: bytes) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(n)):
         raise ValueError(f"{model}: {n} tokens, but their ranks are not 0 to {n - 1}; is it cut short?")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(
-            f"{model} has no rank for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}, so "
-            f"not every text can be encoded; copy the file again"
-        )
+        fault = f"{model} has no rank for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}"
+        raise ValueError(f"{fault}, so not every text can be encoded; copy the file again")
     return ranks
 
 

@@ -63,9 +63,8 @@ def vet(model: str) -> Vetted:
         parts["model"].pop(key, None)
     features = {name: differences(parts, form, "") for name, form in published()["forms"].items()}
     # The nearest form: that with the fewest parts of another type.
-    form = min(
-        features, key=lambda name: (sum('{"type"' in one for one in features[name]), len(features[name]))
-    )
+    other_types = {name: sum('{"type"' in one for one in of) for name, of in features.items()}
+    form = min(features, key=lambda name: (other_types[name], len(features[name])))
     for feature in features[form]:
         raise UnvettedError(feature)
 

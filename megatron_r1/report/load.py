@@ -217,9 +217,8 @@ def _made_mix(path: Path) -> dict[str, Any] | None:
     made: dict[str, Any] | None = _read_json(path, way_out)
     if made is None:
         return None
-    with rewording(
-        lambda error: f"{path} is damaged ({' '.join(str(error).split())[:80]}); {way_out}", *_UNLIKE
-    ):
+    fault = f"{path} is damaged"
+    with rewording(lambda error: f"{fault} ({' '.join(str(error).split())[:80]}); {way_out}", *_UNLIKE):
         shape = len(made["capabilities"]), len(set(made["steps"]))
         alpha_CK = np.array(made["alpha"], dtype=np.float64)
         mix_settings(made)
@@ -238,7 +237,6 @@ def mix_settings(made: dict[str, Any]) -> MixConfig:
 def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
     way_out = "write it as {capability: {source: nats}}, or move it away"
     read = _read_json(path, way_out) or {}
-    with rewording(
-        lambda error: f"{path}: not {{capability: {{source: nats}}}} ({error!s:.80}); {way_out}", *_UNLIKE
-    ):
+    fault = f"{path}: not {{capability: {{source: nats}}}}"
+    with rewording(lambda error: f"{fault} ({error!s:.80}); {way_out}", *_UNLIKE):
         return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}

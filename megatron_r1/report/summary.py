@@ -162,10 +162,8 @@ def _unit(reading: Reading, mix: MixConfig, table: ScoreTable) -> str:
         "cosine": "cosine between the example's gradient and the capability's direction",
     }[mix.scale]
     steps = ", ".join(f"{step:,}" for step in table.steps)
-    return (
-        f"An example is a {how.get('unit', 'window')}; it was scored at step {steps} with curvature "
-        f"{how.get('curvature', 'identity')}. Unit of a score: {unit}."
-    )
+    scored = f"it was scored at step {steps} with curvature {how.get('curvature', 'identity')}"
+    return f"An example is a {how.get('unit', 'window')}; {scored}. Unit of a score: {unit}."
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:

@@ -106,14 +106,11 @@ def _is_stage(line: dict[str, Any]) -> bool:
     except (TypeError, UnicodeEncodeError):  # No text, or half a character.
         return False
     numbers: list[Any] = [line.get(name) for name in ("seconds", "device_hours", "tokens", "devices")]
-    return (
-        b"\0" not in named
-        and bool(line["stage"].strip())
-        # Sums of them stay numbers.
-        and all(is_number(value) and 0 <= value < 1 << 63 for value in numbers)
-        and type(line["tokens"]) is type(line["devices"]) is int
-        and line["devices"] <= MOST_DEVICES
-    )
+    # Sums of them stay numbers.
+    if not all(is_number(value) and 0 <= value < 1 << 63 for value in numbers):
+        return False
+    whole = type(line["tokens"]) is type(line["devices"]) is int and line["devices"] <= MOST_DEVICES
+    return whole and b"\0" not in named and bool(line["stage"].strip())
 
 
 def lineage(root: Path) -> list[dict[str, Any]]:

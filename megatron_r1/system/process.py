@@ -222,9 +222,7 @@ def allow_open_files(count: int, what: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed, no_limit = count + _OPEN_BESIDES, resource.RLIM_INFINITY
     if hard != no_limit and hard < needed:
-        raise ValueError(
-            f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}: raise it "
-            f"(ulimit -Hn {needed})"
-        )
+        fault = f"{count} {what} need a limit of {needed} open files, and the hard limit is {hard}"
+        raise ValueError(f"{fault}: raise it (ulimit -Hn {needed})")
     if soft != no_limit and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

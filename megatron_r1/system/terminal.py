@@ -109,11 +109,8 @@ def tool_parser(doc: str, statuses: str = "") -> argparse.ArgumentParser:
         for word in sys.argv[1:]:
             require_utf8(word)
     what, examples = re.split(r"\n\n(?=python |torchrun )", doc, maxsplit=1)
-    return argparse.ArgumentParser(
-        description=what,
-        epilog="\n".join([examples, _STATUSES, statuses]).rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog, look = "\n".join([examples, _STATUSES, statuses]).rstrip(), argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=what, epilog=epilog, formatter_class=look)
 
 
 def number(
