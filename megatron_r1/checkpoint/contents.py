@@ -137,13 +137,14 @@ def _index(metadata: Any, files: FileFacts) -> tuple[dict[str, Stored], dict[str
         at, where = _state(index, _INDEX), _state(place, _PLACE)
         key = _name(at["fqn"]), None if at.get("offset") is None else _integers(at["offset"])
         start, length = _integers((where["offset"], where["length"]))
-        file, keeps = where["relative_path"], f"it keeps {shown(key[0])}"
+        file = where["relative_path"]
         if type(file) is not str or file not in files:
-            raise ValueError(f"{keeps} in {shown(file)}, which the description does not list")
+            place = f"{shown(file)}, which the description does not list"
+            raise ValueError(f"it keeps {shown(key[0])} in {place}")
         if start + length > files[file][0]:
-            raise ValueError(f"{keeps} behind the end of {file}")
+            raise ValueError(f"it keeps {shown(key[0])} behind the end of {file}")
         if where.get("transform_descriptors"):
-            raise ValueError(f"{keeps} transformed")
+            raise ValueError(f"it keeps {shown(key[0])} transformed")
         spans[key] = Span(file, start, length)
     if sum(span.length for span in spans.values()) > sum(size for size, _ in files.values()):
         raise ValueError("it keeps several tensors in one place")

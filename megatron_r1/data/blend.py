@@ -183,8 +183,8 @@ class BlendPlan:
         self._check_names("keep", keep)
         masks = {name: load_mask(name, self.sources[name], mask) for name, mask in keep.items()}
         # A mask that keeps everything is no mask: it must not close an epoch.
-        no_masks = {n for n, m in masks.items() if m.stretch_N2 is None and m.bitmap.kept == self.sources[n]}
-        return {name: mask for name, mask in masks.items() if name not in no_masks}
+        whole = {n for n, m in masks.items() if m.stretch_N2 is None and m.bitmap.kept == self.sources[n]}
+        return {name: mask for name, mask in masks.items() if name not in whole}
 
     def _epochs_from(
         self, drawn: list[int], masks: dict[str, KeptWindows]
@@ -234,6 +234,8 @@ class BlendPlan:
 
     def position(self, name: str, j: int) -> int:
         """The global sample that is the source's j-th draw, from 0. IndexError if there is none."""
+        if j < 0:
+            raise IndexError(f"draws count from 0, got {j}")
         self._check_names("the question", [name])
         at = int(self._native.position(self._index[name], j))
         if at < 0:
