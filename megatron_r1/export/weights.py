@@ -56,8 +56,8 @@ def views(gpt: Any, model: ModelConfig, family: Family) -> dict[str, Tensor]:
 def tensors(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors on the CPU; copies only where the layout differs."""
     # A matrix has the columns of ours, a norm its length.
-    shapes = {name: (-1, view.shape[-1]) if view.dim() > 1 else (-1,) for name, view in views.items()}
-    return {name: view.contiguous().view(shapes[name]).cpu() for name, view in views.items()}
+    sizes = {name: (-1, view.shape[-1]) if view.dim() > 1 else (-1,) for name, view in views.items()}
+    return {name: view.contiguous().view(sizes[name]).cpu() for name, view in views.items()}
 
 
 def save(views: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
