@@ -41,9 +41,9 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference: both phases in one go, under torchrun."""
+    """The reference: both phases in one go."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    launch.finish(launch.command(TOOL, *words(data, run, SECOND)), run.parent / "log")
+    train(data, run, SECOND)
     return run
 
 
