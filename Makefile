@@ -11,9 +11,9 @@ CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 quickstart: $(VENV)/.core
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
-# Two tests at a time, for two cores; the slowest are named.
+# Two files at a time, for two cores, the longest first (tests/conftest.py); the slowest tests are named.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -72,6 +72,23 @@ def _allowed() -> dict[str, str]:
     return {line[0]: line[1] for line in lines if line}
 
 
+# Each file that takes long, the longest first: at the end no worker waits for another (Makefile).
+_LONG = (
+    "test_quickstart",
+    "train/test_runs",
+    "train/test_layouts",
+    "train/test_steps",
+    "report/test_page",
+    "influence/test_score",
+    "test_csrc",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or exitstatus not in (0, pytest.ExitCode.OK):

@@ -1,4 +1,4 @@
-"""Ranks as forks of a server that has imported megatron.core once: a third of a second a launch."""
+"""Ranks as forks of a server that has imported once what ranks import (preloaded.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import megatron.core.models.gpt  # noqa: F401  (paid by the server, not by every
 # Forks of a server that only imports: a fork of the test process would inherit the thread pools of
 # whatever tests ran before, without their threads, and wait for them.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([__name__])
+_FORKS.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailedError(AssertionError):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "csrc" / "tests"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 SANITIZERS = ["-std=c++17", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLAGS = [*SANITIZERS, "-O0", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+FLAGS = [*SANITIZERS, "-Og", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror"]
 BUILDS = [(path.stem, 8) for path in sorted(TESTS.glob("test_*.cpp"))]
 # What a CPU without AVX-512, and one without any of it (arm64), would run.
 BUILDS += [(name, width) for name in ("test_gather", "test_greedy") for width in (4, 2)]

@@ -7,10 +7,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from megatron_r1.run import ledger
 from megatron_r1.system.files import sha256
 from tests import launch
 
-LAST = "step_00000036"
-STAGES = 16
+STAGES, TRAINS, SCORES, TRAINS_ON = 16, 11, 12, 14
+ENDS = ("checkpoints/step_00000036", "control/checkpoints/step_00000036")
 
 
 def command(run: Path) -> list[str]:
@@ -43,19 +45,28 @@ def listened() -> set[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, listened: set[str]) -> Path:
+    """A run without a cut; beside it `tokenized`, a copy of what it was before the model trained."""
     run = tmp_path_factory.mktemp("quickstart") / "run"
-    process = launch.start(command(run), run.parent / "log")
+    log, tokenized = run.parent / "log", run.parent / "tokenized"
+    process = launch.start(command(run), log)
     while process.poll() is None:
-        listened.update(*map(launch.listeners, launch.family(process.pid)))
+        family = launch.family(process.pid)
+        listened.update(*map(launch.listeners, family))
+        if not tokenized.exists() and title(TRAINS) in log.read_text(errors="replace"):
+            for member in family:
+                member.suspend()
+            shutil.copytree(run, tokenized)
+            for member in family:
+                member.resume()
         time.sleep(0.3)
-    assert process.returncode == 0, (run.parent / "log").read_text()[-6000:]
+    assert process.returncode == 0, log.read_text()[-6000:]
     return run
 
 
-def assert_same_run(run: Path, whole: Path) -> None:
+def assert_same_run(run: Path, whole: Path, *checkpoints: str) -> None:
     """Weights, optimizer state, scores and mixture, bit for bit."""
-    for arm in (".", "control"):
-        launch.assert_same_tensors(run / arm / "checkpoints" / LAST, whole / arm / "checkpoints" / LAST)
+    for checkpoint in checkpoints:
+        launch.assert_same_tensors(run / checkpoint, whole / checkpoint)
     assert (run / "mix.yaml").read_bytes() == (whole / "mix.yaml").read_bytes()
     scores = sorted(p.relative_to(whole) for p in whole.glob("influence/*/*/scores.npy"))
     assert len(scores) == 2 * 7
@@ -152,21 +163,40 @@ def test_a_second_run_answers_at_once(whole: Path, tmp_path: Path) -> None:
     assert launch.seconds_in(text) < 5
 
 
-def test_killed_twice_it_goes_on(whole: Path, tmp_path: Path) -> None:
-    """make alone while the model trains, whose ranks must not write on; then all processes at once."""
-    run = tmp_path / "run"
-    kill_in_stage(11, run, "make", delay=7.0)
-    kill_in_stage(12, run, "group", delay=6.0)
-    launch.finish(command(run), tmp_path / "log")
-    assert_same_run(run, whole)
+def test_killed_twice_it_goes_on(whole: Path) -> None:
+    """make alone while the model trains, whose ranks must not write on; then all processes at once.
+
+    From the tokenized text on, in the place of the whole run: its path is in every stage's command. It ends
+    with the mixture, all of what the kills can have changed.
+    """
+    run, kept = whole, whole.parent / "whole"
+    run.rename(kept)
+    try:
+        (whole.parent / "tokenized").rename(run)
+        kill_in_stage(TRAINS, run, "make", begun=(run / "checkpoints/step_00000008").exists)
+        kill_in_stage(SCORES, run, "group", begun=lambda: any(run.glob("influence/*/*/scores.npy")))
+        kill_in_stage(TRAINS_ON, run, "group")
+        logs = {n: (run.parent / f"killed in {n}").read_text() for n in (TRAINS, SCORES, TRAINS_ON)}
+        before = {n: len(re.findall(r"(?m)^\[\d+/16\] .*: done before$", log)) for n, log in logs.items()}
+        assert before == {TRAINS: TRAINS - 1, SCORES: TRAINS - 1, TRAINS_ON: SCORES - 1}
+        assert_same_run(run, kept, "checkpoints/step_00000024")
+    finally:
+        shutil.rmtree(run)
+        kept.rename(run)
 
 
-def kill_in_stage(number: int, run: Path, kind: str, delay: float) -> None:
-    """Start, and kill so many seconds into a stage."""
+def title(number: int) -> str:
+    return f"[{number}/{STAGES}] "
+
+
+def kill_in_stage(
+    number: int, run: Path, kind: str, delay: float = 0.0, begun: Callable[[], bool] = lambda: True
+) -> None:
+    """Start, and kill so many seconds after a stage has `begun`."""
     log = run.parent / f"killed in {number}"
     process = launch.start(make(run) if kind == "make" else command(run), log)
-    title = f"[{number}/{STAGES}] "
-    launch.wait_for(lambda: title in log.read_text(errors="replace"), title)
+    launch.wait_for(lambda: title(number) in log.read_text(errors="replace"), title(number), seconds=300)
+    launch.wait_for(begun, f"what {title(number)}leaves")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=delay)
     if kind == "group":
@@ -191,10 +221,10 @@ def _kill_session(leader: int) -> None:
 @pytest.mark.parametrize("kind", ["group", "make"])
 @pytest.mark.parametrize("number", range(1, STAGES + 1))
 def test_killed_in_any_stage_it_goes_on(number: int, kind: str, whole: Path, tmp_path: Path) -> None:
-    longest = 14.0 if number in (11, 12, 14, 15) else 0.6
+    longest = 14.0 if number in (TRAINS, SCORES, TRAINS_ON, TRAINS_ON + 1) else 0.6
     # Nothing follows the last stage: it is killed as it begins, or there is nothing left to kill.
     delay = random.Random(number).uniform(0.0, longest) if number < STAGES else 0.0
     run = tmp_path / "run"
     kill_in_stage(number, run, kind, delay)
     launch.finish(make(run) if kind == "make" else command(run), tmp_path / "log")
-    assert_same_run(run, whole)
+    assert_same_run(run, whole, *ENDS)

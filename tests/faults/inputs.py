@@ -83,12 +83,12 @@ def call(tool: str, *words: object) -> tuple[int, str]:
     return status, said.getvalue()
 
 
-def train(directory: Path, *words: object) -> Answer:
-    """tools/train.py on one forked rank."""
+def train(directory: Path, *words: object, ranks: int = 1) -> Answer:
+    """tools/train.py on forked ranks: the highest status, and what all of them print."""
     from tests.distributed import on_ranks
 
-    [(status, text)] = on_ranks(1, _train, [str(word) for word in words])
-    return Answer(status, text.replace(f"{directory}/", ""))
+    statuses, texts = zip(*on_ranks(ranks, _train, [str(word) for word in words]), strict=True)
+    return Answer(max(statuses), "".join(texts).replace(f"{directory}/", ""))
 
 
 def _train(words: Sequence[str]) -> tuple[int, str]:

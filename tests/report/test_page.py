@@ -18,6 +18,7 @@ import vl_convert
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.report import load, plots
 from megatron_r1.report.page import Report
+from tests.faults import inputs
 
 from .conftest import SOURCES, change, make_arm, save
 
@@ -111,8 +112,9 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_tool_writes_the_page_and_every_figure_and_table_as_pictures(whole: Path) -> None:
-    assert call("-c", "import sys, megatron_r1.report.page; sys.exit('torch' in sys.modules)").returncode == 0
-    assert call(TOOL, whole, "--check").stdout.startswith("Training loss: Faint: every step.")
+    check = f"import runpy, sys; sys.argv = ['', {str(whole)!r}, '--check']; runpy.run_path({str(TOOL)!r}, "
+    done = call("-c", f"{check}run_name='__main__'); sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0 and done.stdout.startswith("Training loss: Faint: every step.")
     done = call(TOOL, whole, "--png", "--svg")
     assert (done.returncode, done.stderr) == (0, "")
     page, *pictures = map(Path, done.stdout.split())
@@ -133,8 +135,9 @@ def test_a_mistake_is_one_line_and_status_2(run: Path, spoilt: str) -> None:
     (run / "mix.json").write_text("{" if spoilt == "mix.json" else "null")
     if spoilt in ("config.yaml", "metrics.jsonl"):
         (run / spoilt).unlink()
-    done = call(TOOL, run, *(("--control", run / "control") if spoilt == "control" else ()))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: ")
+    more = ("--control", run / "control") if spoilt == "control" else ()
+    status, text = inputs.call("report", run, *more)
+    assert (status, text.count("\n")) == (2, 1) and text.startswith("error: ")
     assert not (run / "reports").exists()
 
 

@@ -11,9 +11,10 @@ from tests import launch
 
 
 def written(root: Path, end: int | None = None) -> Path:
-    """Two datasets, `a` and `b`. end: as of write_corpus."""
+    """Two datasets, `a` and `b`, and a small probing set of each. end: as of write_corpus."""
     for number, name in enumerate("ab"):
         launch.write_corpus(root / name, 60, seed=number, end=end)
+        launch.write_corpus(root / f"probe_{name}", 5, seed=number + 2, end=end)
     return root
 
 
@@ -25,7 +26,7 @@ def config(root: Path, run: str, steps: int, *more: str) -> Config:
             f"train={{run: '{root}/{run}', global_batch: 8, micro_batch: 2, precision: fp32}}",
             "train.checkpoint_every=2",
             f"data={{seq_length: 32, sources: {{a: {{prefix: '{root}/a'}}, b: {{prefix: '{root}/b'}}}}}}",
-            f"data.probes={{a: '{root}/a', b: '{root}/b'}}",
+            f"data.probes={{a: '{root}/probe_a', b: '{root}/probe_b'}}",
             f"phases.one={{steps: {steps}, learning_rate: 0.01, decay: constant}}",
             *more,
         ]

@@ -1,4 +1,4 @@
-"""Runs under real torchrun: phases, resume, kills, refusals, two nodes."""
+"""Runs of tools/train.py: phases, resume, refusals; kills and two nodes under real torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from tests import launch
+from tests.faults import inputs
 
+TOOL = "tools/train.py"
 FIRST = "phases.one={steps: 8, learning_rate: 0.01, decay: constant}"
 SECOND = "phases.two={steps: 4, learning_rate: 0.01, weights: {a: 3, b: 1}}"
 
@@ -26,7 +28,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
-        "tools/train.py",
         *launch.TINY_MODEL,
         f"train={{run: '{run}', global_batch: 8, micro_batch: 2, precision: fp32}}",
         "train.checkpoint_every=4",
@@ -42,8 +43,15 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference: both phases in one go."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    launch.finish(launch.command(*words(data, run, SECOND)), run.parent / "log")
+    train(data, run, SECOND)
     return run
+
+
+def train(data: Path, run: Path, *more: str, status: int = 0) -> str:
+    """Two forked ranks, which import nothing anew; what they print."""
+    answer = inputs.train(Path("nowhere"), *words(data, run, *more), ranks=2)
+    assert answer.status == status, answer.text
+    return answer.text
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -53,46 +61,35 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def test_a_phase_added_later_gives_the_same_run(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch.finish(launch.command(*words(data, run)), tmp_path / "log")
+    train(data, run)
     assert losses(run) == losses(whole)[:8]
-    text = launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    text = train(data, run, SECOND)
     assert f"continues from {run}/checkpoints/step_00000008" in text
     assert losses(run) == losses(whole)
     launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
     assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.3
 
 
-def test_a_finished_run_answers_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_finished_run_answers_and_changes_nothing(data: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    launch.finish(launch.command(*words(data, whole, SECOND)), tmp_path / "log")
+    train(data, whole, SECOND)
     assert (whole / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_killed_run_goes_on_bit_for_bit(data: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = launch.start(launch.command(*words(data, run, SECOND)), tmp_path / "log")
-    launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
-    launch.kill_group(process)
-    assert not (run / "checkpoints/step_00000012").exists()
-    launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
-    assert losses(run) == losses(whole)
-    launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
 
 
 def test_ranks_end_when_only_their_launcher_is_killed(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = launch.start(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    process = launch.start(launch.command(TOOL, *words(data, run, SECOND)), tmp_path / "log")
     launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
     process.kill()
     process.wait()
-    launch.finish(launch.command(*words(data, run, SECOND)), tmp_path / "log")
+    train(data, run, SECOND)
     assert losses(run) == losses(whole)
     launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
 
 
 def test_torchrun_restarts_after_a_rank_was_killed(data: Path, whole: Path, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ("--standalone", "--max-restarts=2")
-    process = launch.start(launch.command(*words(data, run, SECOND), options=options), tmp_path / "log")
+    process = launch.start(launch.command(TOOL, *words(data, run, SECOND), options=options), tmp_path / "log")
     launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
     ranks = psutil.Process(process.pid).children()
     # torchrun itself accepts connections of all: examples/launch/one_machine.sh runs it without that.
@@ -108,7 +105,7 @@ def test_torchrun_told_to_stop_lets_the_ranks_save(data: Path, tmp_path: Path) -
     run = tmp_path / "run"
     # So long that it cannot end by itself before it is stopped.
     process = launch.start(
-        launch.command(*words(data, run, SECOND, "phases.two.steps=5000")), tmp_path / "log"
+        launch.command(TOOL, *words(data, run, SECOND, "phases.two.steps=5000")), tmp_path / "log"
     )
     launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
     process.terminate()
@@ -117,7 +114,7 @@ def test_torchrun_told_to_stop_lets_the_ranks_save(data: Path, tmp_path: Path) -
     stopped = re.search(r"stops \(SIGTERM.* at step (\d+), .* wrote (\S+)", (tmp_path / "log").read_text())
     assert stopped and int(stopped[1]) > 4 and Path(stopped[2]).exists()
     rest = f"phases.two.steps={max(1, int(stopped[1]) - 8) + 1}"
-    text = launch.finish(launch.command(*words(data, run, SECOND, rest)), tmp_path / "log")
+    text = train(data, run, SECOND, rest)
     assert f"continues from {stopped[2]}" in text
     assert len(losses(run)) == 8 + max(1, int(stopped[1]) - 8) + 1
 
@@ -125,14 +122,13 @@ def test_torchrun_told_to_stop_lets_the_ranks_save(data: Path, tmp_path: Path) -
 def test_a_branch_starts_from_another_runs_checkpoint(data: Path, whole: Path, tmp_path: Path) -> None:
     origin = f"train.init_from={whole}/checkpoints/step_00000008"
     run = tmp_path / "branch"
-    launch.finish(launch.command(*words(data, run, SECOND, origin)), tmp_path / "log")
+    train(data, run, SECOND, origin)
     assert losses(run) == losses(whole)[8:]
 
 
-def test_an_edited_past_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_edited_past_is_refused(data: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes(), (whole / "config.yaml").read_bytes()
-    edited = words(data, whole, SECOND, "phases.one.weights={a: 1, b: 5}")
-    text = launch.finish(launch.command(*edited), tmp_path / "log", expect=None)
+    text = train(data, whole, SECOND, "phases.one.weights={a: 1, b: 5}", status=2)
     assert "error: " in text and "phase" in text
     assert ((whole / "metrics.jsonl").read_bytes(), (whole / "config.yaml").read_bytes()) == before
 
@@ -145,6 +141,7 @@ def test_two_nodes_train_the_same_run(data: Path, whole: Path, tmp_path: Path) -
     agents = [
         launch.start(
             launch.command(
+                TOOL,
                 *words(data, run, SECOND),
                 ranks=1,
                 options=(
