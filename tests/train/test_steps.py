@@ -102,7 +102,7 @@ def _in_order(config: Config) -> list[str]:
 
 
 def test_a_result_is_read_behind_the_next_step_but_where_it_is_needed(root: Path) -> None:
-    """At the first step, measurements (5, 10), a save (8), where a run may stop, and at the end of a phase."""
+    """Needed at the first step, measurements (5, 10), a save (8), the last step, and where a run may stop."""
     words = ["model.num_layers=1", "train.checkpoint_every=8", "train.probe_every=5"]
     (order,) = on_ranks(1, _in_order, small.config(root, "in order", 11, *words))
     assert " ".join(order) == "+1 =1 +2 +3 =2 +4 =3 +5 =4 =5 +6 +7 =6 +8 =7 =8 +9 +10 =9 =10 +11 =11"
@@ -112,7 +112,7 @@ def test_a_result_is_read_behind_the_next_step_but_where_it_is_needed(root: Path
     lines = [json.loads(line) for line in (root / "in order" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 12))
     assert all(line["seconds"] > 0 for line in lines)
-    told = (root / "in order" / "logs" / "rank_0.log").read_text()
+    told = (root / "in order" / "logs" / "rank_00000.log").read_text()
     assert re.findall(r"step (\d+) \|", told) == [str(step) for step in range(1, 12)]
 
 
