@@ -84,7 +84,13 @@ def process_groups(config: ParallelConfig) -> Iterator[ParallelContext]:
         raise OSError(f"no store of the launch at {where}: {str(error).splitlines()[0][:200]}") from None
     store, rank, world_size = launch
     dist.init_process_group(
-        backend.DISTRIBUTED_BACKEND, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        backend.DISTRIBUTED_BACKEND,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+        # NCCL would guess the device, and warn.
+        device_id=backend.device() if backend.HAS_CUDA else None,
     )
     with model_groups(config) as context:
         yield context

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import resource
+import time
 import warnings
 from typing import Any
 
@@ -57,6 +58,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Mark:
+    """A point in this rank's work. It is reached once the device has done all that was enqueued before."""
+
+    def __init__(self) -> None:
+        event: Any = torch.cuda.Event(enable_timing=True) if HAS_CUDA else None
+        if event:
+            event.record()
+        self._at: Any = event or time.perf_counter()
+
+    def wait(self) -> None:
+        """Until it is reached."""
+        if HAS_CUDA:
+            self._at.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """The device's time between two marks that are reached."""
+        return float(earlier._at.elapsed_time(self._at) / 1e3 if HAS_CUDA else self._at - earlier._at)
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seed torch and megatron-core's tensor-parallel generators."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -77,19 +97,12 @@ def has_transformer_engine() -> bool:
     return HAS_CUDA and _importable("transformer_engine") and _importable("transformer_engine.pytorch")
 
 
-def has_apex() -> bool:
-    """NVIDIA Apex, not the unrelated package of that name."""
-    return HAS_CUDA and _importable("amp_C") and _importable("apex.optimizers")
-
-
-def describe(plain_layers: bool = False, trains: bool = True) -> str:
-    """One line for the log: what runs here. `plain_layers`: as of `build_model`; `trains`: with Adam."""
+def describe(plain_layers: bool = False) -> str:
+    """One line for the log: what runs here. `plain_layers`: as of `build_model`."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
-    engine = has_transformer_engine()
-    layers = "Transformer Engine" if engine and not plain_layers else "megatron-core with torch SDPA"
-    line = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
-    adam = "Transformer Engine" if engine else "Apex" if has_apex() else "torch fused"
-    return f"{line} | Adam {adam}" if trains else line
+    engine = has_transformer_engine() and not plain_layers
+    layers = "Transformer Engine" if engine else "megatron-core with torch SDPA"
+    return f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
 
 
 # `describe` says once what megatron-core warns of in each of its modules. Its calls of older torch names

@@ -98,7 +98,7 @@ class Scoring:
         run = self.work.config.train.run
         self.context.announce(
             f"{run}: {self.work.summary()} | {done:,} done before | "
-            f"{self.context.world_size} ranks | {backend.describe(plain_layers=True, trains=False)}"
+            f"{self.context.world_size} ranks | {backend.describe(plain_layers=True)}"
         )
         with Progress("score influence", total, "examples", done, self.context.leads) as bar:
             for ref in self.job.refs:

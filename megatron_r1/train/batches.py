@@ -35,8 +35,8 @@ class StepBatches:
     """The micro-batches of this rank, step by step.
 
     A batch that cannot be read does not end a step, because the other ranks wait for this one in the step's
-    collectives. `error` then holds the reason, and the rest of the step has batches without labels. The
-    caller keeps the gradients of such a step out of every rank's weights, and stops after it.
+    collectives. `errors` then holds the reason, and the rest of the step has batches without labels. The
+    caller keeps the gradients of this and later steps out of every rank's weights, and stops.
     """
 
     def __init__(self, config: Config, data: OpenData, context: ParallelContext):
@@ -52,7 +52,8 @@ class StepBatches:
         )
         self.passes = self._global_batch // (self._micro_batch * context.data_size)
         """Micro-batches of a step."""
-        self.error: Exception | None = None
+        self.errors: dict[int, Exception] = {}
+        """First sample of a step -> why a batch of it could not be read."""
         self._end = sum(config.phase_steps(name) for name in config.phases) * self._global_batch
         self._one_id: Counter[str] = Counter()
         self._asked = 0
@@ -61,7 +62,6 @@ class StepBatches:
     def of_step(self, first_sample: int) -> Iterator[Batch]:
         """The batches of the step that begins at a global sample."""
         self._read_ahead(first_sample)
-        self.error = None
         return self._fault_tolerant(first_sample)
 
     def one_id_windows(self) -> int:
@@ -98,7 +98,7 @@ class StepBatches:
                 yield batch
                 left -= 1
         except (OSError, ValueError) as error:
-            self.error = error
+            self.errors[first_sample] = error
             row_BS = np.zeros((self._micro_batch, self._loader.seq_length + 1), dtype=np.int64)
             none_B = np.zeros(self._micro_batch, dtype=np.int64)
             for _ in range(left):

@@ -73,6 +73,18 @@ class StepGuard:
         self._judged = min(self._judged + 1, _WINDOW)
         return None
 
+    def may_stop(self) -> bool:
+        """Whether the run may have to stop after the coming step, whatever its loss is.
+
+        If so, the step's result has to be known before another one is taken.
+        """
+        if self.skipped_in_a_row + 1 >= self._config.max_skipped:
+            return True
+        if self.best is None or not self._config.loss_spike or self._judged + 1 < _WINDOW:
+            return False
+        losses = [loss for loss, _ in self._accepted[1 - _WINDOW :]]
+        return statistics.median([*losses, math.inf]) - self.best[0] > self._config.loss_spike
+
     def check(self, step: int = 0) -> None:
         """Raise TooManyBadStepsError if the run is to stop after `step`. Call this after every step.
 
@@ -177,23 +189,6 @@ class Watchdog:
                 f"checkpoint"
             )
             os._exit(HUNG)
-
-
-class Stopwatch:
-    """Seconds this rank was busy in a step: until its own backward passes ended, waiting left out."""
-
-    def __init__(self) -> None:
-        self._began = self._ended = time.perf_counter()
-
-    def start(self) -> None:
-        self._began = self._ended = time.perf_counter()
-
-    def stop(self) -> None:
-        self._ended = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return self._ended - self._began
 
 
 def stragglers(seconds_R: list[float]) -> tuple[int, float]:

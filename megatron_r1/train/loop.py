@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -44,6 +46,17 @@ from megatron_r1.train.step import Shape, StepResult, build_training, train_step
 
 _LONG = 3600.0
 """Seconds more than a step that measuring, or the last write of a phase, may take."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step that was enqueued, and what its line of metrics says besides its result."""
+
+    result: Callable[[], StepResult]
+    before: TrainState
+    after: TrainState
+    saving: float
+    one_id: int
 
 
 def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
@@ -101,10 +114,14 @@ class Trainer:
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
         self.agreement = DelayedAllReduce(flags=3 + context.world_size)
+        self.busy = 0.0
+        """Seconds that this rank was busy in the last step whose result it knows."""
         self.busy_R = [0.0] * context.world_size
-        """Seconds that each rank was busy in the step before."""
+        """The same of each rank, as of the agreement before."""
         self.one_id = 0
         """Windows of one id throughout, which all ranks drew in the step before."""
+        self.writing = 0
+        """Ranks that wrote a checkpoint at the agreement before."""
         self.saving = 0.0
         """Seconds that checkpoints held this rank up since the step before."""
         self.stopping = False
@@ -165,27 +182,19 @@ class Trainer:
         if first == span.start:
             self._begin_phase(span)
         with Progress(f"train {span.name}", span.steps, "steps", first - span.start, leads) as bar:
+            waiting: _Taken | None = None
             while self.state.step < span.end and not self.stopping:
-                start = time.perf_counter()
-                result = self._step(span)
-                seconds = time.perf_counter() - start
-                self.watchdog.heard()
-                line = step_line(self.config, self.plan, span, self.state, result)
-                line |= cost_line(self.config, seconds, self.saving, self.busy_R)
-                if self.state.step % self.config.train.probe_every == 0 or self.state.step == span.end:
-                    self.watchdog.heard(more=_LONG)
-                    line |= self.evaluation.measure()
-                if self.one_id:
-                    line["one_id_windows"] = self.one_id
-                bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
-                if self.log is not None:
-                    self.log.write(line)
-                self.rank_log.write(rank_line(line, self.training.busy.seconds, leads, bar.line()))
-                self._check_health(span)
+                step = self._enqueue(span)
+                # While the device takes this step: what came of the one before.
+                if waiting is not None:
+                    self._settle(waiting, span, bar)
+                waiting = step
+                if step.before.step == first or self._known_at_once(span):
+                    loss, waiting = self._settle(step, span, bar), None
                 self._between_steps(span)
                 self.watchdog.heard()
         if leads:
-            self._end_phase(span, first, line["loss"])
+            self._end_phase(span, first, loss)
         self.began = time.time()
 
     def _begin_phase(self, span: PhaseSpan) -> None:
@@ -221,70 +230,104 @@ class Trainer:
             f"{self.run.root}: phase {span.name} {end} at step {step}, loss {loss:.4f}; wrote {path}"
         )
 
-    def _step(self, span: PhaseSpan) -> StepResult:
-        config, state = self.config, self.state
-        batches = self.batches.of_step(state.samples)
-        lr = span.learning_rate(state.step)
-        set_schedule(self.training.optimizer, lr, config.optimizer.weight_decay)
+    def _enqueue(self, span: PhaseSpan) -> _Taken:
+        """Begin a step, with which `state` advances. Reads what all ranks have submitted after the last."""
+        config, before, saving, one_id = self.config, self.state, self.saving, self.one_id
+        batches = self.batches.of_step(before.samples)
+        set_schedule(self.training.optimizer, span.learning_rate(before.step), config.optimizer.weight_decay)
         result = train_step(
-            self.training,
-            batches,
-            self.batches.passes,
-            self.shape,
-            self.guard.refuses,
-            discard=lambda: self.batches.error is not None,
+            self.training, batches, self.batches.passes, self.shape, lost=lambda: bool(self.batches.errors)
         )
-        self._tell(result, span)
-        state.step += 1
-        state.samples += config.train.global_batch
-        state.tokens += config.tokens_per_step()
-        return result
+        self.state = replace(
+            before,
+            step=before.step + 1,
+            samples=before.samples + config.train.global_batch,
+            tokens=before.tokens + config.tokens_per_step(),
+        )
+        stop, self.writing, self.one_id, *busy_us = self.agreement.result()
+        self.stopping, self.busy_R = bool(stop), [us / 1e6 for us in busy_us]
+        return _Taken(result, before, self.state, saving, one_id)
 
-    def _tell(self, result: StepResult, span: PhaseSpan) -> None:
-        """Say why a step was skipped, or is unusual. Data that a rank could not read end the run."""
-        first, error = self.state.samples, self.batches.error
-        where = f"step {self.state.step + 1}, samples {first} to {first + self.config.train.global_batch - 1}"
-        if result.refused is not None:
-            errors = gather_objects(None if error is None else str(error))
-            failed = next((rank for rank, message in enumerate(errors) if message), None)
-            if failed is not None:
-                self._save(span)
-                self.saver.wait()
-                message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
-                raise error or UnreadableDataError(message)
-        if self.context.leads and (result.refused or self.guard.spike):
-            taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
-            say(f"{self.run.root}: {where}: {f'skipped, {result.refused}' if result.refused else taken}")
+    def _known_at_once(self, span: PhaseSpan) -> bool:
+        """Whether another step has to wait for the last one's result: a stop, a save or a measurement."""
+        return self._saves(span) or self._measures(span, self.state.step) or self.guard.may_stop()
 
-    def _check_health(self, span: PhaseSpan) -> None:
+    def _measures(self, span: PhaseSpan, step: int) -> bool:
+        return step % self.config.train.probe_every == 0 or step == span.end
+
+    def _saves(self, span: PhaseSpan) -> bool:
+        step = self.state.step
+        last = self.stopping or step == span.end
+        return last or step in self.retention.steps or step % self.config.train.checkpoint_every == 0
+
+    def _settle(self, taken: _Taken, span: PhaseSpan, bar: Progress) -> float:
+        """Wait for a step's result, judge it and report it. Returns its loss, nats a label."""
+        result, state, leads = taken.result(), taken.after, self.context.leads
+        self.watchdog.heard()
+        first = taken.before.samples
+        where = f"step {state.step}, samples {first} to {state.samples - 1}"
+        if result.lost:
+            self._end_unreadable(taken.before, where, span)
+        refused = self.guard.refuses(result.loss(), result.grad_norm)
+        assert (refused is not None) == result.left_out
+        if leads and (refused or self.guard.spike):
+            told = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
+            say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else told}")
+        self.busy = result.busy
+        line = step_line(self.config, self.plan, span, state, result)
+        line |= cost_line(self.config, result.seconds, taken.saving, self.busy_R)
+        if self._measures(span, state.step):
+            self.watchdog.heard(more=_LONG)
+            line |= self.evaluation.measure()
+        if taken.one_id:
+            line["one_id_windows"] = taken.one_id
+        bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+        if self.log is not None:
+            self.log.write(line)
+        self.rank_log.write(rank_line(line, result.busy, leads, bar.line()))
+        self._check_health(state, span)
+        return result.loss()
+
+    def _end_unreadable(self, before: TrainState, where: str, span: PhaseSpan) -> NoReturn:
+        """Save the run as it was before the step whose data a rank could not read, and end it.
+
+        The weights are still those: this step was left out, and so was any that is enqueued behind it.
+        """
+        error = self.batches.errors.get(before.samples)
+        errors = gather_objects(None if error is None else str(error))
+        failed = next(rank for rank, message in enumerate(errors) if message is not None)
+        self.state = before
+        self._save(span)
+        self.saver.wait()
+        message = f"rank {failed} could not read its part of {where}: {errors[failed]}"
+        raise error or UnreadableDataError(message)
+
+    def _check_health(self, state: TrainState, span: PhaseSpan) -> None:
         """Save and stop where the guard says so. The error has the ways on."""
         try:
-            self.guard.check(self.state.step)
+            self.guard.check(state.step)
         except TooManyBadStepsError as error:
-            self.state.guard = self.guard.history()
+            # `may_stop` foresaw it: no other step is under way.
+            assert state is self.state
+            state.guard = self.guard.history()
             self._save(span)
             self.saver.wait()
-            way_on = resume.way_on(self.run, span, self.state.step, self.guard.best)
+            way_on = resume.way_on(self.run, span, state.step, self.guard.best)
             raise TooManyBadStepsError(f"{self.run.root}: {error}; {way_on}") from None
-        self.state.guard = self.guard.history()
+        state.guard = self.guard.history()
 
     def _between_steps(self, span: PhaseSpan) -> None:
-        """Complete a save that is written, begin one that is due, and stop where a rank was asked to."""
-        step = self.state.step
-        stop, writing, self.one_id, *busy_us = self.agreement.result()
-        self.busy_R = [us / 1e6 for us in busy_us]
+        """Complete a save that is written, and begin one that is due."""
         start = time.perf_counter()
-        self.saver.poll(writing)
-        self.stopping = bool(stop)
-        last = self.stopping or step == span.end
-        if last or step in self.retention.steps or step % self.config.train.checkpoint_every == 0:
+        self.saver.poll(self.writing)
+        if self._saves(span):
             self._save(span)
-        if last:
+        if self.stopping or self.state.step == span.end:
             self.watchdog.heard(more=_LONG)
             self.saver.wait()
         self.saving = time.perf_counter() - start
         mine = [0] * self.context.world_size
-        mine[self.context.rank] = int(self.training.busy.seconds * 1e6)
+        mine[self.context.rank] = int(self.busy * 1e6)
         one_id = self.batches.one_id_windows()
         self.agreement.submit(self.stop.requested, self.saver.writing, one_id, *mine)
 

@@ -138,7 +138,7 @@ def step_line(
         "mix_actual": {name: n / total for name, n in in_phase.items()},
         "learning_rate": span.learning_rate(state.step - 1),
         "grad_norm": result.grad_norm,
-        "skipped": int(result.refused is not None),
+        "skipped": int(result.left_out),
     }
     if masks:
         line["kept_by_source"] = {name: m.bitmap.kept / m.bitmap.windows for name, m in masks.items()}
@@ -148,7 +148,7 @@ def step_line(
 def cost_line(config: Config, seconds: float, saving: float, busy_R: list[float]) -> dict[str, Any]:
     """Cost of a step: it took `seconds`, and checkpoints held it up for `saving` seconds.
 
-    `busy_R`: seconds that each rank was busy in the step before.
+    `busy_R`: seconds that each rank was busy in the last step of which this is known.
     """
     # Imported here: it needs torch, and whoever reads a run's lines does not.
     from megatron_r1 import backend

@@ -1,21 +1,20 @@
-"""AdamW for megatron-core's distributed optimizer."""
+"""AdamW for megatron-core's distributed optimizer, and a step of it without a wait."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+from megatron_r1 import backend  # (before megatron.core)
 from megatron_r1.config import OptimizerConfig
 
 # isort: split
 from megatron.core import optimizer as core_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -23,8 +22,13 @@ class FusedAdam(torch.optim.Optimizer):
 
     The contract: the step counts per group and not per parameter, the state is exp_avg and exp_avg_sq.
     megatron-core's distributed optimizer resumes only optimizers of that contract (with
-    torch.optim.AdamW, loading fails), and so checkpoints interchange with a GPU's.
+    torch.optim.AdamW, loading fails). A group's `step` is brought up to date by `state_dict`.
     """
+
+    grad_scale: Tensor | None = None
+    """float32 []: the next step divides gradients by it, in place."""
+    found_inf: Tensor | None = None
+    """float32 []: where it is 1 the next step leaves weights, moments and `steps` as they are."""
 
     def __init__(
         self,
@@ -38,30 +42,30 @@ class FusedAdam(torch.optim.Optimizer):
     ):
         # megatron-core 0.19 passes it for graph capture of the optimizer, which nothing here asks for.
         assert not capturable
+        self.steps = torch.zeros((), device=backend.device())
+        """float32: steps taken. One number for all groups, also those that this rank holds nothing of."""
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         super().__init__(params, defaults)
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        # On the device: whether the step before was taken may not be known here yet.
+        self.steps += 1 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
-            if not group["params"]:
-                continue
-            group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             if not params:
                 continue
-            step = torch.tensor(float(group["step"]), device=params[0].device)
             self._kernel(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [step] * len(params),
+                [self.steps] * len(params),
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -69,19 +73,32 @@ class FusedAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
-                grad_scale=None,
-                found_inf=None,
+                grad_scale=self.grad_scale,
+                found_inf=self.found_inf,
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        for group in self.param_groups:
+            group["step"] = int(self.steps)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.steps.fill_(max((group.get("step", 0) for group in self.param_groups), default=0))
+
+    def forget(self) -> None:
+        """Begin anew: moments 0, step 0."""
+        for tensor in (self.steps, *(moment for state in self.state.values() for moment in state.values())):
+            tensor.zero_()
 
 
 def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -> Any:
     """megatron-core's distributed optimizer over `model` (DistributedDataParallel chunks)."""
-    if core_optimizer.USING_PYTORCH_OPTIMIZER:
-        # Neither Transformer Engine nor Apex: give megatron-core the one optimizer it can resume.
-        core_optimizer.Adam = distrib_optimizer.Adam = FusedAdam  # type: ignore[misc]
-        core_optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = False
+    # Also where Transformer Engine or Apex is: theirs cannot leave a step out on the device.
+    core_optimizer.Adam = distrib_optimizer.Adam = FusedAdam  # type: ignore[misc]
+    core_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
     core = CoreOptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -99,51 +116,43 @@ def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -
     return get_megatron_optimizer(core, model, use_gloo_process_groups=False)
 
 
-def guarded_step(
-    optimizer: Any, refuses: Callable[[float], str | None], discard: bool = False
-) -> tuple[float, str | None]:
-    """One Adam step on the summed gradients, unless `refuses(norm)` says why not: (norm, why not).
+def parts_of(optimizer: Any) -> list[Any]:
+    """The distributed optimizers that megatron-core has chained, or the only one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
-    megatron-core's own `step`, with the question between norm and clipping. The norm is the global one,
-    alike on every rank. `discard`: this rank's gradients are not to be used; the norm is then NaN on
-    every rank.
+
+@torch.no_grad()
+def guarded_step(optimizer: Any, sums_2N: Tensor, lost: bool) -> Tensor:
+    """One Adam step on gradients summed over labels, clipped; float64 [3] on the device, alike on all ranks.
+
+    `sums_2N`: losses and labels of the global batch, by source. `lost`: this rank's gradients are not to be
+    used. The result: the norm of the mean gradient before clipping, the number of ranks that have `lost`
+    theirs, 1 where the step was left out. It is left out where loss or norm are not finite, or a rank has
+    lost its gradients. Weights, moments and step count then stay as they are. Nothing here waits for the
+    device.
     """
-    if optimizer.prepare_grads():
-        return math.inf, refuses(math.inf)
-    if discard:
-        next(p for p in optimizer.get_parameters() if p.numel()).grad.fill_(math.nan)
-    norm = float(optimizer.get_grad_norm())
-    refused = refuses(norm)
-    if refused is None:
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
-        optimizer.step_with_ready_grads()
-        _count_empty_groups(optimizer)
-    return norm, refused
-
-
-def _count_empty_groups(optimizer: Any) -> None:
-    """Adam counts a group's steps, but on a rank that holds none of its parameters it never looks at it.
-
-    megatron-core saves the first rank's groups for all: its count must stand for the others', too.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in part.optimizer.param_groups:
-            if not group["params"]:
-                group["step"] = group.get("step", 0) + 1
+    optimizer.prepare_grads()
+    loss, labels = sums_2N.sum(1)
+    gradients = [gradient for part in parts_of(optimizer) for gradient in part.get_main_grads_for_grad_norm()]
+    norms = torch._foreach_norm(gradients) if gradients else [labels.new_zeros(())]
+    squares = torch.stack(norms).double().square().sum()
+    # One sum over the ranks for both.
+    total = torch.stack([squares, torch.full_like(squares, lost)])
+    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    norm, lost_ranks = total[0].sqrt() / labels, total[1]
+    left_out = ~((loss / labels).isfinite() & norm.isfinite()) | (lost_ranks > 0)
+    clip = optimizer.config.clip_grad
+    scale = labels * ((norm + 1e-6) / clip).clamp(min=1) if clip > 0 else labels
+    for part in parts_of(optimizer):
+        part.optimizer.grad_scale, part.optimizer.found_inf = scale.float(), left_out.float()
+    optimizer.step_with_ready_grads()
+    return torch.stack([norm, lost_ranks, left_out.double()])
 
 
 def forget_moments(optimizer: Any) -> None:
     """Adam begins anew: moments 0, step 0."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for state in inner.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name].zero_()
-        for group in inner.param_groups:
-            group["step"] = 0
+    for part in parts_of(optimizer):
+        part.optimizer.forget()
 
 
 def set_schedule(optimizer: Any, lr: float, weight_decay: float) -> None:

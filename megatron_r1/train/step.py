@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
 from typing import Any
@@ -16,7 +16,6 @@ from megatron_r1.config import Config
 from megatron_r1.model.gpt import Chunks, build_model
 from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
-from megatron_r1.train.health import Stopwatch
 from megatron_r1.train.objective import Objective, next_token
 from megatron_r1.train.optimizer import build_optimizer, guarded_step
 
@@ -41,8 +40,8 @@ class Training:
     """DistributedDataParallel around each (and around Float16Module for bf16)."""
     optimizer: Any
     objective: Objective
-    busy: Stopwatch
-    """Stops where this rank's own backward passes of a step end."""
+    own_end: backend.Mark = field(default_factory=backend.Mark)
+    """Where this rank's own backward passes of the last step end."""
 
     @property
     def last(self) -> Any:
@@ -62,13 +61,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepResult:
+    """What came of a step."""
+
     loss_N: Tensor
     """float64 [sources] summed label losses of the global batch."""
     tokens_N: Tensor
     """float64 [sources] label counts."""
     grad_norm: float
-    refused: str | None
-    """The reason why the weights were left as they were, or None."""
+    """Of the mean gradient, before clipping."""
+    lost: bool
+    """A rank's batches could not be read, in this step or in one before."""
+    left_out: bool
+    """The weights were left as they were: loss or norm are not finite, or batches are lost."""
+    seconds: float
+    busy: float
+    """Seconds until this rank's own backward passes ended, waiting left out."""
 
     def loss(self) -> float:
         """Mean loss over the global batch's labels: divided once."""
@@ -82,11 +89,12 @@ def build_training(config: Config, objective: Objective = next_token) -> Trainin
     gpts = [_build(config, chunk if parts > 1 else None) for chunk in range(parts)]
     chunks = [_wrap(config, gpt) for gpt in gpts]
     optimizer = build_optimizer(config.optimizer, config.train.precision, chunks)
-    busy = Stopwatch()
+    training = Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, objective)
 
-    def finalize(*args: Any, **kwargs: Any) -> None:
-        busy.stop()
-        finalize_model_grads(*args, **kwargs)
+    def finalize(model: list[Any], _labels: Tensor, **kwargs: Any) -> None:
+        training.own_end = backend.Mark()
+        # `guarded_step` divides by the labels: here that is a wait and a pass over all gradients.
+        finalize_model_grads(model, None, **kwargs)
 
     for gpt in gpts:
         core = get_model_config(gpt)
@@ -96,7 +104,7 @@ def build_training(config: Config, objective: Objective = next_token) -> Trainin
         core.no_sync_func = no_sync if parts > 1 else no_sync[0]
         if parts > 1:
             core.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    return Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, objective, busy)
+    return training
 
 
 def _build(config: Config, chunk: int | None) -> Any:
@@ -148,25 +156,34 @@ def train_step(
     batches: Iterator[Batch],
     micro_batches: int,
     shape: Shape,
-    refuses: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
-    discard: Callable[[], bool] = lambda: False,
-) -> StepResult:
-    """Forward and backward of `micro_batches` batches, then one Adam step.
+    lost: Callable[[], bool] = lambda: False,
+) -> Callable[[], StepResult]:
+    """Enqueue forward and backward of `micro_batches` batches, then one Adam step, and wait for none of it.
 
     The gradient is that of the mean over the global batch's labels, whatever the layout. The weights stay as
-    they are if `refuses(loss, grad_norm)` gives a reason, alike on all ranks, or if `discard()` is true on
-    any rank after the backward pass.
+    they are if loss or gradient norm are not finite, or if `lost()` is true on any rank after the backward
+    pass. The value waits until the device has taken this step, and no longer, and returns what came of it.
     """
-    training.busy.start()
+    began = backend.Mark()
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    loss_N, tokens_N = run_schedule(
+    sums_2N = run_schedule(
         training.chunks, training.objective, batches, micro_batches, shape, forward_only=False
     )
-    loss = float(loss_N.sum() / tokens_N.sum())
-    grad_norm, refused = guarded_step(training.optimizer, lambda norm: refuses(loss, norm), discard())
-    return StepResult(loss_N, tokens_N, grad_norm, refused)
+    numbers = torch.cat([sums_2N.flatten(), guarded_step(training.optimizer, sums_2N, lost())])
+    # To pinned memory, which no other step writes.
+    on_host, own_end = numbers.to("cpu", non_blocking=True), training.own_end
+    done = backend.Mark()
+
+    def result() -> StepResult:
+        done.wait()
+        grad_norm, lost, left_out = on_host[-3:].tolist()
+        seconds, busy = (mark.seconds_since(began) for mark in (done, own_end))
+        loss_N, tokens_N = on_host[:-3].view(2, -1)
+        return StepResult(loss_N, tokens_N, grad_norm, lost > 0, left_out > 0, seconds, busy)
+
+    return result
 
 
 @torch.no_grad()
@@ -175,7 +192,8 @@ def label_losses(training: Training, batches: Iterator[Batch], micro_batches: in
     for chunk in training.chunks:
         chunk.eval()
     try:
-        return run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
+        sums_2N = run_schedule(training.chunks, next_token, batches, micro_batches, shape, forward_only=True)
+        return sums_2N.cpu()
     finally:
         for chunk in training.chunks:
             chunk.train()
@@ -189,7 +207,7 @@ def run_schedule(
     shape: Shape,
     forward_only: bool,
 ) -> Tensor:
-    """megatron-core's schedule for this layout. float64 [2, sources]: summed losses, label counts."""
+    """megatron-core's schedule for this layout. float64 [2, sources] on the device: losses, label counts."""
     # Interleaved, each part of the model takes every batch in its own time.
     several = len(chunks) > 1
     reports = get_forward_backward_func()(
@@ -205,7 +223,7 @@ def run_schedule(
     sums = torch.zeros(2, shape.sources, dtype=torch.float64, device=backend.device())
     for report in reports:
         sums += report["by_source"]
-    return from_last_stage(sum_over("tokens", sums)).cpu()
+    return from_last_stage(sum_over("tokens", sums))
 
 
 def _forward_step(

@@ -50,6 +50,35 @@ def test_a_start_is_no_spike_and_a_new_phase_is_a_start() -> None:
     assert guard.refuses(30.0, 500.0) is None and guard.spike is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_run_stops_unforeseen(seed: int) -> None:
+    """Losses that fall, rise and are not finite: where the guard stops a run, it said before that it may."""
+    chance, foreseen, stopped = random.Random(seed), 0, 0
+    guard, level = StepGuard(HealthConfig(max_skipped=chance.randint(1, 4))), 3.0
+    for step in range(1, 400):
+        level += chance.uniform(-0.02, 0.025)
+        loss = math.nan if chance.random() < 0.05 else level + chance.gauss(0, 0.1)
+        may = guard.may_stop()
+        foreseen += may
+        guard.refuses(loss, 1.0)
+        try:
+            guard.check(step)
+        except TooManyBadStepsError:
+            assert may
+            stopped += 1
+    assert stopped <= foreseen
+    if guard._config.max_skipped > 1:
+        assert foreseen < 399
+
+
+def test_a_healthy_run_foresees_no_stop() -> None:
+    guard = StepGuard(HealthConfig())
+    for step in range(1, 200):
+        assert not guard.may_stop()
+        guard.refuses(3.0 - 0.005 * step + 0.1 * (step % 2), 1.0)
+        guard.check(step)
+
+
 def stops(guard: StepGuard, losses: list[float], first: int = 1) -> list[int]:
     """Steps at which the guard stops a run of these losses."""
     out = []

@@ -82,6 +82,40 @@ def test_too_many_bad_steps_end_the_run_with_a_checkpoint(root: Path) -> None:
     ]  # fmt: skip
 
 
+def _in_order(config: Config) -> list[str]:
+    """Train: which steps were enqueued, and when the result of each was asked for."""
+    took, order = loop.train_step, []
+
+    def noting(*rest: Any, **more: Any) -> Any:
+        number, result = len([word for word in order if word[0] == "+"]) + 1, took(*rest, **more)
+        order.append(f"+{number}")
+
+        def asked() -> Any:
+            order.append(f"={number}")
+            return result()
+
+        return asked
+
+    loop.train_step = noting
+    loop.train(config)
+    return order
+
+
+def test_a_result_is_read_behind_the_next_step_but_where_it_is_needed(root: Path) -> None:
+    """Needed at the first step, measurements (5, 10), a save (8), the last step, and where a run may stop."""
+    words = ["model.num_layers=1", "train.checkpoint_every=8", "train.probe_every=5"]
+    (order,) = on_ranks(1, _in_order, small.config(root, "in order", 11, *words))
+    assert " ".join(order) == "+1 =1 +2 +3 =2 +4 =3 +5 =4 =5 +6 +7 =6 +8 =7 =8 +9 +10 =9 =10 +11 =11"
+    # Any bad step may stop this run: no step is taken before the last one is judged.
+    (order,) = on_ranks(1, _in_order, small.config(root, "one by one", 5, *words, "health.max_skipped=1"))
+    assert " ".join(order) == "+1 =1 +2 =2 +3 =3 +4 =4 +5 =5"
+    lines = [json.loads(line) for line in (root / "in order" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    assert all(line["seconds"] > 0 for line in lines)
+    told = (root / "in order" / "logs" / "rank_00000.log").read_text()
+    assert re.findall(r"step (\d+) \|", told) == [str(step) for step in range(1, 12)]
+
+
 def _with_rates(config: Config, factor: dict[int, float]) -> None:
     """Train, but in these steps (from 1) the learning rate is multiplied."""
     took, begun = loop.set_schedule, []
@@ -160,16 +194,16 @@ def test_a_loss_that_stays_high_stops_the_run_with_ways_on(root: Path) -> None:
     assert figures(root / "risen")[80][0] < steps[35][0]
 
 
-def _with_a_lost_file(config: Config, step: int) -> None:
-    """Train, but from this step on (from 0) the second rank cannot read its data."""
+def _with_lost_files(config: Config, step: int) -> None:
+    """Train, but from this step on (from 0) the second rank reads no data, and the first from the next on."""
     from megatron_r1.data.loader import BatchLoader
 
     read = BatchLoader.batch
 
     def failing(loader: BatchLoader, sample_N: np.ndarray) -> Any:
-        mine = sample_N[0] // 2 % 2 == 1
-        if mine and sample_N[0] >= step * 8:
-            raise OSError(5, "Input/output error", "web.bin")
+        second = sample_N[0] // 2 % 2 == 1
+        if sample_N[0] >= (step if second else step + 1) * 8:
+            raise OSError(5, "Input/output error", "web.bin" if second else "later.bin")
         return read(loader, sample_N)
 
     BatchLoader.batch = failing  # type: ignore[method-assign]
@@ -177,10 +211,16 @@ def _with_a_lost_file(config: Config, step: int) -> None:
 
 
 def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -> None:
+    """The next step is under way by then. It changes nothing, and what is lost there is not named."""
     with pytest.raises(RankFailedError) as failed:
-        on_ranks(2, _with_a_lost_file, config(root, "lost", "train.checkpoint_every=100"), 3)
-    assert "web.bin" in str(failed.value) or UnreadableDataError.__name__ in str(failed.value)
+        on_ranks(2, _with_lost_files, config(root, "lost", "train.checkpoint_every=100"), 3)
+    said = str(failed.value)
+    assert "error: 'web.bin'" in said and "error: 'later.bin'" not in said
+    if UnreadableDataError.__name__ in said:
+        assert "rank 1 could not read its part of step 4, samples 24 to 31: " in said
     assert [ref.step for ref in checkpoint_files.complete_checkpoints(root / "lost" / "checkpoints")] == [3]
+    lines = [json.loads(line) for line in (root / "lost" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     on_ranks(2, loop.train, config(root, "lost", "train.checkpoint_every=100"))
     straight, resumed = figures(root / "one"), figures(root / "lost")
     assert resumed[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
