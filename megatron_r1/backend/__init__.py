@@ -36,6 +36,35 @@ def use_local_device(rank: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+_SAME_BITS = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_NVLS_ENABLE": ("0",),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+}
+"""Variables that cuBLAS, NCCL and Transformer Engine read when they start -> values with which the same call
+gives the same bits. NVLS sums within the switch, in an order of its own."""
+
+
+def compute_deterministically() -> None:
+    """The same calls on the same GPU give the same bits from here on. Call this before its first use.
+
+    torch chooses attention other than cuDNN's, whose backward pass is not deterministic, and sums a look-up's
+    gradient in order. RuntimeError in a call for which torch has no such form, ValueError for a variable of
+    the environment that allows other forms. A CPU always gives the same bits, and nothing changes there.
+    """
+    if not HAS_CUDA:
+        return
+    for name, values in _SAME_BITS.items():
+        if (value := os.environ.setdefault(name, values[0])) not in values:
+            raise ValueError(
+                f"train.deterministic=true, but {name}={value} in the environment lets bits differ from run "
+                f"to run; unset it, or set it to {values[0]}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # torch would also fill new memory with NaN, in case that it is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def place(module: torch.nn.Module) -> Any:
     """The module on this rank's device."""
     return module.to(device()) if HAS_CUDA else module
@@ -88,6 +117,7 @@ def describe(plain_layers: bool = False, trains: bool = True) -> str:
     engine = has_transformer_engine()
     layers = "Transformer Engine" if engine and not plain_layers else "megatron-core with torch SDPA"
     line = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
+    line += " | deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     adam = "Transformer Engine" if engine else "Apex" if has_apex() else "torch fused"
     return f"{line} | Adam {adam}" if trains else line
 
