@@ -7,9 +7,12 @@ megatron-core run on the CPU (core_on_cpu.py).
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import resource
 import warnings
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ def use_local_device(rank: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+_VARLEN = "torch.nn.attention.varlen"
 _SAME_BITS = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_NVLS_ENABLE": ("0",),
@@ -68,6 +72,36 @@ def compute_deterministically() -> None:
 def place(module: torch.nn.Module) -> Any:
     """The module on this rank's device."""
     return module.to(device()) if HAS_CUDA else module
+
+
+@cache
+def document_attention() -> Callable[..., torch.Tensor] | None:
+    """torch's causal attention of documents laid end to end, or None where this device or torch has none.
+
+    Called as varlen_attn: query [T, heads, d], key and value [T, groups, d], bf16, `document_starts` for
+    queries and keys, the longest length for each; scale=. d is a multiple of 8 up to 256.
+    """
+    if not HAS_CUDA or torch.cuda.get_device_capability() < (8, 0) or not _importable(_VARLEN):
+        return None
+    function = importlib.import_module(_VARLEN).varlen_attn
+    known = inspect.signature(function).parameters
+    if "window_size" not in known:  # torch 2.10's, without a scale
+        return None
+    # Until torch asked, any number of key heads was taken that divides the heads.
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    return partial(function, window_size=(-1, 0), **grouped)
+
+
+def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
+    """Where each document begins in the rows laid end to end, and their end: int32 [n + 1].
+
+    `number_BS`: each token's document, not falling along a row. On the CPU: counting waits for a device.
+    """
+    first_BS = torch.ones_like(number_BS, dtype=torch.bool)
+    torch.ne(number_BS[:, 1:], number_BS[:, :-1], out=first_BS[:, 1:])
+    starts = first_BS.flatten().nonzero()[:, 0].int()
+    starts = torch.nn.functional.pad(starts, (0, 1), value=number_BS.numel())
+    return starts.pin_memory() if number_BS.is_pinned() else starts
 
 
 def peak_flops(precision: str) -> float | None:
