@@ -66,7 +66,7 @@ def compute_deterministically() -> None:
             )
     torch.use_deterministic_algorithms(True)
     # torch would also fill new memory with NaN, in case that it is read before it is written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def place(module: torch.nn.Module) -> Any:
