@@ -84,6 +84,7 @@ ALLOWED = {
     ),
     r".*/megatron_r1\.json:state/guard/(best|judged)\b.*": (ANY, "history of the step guard"),
     r".*/config\.yaml:health/loss_spike": (ANY, "the default of health.loss_spike, in nats"),
+    r".*/config\.yaml:train/deterministic": (ANY, "the field train.deterministic, which is new"),
     # Weights in YAML have nine decimals.
     r".*/mix_worst\..*": (1.001e-9, "mix.objective=worst within 1e-9"),
     r".*/tokenizer\.json:bytes": (ANY, "bytes of tokenizer.json (ids are compared)"),

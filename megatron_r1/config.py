@@ -290,6 +290,8 @@ class TrainConfig(_Strict):
     """Activations computed again in backward. selective: the feed-forward's. full: all but layers' inputs."""
     seed: Seed = 1234
     """Of the initial weights."""
+    deterministic: bool = False
+    """On GPUs of one kind in one layout, the same command gives the same bits. A CPU always gives them."""
     checkpoint_every: PositiveInt = 1000
     """Steps between checkpoints. The end of every phase is saved, too."""
     keep_last: PositiveInt | None = None

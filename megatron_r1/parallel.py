@@ -213,6 +213,12 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
 
 def on_device(batch: Batch) -> Batch:
     """The batch on this rank's device, cut to this context-parallel rank's part of each sequence."""
+    from megatron.core import parallel_state as ps
+
+    whole = ps.get_context_parallel_world_size() == 1
+    if whole and batch.documents is not None and backend.document_attention() is not None:
+        # Once a batch, and here, where counting documents waits for no device.
+        batch = dataclasses.replace(batch, documents=backend.document_starts(batch.documents))
     tensors = {
         field.name: value.to(backend.device(), non_blocking=True)
         for field in dataclasses.fields(batch)

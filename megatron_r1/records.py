@@ -50,8 +50,9 @@ class Batch:
     loss_mask_BS: Tensor
     position_BS: Tensor
     source_B: Tensor
-    segment_BS: Tensor | None = None
-    """Document number within the window, for packed attention; None: windows attend across documents."""
+    documents: Tensor | None = None
+    """None: windows attend across documents. Else each token's document within its window, int32 [B, S]; on a
+    device that attends documents end to end, where each begins, int32 [n + 1] (`backend.document_starts`)."""
 
 
 @dataclass

@@ -7,10 +7,14 @@ megatron-core run on the CPU (core_on_cpu.py).
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import logging
 import os
 import resource
 import time
 import warnings
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,9 +41,69 @@ def use_local_device(rank: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+_VARLEN = "torch.nn.attention.varlen"
+_SAME_BITS = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_NVLS_ENABLE": ("0",),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+}
+"""Variables that cuBLAS, NCCL and Transformer Engine read when they start -> values with which the same call
+gives the same bits. NVLS sums within the switch, in an order of its own."""
+
+
+def compute_deterministically() -> None:
+    """The same calls on the same GPU give the same bits from here on. Call this before its first use.
+
+    torch chooses attention other than cuDNN's, whose backward pass is not deterministic, and sums a look-up's
+    gradient in order. RuntimeError in a call for which torch has no such form, ValueError for a variable of
+    the environment that allows other forms. A CPU always gives the same bits, and nothing changes there.
+    """
+    if not HAS_CUDA:
+        return
+    for name, values in _SAME_BITS.items():
+        if (value := os.environ.setdefault(name, values[0])) not in values:
+            raise ValueError(
+                f"train.deterministic=true, but {name}={value} in the environment lets bits differ from run "
+                f"to run; unset it, or set it to {values[0]}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # torch would also fill new memory with NaN, in case that it is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def place(module: torch.nn.Module) -> Any:
     """The module on this rank's device."""
     return module.to(device()) if HAS_CUDA else module
+
+
+@cache
+def document_attention() -> Callable[..., torch.Tensor] | None:
+    """torch's causal attention of documents laid end to end, or None where this device or torch has none.
+
+    Called as varlen_attn: query [T, heads, d], key and value [T, groups, d], bf16, `document_starts` for
+    queries and keys, the longest length for each; scale=. d is a multiple of 8 up to 256.
+    """
+    if not HAS_CUDA or torch.cuda.get_device_capability() < (8, 0) or not _importable(_VARLEN):
+        return None
+    function = importlib.import_module(_VARLEN).varlen_attn
+    known = inspect.signature(function).parameters
+    if "window_size" not in known:  # torch 2.10's, without a scale
+        return None
+    # Until torch asked, any number of key heads was taken that divides the heads.
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    return partial(function, window_size=(-1, 0), **grouped)
+
+
+def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
+    """Where each document begins in the rows laid end to end, and their end: int32 [n + 1].
+
+    `number_BS`: each token's document, not falling along a row. On the CPU: counting waits for a device.
+    """
+    first_BS = torch.ones_like(number_BS, dtype=torch.bool)
+    torch.ne(number_BS[:, 1:], number_BS[:, :-1], out=first_BS[:, 1:])
+    starts = first_BS.flatten().nonzero()[:, 0].int()
+    starts = torch.nn.functional.pad(starts, (0, 1), value=number_BS.numel())
+    return starts.pin_memory() if number_BS.is_pinned() else starts
 
 
 def peak_flops(precision: str) -> float | None:
@@ -102,7 +166,12 @@ def describe(plain_layers: bool = False) -> str:
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
     engine = has_transformer_engine() and not plain_layers
     layers = "Transformer Engine" if engine else "megatron-core with torch SDPA"
-    return f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
+    line = f"device {where} | collectives {DISTRIBUTED_BACKEND} | layers {layers}"
+    return f"{line} | deterministic" if torch.are_deterministic_algorithms_enabled() else line
+
+
+def _says_other(message: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(message)
 
 
 # `describe` says once what megatron-core warns of in each of its modules. Its calls of older torch names
@@ -116,7 +185,18 @@ for _message in (
     ".load_state_dict. is deprecated",
     "TypedStorage is deprecated",
     "Please use DTensor instead",
+    # megatron-core 0.19, of files that nothing here uses but that it imports.
+    "MimoModelConfig is experimental",
+    "invalid escape sequence",
 ):
     warnings.filterwarnings("ignore", message=_message)
+# What megatron-core 0.19 logs at every start, and why it stays so: 0.16 has no other model class; the layout
+# that it computes is the one wanted; its other way to save needs a package.
+for _logger, _message in (
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+):
+    logging.getLogger(f"megatron.core.{_logger}").addFilter(partial(_says_other, _message))
 if not HAS_CUDA:
     core_on_cpu.activate()

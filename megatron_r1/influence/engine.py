@@ -72,7 +72,7 @@ def run_passes(
                 losses_B.add_(loss_B.detach())
             return loss_B.sum(), batch.loss_mask_BS.count_nonzero().to(torch.int), {}
 
-        out = model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
+        out = model(batch.tokens_BS, batch.position_BS, batch.documents, labels=batch.labels_BS)
         return out, weighted_loss
 
     get_forward_backward_func()(

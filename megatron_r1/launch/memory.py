@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_r1 import backend, parallel
 from megatron_r1.backend import cpu_attention
 from megatron_r1.config import Config
-from megatron_r1.model import loss
+from megatron_r1.model import attention, loss
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch
 from megatron_r1.train.objective import next_token
@@ -29,6 +29,8 @@ from megatron_r1.train.step import Shape, Training, build_training, run_schedule
 
 # isort: split
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.utils import get_model_config
 
 
@@ -59,16 +61,18 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-def rank_memory(config: Config, world_size: int, rank: int = 0) -> RankMemory:
+def rank_memory(config: Config, world_size: int, rank: int = 0, kernels: bool = True) -> RankMemory:
     """Build rank `rank` of `world_size` and run its step; no memory is taken. Seconds of one core.
 
-    The configuration must fit the launch (config_io.check_world). No process group may exist.
+    `kernels`: norms, attention and SwiGLU keep what their kernels on a GPU keep, else what a CPU keeps. The
+    configuration must fit the launch (config_io.check_world). No process group may exist.
     """
     # The other ranks do not exist. What is received is whatever lay in the buffer.
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     with (
         parallel.model_groups(config.parallel, gloo=False) as context,
         _fake_memory(config.data.seq_length),
+        _kernels() if kernels else contextlib.nullcontext(),
     ):
         training = build_training(config)
         return RankMemory(
@@ -123,6 +127,42 @@ def _fake_memory(seq_length: int) -> Iterator[None]:
         # The two steps of the loss that ask where labels are. Both work in place.
         mock.patch.object(loss, "_exponentiate", lambda logits_NV, max_N: torch.empty_like(max_N)),
         mock.patch.object(loss, "_subtract_labels", lambda logits_NV, *_: logits_NV),
+    ):
+        yield
+
+
+class _Kernel(torch.autograd.Function):
+    """One that keeps its operands, and nothing else, for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: int, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
+        return operands[0].new_empty(*operands[0].shape[:-1], columns)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *(torch.empty_like(operand) for operand in ctx.saved_tensors)
+
+
+@contextlib.contextmanager
+def _kernels() -> Iterator[None]:
+    """Layers keep what they keep on a GPU. A kernel's sums of rows are left out: 4 B a row."""
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return _Kernel.apply(x.shape[-1], x, *self.parameters())
+
+    def feed_forward(self: Any, x: Tensor, **_: Any) -> Any:
+        gate_up = self.linear_fc1(x)[0]
+        return self.linear_fc2(_Kernel.apply(gate_up.shape[-1] // 2, gate_up))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return _Kernel.apply(value.shape[-1], query, key, value)
+
+    with (
+        mock.patch.object(attention.RMSNorm, "forward", norm),
+        mock.patch.object(L2Norm, "forward", norm),
+        mock.patch.object(MLP, "forward", feed_forward),
+        mock.patch.object(attention, "causal_attention", attend),
     ):
         yield
 

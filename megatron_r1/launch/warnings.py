@@ -72,8 +72,8 @@ def _memory(plan: LaunchPlan) -> Iterator[str]:
     if not config.data.cross_documents:
         yield (
             "data.cross_documents=false: activations are counted for windows of one document; where a mask "
-            "keeps documents apart (torch SDPA on a GPU) each layer keeps one of micro_batch x seq_length^2 "
-            "bytes besides"
+            "keeps documents apart (on a GPU in fp32, or with parallel.context) each layer keeps one of "
+            "micro_batch x seq_length^2 bytes besides"
         )
     if config.train.keep_last is None and (saves := plan.steps // config.train.checkpoint_every) > 20:
         yield f"train.keep_last is not set: all {saves} checkpoints stay"

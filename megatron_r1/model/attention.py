@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+from megatron_r1 import backend
 
 # isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -32,9 +32,11 @@ class SdpaAttention(MegatronModule):
     Under context parallelism the keys and values of all ranks are gathered; a rank's queries are
     megatron-core's zigzag halves (chunks r and 2n-1-r of 2n), so a mask replaces the causal flag.
 
-    megatron-core hands `attention_mask` through untouched; here it is None, or the document number of
-    each token of this rank's sequences, int [b, s], not falling along a row: then no token sees another
-    document. On a CPU each document is attended by itself, which also saves the work between documents.
+    megatron-core hands `attention_mask` through untouched; here it is None or `Batch.documents`: the document
+    number of each token of this rank's sequences, int [b, s], not falling along a row, or int32 [n + 1] where
+    each document begins. Then no token sees another document. On a CPU and by `backend.document_attention`
+    each document is attended by itself, which also saves the work between documents. Elsewhere, in fp32 on a
+    GPU and under context parallelism, a mask of [b, s, s] is built.
     """
 
     def __init__(
@@ -68,7 +70,13 @@ class SdpaAttention(MegatronModule):
                 "packed_seq_params and attention_bias need Transformer Engine's attention"
             )
         s, b, heads, d = query.shape
-        segment, key_segment, mask = attention_mask, attention_mask, None
+        segment, mask = attention_mask, None
+        if segment is not None and segment.dim() == 1:
+            if query.dtype == torch.bfloat16 and d % 8 == 0 and d <= 256:
+                return self._end_to_end(query, key, value, segment)
+            tokens = torch.arange(b * s, device=query.device, dtype=torch.int32)
+            segment = torch.bucketize(tokens, segment, right=True).view(b, s)
+        key_segment = segment
         group = self.context_group
         if group is not None and group.size() > 1:
             key, value = (
@@ -103,6 +111,15 @@ class SdpaAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=k.shape[1] != q.shape[1],
         )
+
+    def _end_to_end(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
+        s, b, heads, d = query.shape
+        attend = backend.document_attention()
+        assert attend is not None and self.dropout == 0.0
+        q, k, v = (t.transpose(0, 1).reshape(b * s, -1, d) for t in (query, key, value))
+        # No document is longer than a row; how long the longest is, the host would have to wait for.
+        out = attend(q, k, v, starts, starts, s, s, scale=self.scale)
+        return out.view(b, s, heads * d).transpose(0, 1).contiguous()
 
     def _by_document(self, q: Tensor, k: Tensor, v: Tensor, segment: Tensor) -> Tensor:
         rows = []

@@ -77,6 +77,8 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     resume.check_beginning(config, data)
     if is_first_rank():
         require_packages(config.train)
+    if config.train.deterministic:
+        backend.compute_deterministically()
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:

@@ -20,7 +20,7 @@ Objective = Callable[[Any, Batch], Tensor]
 
 def next_token(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy of the next token, nats."""
-    return model(batch.tokens_BS, batch.position_BS, batch.segment_BS, labels=batch.labels_BS)
+    return model(batch.tokens_BS, batch.position_BS, batch.documents, labels=batch.labels_BS)
 
 
 class Distillation:
@@ -41,7 +41,7 @@ class Distillation:
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         with torch.no_grad():
             teacher_BSV = self._teacher(batch)
-        student_BSV = model(batch.tokens_BS, batch.position_BS, batch.segment_BS)
+        student_BSV = model(batch.tokens_BS, batch.position_BS, batch.documents)
         return kl_divergence(student_BSV, teacher_BSV, ps.get_tensor_model_parallel_group())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +81,26 @@ def test_a_rewritten_module_is_compiled_once(tmp_path: Path, monkeypatch: pytest
 def test_importing_too_late_is_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", TOO_LATE], capture_output=True, text=True)
     assert "was imported before megatron_r1.backend; import megatron_r1.backend first" in done.stderr
+
+
+def test_what_megatron_core_logs_at_every_start_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Lines of 0.19 alone; another line of the same logger is heard."""
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. Use another")
+    logger.warning("a mistake of GPTModel IS DEPRECATED")
+    assert [record.msg for record in caplog.records] == ["a mistake of GPTModel IS DEPRECATED"]
+    if importlib.metadata.version("megatron-core") >= "0.19":
+        sources = [
+            Path(importlib.util.find_spec(name).origin or "").read_text()  # type: ignore[union-attr]
+            for name in (
+                "megatron.core.models.gpt.gpt_model",
+                "megatron.core.distributed.distributed_data_parallel",
+                "megatron.core.dist_checkpointing.strategies.torch",
+            )
+        ]
+        begun = (
+            "GPTModel IS DEPRECATED",
+            "DistributedDataParallel: full_param_layout not",
+            "MCore's async save",
+        )
+        assert all(f'"{text}' in source for text, source in zip(begun, sources, strict=True))

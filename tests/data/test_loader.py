@@ -54,7 +54,7 @@ def test_rows_are_the_plans_windows(plan: BlendPlan, corpora: list[Corpus]) -> N
     assert batch.tokens_BS.dtype == batch.labels_BS.dtype == batch.position_BS.dtype == torch.int64
     assert torch.equal(batch.loss_mask_BS, torch.ones(5, S))
     assert torch.equal(batch.position_BS, torch.arange(S).expand(5, S))
-    assert batch.segment_BS is None
+    assert batch.documents is None
 
 
 def test_an_epoch_shows_every_label_once(plan: BlendPlan, corpora: list[Corpus]) -> None:
@@ -75,16 +75,16 @@ def test_ranks_together_see_what_one_rank_sees(plan: BlendPlan, corpora: list[Co
 
 def test_end_of_document_makes_segments(plan: BlendPlan, corpora: list[Corpus]) -> None:
     batch = BatchLoader(plan, corpora, S, eod=EOD).batch(np.arange(200))
-    assert batch.segment_BS is not None and batch.segment_BS.dtype == torch.int32
+    assert batch.documents is not None and batch.documents.dtype == torch.int32
     for tokens, segment, position in zip(
-        batch.tokens_BS.tolist(), batch.segment_BS.tolist(), batch.position_BS.tolist(), strict=True
+        batch.tokens_BS.tolist(), batch.documents.tolist(), batch.position_BS.tolist(), strict=True
     ):
         document = start = 0
         for s, token in enumerate(tokens):
             assert (segment[s], position[s]) == (document, s - start)
             if token == EOD:
                 document, start = document + 1, s + 1
-    assert batch.segment_BS.max() > 2
+    assert batch.documents.max() > 2
 
 
 @pytest.mark.parametrize("eod", [None, EOD])
@@ -105,7 +105,7 @@ def test_chosen_windows_make_the_batch_that_samples_make(
         for rank in range(ranks)
     ]
     got = [turns[rank][number] for number in range(6) for rank in range(ranks)]
-    for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_BS", "source_B", "segment_BS"):
+    for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_BS", "source_B", "documents"):
         one = getattr(want, name)
         if one is None:
             assert getattr(got[0], name) is None

@@ -165,3 +165,38 @@ def test_products_have_the_digits_of_float32() -> None:
     """Errors as shares of what they may be, of all shapes and kinds of numbers that the CPU's test has."""
     lines = gpu.python(DIGITS).splitlines()
     assert len(lines) == 15 and all(float(line.split()[0]) < 1 for line in lines), lines
+
+
+DOCUMENTS = """
+import torch
+from megatron_r1 import backend
+from tests.model.test_attention import attention
+
+s, b, heads, groups, d = 300, 3, 6, 2, 64
+assert backend.document_attention() is not None
+torch.manual_seed(0)
+x = [torch.randn(s, b, n, d, device="cuda").bfloat16() for n in (heads, groups, groups)]
+grad = torch.randn(s, b, heads * d, device="cuda").bfloat16()
+number = torch.zeros(b, s, dtype=torch.int32)
+number[0, 100:], number[1, 1:], number[1, 299:] = 1, 1, 2
+
+
+def run(documents, dtype):
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in x]
+    out = attention()(*leaves, documents.cuda())
+    out.backward(grad.to(dtype))
+    return [t.double() for t in (out.detach(), *(leaf.grad for leaf in leaves))]
+
+
+exact = run(number, torch.float64)
+masked = run(number, torch.bfloat16)
+got = run(backend.document_starts(number), torch.bfloat16)
+for one, other, true in zip(got, masked, exact, strict=True):
+    print(float((one - true).norm() / true.norm()), float((other - true).norm() / true.norm()))
+"""
+
+
+def test_documents_end_to_end_are_those_behind_a_mask() -> None:
+    """Output and gradients of torch's kernel, within twice the error of the masked form against float64."""
+    rows = [tuple(map(float, line.split())) for line in gpu.python(DOCUMENTS).splitlines()[-4:]]
+    assert len(rows) == 4 and all(got < 2 * masked < 0.02 for got, masked in rows), rows

@@ -74,7 +74,7 @@ def _distilled() -> float:
         position = torch.arange(tiny.SEQ).expand(4, -1)
         mask = torch.ones(4, tiny.SEQ)
         batch = Batch(window[:, :-1], window[:, 1:], mask, position, torch.zeros(4, dtype=torch.long))
-        objective = Distillation(lambda b: teacher(b.tokens_BS, b.position_BS, b.segment_BS))
+        objective = Distillation(lambda b: teacher(b.tokens_BS, b.position_BS, b.documents))
         adam = torch.optim.Adam(student.parameters(), lr=3e-3)
         losses = []
         for _ in range(20):
