@@ -82,6 +82,11 @@ def has_apex() -> bool:
     return HAS_CUDA and _importable("amp_C") and _importable("apex.optimizers")
 
 
+def has_triton() -> bool:
+    """This project's kernels (triton_kernels.py) can be compiled for this device."""
+    return HAS_CUDA and _importable("triton")
+
+
 def describe(plain_layers: bool = False, trains: bool = True) -> str:
     """One line for the log: what runs here. `plain_layers`: as of `build_model`; `trains`: with Adam."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"
