@@ -1,8 +1,8 @@
 """Kernels for a GPU, in Triton: cross-entropy over logits, SwiGLU, and norm and rotation of queries and keys.
 
 Each moves its operands once where torch's operations move them three to eight times. All compute in float32
-and round once, where they store; none adds atomically, so results repeat bit for bit. Triton compiles a kernel
-at its first call and keeps it on disk. This file imports triton: ask `backend.has_triton()` before.
+and round once, where they store. None adds atomically, so results repeat bit for bit. Triton compiles a
+kernel at its first call and keeps it on disk. This file imports triton: ask `backend.has_triton()` before.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def cross_entropy_kernel(
             tl.store(logits_ptr + column, residual.to(logits_ptr.dtype.element_ty), mask=column < V)
 
 
-def _cross_entropy(logits_NV: Tensor, labels_N: Tensor, numbers_3N: Tensor, z_loss: float, **parts: bool) -> None:
+def _cross_entropy(
+    logits_NV: Tensor, labels_N: Tensor, numbers_3N: Tensor, z_loss: float, **parts: bool
+) -> None:
     tokens, vocabulary = logits_NV.shape
     assert logits_NV.is_contiguous() and labels_N.is_contiguous()
     block = min(8192, triton.next_power_of_2(vocabulary))
@@ -82,7 +84,7 @@ def row_statistics(logits_NV: Tensor, labels_N: Tensor, to_residual: bool, z_los
 
 
 def to_residual(logits_NV: Tensor, labels_N: Tensor, max_N: Tensor, sum_N: Tensor, label_N: Tensor) -> Tensor:
-    """E of model/loss.py in place of the logits [N, V], from what its three float32 [N] are over all ranks."""
+    """The logits [N, V] become E of model/loss.py, whose three float32 [N] are those over all ranks."""
     numbers_3N = torch.stack((max_N, sum_N, label_N))
     _cross_entropy(logits_NV, labels_N, numbers_3N, 0.0, STATISTICS=False, RESIDUAL=True)
     return logits_NV
@@ -118,7 +120,7 @@ def swiglu_backward_kernel(x_ptr, grad_ptr, out_ptr, width, BLOCK: tl.constexpr)
 
 
 def swiglu(x: Tensor, grad: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of contiguous x [..., gate F, up F] -> [..., F]; with `grad` of it, the gradient of x."""
+    """silu(gate) * up of contiguous x [..., gate, up 2F] -> [..., F]; with its `grad`, the gradient of x."""
     width = x.shape[-1] // 2
     assert x.is_contiguous() and (grad is None or grad.is_contiguous())
     block = min(1024, triton.next_power_of_2(width))
@@ -146,7 +148,7 @@ def rotation_kernel(
     COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """A block of heads of a token a program; `place` in a group: the queries, the key. Values stay where they are."""
+    """A block of heads of a token a program; `place` in a group: the queries, the key. Values stay in x."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, place = head // (QUERIES + 1), head % (QUERIES + 1)
@@ -237,9 +239,9 @@ def _tile(heads: int, half: int) -> tuple[int, int]:
 def rotate(mixed_SBGHD: Tensor, turn_SD: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
     """Queries [S, B, G * (H - 2), D] and keys [S, B, G, D] of contiguous H = queries, key, value of G groups.
 
-    Each is divided by its root mean square over D, with `eps`, unless that is None. Then its halves are turned:
-    `turn_SD` holds the cosines and then the sines of a token's D / 2 angles, float32. Both results are parts of
-    one tensor.
+    Each is divided by its root mean square over D, with `eps`, unless that is None. Then its halves are
+    turned: `turn_SD` holds the cosines and then the sines of a token's D / 2 angles, float32. Both results
+    are parts of one tensor.
     """
     s, b, groups, parts, d = mixed_SBGHD.shape
     assert mixed_SBGHD.is_contiguous() and turn_SD.is_contiguous() and turn_SD.shape == (s, d), turn_SD.shape

@@ -103,8 +103,9 @@ def build_model(
 
     Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
     layers even where Transformer Engine is installed; checkpoints of the one load into the other.
-    `initialise` False: memory without values and no kernels of Triton, for a caller that moves weights. `recompute`:
-    see TrainConfig. `chunk`: which of the rank's parts, where the pipeline is interleaved.
+    `initialise` False: memory without values, and no kernels of Triton, for a caller that fills every
+    weight and trains none. `recompute`: see TrainConfig. `chunk`: which of the rank's parts, where the
+    pipeline is interleaved. Every rank calls this.
     """
     fused = backend.has_transformer_engine() and not plain_layers
     config = transformer_config(model, parallel, precision, fused, recompute)

@@ -60,8 +60,8 @@ def linear_cross_entropy(
     `group`: the tensor-parallel group, whose ranks hold consecutive shards of W; the gradient of H is then
     a part, to be summed over it. `chunk`: tokens whose logits exist at a time; None: all of them, where a
     backward pass is to come. `z_loss` c: the gradient is that of cross-entropy + c log^2(sum exp z), which
-    keeps logits from drifting; the value stays the cross-entropy. `kernels`: backend/triton_kernels.py, where a
-    GPU has it; None: the plain form, to which the kernels are held. Both call the same collectives.
+    keeps logits from drifting; the value stays the cross-entropy. `kernels`: backend/triton_kernels.py, where
+    a GPU can run it; None: the plain form. Both call the same collectives.
     """
     if not torch.is_grad_enabled():
         chunk = chunk or _FORWARD_CHUNK
@@ -178,7 +178,7 @@ def _subtract_labels(
     """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
     mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
     value_N = ((label_N - max_N).exp() - sum_N).to(exponentials_NV.dtype)
-    # Where the label is another rank's, what is there is written again: finding the rows would wait for a GPU.
+    # Another rank's label: what is there is written again. To pick the rows, the host would wait for a GPU.
     value_N = torch.where(mine_N, value_N, exponentials_NV.gather(1, column_N[:, None])[:, 0])
     exponentials_NV.scatter_(1, column_N[:, None], value_N[:, None])
 
