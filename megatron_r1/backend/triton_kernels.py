@@ -17,17 +17,9 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,
-    label_ptr,
-    max_ptr,
-    sum_ptr,
-    picked_ptr,
-    z_loss,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
+    logits_ptr, label_ptr, max_ptr, sum_ptr, picked_ptr, z_loss,
+    V: tl.constexpr, BLOCK: tl.constexpr, STATISTICS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
     """A row a program. Statistics are stored, or those of all ranks are loaded; then the row becomes E."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -136,18 +128,9 @@ def swiglu(x: Tensor, grad: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def rotation_kernel(
-    x_ptr,
-    turn_ptr,
-    out_ptr,
-    batch,
-    eps,
-    GROUPS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    x_ptr, turn_ptr, out_ptr, batch, eps, GROUPS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """A block of heads of a token a program; `place` in a group: the queries, the key. Values stay in x."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -173,31 +156,20 @@ def rotation_kernel(
 
 
 @triton.jit
+def _one_of(a_ptr, a, b_ptr, b, c_ptr, c):
+    """float32 from the place whose mask is set: the other loads give zeros and move nothing."""
+    found = tl.load(a_ptr, mask=a, other=0.0).to(tl.float32) + tl.load(b_ptr, mask=b, other=0.0).to(
+        tl.float32
+    )
+    return found + tl.load(c_ptr, mask=c, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def rotation_backward_kernel(
-    x_ptr,
-    turn_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    query_s,
-    query_b,
-    query_h,
-    key_s,
-    key_b,
-    key_h,
-    value_s,
-    value_b,
-    value_h,
-    out_ptr,
-    batch,
-    eps,
-    GROUPS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    x_ptr, turn_ptr, query_ptr, key_ptr, value_ptr, query_s, query_b, query_h, key_s, key_b, key_h,
+    value_s, value_b, value_h, out_ptr, batch, eps, GROUPS: tl.constexpr, QUERIES: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """As the forward one; `place` in a group: the queries, the key, the value, whose gradient is copied."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -208,14 +180,9 @@ def rotation_backward_kernel(
     query_at = query_ptr + s * query_s + b * query_b + (group * QUERIES + place) * query_h + column
     key_at = key_ptr + s * key_s + b * key_b + group * key_h + column
     value_at = value_ptr + s * value_s + b * value_b + group * value_h + column
-    is_query, is_key, is_value = place < QUERIES, place == QUERIES, place > QUERIES
-    # Of the three loads one is not masked, and adding zeros changes nothing.
-    first = tl.load(query_at, mask=inside & is_query, other=0.0).to(tl.float32)
-    first += tl.load(key_at, mask=inside & is_key, other=0.0).to(tl.float32)
-    first += tl.load(value_at, mask=inside & is_value, other=0.0).to(tl.float32)
-    second = tl.load(query_at + HALF, mask=inside & is_query, other=0.0).to(tl.float32)
-    second += tl.load(key_at + HALF, mask=inside & is_key, other=0.0).to(tl.float32)
-    second += tl.load(value_at + HALF, mask=inside & is_value, other=0.0).to(tl.float32)
+    is_query, is_key, is_value = inside & (place < QUERIES), inside & (place == QUERIES), place > QUERIES
+    first = _one_of(query_at, is_query, key_at, is_key, value_at, inside & is_value)
+    second = _one_of(query_at + HALF, is_query, key_at + HALF, is_key, value_at + HALF, inside & is_value)
     cos = tl.load(turn_ptr + s * 2 * HALF + column, mask=column < HALF, other=0.0)
     sin = tl.load(turn_ptr + s * 2 * HALF + HALF + column, mask=column < HALF, other=0.0)
     of_first, of_second = first * cos + second * sin, second * cos - first * sin
@@ -255,7 +222,7 @@ def rotate(mixed_SBGHD: Tensor, turn_SD: Tensor, eps: float | None) -> tuple[Ten
 
 
 def rotate_backward(
-    mixed_SBGHD: Tensor, turn_SD: Tensor, eps: float | None, grads: tuple[Tensor, Tensor, Tensor]
+    mixed_SBGHD: Tensor, turn_SD: Tensor, eps: float | None, grads: tuple[Tensor, ...]
 ) -> Tensor:
     """The gradient of `rotate`'s operand, from those of queries, keys and values [S, B, heads, D]."""
     s, b, groups, parts, d = mixed_SBGHD.shape

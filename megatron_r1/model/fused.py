@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.backend import triton_kernels
 from megatron_r1.model.loss import linear_cross_entropy
-from megatron_r1.system.terminal import message_of, say
+from megatron_r1.system.terminal import is_first_rank, message_of, say
 
 # isort: split
 from megatron.core.transformer.attention import SelfAttention
@@ -36,7 +36,8 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return triton_kernels.swiglu(*ctx.saved_tensors, grad.contiguous())
+        (x,) = ctx.saved_tensors
+        return triton_kernels.swiglu(x, grad.contiguous())
 
 
 class _Rotation(torch.autograd.Function):
@@ -98,37 +99,16 @@ class FusedSelfAttention(SelfAttention):
         return self.linear_proj(out)
 
 
-class _Shape(NamedTuple):
-    """What a kernel is compiled for: of this rank's shards."""
-
-    dtype: torch.dtype
-    vocabulary: int
-    ffn: int
-    groups: int
-    queries: int
-    head_dim: int
-    eps: float | None
-    length: int
-
-
 def install(gpt: Any, layers: bool) -> None:
-    """Let a new model use the kernels that pass `_passed` on every rank; `layers` False: in its loss alone.
+    """Let a new model use the kernels that `_passed` names; `layers` False: in its loss alone.
 
     Every rank calls this.
     """
-    config = gpt.config
-    ranks = config.tensor_model_parallel_size
-    shape = _Shape(
-        config.params_dtype,
-        gpt.vocab_size // ranks,
-        config.ffn_hidden_size // ranks,
-        config.num_query_groups // ranks,
-        config.num_attention_heads // config.num_query_groups,
-        config.kv_channels,
-        config.layernorm_epsilon if config.qk_l2_norm else None,
-        gpt.max_sequence_length,
-    )
-    passed = _passed(shape)
+    config, ranks = gpt.config, gpt.config.tensor_model_parallel_size
+    groups, eps = config.num_query_groups, config.layernorm_epsilon if config.qk_l2_norm else None
+    heads = groups // ranks, config.num_attention_heads // groups, config.kv_channels
+    widths = gpt.vocab_size // ranks, config.ffn_hidden_size // ranks, *heads
+    passed = _passed(config.params_dtype, *widths, eps, gpt.max_sequence_length)
     gpt.loss_kernels = triton_kernels if "loss" in passed else None
     kinds = {MLP: ("SwiGLU", FusedMlp), SelfAttention: ("rotation", FusedSelfAttention)}
     for module in gpt.modules() if layers else ():
@@ -137,23 +117,21 @@ def install(gpt: Any, layers: bool) -> None:
             module.__class__ = kind
 
 
-_Case = tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]
-
-
 @functools.cache
-def _passed(shape: _Shape) -> frozenset[str]:
+def _passed(dtype: torch.dtype, *shape: Any) -> frozenset[str]:
     """Names of the kernels that compile on all ranks and agree with plain torch in float64.
 
-    The relative error of values and gradients, in norm, may be 1e-5 in float32 and 1e-2 in bfloat16. A line
-    says the seconds, which are mostly Triton's at a first run, and each kernel that is left out.
+    `shape`: that of `_cases`. The relative error of values and gradients, in norm, may be 1e-5 in float32 and
+    1e-2 in bfloat16. A line says the seconds, which are mostly Triton's at a first run, and one names each
+    kernel that is left out.
     """
-    start, bound = time.perf_counter(), 1e-5 if shape.dtype == torch.float32 else 1e-2
-    cases = _cases(shape)
+    start, bound = time.perf_counter(), 1e-5 if dtype == torch.float32 else 1e-2
+    cases = _cases(dtype, *shape)
     error_K = torch.tensor([_error(name, *case) for name, case in cases.items()], device=backend.device())
     if dist.is_initialized():
         dist.all_reduce(error_K, dist.ReduceOp.MAX)
     left_out = {name: e for name, e in zip(cases, error_K.tolist(), strict=True) if e > bound}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_rank():
         used = ", ".join(name for name in cases if name not in left_out) or "none"
         say(f"Triton kernels: {used} | checked in {time.perf_counter() - start:.1f} s")
         for name, error in left_out.items():
@@ -161,71 +139,72 @@ def _passed(shape: _Shape) -> frozenset[str]:
     return frozenset(cases.keys() - left_out)
 
 
-def _error(name: str, kernel: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> float:
+def _error(name: str, kernel: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor) -> float:
     """The largest relative error of a value or a gradient; infinity where the kernel does not run."""
+    results: list[list[Tensor]] = []
+    upstream: list[Tensor] = []
     try:
-        results = [
-            _values_and_gradients(f, ins)
-            for f, ins in ((kernel, inputs), (plain, [x.double() for x in inputs]))
-        ]
-    except Exception as error:  # the compiler's, the driver's: whatever it is, the plain form runs
+        for function, widened in ((kernel, Tensor.detach), (plain, Tensor.double)):
+            leaves = [widened(x).requires_grad_() for x in inputs]
+            out = function(*leaves)
+            outs = out if isinstance(out, tuple) else (out,)
+            upstream = upstream or [torch.linspace(-1, 2, o.numel()).to(o).view(o.shape) for o in outs]
+            grads = torch.autograd.grad(outs, leaves, [widened(u) for u in upstream])
+            results.append([*outs, *grads])
+        error_T = torch.stack(
+            [(ours - exact).norm() / exact.norm() for ours, exact in zip(*results, strict=True)]
+        )
+    except Exception as error:  # the compiler's or the driver's: whatever it is, the plain form runs
         say(f"Triton kernel {name} does not run: {type(error).__name__}: {message_of(error)}")
         return float("inf")
-    error_T = torch.stack(
-        [(ours - exact).norm() / exact.norm() for ours, exact in zip(*results, strict=True)]
-    )
-    # A number that is none would get lost in the largest of the ranks.
+    # What is no number would get lost in the largest of the ranks.
     return float(error_T.nan_to_num(float("inf"), float("inf")).max())
 
 
-def _values_and_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    outs = out if isinstance(out, tuple) else (out,)
-    # The same for both: some numbers that are neither equal nor small.
-    upstream = [torch.linspace(-1, 2, o.numel(), device=o.device, dtype=o.dtype).view(o.shape) for o in outs]
-    return [o.detach() for o in outs] + list(torch.autograd.grad(outs, leaves, upstream))
+def _cases(
+    dtype: torch.dtype,
+    vocabulary: int,
+    ffn: int,
+    groups: int,
+    queries: int,
+    d: int,
+    eps: float | None,
+    length: int,
+) -> dict[str, tuple[Any, ...]]:
+    """By name: kernel, plain form, and operands of a few tokens.
 
-
-def _cases(shape: _Shape) -> dict[str, _Case]:
-    """Kernel, plain form and small operands of the run's own widths, by name."""
-    generator = torch.Generator(backend.device()).manual_seed(1)
+    Of this rank: vocabulary, width of the feed-forward, groups of queries, queries of a group, head's width.
+    `eps` is that of `triton_kernels.rotate`. Positions are below `length`.
+    """
+    device = backend.device()
+    generator = torch.Generator(device).manual_seed(1)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device=backend.device(), generator=generator).to(shape.dtype)
+        return torch.randn(*size, device=device, generator=generator).to(dtype)
 
-    hidden_ND, weight_VD = randn(8, 64) / 8, randn(shape.vocabulary, 64)
-    label_N = torch.randint(shape.vocabulary, (8,), device=backend.device(), generator=generator)
-    position_S = torch.linspace(0, shape.length - 1, 8, device=backend.device()).round()
-    half = shape.head_dim // 2
-    angle_SD = torch.outer(position_S, 1e4 ** -torch.linspace(0, 1, half, device=backend.device())).repeat(
-        1, 2
-    )
+    label_N = torch.randint(vocabulary, (8,), device=device, generator=generator)
+    position_S = torch.linspace(0, length - 1, 8, device=device).round()
+    angle_SD = torch.outer(position_S, 1e4 ** -torch.linspace(0, 1, d // 2, device=device)).repeat(1, 2)
 
     def rotated(mixed_SBGHD: Tensor) -> tuple[Tensor, ...]:
-        query, key, value = mixed_SBGHD.split([shape.queries, 1, 1], dim=3)
-        cos, sin = (f(angle_SD[:, None, None].double()) for f in (torch.cos, torch.sin))
+        query, key, value = (x.flatten(2, 3) for x in mixed_SBGHD.split([queries, 1, 1], dim=3))
+        cos, sin = (f(angle_SD[:, None, None, : d // 2]).to(mixed_SBGHD) for f in (torch.cos, torch.sin))
         turned = []
-        for x in (query.flatten(2, 3), key.flatten(2, 3)):
-            if shape.eps is not None:
-                x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.eps)
-            turned.append(x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin)
-        return *turned, value.flatten(2, 3)
+        for x in (query, key):
+            first, second = (x if eps is None else F.rms_norm(x, (d,), eps=eps)).chunk(2, -1)
+            turned.append(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+        return *turned, value
 
     return {
         "loss": (
             lambda h, w: linear_cross_entropy(h, w, label_N, kernels=triton_kernels),
             lambda h, w: F.cross_entropy(h @ w.t(), label_N, reduction="none"),
-            [hidden_ND, weight_VD],
+            *(randn(8, 64) / 8, randn(vocabulary, 64)),
         ),
-        "SwiGLU": (
-            _Swiglu.apply,
-            lambda x: F.silu(x[..., : shape.ffn]) * x[..., shape.ffn :],
-            [randn(8, 2 * shape.ffn)],
-        ),
+        "SwiGLU": (_Swiglu.apply, lambda x: F.silu(x[..., :ffn]) * x[..., ffn:], randn(8, 2 * ffn)),
         "rotation": (
-            lambda x: _Rotation.apply(x, _turn(angle_SD), shape.eps),
+            lambda x: _Rotation.apply(x, _turn(angle_SD), eps),
             rotated,
-            [randn(8, 2, shape.groups, shape.queries + 2, shape.head_dim)],
+            randn(8, 2, groups, queries + 2, d),
         ),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,17 +76,17 @@ def check(most: float, ranks: int, *how: Any) -> None:
         (2, (MODEL, ParallelConfig(tensor=2, sequence=True), "fp32", "none", None)),
         (2, (MODEL, ParallelConfig(context=2), "fp32", "none", None)),
     ],
-    ids=["whole", "no norm, scaled, recomputed", "feed-forward recomputed", "tensor and sequence", "context"],
+    ids=["whole", "scaled-recomputed", "selective", "tensor-sequence", "context"],
 )
 def test_the_model_computes_what_megatron_core_s_layers_do(ranks: int, how: tuple[Any, ...]) -> None:
     check(1e-5, ranks, *how)
 
 
 SHAPES = {
-    "a preset's": (300, 72, 6, 4, 64, 1e-5, 2048),
-    "no multiples": (301, 1100, 3, 2, 10, 1e-5, 100),
-    "no norm": (8, 7, 1, 1, 6, None, 32768),
-    "many heads": (8, 8, 20, 3, 128, 1e-5, 64),
+    "preset": (300, 72, 6, 4, 64, 1e-5, 2048),
+    "uneven": (301, 1100, 3, 2, 10, 1e-5, 100),
+    "no-norm": (8, 7, 1, 1, 6, None, 32768),
+    "many-heads": (8, 8, 20, 3, 128, 1e-5, 64),
 }
 
 
@@ -95,14 +94,14 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_kernels_compute_what_plain_torch_does(dtype: torch.dtype, shape: str) -> None:
     """In float64. The interpreter rounds bf16 towards zero, which doubles the error of the plain form."""
-    for name, (kernel, plain, inputs) in fused()._cases(fused()._Shape(dtype, *SHAPES[shape])).items():
-        most = 1e-6 if dtype == torch.float32 else 2.2 * fused()._error(name, plain, plain, inputs)
-        assert 0 < fused()._error(name, kernel, plain, inputs) <= most, name
+    for name, (kernel, plain, *inputs) in fused()._cases(dtype, *SHAPES[shape]).items():
+        most = 1e-6 if dtype == torch.float32 else 2.2 * fused()._error(name, plain, plain, *inputs)
+        assert 0 < fused()._error(name, kernel, plain, *inputs) <= most, name
 
 
 def test_gradients_may_lie_in_any_order() -> None:
     """Attention's backward pass returns what suits it: [B, heads, S, D], or a view of a larger tensor."""
-    _, _, (mixed_SBGHD,) = fused()._cases(fused()._Shape(torch.float32, 8, 8, 2, 3, 16, 1e-5, 64))["rotation"]
+    _, _, mixed_SBGHD = fused()._cases(torch.float32, 8, 8, 2, 3, 16, 1e-5, 64)["rotation"]
     turn_SD = fused()._turn(torch.rand(8, 16).mul(5)[:, :8].repeat(1, 2))
     mixed_SBGHD.requires_grad_()
     outs = fused()._Rotation.apply(mixed_SBGHD, turn_SD, 1e-5)
@@ -113,18 +112,15 @@ def test_gradients_may_lie_in_any_order() -> None:
     assert torch.equal(torch.autograd.grad(outs, mixed_SBGHD, other)[0], expected[0])
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any]) -> tuple[frozenset[str], Any]:
-    shape = fused()._Shape(torch.float32, 300, 72, 2, 3, 16, 1e-5, 64)
-    monkeypatch.setattr(fused().triton_kernels, "swiglu", wrong)
-    return fused()._passed.__wrapped__(shape), shape
+SMALL = (torch.float32, 300, 72, 2, 3, 16, 1e-5, 64)
 
 
 def test_a_kernel_that_computes_something_else_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = fused().triton_kernels.swiglu
-    passed, _ = spoil(monkeypatch, lambda *words: real(*words) * (1 + 1e-4))
-    assert passed == {"loss", "rotation"}
+    monkeypatch.setattr(fused().triton_kernels, "swiglu", lambda *words: real(*words) * (1 + 1e-4))
+    assert fused()._passed.__wrapped__(*SMALL) == {"loss", "rotation"}
     said = capsys.readouterr().err
     assert "Triton kernels: loss, rotation | checked in" in said
     assert "Triton kernel SwiGLU is left out: relative error 1.0e-04, at most 1e-05" in said
@@ -136,8 +132,8 @@ def test_a_kernel_that_does_not_compile_is_left_out(
     def fails(*_: Any) -> Tensor:
         raise RuntimeError("PTXAS error")
 
-    passed, _ = spoil(monkeypatch, fails)
-    assert passed == {"loss", "rotation"}
+    monkeypatch.setattr(fused().triton_kernels, "swiglu", fails)
+    assert fused()._passed.__wrapped__(*SMALL) == {"loss", "rotation"}
     assert "Triton kernel SwiGLU does not run: RuntimeError: PTXAS error" in capsys.readouterr().err
 
 
@@ -148,7 +144,7 @@ def left_out_by_one() -> list[str]:
             fused().triton_kernels.swiglu = lambda x, grad=None: (
                 (x[..., :72] if grad is None else x) * float("nan")
             )
-        return sorted(fused()._passed(fused()._Shape(torch.float32, 300, 72, 2, 3, 16, 1e-5, 64)))
+        return sorted(fused()._passed(*SMALL))
 
 
 def test_ranks_agree_on_what_is_left_out() -> None:
