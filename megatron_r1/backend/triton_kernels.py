@@ -158,10 +158,8 @@ def rotation_kernel(
 @triton.jit
 def _one_of(a_ptr, a, b_ptr, b, c_ptr, c):
     """float32 from the place whose mask is set: the other loads give zeros and move nothing."""
-    found = tl.load(a_ptr, mask=a, other=0.0).to(tl.float32) + tl.load(b_ptr, mask=b, other=0.0).to(
-        tl.float32
-    )
-    return found + tl.load(c_ptr, mask=c, other=0.0).to(tl.float32)
+    found = tl.load(a_ptr, mask=a, other=0.0) + tl.load(b_ptr, mask=b, other=0.0)
+    return (found + tl.load(c_ptr, mask=c, other=0.0)).to(tl.float32)
 
 
 @triton.jit

@@ -79,11 +79,7 @@ class FusedSelfAttention(SelfAttention):
     """megatron-core's with split, norm and rotation of queries and keys as one kernel."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        rotary_pos_emb: Tensor | None = None,
-        **others: Any,
+        self, hidden_states: Tensor, attention_mask: Any, rotary_pos_emb: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(rotary_pos_emb, Tensor) or any(value is not None for value in others.values()):
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **others)
@@ -108,7 +104,7 @@ def install(gpt: Any, layers: bool) -> None:
     groups, eps = config.num_query_groups, config.layernorm_epsilon if config.qk_l2_norm else None
     heads = groups // ranks, config.num_attention_heads // groups, config.kv_channels
     widths = gpt.vocab_size // ranks, config.ffn_hidden_size // ranks, *heads
-    passed = _passed(config.params_dtype, *widths, eps, gpt.max_sequence_length)
+    passed = _passed((config.params_dtype, *widths, eps, gpt.max_sequence_length))
     gpt.loss_kernels = triton_kernels if "loss" in passed else None
     kinds = {MLP: ("SwiGLU", FusedMlp), SelfAttention: ("rotation", FusedSelfAttention)}
     for module in gpt.modules() if layers else ():
@@ -118,15 +114,15 @@ def install(gpt: Any, layers: bool) -> None:
 
 
 @functools.cache
-def _passed(dtype: torch.dtype, *shape: Any) -> frozenset[str]:
+def _passed(shape: tuple[Any, ...]) -> frozenset[str]:
     """Names of the kernels that compile on all ranks and agree with plain torch in float64.
 
     `shape`: that of `_cases`. The relative error of values and gradients, in norm, may be 1e-5 in float32 and
     1e-2 in bfloat16. A line says the seconds, which are mostly Triton's at a first run, and one names each
     kernel that is left out.
     """
-    start, bound = time.perf_counter(), 1e-5 if dtype == torch.float32 else 1e-2
-    cases = _cases(dtype, *shape)
+    start, bound = time.perf_counter(), 1e-5 if shape[0] == torch.float32 else 1e-2
+    cases = _cases(shape)
     error_K = torch.tensor([_error(name, *case) for name, case in cases.items()], device=backend.device())
     if dist.is_initialized():
         dist.all_reduce(error_K, dist.ReduceOp.MAX)
@@ -151,9 +147,8 @@ def _error(name: str, kernel: Callable[..., Any], plain: Callable[..., Any], *in
             upstream = upstream or [torch.linspace(-1, 2, o.numel()).to(o).view(o.shape) for o in outs]
             grads = torch.autograd.grad(outs, leaves, [widened(u) for u in upstream])
             results.append([*outs, *grads])
-        error_T = torch.stack(
-            [(ours - exact).norm() / exact.norm() for ours, exact in zip(*results, strict=True)]
-        )
+        pairs = zip(*results, strict=True)
+        error_T = torch.stack([(ours - exact).norm() / exact.norm() for ours, exact in pairs]).detach()
     except Exception as error:  # the compiler's or the driver's: whatever it is, the plain form runs
         say(f"Triton kernel {name} does not run: {type(error).__name__}: {message_of(error)}")
         return float("inf")
@@ -161,21 +156,13 @@ def _error(name: str, kernel: Callable[..., Any], plain: Callable[..., Any], *in
     return float(error_T.nan_to_num(float("inf"), float("inf")).max())
 
 
-def _cases(
-    dtype: torch.dtype,
-    vocabulary: int,
-    ffn: int,
-    groups: int,
-    queries: int,
-    d: int,
-    eps: float | None,
-    length: int,
-) -> dict[str, tuple[Any, ...]]:
+def _cases(shape: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
     """By name: kernel, plain form, and operands of a few tokens.
 
-    Of this rank: vocabulary, width of the feed-forward, groups of queries, queries of a group, head's width.
-    `eps` is that of `triton_kernels.rotate`. Positions are below `length`.
+    `shape`: type, vocabulary, width of the feed-forward, groups of queries, queries of a group and width of a
+    head, all of this rank, `eps` of `triton_kernels.rotate`, length of a sequence.
     """
+    dtype, vocabulary, ffn, groups, queries, d, eps, length = shape
     device = backend.device()
     generator = torch.Generator(device).manual_seed(1)
 

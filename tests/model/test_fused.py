@@ -94,14 +94,14 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_kernels_compute_what_plain_torch_does(dtype: torch.dtype, shape: str) -> None:
     """In float64. The interpreter rounds bf16 towards zero, which doubles the error of the plain form."""
-    for name, (kernel, plain, *inputs) in fused()._cases(dtype, *SHAPES[shape]).items():
+    for name, (kernel, plain, *inputs) in fused()._cases((dtype, *SHAPES[shape])).items():
         most = 1e-6 if dtype == torch.float32 else 2.2 * fused()._error(name, plain, plain, *inputs)
         assert 0 < fused()._error(name, kernel, plain, *inputs) <= most, name
 
 
 def test_gradients_may_lie_in_any_order() -> None:
     """Attention's backward pass returns what suits it: [B, heads, S, D], or a view of a larger tensor."""
-    _, _, mixed_SBGHD = fused()._cases(torch.float32, 8, 8, 2, 3, 16, 1e-5, 64)["rotation"]
+    _, _, mixed_SBGHD = fused()._cases((torch.float32, 8, 8, 2, 3, 16, 1e-5, 64))["rotation"]
     turn_SD = fused()._turn(torch.rand(8, 16).mul(5)[:, :8].repeat(1, 2))
     mixed_SBGHD.requires_grad_()
     outs = fused()._Rotation.apply(mixed_SBGHD, turn_SD, 1e-5)
@@ -120,7 +120,7 @@ def test_a_kernel_that_computes_something_else_is_left_out(
 ) -> None:
     real = fused().triton_kernels.swiglu
     monkeypatch.setattr(fused().triton_kernels, "swiglu", lambda *words: real(*words) * (1 + 1e-4))
-    assert fused()._passed.__wrapped__(*SMALL) == {"loss", "rotation"}
+    assert fused()._passed.__wrapped__(SMALL) == {"loss", "rotation"}
     said = capsys.readouterr().err
     assert "Triton kernels: loss, rotation | checked in" in said
     assert "Triton kernel SwiGLU is left out: relative error 1.0e-04, at most 1e-05" in said
@@ -133,7 +133,7 @@ def test_a_kernel_that_does_not_compile_is_left_out(
         raise RuntimeError("PTXAS error")
 
     monkeypatch.setattr(fused().triton_kernels, "swiglu", fails)
-    assert fused()._passed.__wrapped__(*SMALL) == {"loss", "rotation"}
+    assert fused()._passed.__wrapped__(SMALL) == {"loss", "rotation"}
     assert "Triton kernel SwiGLU does not run: RuntimeError: PTXAS error" in capsys.readouterr().err
 
 
@@ -144,7 +144,7 @@ def left_out_by_one() -> list[str]:
             fused().triton_kernels.swiglu = lambda x, grad=None: (
                 (x[..., :72] if grad is None else x) * float("nan")
             )
-        return sorted(fused()._passed(*SMALL))
+        return sorted(fused()._passed(SMALL))
 
 
 def test_ranks_agree_on_what_is_left_out() -> None:
