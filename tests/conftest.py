@@ -27,6 +27,8 @@ os.environ.setdefault("SUITE_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVI
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     HF_HUB_OFFLINE="1",
+    # Read when triton is imported, where it is installed: kernels for a GPU run on the CPU.
+    TRITON_INTERPRET="1",
     no_proxy="localhost,127.0.0.1,::1",
     **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
 )

@@ -161,6 +161,11 @@ def has_transformer_engine() -> bool:
     return HAS_CUDA and _importable("transformer_engine") and _importable("transformer_engine.pytorch")
 
 
+def has_triton() -> bool:
+    """This project's kernels (triton_kernels.py) can be compiled for this device."""
+    return HAS_CUDA and _importable("triton")
+
+
 def describe(plain_layers: bool = False) -> str:
     """One line for the log: what runs here. `plain_layers`: as of `build_model`."""
     where = torch.cuda.get_device_name() if HAS_CUDA else f"CPU, {torch.get_num_threads()} threads a rank"

@@ -103,8 +103,9 @@ def build_model(
 
     Needs megatron-core's process groups and seeded generators. `plain_layers`: megatron-core's own
     layers even where Transformer Engine is installed; checkpoints of the one load into the other.
-    `initialise` False: memory without values, for a caller that fills every weight. `recompute`: see
-    TrainConfig. `chunk`: which of the rank's parts, where the pipeline is interleaved.
+    `initialise` False: memory without values, and no kernels of Triton, for a caller that fills every
+    weight and trains none. `recompute`: see TrainConfig. `chunk`: which of the rank's parts, where the
+    pipeline is interleaved. Every rank calls this.
     """
     fused = backend.has_transformer_engine() and not plain_layers
     config = transformer_config(model, parallel, precision, fused, recompute)
@@ -126,7 +127,12 @@ def build_model(
         # megatron-core's own `rope_scaling` has Llama 3.1's other constants built in.
         rotary = gpt.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rope_scaling)
-    return backend.place(gpt)
+    gpt = backend.place(gpt)
+    if initialise and backend.has_triton():
+        from megatron_r1.model import fused as kernels
+
+        kernels.install(gpt, layers=not fused)
+    return gpt
 
 
 class Chunks(torch.nn.ModuleList):

@@ -53,17 +53,19 @@ def linear_cross_entropy(
     group: Any = None,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    kernels: Any = None,
 ) -> Tensor:
     """Cross-entropy of softmax(H W^T) against the labels, nats, float32 [N].
 
     `group`: the tensor-parallel group, whose ranks hold consecutive shards of W; the gradient of H is then
     a part, to be summed over it. `chunk`: tokens whose logits exist at a time; None: all of them, where a
     backward pass is to come. `z_loss` c: the gradient is that of cross-entropy + c log^2(sum exp z), which
-    keeps logits from drifting; the value stays the cross-entropy.
+    keeps logits from drifting; the value stays the cross-entropy. `kernels`: backend/triton_kernels.py, where
+    a GPU can run it; None: the plain form. Both call the same collectives.
     """
     if not torch.is_grad_enabled():
         chunk = chunk or _FORWARD_CHUNK
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss, kernels)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -76,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: Any,
         chunk: int | None,
         z_loss: float,
+        kernels: Any,
     ) -> Tensor:
         tokens, shard = len(hidden_ND), len(weight_VD)
         if group is not None and group.size() > 1:
@@ -84,10 +87,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             group = None
         size = min(chunk or tokens, tokens)
+        keep = size == tokens and any(ctx.needs_input_grad)
         max_N, sum_N, label_N = hidden_ND.new_empty(3, tokens, dtype=torch.float32)
         for rows in _slices(tokens, size):
             logits = hidden_ND[:0]  # the last chunk's go before the next come
             logits = hidden_ND[rows] @ weight_VD.t()
+            if kernels is not None:
+                # Statistics of one rank are those of all: then the logits need not be read again.
+                ours = kernels.row_statistics(logits, labels_N[rows], keep and group is None, z_loss)
+                max_N[rows] = _reduced(ours[0].clone(), group, dist.ReduceOp.MAX)
+                label_N[rows] = _reduced(ours[2], group)
+                sum_N[rows] = _reduced(ours[1] * (ours[0] - max_N[rows]).exp(), group)
+                continue
             mine, column = _label_columns(labels_N[rows], shard)
             max_N[rows] = _reduced(logits.amax(1).float(), group, dist.ReduceOp.MAX)
             label = torch.where(mine, logits.gather(1, column[:, None])[:, 0].float(), 0.0)
@@ -96,11 +107,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         normaliser_N = max_N + sum_N.log()
         if z_loss:
             sum_N = sum_N / (1 + 2 * z_loss * normaliser_N)
-        kept = None
-        if size == tokens and any(ctx.needs_input_grad):
-            kept = _subtract_labels(logits, labels_N, max_N, sum_N, label_N)
-        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, kept)
-        ctx.weight, ctx.size = weight_VD, size
+        if keep and kernels is None:
+            _subtract_labels(logits, labels_N, max_N, sum_N, label_N)
+        elif keep and group is not None:
+            kernels.to_residual(logits, labels_N, max_N, sum_N, label_N)
+        ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, logits if keep else None)
+        ctx.weight, ctx.size, ctx.kernels = weight_VD, size, kernels
         return normaliser_N - label_N
 
     @staticmethod
@@ -115,14 +127,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             residual = hidden[:0] if kept is None else kept  # the last chunk's goes before the next comes
             if kept is None:
                 residual = hidden @ weight_VD.t()
-                _exponentiate(residual, max_N[rows])
-                _subtract_labels(residual, labels_N[rows], max_N[rows], sum_N[rows], label_N[rows])
+                numbers = (labels_N[rows], max_N[rows], sum_N[rows], label_N[rows])
+                if ctx.kernels is not None:
+                    ctx.kernels.to_residual(residual, *numbers)
+                else:
+                    _exponentiate(residual, max_N[rows])
+                    _subtract_labels(residual, *numbers)
             grad_ND[rows] = (residual @ weight_VD) * factor
             _add_product(total_VD, residual, (hidden * factor).to(hidden.dtype))
         if main_VD is None:
-            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None, None
+            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None, None, None
         say_added(weight_VD)
-        return grad_ND, None, None, None, None, None
+        return grad_ND, None, None, None, None, None, None
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -158,13 +174,13 @@ def _subtract_labels(
     max_N: Tensor,
     sum_N: Tensor,
     label_N: Tensor,
-) -> Tensor:
+) -> None:
     """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
     mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
-    row_n = mine_N.nonzero()[:, 0]
-    value_N = (label_N - max_N).exp() - sum_N
-    exponentials_NV[row_n, column_N[row_n]] = value_N[row_n].to(exponentials_NV.dtype)
-    return exponentials_NV
+    value_N = ((label_N - max_N).exp() - sum_N).to(exponentials_NV.dtype)
+    # Another rank's label: what is there is written again. To pick the rows, the host would wait for a GPU.
+    value_N = torch.where(mine_N, value_N, exponentials_NV.gather(1, column_N[:, None])[:, 0])
+    exponentials_NV.scatter_(1, column_N[:, None], value_N[:, None])
 
 
 def _add_product(total_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:

@@ -32,7 +32,8 @@ class VocabularyGpt(GPTModel):
     head_chunk: int | None = None
     """Tokens whose logits exist at a time while training; None: all of the micro-batch."""
     z_loss: float = 0.0
-    """See `linear_cross_entropy`."""
+    loss_kernels: Any = None
+    """Both: see `linear_cross_entropy`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -60,6 +61,7 @@ class VocabularyGpt(GPTModel):
             group,
             self.head_chunk,
             self.z_loss,
+            self.loss_kernels,
         )
         return loss_N.view(s, b).t().contiguous()
 

@@ -19,7 +19,8 @@ def has(*modules: str) -> bool:
 def environment(visible: bool = True) -> dict[str, str]:
     """The variables of a process: on the GPU, or on the CPU of the same machine."""
     devices = os.environ["SUITE_VISIBLE_DEVICES"] if visible else ""
-    return {"CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path()])}
+    path = os.pathsep.join([str(ROOT), *_path()])
+    return {"CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
 
 
 def python(program: str, *words: object) -> str:

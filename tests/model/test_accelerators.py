@@ -1,4 +1,4 @@
-"""Transformer Engine, where it is: it computes what runs without it, and the log says so."""
+"""Transformer Engine and Triton kernels, where they are: they compute what runs without; the log says so."""
 
 from __future__ import annotations
 
@@ -53,6 +53,45 @@ def test_transformer_engine_s_layers_compute_what_ours_do(
     """Logits and gradients, from a checkpoint that the one wrote and the other read."""
     errors = [float(line) for line in gpu.python(LAYERS, precision, tmp_path).split()[-2:]]
     assert all(0 < error < most for error in errors), errors
+
+
+KERNELS = """
+import sys
+import torch
+from megatron_r1 import backend
+from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
+
+precision = sys.argv[1]
+model, one_rank = ModelConfig(2, 576, 2048, 9, 3, 128256, head_dim=64), ParallelConfig()
+token_BS = torch.randint(128256, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+position_BS = torch.arange(256, device="cuda").expand(2, 256)
+backend.use_local_device(0, 1)
+found = {}
+with process_groups(one_rank):
+    has_triton = backend.has_triton
+    for kernels in (False, True):
+        backend.has_triton = lambda: kernels and has_triton()
+        backend.seed_model_parallel(1)
+        gpt = build_model(model, one_rank, precision, 2048, plain_layers=True)
+        loss_BS = gpt(token_BS[:, :-1], position_BS, None, labels=token_BS[:, 1:])
+        loss_BS.sum().backward()
+        found[kernels] = [loss_BS.detach(), *(p.grad for p in gpt.parameters())]
+kinds = {type(module).__name__ for module in gpt.modules()}
+pairs = [(ours.double(), plain.double()) for ours, plain in zip(found[True], found[False], strict=True)]
+print({"FusedMlp", "FusedSelfAttention"} <= kinds and gpt.loss_kernels is not None)
+print(*(float((ours - plain).norm() / plain.norm()) for ours, plain in pairs))
+"""
+
+
+@pytest.mark.skipif(not gpu.has("triton"), reason="needs a GPU and triton")
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-4), ("bf16", 3e-2)], ids=["fp32", "bf16"])
+def test_kernels_compute_what_megatron_core_s_layers_do(precision: str, most: float) -> None:
+    """Compiled, at the widths of a preset: loss and every gradient, and no kernel is left out."""
+    used, errors = gpu.python(KERNELS, precision).splitlines()[-2:]
+    assert used == "True"
+    assert all(float(error) < most for error in errors.split()), errors
 
 
 @pytest.mark.parametrize(
