@@ -57,6 +57,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_memory() -> int | None:
+    """Bytes that tensors of this process can still have on the GPU; None on a CPU."""
+    if not HAS_CUDA:
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seed torch and megatron-core's tensor-parallel generators."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -75,6 +82,11 @@ def _importable(name: str) -> bool:
 def has_transformer_engine() -> bool:
     """Transformer Engine's layers can be used: its torch part is there and so is a GPU."""
     return HAS_CUDA and _importable("transformer_engine") and _importable("transformer_engine.pytorch")
+
+
+def has_triton() -> bool:
+    """Kernels written in Triton can run."""
+    return HAS_CUDA and _importable("triton")
 
 
 def has_apex() -> bool:

@@ -109,7 +109,10 @@ def _collect(collector: _Collector, engine: Engine, sets: list[Examples]) -> Non
     size, seq_length = engine.influence.micro_batch, engine.seq_length
     for number, windows in enumerate(sets):
         passes = windows.passes(0, len(windows), engine.rows_per_pass)
-        with engine.drawn_labels(windows, number) as batches, Scorer(engine.gpt, collector) as scorer:
+        with (
+            engine.drawn_labels(windows, number) as batches,
+            Scorer(engine.gpt, collector, draws=True) as scorer,
+        ):
             run_passes(engine.model, batches, passes, size, seq_length, scorer.begin)
 
 
