@@ -233,8 +233,8 @@ class Ghost:
             self._add(row_BX, c, torch.linalg.vecdot(g_BSD.float(), rows_BSD), 0)
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
-        for c, direction_D in enumerate(self.directions[name]):
-            self._add(row_BX, c, (g_SBD.double() @ direction_D.double()).T, first)
+        for c, token_SB in enumerate((g_SBD.double() @ self.directions[name].double().T).unbind(-1)):
+            self._add(row_BX, c, token_SB.T, first)
 
     def _add(self, row_BX: Tensor, c: int, token_BS: Tensor, first: int) -> None:
         if self.per_token:
