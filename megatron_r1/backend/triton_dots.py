@@ -75,3 +75,26 @@ def dots(gradient_BP: Tensor, direction_CP: Tensor, squares: bool) -> Tensor:
         )  # fmt: skip
         out[:, first : first + c + last] = sums.sum(0, dtype=torch.float64)
     return out
+
+
+@triton.jit
+def _row_sums(left_ptr, right_ptr, out_ptr, length, left_stride, right_stride, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [rows]: this program's row."""
+    row = tl.program_id(0).to(tl.int64)
+    left_ptr += row * left_stride
+    right_ptr += row * right_stride
+    total = tl.zeros((tile,), tl.float32)
+    for first in range(0, length, tile):
+        place = first + tl.arange(0, tile)
+        left = tl.load(left_ptr + place, mask=place < length, other=0.0).to(tl.float32)
+        total += left * tl.load(right_ptr + place, mask=place < length, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(total, axis=0))
+
+
+def row_dots(left_NK: Tensor, right_NK: Tensor) -> Tensor:
+    """<x_n, y_n> of each row: float32 [N]. Numbers of a row are contiguous; rows may lie apart."""
+    out_N = left_NK.new_empty(len(left_NK), dtype=torch.float32)
+    _row_sums[(len(out_N),)](
+        left_NK, right_NK, out_N, left_NK.shape[1], left_NK.stride(0), right_NK.stride(0), tile=1024
+    )
+    return out_N

@@ -97,12 +97,12 @@ def _add_one_by_one(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI:
 def _add_together(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor) -> None:
     c, (batch, inputs) = len(direction_COI), a_SBI.shape[1:]
     a_BSI, g_BSO = a_SBI.transpose(0, 1), g_SBO.transpose(0, 1)
-    reduce = _reduction(a_SBI.device, a_SBI.dtype, batch, c)
+    dots, _ = _reductions(a_SBI.device, a_SBI.dtype, batch, c)
     size = rows_at_a_time(batch * inputs)
     for first in range(0, g_BSO.shape[2], size):
         gradient_BOI = product(g_BSO[..., first : first + size], a_BSI)
         part_COI = direction_COI[:, first : first + size]
-        out_BX += reduce(gradient_BOI.flatten(1), part_COI.flatten(1), out_BX.shape[1] > c)
+        out_BX += dots(gradient_BOI.flatten(1), part_COI.flatten(1), out_BX.shape[1] > c)
 
 
 def rows_at_a_time(elements: int) -> int:
@@ -121,30 +121,45 @@ def _block() -> int:
     return max(least, min(most, 1 << share.bit_length() >> 1))
 
 
-Reduction = Callable[[Tensor, Tensor, bool], Tensor]
-"""gradient [B, P], directions [C, P], squares -> products and squares, float64 [B, C + squares]."""
+def token_dots(left_SBK: Tensor, right_SBK: Tensor) -> Tensor:
+    """<x_sb, y_sb> at each place: float32 [S, B]. Numbers of a place are contiguous."""
+    _, row_dots = _reductions(left_SBK.device, left_SBK.dtype, left_SBK.shape[1], 1)
+    return row_dots(left_SBK.flatten(0, 1), right_SBK.flatten(0, 1)).view(left_SBK.shape[:2])
+
+
+Reductions = tuple[Callable[[Tensor, Tensor, bool], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""(gradient [B, P], directions [C, P], squares) -> products and squares, float64 [B, C + squares];
+(x [N, K], y [N, K]) -> products of rows, float32 [N]."""
 
 
 @functools.cache
-def _reduction(device: torch.device, dtype: torch.dtype, batch: int, capabilities: int) -> Reduction:
-    """The kernel, if there is Triton and the kernel's sums are those of the operators on a first trial."""
+def _reductions(device: torch.device, dtype: torch.dtype, batch: int, capabilities: int) -> Reductions:
+    """The kernels, if there is Triton and the kernels' sums are those of the operators on a first trial."""
+    plain = _sums, _row_sums
     if not backend.has_triton():
-        return _sums
+        return plain
     random = torch.Generator(device).manual_seed(1)
     x_NP = torch.randn(batch + capabilities, _TRIAL, generator=random, device=device)
-    trial = x_NP[:batch].to(dtype), x_NP[batch:], True
+    gradient, direction = x_NP[:batch].to(dtype), x_NP[batch:]
+    rows = gradient, direction[:1].to(dtype).expand(batch, -1)
     try:
-        from megatron_r1.backend.triton_dots import dots
+        from megatron_r1.backend import triton_dots
 
         # Products of two such rows are about sqrt(P). Squares are P, and have an error of P 2^-24.
-        error = float((dots(*trial) - _sums(*trial)).abs().max()) / _TRIAL**0.5
-        reason = "" if error < 1e-4 else f"its products are {error:.1e} from those of torch's operators"
+        wrong = triton_dots.dots(gradient, direction, True) - _sums(gradient, direction, True)
+        wrong_rows = triton_dots.row_dots(*rows) - _row_sums(*rows)
+        error = max(float(x.abs().max()) for x in (wrong, wrong_rows)) / _TRIAL**0.5
+        if error < 1e-4:
+            return triton_dots.dots, triton_dots.row_dots
+        reason = f"products are {error:.1e} from those of torch's operators"
     except Exception as failure:  # of a compiler, of any kind
         reason = str(failure)[:200]
-    if not reason:
-        return dots
-    say(f"influence: the kernel of products is left out: {reason}")
-    return _sums
+    say(f"influence: the kernels of products are left out: {reason}")
+    return plain
+
+
+def _row_sums(left_NK: Tensor, right_NK: Tensor) -> Tensor:
+    return left_NK.float().mul(right_NK).sum(-1)
 
 
 def _sums(gradient_BP: Tensor, direction_CP: Tensor, squares: bool) -> Tensor:
@@ -225,7 +240,7 @@ class Ghost:
         wide_SBL, short_SBK = (g_SBO, a_SBI) if g_SBO.shape[2] > a_SBI.shape[2] else (a_SBI, g_SBO)
         for c, direction_OI in enumerate(self.directions[name].to(g_SBO.dtype)):
             passed_SBK = times(wide_SBL, direction_OI if wide_SBL is g_SBO else direction_OI.T)
-            self._add(row_BX, c, passed_SBK.float().mul_(short_SBK).sum(-1).T, 0)
+            self._add(row_BX, c, token_dots(passed_SBK, short_SBK).T, 0)
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         for c, direction_VD in enumerate(self.directions[name]):
