@@ -32,6 +32,8 @@ os.environ.update(
     no_proxy="localhost,127.0.0.1,::1",
     **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
 )
+# Kernels run in Triton's interpreter, which is chosen when Triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
 # Where tests run beside each other, threads of one would wait for cores of the other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

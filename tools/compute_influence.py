@@ -10,15 +10,15 @@ import os
 from megatron_r1 import config_io
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
 from megatron_r1.system.process import launch_number
-from megatron_r1.system.terminal import announce_torch, say, tool_parser, user_errors
+from megatron_r1.system.terminal import announce_torch, is_first_rank, say, tool_parser, user_errors
 
 
 def main() -> None:
     parser = tool_parser(__doc__)
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
-    parser.add_argument("--estimate", action="store_true", help="print how long it would take, and exit")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one device; default: H100, bf16")
+    parser.add_argument("--estimate", action="store_true", help="measure how long it takes here, and exit")
+    parser.add_argument("--peak-tflops", type=float, help="estimate for other devices; H100, bf16: 989")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak; default: 0.4")
     options = parser.parse_intermixed_args()
     with user_errors():
@@ -26,8 +26,15 @@ def main() -> None:
         ranks = launch_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else None
         if options.estimate:
             config = config_io.load(options.config)
-            devices = ranks or config.parallel.model_ranks()
-            print(estimate(config, devices, options.peak_tflops, options.utilisation))
+            if options.peak_tflops is None:
+                from megatron_r1.influence.score import measured_estimate
+
+                line = measured_estimate(config, ranks or 1)
+            else:
+                devices = ranks or config.parallel.model_ranks()
+                line = estimate(config, devices, options.peak_tflops, options.utilisation)
+            if is_first_rank():
+                print(line)
             return
         config, work = config_io.load_with(options.config, lambda config: lay_plan(config, ranks))
         if options.check:

@@ -141,6 +141,13 @@ class Mark:
         return float(earlier._at.elapsed_time(self._at) / 1e3 if HAS_CUDA else self._at - earlier._at)
 
 
+def free_memory() -> int | None:
+    """Bytes that tensors of this process can still have on the GPU; None on a CPU."""
+    if not HAS_CUDA:
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seed torch and megatron-core's tensor-parallel generators."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

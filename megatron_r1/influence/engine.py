@@ -149,7 +149,7 @@ class Engine:
                 yield batch
 
         passes = windows.passes(0, len(windows), self.rows_per_pass)
-        gradient = self._summed_gradient(counted(), passes, self.influence.micro_batch)
+        gradient = self.summed_gradient(counted(), passes, self.influence.micro_batch)
         for g in gradient.values():
             sum_over("tokens", g).div_(len(windows))
         return gradient
@@ -160,12 +160,12 @@ class Engine:
         Every rank gets the same number of gradients. The last ones may be 0.
         """
         for batch in chain.from_iterable(self.batches(windows, micro_batch=1) for windows in sources):
-            gradient = self._summed_gradient(iter([batch]), 1, 1)
+            gradient = self.summed_gradient(iter([batch]), 1, 1)
             for g in gradient.values():
                 sum_over("context", g)
             yield gradient
 
-    def _summed_gradient(self, batches: Iterator[Batch], passes: int, micro_batch: int) -> Gradient:
+    def summed_gradient(self, batches: Iterator[Batch], passes: int, micro_batch: int) -> Gradient:
         """Sum over this rank's rows and tokens, complete over tensor-parallel ranks and stages."""
         mine = named_parameters(self.gpt)
         sums = {

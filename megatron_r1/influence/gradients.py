@@ -63,12 +63,13 @@ class RowSums:
 class Scorer:
     """Context manager that collects products of micro-batches from hooks on the model.
 
-    Within it no parameter requires a gradient, so that autograd computes no weight gradients. Raises
+    Within it no parameter requires a gradient, so that autograd computes no weight gradients. `draws`: the
+    head's layer runs, whose output `Engine.drawn_labels` reads; else head and loss are one operation. Raises
     ValueError where a parameter belongs to a layer that the scorer does not know.
     """
 
-    def __init__(self, gpt: Any, method: Method):
-        self.gpt, self.method = gpt, method
+    def __init__(self, gpt: Any, method: Method, draws: bool = False):
+        self.gpt, self.method, self.draws = gpt, method, draws
         self.sums: list[RowSums] = []
         """One for each micro-batch, in the order of the forward passes."""
         self._hooks = ExitStack()
@@ -91,6 +92,9 @@ class Scorer:
                 f"no rule for the gradient of {', '.join(rest[:4])}: scoring knows megatron-core's own "
                 f"parallel layers and RMSNorm without biases, not Transformer Engine's"
             )
+        if not self.draws:
+            self._hooks.callback(setattr, self.gpt, "head_watcher", self.gpt.head_watcher)
+            self.gpt.head_watcher = self._watch_head
         for p in self.gpt.parameters():
             if p.requires_grad:
                 self._hooks.callback(p.requires_grad_)
@@ -127,12 +131,21 @@ class Scorer:
         def add(g_SBO: Tensor) -> None:
             a = _whole_sequence(a_SBI, module) if split and column else a_SBI
             g = _whole_sequence(g_SBO, module) if split and not column else g_SBO
-            self.method.linear(name, a, g, sums.sharded_BX)
-            if self.method.squares and name == EMBEDDING:
-                index_BS, mine_BS = _mine(sums.tokens_BS, g.shape[2], module.tp_group)
-                sums.head_BSD = _head_rows(a, g, index_BS) * mine_BS[..., None]
+            self._add_products(name, sums, a, g)
 
         output[0].register_hook(add)
+
+    def _watch_head(self) -> Callable[[Tensor, Tensor], None]:
+        return partial(self._add_products, EMBEDDING, self.sums[-1])
+
+    def _add_products(self, name: str, sums: RowSums, a_SBI: Tensor, g_SBO: Tensor) -> None:
+        if name not in self.method.names:
+            return
+        self.method.linear(name, a_SBI, g_SBO, sums.sharded_BX)
+        if self.method.squares and name == EMBEDDING:
+            group = parallel_state.get_tensor_model_parallel_group()
+            index_BS, mine_BS = _mine(sums.tokens_BS, g_SBO.shape[2], group)
+            sums.head_BSD = _head_rows(a_SBI, g_SBO, index_BS) * mine_BS[..., None]
 
     def _embedding(self, module: Any, inputs: tuple[Any, ...], output: Tensor, name: str) -> Tensor:
         sums = self.sums[-1]

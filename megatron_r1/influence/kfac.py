@@ -36,7 +36,7 @@ from megatron_r1 import backend
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.engine import Engine, run_passes
 from megatron_r1.influence.gradients import Scorer
-from megatron_r1.influence.methods import Method
+from megatron_r1.influence.methods import Method, rows_at_a_time
 from megatron_r1.influence.parameters import (
     EMBEDDING,
     Directions,
@@ -57,7 +57,7 @@ _DAMPING = 0.1
 _AT_ONCE = 1 << 30
 """Elements of factors that a rank holds at a time (or one layer's). Further layers take further passes."""
 _BLOCK = 1 << 22
-"""Elements of the examples' rotated gradients formed at a time."""
+"""Elements of the examples' rotated gradients formed at a time on a CPU."""
 _STRIPE = 8192
 """Columns of the head's gradient squared at a time."""
 
@@ -109,7 +109,10 @@ def _collect(collector: _Collector, engine: Engine, sets: list[Examples]) -> Non
     size, seq_length = engine.influence.micro_batch, engine.seq_length
     for number, windows in enumerate(sets):
         passes = windows.passes(0, len(windows), engine.rows_per_pass)
-        with engine.drawn_labels(windows, number) as batches, Scorer(engine.gpt, collector) as scorer:
+        with (
+            engine.drawn_labels(windows, number) as batches,
+            Scorer(engine.gpt, collector, draws=True) as scorer,
+        ):
             run_passes(engine.model, batches, passes, size, seq_length, scorer.begin)
 
 
@@ -176,8 +179,7 @@ class _Factors(_Collector):
         # Rows that fill up a batch have no gradient; their inputs must not count either.
         real_B = tokens[split_axis(name) != 0].any(-1).any(0)
         for x_SBX, factor_XX in zip(tokens, self.sides[name], strict=True):
-            x_NX = x_SBX[:, real_B].flatten(0, 1)
-            factor_XX.addmm_(x_NX.T, x_NX)
+            _add_products(factor_XX, (x_SBX * real_B[:, None]).flatten(0, 1))
 
     def _head(self, a_ND: Tensor, g_NV: Tensor) -> None:
         left_V, right_DD = self.sides[EMBEDDING]
@@ -229,11 +231,12 @@ class _Moments(_Collector):
         }
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        left_SBX, right_SBY = _tokens(name, a_SBI, g_SBO)
+        left_SBX, right_SBY = (x.float() for x in _tokens(name, a_SBI, g_SBO))
         left, right = self._bases[name]
         left_BXS = (left_SBX @ left[:, _mine(len(left))]).permute(1, 2, 0)
         right_BSY = (right_SBY @ right).transpose(0, 1)
-        rows = max(1, _BLOCK // (len(right_BSY) * len(right)))
+        size = len(right_BSY) * len(right)
+        rows = max(1, _BLOCK // size) if right.device.type == "cpu" else rows_at_a_time(size)
         for total_XY, part_BXS in zip(
             self.squares_XY[name].split(rows), left_BXS.split(rows, dim=1), strict=True
         ):
@@ -241,12 +244,22 @@ class _Moments(_Collector):
 
 
 def _tokens(name: str, a_SBI: Tensor, g_SBO: Tensor) -> Sides:
-    """The tokens' vectors along each axis of a weight, whole: float32 [S, B, X], [S, B, Y]."""
+    """The tokens' vectors along each axis of a weight, whole: [S, B, X], [S, B, Y]."""
     left, right = (g_SBO, a_SBI) if split_axis(name) == 0 else (a_SBI, g_SBO)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         group = parallel_state.get_tensor_model_parallel_group()
         left = gather_from_tensor_model_parallel_region(left.contiguous(), group=group)
-    return left.float(), right.float()
+    return left, right
+
+
+def _add_products(total_XX: Tensor, x_NX: Tensor) -> None:
+    """total += sum_n x_n x_n^T, summed in float32. On a GPU bf16 is multiplied as it is, which is exact."""
+    mixed = x_NX.device.type != "cpu" and "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8
+    if x_NX.dtype == torch.float32 or not mixed:
+        x_NX = x_NX.float()
+        total_XX.addmm_(x_NX.T, x_NX)
+    else:
+        total_XX += torch.mm(x_NX.T, x_NX, out_dtype=torch.float32)
 
 
 def _mine(size: int, rank: int | None = None) -> slice:

@@ -9,6 +9,7 @@ A new method is a class with these methods, a line in `METHODS`, and its name in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -17,14 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_r1 import backend
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import Directions, product, times
 from megatron_r1.influence.projection import projected
+from megatron_r1.system.terminal import say
 
-_BLOCK = 1 << 22
-"""Elements of the per-example gradients formed at a time."""
+_BLOCKS = 1 << 22, 1 << 28
+"""Fewest and most elements of the examples' gradients formed at a time on a GPU, by its free memory."""
+_ROWS = 64
+"""Rows of a block are a multiple of it: a product's kernel for other shapes takes twice the time."""
 _CPU_BLOCK = 1 << 18
 """Elements of one example's gradient formed at a time on a CPU, whose cache holds them."""
+_TRIAL = 5120
+"""Elements of a row on which the kernel is tried: two and a half of its tiles."""
 _PIECE = 64
 """Most products that float32 sums one after the other where examples are batched. bf16's rounding exceeds the
 error of four times as many."""
@@ -90,15 +97,81 @@ def _add_one_by_one(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI:
 def _add_together(out_BX: Tensor, a_SBI: Tensor, g_SBO: Tensor, direction_COI: Tensor) -> None:
     c, (batch, inputs) = len(direction_COI), a_SBI.shape[1:]
     a_BSI, g_BSO = a_SBI.transpose(0, 1), g_SBO.transpose(0, 1)
-    size = max(1, _BLOCK // batch // inputs)
-    piece = math.gcd(inputs, _PIECE if a_SBI.dtype.itemsize > 2 else 4 * _PIECE)
+    dots, _ = _reductions(a_SBI.device, a_SBI.dtype, batch, c)
+    size = rows_at_a_time(batch * inputs)
     for first in range(0, g_BSO.shape[2], size):
-        part_CRP = direction_COI[:, first : first + size].reshape(c, -1, piece)
-        gradient_BOI = product(g_BSO[..., first : first + size], a_BSI).float()
-        gradient_RBP = gradient_BOI.reshape(batch, -1, piece).transpose(0, 1)
-        out_BX[:, :c] += torch.bmm(gradient_RBP, part_CRP.permute(1, 2, 0)).double().sum(0)
-        if out_BX.shape[1] > c:
-            out_BX[:, c] += torch.linalg.vector_norm(gradient_RBP, dim=2).double().square().sum(0)
+        gradient_BOI = product(g_BSO[..., first : first + size], a_BSI)
+        part_COI = direction_COI[:, first : first + size]
+        out_BX += dots(gradient_BOI.flatten(1), part_COI.flatten(1), out_BX.shape[1] > c)
+
+
+def rows_at_a_time(elements: int) -> int:
+    """Rows of the examples' gradients in a block on a GPU, where one row of all of them has `elements`."""
+    return max(_ROWS, _block() // elements // _ROWS * _ROWS)
+
+
+@functools.cache
+def _block() -> int:
+    """Elements of a block, which with its float32 copies takes a third of the memory free at the first call.
+
+    A power of 2, so that other launches on the same kind of GPU have the same blocks.
+    """
+    least, most = _BLOCKS
+    share = (backend.free_memory() or 0) // 64
+    return max(least, min(most, 1 << share.bit_length() >> 1))
+
+
+def token_dots(left_SBK: Tensor, right_SBK: Tensor) -> Tensor:
+    """<x_sb, y_sb> at each place: float32 [S, B]. Numbers of a place are contiguous."""
+    _, row_dots = _reductions(left_SBK.device, left_SBK.dtype, left_SBK.shape[1], 1)
+    return row_dots(left_SBK.flatten(0, 1), right_SBK.flatten(0, 1)).view(left_SBK.shape[:2])
+
+
+Reductions = tuple[Callable[[Tensor, Tensor, bool], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""(gradient [B, P], directions [C, P], squares) -> products and squares, float64 [B, C + squares];
+(x [N, K], y [N, K]) -> products of rows, float32 [N]."""
+
+
+@functools.cache
+def _reductions(device: torch.device, dtype: torch.dtype, batch: int, capabilities: int) -> Reductions:
+    """The kernels, if there is Triton and the kernels' sums are those of the operators on a first trial."""
+    plain = _sums, _row_sums
+    if not backend.has_triton():
+        return plain
+    random = torch.Generator(device).manual_seed(1)
+    x_NP = torch.randn(batch + capabilities, _TRIAL, generator=random, device=device)
+    gradient, direction = x_NP[:batch].to(dtype), x_NP[batch:]
+    rows = gradient, direction[:1].to(dtype).expand(batch, -1)
+    try:
+        from megatron_r1.backend import triton_dots
+
+        # Products of two such rows are about sqrt(P). Squares are P, and have an error of P 2^-24.
+        wrong = triton_dots.dots(gradient, direction, True) - _sums(gradient, direction, True)
+        wrong_rows = triton_dots.row_dots(*rows) - _row_sums(*rows)
+        error = max(float(x.abs().max()) for x in (wrong, wrong_rows)) / _TRIAL**0.5
+        if error < 1e-4:
+            return triton_dots.dots, triton_dots.row_dots
+        reason = f"products are {error:.1e} from those of torch's operators"
+    except Exception as failure:  # of a compiler, of any kind
+        reason = str(failure)[:200]
+    say(f"influence: the kernels of products are left out: {reason}")
+    return plain
+
+
+def _row_sums(left_NK: Tensor, right_NK: Tensor) -> Tensor:
+    return left_NK.float().mul(right_NK).sum(-1)
+
+
+def _sums(gradient_BP: Tensor, direction_CP: Tensor, squares: bool) -> Tensor:
+    """The products by torch's operators, whose float32 sums are short, on any device."""
+    piece = math.gcd(gradient_BP.shape[1], _PIECE if gradient_BP.dtype.itemsize > 2 else 4 * _PIECE)
+    gradient_MBP = gradient_BP.float().unflatten(1, (-1, piece)).transpose(0, 1)
+    direction_MPC = direction_CP.unflatten(1, (-1, piece)).permute(1, 2, 0)
+    out_BC = torch.bmm(gradient_MBP, direction_MPC).sum(0, dtype=torch.float64)
+    if not squares:
+        return out_BC
+    square_B = torch.linalg.vector_norm(gradient_MBP, dim=2).double().square().sum(0)
+    return torch.cat([out_BC, square_B[:, None]], 1)
 
 
 class WgradDot:
@@ -138,12 +211,13 @@ class WgradDot:
 def _squared_rows(index_BS: Tensor, g_BSD: Tensor) -> Tensor:
     """Squared norm of each example's gradient of an embedding, float64 [B]. Equal indices add up first."""
     b, s, d = g_BSD.shape
-    row = torch.arange(b, device=g_BSD.device)[:, None]
-    key = index_BS * b + row
-    used, place = torch.unique(key, return_inverse=True)
-    sums = g_BSD.new_zeros(len(used), d).index_add_(0, place.flatten(), g_BSD.reshape(b * s, d))
-    square = sums.square().sum(1)
-    return square.new_zeros(b).index_add_(0, used % b, square)
+    sorted_BS, order_BS = index_BS.sort(1)
+    # Each token's place among the different tokens of its example: no sizes that the host must wait for.
+    number_BS = F.pad(sorted_BS.diff(dim=1) != 0, (1, 0)).cumsum(1)
+    number_BS += torch.arange(0, b * s, s, device=g_BSD.device)[:, None]
+    place_BS = torch.empty_like(order_BS).scatter_(1, order_BS, number_BS)
+    sums_ND = g_BSD.new_zeros(b * s, d).index_add_(0, place_BS.flatten(), g_BSD.reshape(b * s, d))
+    return sums_ND.square_().view(b, -1).sum(1)
 
 
 class Ghost:
@@ -162,9 +236,11 @@ class Ghost:
         self.width = seq_length * capabilities if per_token else capabilities
 
     def linear(self, name: str, a_SBI: Tensor, g_SBO: Tensor, row_BX: Tensor) -> None:
-        for c, direction_OI in enumerate(self.directions[name]):
-            passed_SBI = times(g_SBO, direction_OI.to(g_SBO.dtype))
-            self._add(row_BX, c, torch.linalg.vecdot(passed_SBI.float(), a_SBI.float()).T, 0)
+        # Through the direction to its shorter side, where the tokens' products are summed.
+        wide_SBL, short_SBK = (g_SBO, a_SBI) if g_SBO.shape[2] > a_SBI.shape[2] else (a_SBI, g_SBO)
+        for c, direction_OI in enumerate(self.directions[name].to(g_SBO.dtype)):
+            passed_SBK = times(wide_SBL, direction_OI if wide_SBL is g_SBO else direction_OI.T)
+            self._add(row_BX, c, token_dots(passed_SBK, short_SBK).T, 0)
 
     def look_up(self, name: str, index_BS: Tensor, g_BSD: Tensor, row_BX: Tensor) -> None:
         for c, direction_VD in enumerate(self.directions[name]):
@@ -172,8 +248,8 @@ class Ghost:
             self._add(row_BX, c, torch.linalg.vecdot(g_BSD.float(), rows_BSD), 0)
 
     def norm(self, name: str, g_SBD: Tensor, first: int, row_BX: Tensor) -> None:
-        for c, direction_D in enumerate(self.directions[name]):
-            self._add(row_BX, c, (g_SBD.double() @ direction_D.double()).T, first)
+        for c, token_SB in enumerate((g_SBD.double() @ self.directions[name].double().T).unbind(-1)):
+            self._add(row_BX, c, token_SB.T, first)
 
     def _add(self, row_BX: Tensor, c: int, token_BS: Tensor, first: int) -> None:
         if self.per_token:

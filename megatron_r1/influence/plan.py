@@ -293,24 +293,28 @@ PASS = 1.15
 """Cost of exact scores of three capabilities, in training passes over the same tokens (docs/influence.md)."""
 
 
-def estimate(config: Config, devices: int, peak_tflops: float, utilisation: float) -> str:
-    """Device-hours of scoring and their arithmetic, in one line.
+@dataclass(frozen=True)
+class Demand:
+    """What scoring passes through the model. Datasets or checkpoints that are not there count in full: every
+    source has all its examples, and a probing set without `influence.probe_examples` is as large as all
+    representative sets together."""
 
-    Datasets or checkpoints that are not there count in full: every source has all its examples, and a
-    probing set without `influence.probe_examples` is as large as all representative sets together.
+    rows: int
+    """Of the examples, at each checkpoint."""
+    probes: int
+    """Windows of all probing sets, at each checkpoint."""
+    checkpoints: int
+    most: str
+    """"at most " where something is not there, else empty."""
+    without: str
+    """What an estimate leaves out, or empty."""
 
-    `peak_tflops`: of one device. `utilisation`: share of it that the model's own operations get. Raises
-    ValueError where these are not positive, and where neither steps nor checkpoints give a number of
-    checkpoints.
-    """
+
+def demand(config: Config) -> Demand:
+    """Raises ValueError where neither steps nor checkpoints give a number of checkpoints."""
     influence = config.influence
     if influence is None:
         raise ConfigError(["influence: missing section; add a file that has it (see examples/influence)"])
-    if not (0 < peak_tflops < math.inf and 0 < utilisation <= 1 and devices > 0):
-        raise ValueError(
-            f"--peak-tflops {peak_tflops} must be positive and finite, "
-            f"--utilisation {utilisation} above 0 and at most 1"
-        )
     try:
         work = lay_plan(config)
         rows, probes, checkpoints, most = work.rows(), work.probe_windows(), len(work.steps), ""
@@ -320,16 +324,33 @@ def estimate(config: Config, devices: int, peak_tflops: float, utilisation: floa
         checkpoints, most = len(set(influence.steps)), "at most "
     if checkpoints == 0:
         raise ValueError(f"influence.steps is empty, and {config.train.run} has no checkpoints; give steps")
+    measured = measured_on_examples(influence.curvature)
+    without = "; without the passes of curvature" if measured else ""
+    return Demand(rows, probes, checkpoints, most, without)
+
+
+def estimate(config: Config, devices: int, peak_tflops: float, utilisation: float) -> str:
+    """Device-hours of scoring on devices that are not here, and their arithmetic, in one line.
+
+    `peak_tflops`: of one device. `utilisation`: share of it that the model's own operations get. Raises
+    ValueError where these are not positive.
+    """
+    work = demand(config)
+    if not (0 < peak_tflops < math.inf and 0 < utilisation <= 1 and devices > 0):
+        raise ValueError(
+            f"--peak-tflops {peak_tflops} must be positive and finite, "
+            f"--utilisation {utilisation} above 0 and at most 1"
+        )
     seq_length = config.data.seq_length
     per_token = config.model.flops_per_token(seq_length)
     # A direction takes an ordinary forward and backward pass over its probing set.
-    tokens = [n * checkpoints * seq_length for n in (rows, probes)]
+    tokens = [n * work.checkpoints * seq_length for n in (work.rows, work.probes)]
     hours = per_token * (PASS * tokens[0] + tokens[1]) / (1e12 * peak_tflops * utilisation) / 3600
-    without = "" if influence.method == "wgrad-dot" else f"; {PASS} is of wgrad-dot"
-    if measured_on_examples(influence.curvature):
-        without += "; without the passes of curvature"
+    method = config.influence.method if config.influence else ""
+    without = ("" if method == "wgrad-dot" else f"; {PASS} is of wgrad-dot") + work.without
     return (
-        f"{rows:,} examples x {checkpoints} checkpoints, {most}{hours / devices:.3g} h on {devices} devices: "
-        f"({PASS} x {tokens[0]:.3g} tokens scored + {tokens[1]:.3g} for directions) x {per_token:.3g} "
-        f"operations / ({peak_tflops:g} TFLOP/s x {utilisation:g}) = {most}{hours:.3g} device-hours{without}"
+        f"{work.rows:,} examples x {work.checkpoints} checkpoints, {work.most}{hours / devices:.3g} h on "
+        f"{devices} devices: ({PASS} x {tokens[0]:.3g} tokens scored + {tokens[1]:.3g} for directions) x "
+        f"{per_token:.3g} operations / ({peak_tflops:g} TFLOP/s x {utilisation:g}) = "
+        f"{work.most}{hours:.3g} device-hours{without}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,16 @@ import torch
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
+from megatron_r1.config_io import ConfigError, check_copies
+from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import resolve
 from megatron_r1.influence.directions import CheckpointDirections, Launch, launch_note, record_left
-from megatron_r1.influence.engine import Engine
-from megatron_r1.influence.gradients import score_examples
+from megatron_r1.influence.engine import Engine, weigh
+from megatron_r1.influence.gradients import Scorer, score, score_examples
 from megatron_r1.influence.methods import METHODS, LowRank, Method, WgradDot, correlation
-from megatron_r1.influence.parameters import Directions
-from megatron_r1.influence.plan import Job, Part, Work, lay_plan
+from megatron_r1.influence.parameters import Directions, named_parameters
+from megatron_r1.influence.plan import Job, Part, Work, demand, lay_plan
 from megatron_r1.influence.store import ScoreStore, check_inputs
 from megatron_r1.parallel import ParallelContext, broadcast_object, holding, process_groups
 from megatron_r1.records import CheckpointRef
@@ -36,6 +39,8 @@ from megatron_r1.system.terminal import Progress, is_first_rank
 
 _COMPARED = 64
 """Examples on which an approximation is compared with exact scores."""
+_BUDGET, _REPEATS = 20.0, 6
+"""Seconds that an estimate's passes take about, and most calls that it measures."""
 _PASSES = 8
 """Micro-batches of a chunk. A kill can cost so many. A pipeline needs several to be full."""
 
@@ -186,3 +191,70 @@ class Scoring:
                 new = store.write(first, arrays)
                 launch.passed(new)
                 bar.advance(new, note=f"step {part.step} {part.corpus.name}")
+
+
+def measured_estimate(config: Config, ranks: int) -> str:
+    """Time of scoring on the devices of this launch, from passes of the configured model, in one line.
+
+    `ranks`: of the launch, each of which calls this. Weights and text are random. Loading, saving and the
+    passes of a curvature are not counted. Raises ConfigError or ValueError as `demand` does, or if the
+    launch does not fit the layout.
+    """
+    work = demand(config)
+    parallel = dataclasses.replace(config.parallel, virtual_pipeline=1)
+    if mistakes := check_copies(parallel, ranks):
+        raise ConfigError([f"{mistakes[0]}, or give --peak-tflops for devices that are not here"])
+    with process_groups(parallel) as context:
+        engine = Engine.build(dataclasses.replace(config, parallel=parallel), None, context)
+        size, seconds = 1, _pass_seconds(engine, 1)
+        # Passes of whole micro-batches are measured where they are not expected to take long.
+        whole = engine.influence.micro_batch
+        if whole > 1 and broadcast_object(sum(seconds) * whole * _REPEATS < _BUDGET):
+            size, seconds = whole, _pass_seconds(engine, whole)
+        memory = backend.peak_memory() / 2**30
+        each_pass = size * context.data_size
+        counts = [work.checkpoints * -(-n // each_pass) for n in (work.rows, work.probes)]
+        hours = sum(n * s for n, s in zip(counts, seconds, strict=True)) / 3600
+        return (
+            f"{work.rows:,} examples x {work.checkpoints} checkpoints, {work.most}{hours:.3g} h on {ranks} "
+            f"devices: {counts[0]:,} passes of scores x {seconds[0]:.3g} s + {counts[1]:,} of directions x "
+            f"{seconds[1]:.3g} s = {work.most}{hours * ranks:.3g} device-hours{work.without}; measured here, "
+            f"{size} x {engine.seq_length} tokens a pass and rank, {memory:.2f} GiB at most"
+        )
+
+
+def _pass_seconds(engine: Engine, size: int) -> tuple[float, float]:
+    """Seconds of a pass of `size` rows a data-parallel rank: of scores, and of a direction's gradient."""
+    seq_length, count = engine.seq_length, engine.capabilities
+    # Stages of a pipeline work at once only where several micro-batches pass.
+    passes = _PASSES if engine.context.pipeline_size > 1 else 1
+    random = torch.Generator(backend.device()).manual_seed(1)
+    directions = {
+        name: torch.randn(count, *p.shape, generator=random, device=p.device)
+        for name, p in named_parameters(engine.gpt).items()
+        if name in engine.names
+    }
+    method = METHODS[engine.influence.method](directions, engine)
+    window = np.random.default_rng(1).integers(0, engine.gpt.vocab_size, (size, seq_length + 1))
+    full = np.full(size, seq_length)
+    batches = [weigh(whole_batch(window, full, 0 * full, None), 1 / full)] * passes
+
+    def scores() -> float:
+        with Scorer(engine.gpt, method) as scorer:
+            return float(score(engine.model, scorer, iter(batches), passes, size, seq_length)[1].sum())
+
+    def gradient() -> float:
+        summed = engine.summed_gradient(iter(batches), passes, size)
+        return sum(float(g.flatten()[0]) for g in summed.values())
+
+    return _median_seconds(scores) / passes, _median_seconds(gradient) / passes
+
+
+def _median_seconds(run: Callable[[], float]) -> float:
+    """Of some calls, each of which ends when its devices have finished, after one that is not counted."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or broadcast_object(len(seconds) < _REPEATS and sum(seconds) < _BUDGET / 4):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))

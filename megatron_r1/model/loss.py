@@ -17,6 +17,7 @@ over the ranks, and dH is each rank's part of a sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ _STRIPE = 8192
 """Rows of the weight's gradient formed at a time where it is summed in another type: likewise."""
 
 
+Watch = Callable[[Tensor, Tensor], None]
+
+
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -54,6 +58,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     z_loss: float = 0.0,
     kernels: Any = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(H W^T) against the labels, nats, float32 [N].
 
@@ -61,11 +66,12 @@ def linear_cross_entropy(
     a part, to be summed over it. `chunk`: tokens whose logits exist at a time; None: all of them, where a
     backward pass is to come. `z_loss` c: the gradient is that of cross-entropy + c log^2(sum exp z), which
     keeps logits from drifting; the value stays the cross-entropy. `kernels`: backend/triton_kernels.py, where
-    a GPU can run it; None: the plain form. Both call the same collectives.
+    a GPU can run it; None: the plain form. Both call the same collectives. `watch`: gets dW's factors, a * H
+    and E, in the backward pass, for each chunk. A weight that requires no gradient gets none.
     """
     if not torch.is_grad_enabled():
         chunk = chunk or _FORWARD_CHUNK
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss, kernels)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, group, chunk, z_loss, kernels, watch)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -79,6 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int | None,
         z_loss: float,
         kernels: Any,
+        watch: Watch | None,
     ) -> Tensor:
         tokens, shard = len(hidden_ND), len(weight_VD)
         if group is not None and group.size() > 1:
@@ -112,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif keep and group is not None:
             kernels.to_residual(logits, labels_N, max_N, sum_N, label_N)
         ctx.save_for_backward(hidden_ND, labels_N, max_N, sum_N, label_N, logits if keep else None)
-        ctx.weight, ctx.size, ctx.kernels = weight_VD, size, kernels
+        ctx.weight, ctx.size, ctx.kernels, ctx.watch = weight_VD, size, kernels, watch
         return normaliser_N - label_N
 
     @staticmethod
@@ -120,7 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND, labels_N, max_N, sum_N, label_N, kept = ctx.saved_tensors
         weight_VD: Tensor = ctx.weight
         main_VD = main_gradient(weight_VD)
-        total_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if main_VD is None else main_VD
+        total_VD = main_VD
+        if main_VD is None and ctx.needs_input_grad[1]:
+            total_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND)
         for rows in _slices(len(hidden_ND), ctx.size):
             hidden, factor = hidden_ND[rows], (grad_N[rows] / sum_N[rows])[:, None]
@@ -134,11 +143,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _exponentiate(residual, max_N[rows])
                     _subtract_labels(residual, *numbers)
             grad_ND[rows] = (residual @ weight_VD) * factor
-            _add_product(total_VD, residual, (hidden * factor).to(hidden.dtype))
-        if main_VD is None:
-            return grad_ND, total_VD.to(weight_VD.dtype), None, None, None, None, None
-        say_added(weight_VD)
-        return grad_ND, None, None, None, None, None, None
+            scaled = (hidden * factor).to(hidden.dtype)
+            if total_VD is not None:
+                _add_product(total_VD, residual, scaled)
+            if ctx.watch is not None:
+                ctx.watch(scaled, residual)
+        if main_VD is not None:
+            say_added(weight_VD)
+            total_VD = None
+        return grad_ND, None if total_VD is None else total_VD.to(weight_VD.dtype), *[None] * 6
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -6,6 +6,7 @@ touches few rows, no copy in the model's type, and whole logits only where they 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
-from megatron_r1.model.loss import linear_cross_entropy, main_gradient, say_added
+from megatron_r1.model.loss import Watch, linear_cross_entropy, main_gradient, say_added
 
 # isort: split
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -33,7 +34,10 @@ class VocabularyGpt(GPTModel):
     """Tokens whose logits exist at a time while training; None: all of the micro-batch."""
     z_loss: float = 0.0
     loss_kernels: Any = None
-    """Both: see `linear_cross_entropy`."""
+    """All three: see `linear_cross_entropy`."""
+    head_watcher: Callable[[], Watch] | None = None
+    """Called in each forward pass of a frozen head; what it returns gets the factors of the head's gradient,
+    [S, B, D] and [S, B, V]. None: the head's layer runs, whose hooks see the logits."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -45,8 +49,7 @@ class VocabularyGpt(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.post_process else None
-        # A frozen head is one whose layer is watched (influence/gradients.py): it must run.
-        if weight is None or labels is None or not weight.requires_grad:
+        if weight is None or labels is None or not (weight.requires_grad or self.head_watcher):
             return super()._postprocess(hidden_states, labels=labels, **others)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -54,6 +57,7 @@ class VocabularyGpt(GPTModel):
         else:
             hidden_SBD = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         s, b, d = hidden_SBD.shape
+        watch = self.head_watcher() if self.head_watcher else None
         loss_N = linear_cross_entropy(
             hidden_SBD.reshape(s * b, d),
             weight,
@@ -62,6 +66,7 @@ class VocabularyGpt(GPTModel):
             self.head_chunk,
             self.z_loss,
             self.loss_kernels,
+            watch and (lambda *factors: watch(*(x.view(s, b, -1) for x in factors))),
         )
         return loss_N.view(s, b).t().contiguous()
 

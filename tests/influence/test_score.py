@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from megatron_r1.influence import score as score_module
 from megatron_r1.influence.engine import Engine
 from megatron_r1.influence.parameters import select
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
-from megatron_r1.influence.score import compute_influence
+from megatron_r1.influence.score import compute_influence, measured_estimate
 from megatron_r1.influence.store import ScoreStore, read_scores, write_parquet
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
@@ -571,6 +572,33 @@ def test_an_estimate_is_operations_over_their_rate(whole: Config, tmp_path: Path
     assert estimate(early, 1, 1.0, 1.0).startswith("100 examples x 3 checkpoints, at most ")
     with pytest.raises(ValueError, match="give steps"):
         estimate(changed(early, influence={"steps": []}), 1, 1.0, 1.0)
+
+
+def _measured(config: Config, ranks: int) -> str:
+    return measured_estimate(config, ranks)
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})])
+def test_an_estimate_measures_the_devices_of_its_launch(
+    whole: Config, monkeypatch: pytest.MonkeyPatch, ranks: int, parallel: dict[str, Any]
+) -> None:
+    """Its parts multiply and add up; passes are those of the launch."""
+    monkeypatch.setattr("megatron_r1.influence.score._BUDGET", 0.5)
+    config = changed(whole, parallel=parallel)
+    rows, copies = sum(len(t.example_N) for t in tables(whole)), 1 if parallel else ranks
+    for text in on_ranks(ranks, _measured, config, ranks):
+        found = re.findall(r"(?<![\w.])\d[\d,]*\.?\d*(?:e-?\d+)?", text)
+        number = [float(x.replace(",", "")) for x in found]
+        examples, steps, hours, devices, scored, each, probed, gradient, total, size, tokens, memory = number
+        assert (examples, steps, devices, tokens) == (rows, 2, ranks, SEQ) and size in (1, 2), text
+        assert scored == 2 * -(-rows // (size * copies)) and probed == 2 * -(-24 // (size * copies)), text
+        assert hours * 3600 == pytest.approx(scored * each + probed * gradient, rel=0.02), text
+        assert total == pytest.approx(hours * ranks, rel=0.01) and memory > 0 and 0 < each < 60, text
+
+
+def test_an_estimate_of_a_layout_needs_its_ranks(whole: Config) -> None:
+    with pytest.raises(ConfigError, match="launch a multiple of 4, or give --peak-tflops"):
+        measured_estimate(changed(whole, parallel={"tensor": 4}), 1)
 
 
 def test_a_killed_launch_is_in_the_ledger(trained: Config, tmp_path: Path) -> None:
