@@ -1,7 +1,7 @@
 """The sections of gpu_speed.sh, one a process: python benchmarks/gpu_bench.py SECTION (see gpu_sections.py).
 
-Times are medians of calls with a wait for the GPU after each, beside their least and most. `free_ms` is the mean
-of as many steps with one wait at their end. The first call, with what it compiles, is apart. MFU counts
+Times are medians of calls with a wait for the GPU after each, beside their least and most. `free_ms` is the
+mean of as many steps with one wait at their end. The first call, with what it compiles, is apart. MFU counts
 6 x parameters and causal attention a token against the card's dense bf16 peak. Everything is bf16.
 """
 
@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from bench_influence import Floor
 from gpu_sections import ROOT, part, say, wait_for_turn
 
@@ -150,20 +150,26 @@ def batch_of(model: ModelConfig, micro_batch: int, seed: int = 1, eod: int | Non
 @contextlib.contextmanager
 def weights_drawn_there(module: Any) -> Iterator[None]:
     """Models that `module` builds within get weights drawn on the device from one seed: a minute less."""
-    real, generator = module.build_model, torch.Generator(backend.device()).manual_seed(1)
+    real = module.build_model
 
     def build(*words: Any, **more: Any) -> Any:
-        gpt = real(*words, **more, initialise=False)
+        with mock.patch("torch.nn.init.normal_", lambda weight, *_, **__: weight):
+            gpt = real(*words, **more)
+        generator = torch.Generator(backend.device()).manual_seed(1)
         with torch.no_grad():
             for p in gpt.parameters():
                 p.normal_(0.0, 0.02, generator=generator) if p.dim() > 1 else p.fill_(1.0)
         return gpt
 
-    module.build_model = build
-    try:
+    with mock.patch.object(module, "build_model", build):
         yield
-    finally:
-        module.build_model = real
+
+
+def kernels_of(gpt: Any) -> str:
+    """The project's kernels in a model: one that fell back to the plain form says so here."""
+    found = {type(module).__name__ for module in gpt.modules()}
+    names = sorted(name for name in found if name.startswith("Fused"))
+    return ", ".join(names + ["loss"] * (getattr(gpt, "loss_kernels", None) is not None)) or "none"
 
 
 def config_of(model: ModelConfig, influence: InfluenceConfig | None = None, **data: Any) -> Config:
@@ -194,6 +200,11 @@ def step_of(
     return step
 
 
+def known(result: Any) -> Any:
+    """What came of a step: `train_step` may give it at once, or a call that waits for it."""
+    return result() if callable(result) else result
+
+
 def train(preset: str, *full: tuple[int, int]) -> None:
     """The project's own step, and its profile at the first size."""
     model = model_of(preset)
@@ -202,7 +213,8 @@ def train(preset: str, *full: tuple[int, int]) -> None:
         for micro_batch, passes in sizes(*full):
             with part(f"ours {micro_batch} x {passes}"):
                 step = step_of(training, model, micro_batch, passes)
-                measure(f"ours {micro_batch} x {passes}", model, step, micro_batch * passes * SEQ)
+                tokens, used = micro_batch * passes * SEQ, kernels_of(training.gpt)
+                measure(f"ours {micro_batch} x {passes}", model, step, tokens, kernels=used)
         micro_batch, passes = sizes(*full)[0]
         with part("profile"):
             profile(f"{preset} {micro_batch} x {passes}", step_of(training, model, micro_batch, passes))
@@ -305,7 +317,7 @@ def covered(spans: list[tuple[float, float, str]]) -> float:
 
 
 def peers(preset: str, *full: tuple[int, int]) -> None:
-    """transformers' Llama of the same shape: pure bf16, SDPA, torch's fused AdamW, as it comes and compiled."""
+    """transformers' Llama of the same shape, eager and compiled: pure bf16, SDPA, torch's fused AdamW."""
     model = model_of(preset)
     if importlib.util.find_spec("transformers") is None:
         say("transformers", note="not installed")
@@ -357,15 +369,9 @@ def llama_step(llama: Any, call: Any, adam: Any, rows: list[torch.Tensor]) -> No
 # ------------------------------------------------------------------------------------------------- arms
 
 
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """The forms that run where Triton is absent."""
-    real = backend.has_triton
-    backend.has_triton = lambda: False
-    try:
-        yield
-    finally:
-        backend.has_triton = real
+def plain_kernels() -> Any:
+    """Models that are built within have the forms that run where Triton is absent."""
+    return mock.patch.object(backend, "has_triton", lambda: False, create=True)
 
 
 class HeadProduct(torch.autograd.Function):
@@ -445,18 +451,19 @@ def arms(preset: str, size: tuple[int, int]) -> None:
                 continue
             with part(what), contextlib.ExitStack() as stack:
                 stack.callback(setattr, vocabulary, "linear_cross_entropy", real)
-                if plain and hasattr(backend, "has_triton"):
+                if plain:
                     stack.enter_context(plain_kernels())
                 training = training_of(model)
                 change(training.gpt)
                 step = step_of(training, model, micro_batch, passes)
                 began = time.perf_counter()
-                result = step()
+                result = known(step())
                 found = torch.tensor([float(result.loss()), float(result.grad_norm)], dtype=torch.float64)
                 first = time.perf_counter() - began
                 reference = found if reference is None else reference
                 loss, norm = ((found / reference - 1).abs()).tolist()
                 more = {"ok": loss < 1e-3 and norm < 1e-2, "loss_off": loss, "norm_off": norm}
+                more["kernels"] = kernels_of(training.gpt)
                 measure(what, model, step, micro_batch * passes * SEQ, **more, first_s=round(first, 2))
             training = step = result = None
 
@@ -520,10 +527,8 @@ def influence(preset: str, micro_batch: int) -> None:
             count = 4
             examples = examples_of(engine, model, count)
             call = partial(CURVATURES["datainf"]().apply, directions, engine, Path(), [examples])
-            seconds = seconds_of(call)
-            say(
-                "datainf, of one example", ms=round(1e3 * seconds / count, 2), multiple=seconds / count / base
-            )
+            seconds = seconds_of(call) / count
+            say("datainf, an example", ms=round(1e3 * seconds, 2), multiple=round(seconds / base, 3))
 
 
 def row_of(what: str, way: Way, model: ModelConfig, micro_batch: int, base: float | None = None) -> float:
@@ -552,11 +557,8 @@ def cheap_factors() -> Iterator[None]:
         capabilities, *sides = direction_COI.shape
         return tuple(torch.randn(n, capabilities * rank, device=direction_COI.device) for n in sides)
 
-    real, methods.truncated = methods.truncated, random
-    try:
+    with mock.patch.object(methods, "truncated", random):
         yield
-    finally:
-        methods.truncated = real
 
 
 def examples_of(engine: Engine, model: ModelConfig, count: int) -> Examples:
@@ -599,8 +601,7 @@ def kfac_rows(
     examples = examples_of(engine, model, micro_batch)
     with contextlib.ExitStack() as stack:
         for name in ("_collect", "_decompose"):
-            stack.callback(setattr, kfac, name, getattr(kfac, name))
-            setattr(kfac, name, clocked(name, getattr(kfac, name)))
+            stack.enter_context(mock.patch.object(kfac, name, clocked(name, getattr(kfac, name))))
         whole = seconds_of(partial(CURVATURES["kfac"]().apply, directions, engine, Path(), [examples]))
     for what, name in (("factors of a micro-batch", "_collect"), ("decompositions", "_decompose")):
         ms = round(1e3 * spent[name], 1)
@@ -665,19 +666,24 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps_logged(run: Path) -> int:
+    """Steps in the log of the first rank, which is written line by line; metrics.jsonl is at saves."""
+    return sum(path.read_text().count("| loss") for path in run.glob("logs/rank_*0.log"))
+
+
 def knows_deterministic() -> bool:
     return "deterministic" in {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def tool(preset: str, size: tuple[int, int]) -> None:
-    """tools/train.py from end to end. Cold: with empty caches of compiled Python, Triton, Inductor and CUDA."""
+    """tools/train.py from end to end. Cold: with empty caches of Triton, Inductor and CUDA."""
     model = model_of(preset)
     micro_batch, passes = sizes(size)[0]
     folder = FOLDER / f"tool-{preset}"
     folder.mkdir(exist_ok=True)
     batch, steps = micro_batch * passes, 4 if TINY else 25
     config = run_file(preset, folder, steps, global_batch=batch, micro_batch=micro_batch, probe_every=10_000)
-    names = ("PYTHONPYCACHEPREFIX", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
     caches = {name: str(folder / "caches" / name.lower()) for name in names}
     launches: dict[str, tuple[bool, tuple[str, ...]]] = {
         "cold": (False, ()),
@@ -692,11 +698,9 @@ def tool(preset: str, size: tuple[int, int]) -> None:
         with part(what):
             run, began = folder / f"run{number}", time.perf_counter()
             process = launch(config, run, *words, torchrun=torchrun, **caches)
-            log, first = run / "logs/rank_0.log", None
-            while process.poll() is None and first is None:
+            while process.poll() is None and not steps_logged(run):
                 time.sleep(0.02)
-                if log.exists() and "step 1 |" in log.read_text():
-                    first = time.perf_counter() - began
+            first = time.perf_counter() - began
             later = finished(process, run)[1 if TINY else 5 :]
             seconds = statistics.median(line["seconds"] for line in later)
             say(
@@ -704,7 +708,7 @@ def tool(preset: str, size: tuple[int, int]) -> None:
                 ms=round(1e3 * seconds, 2),
                 **rate(model, batch * SEQ, seconds),
                 peak_gib=round(later[-1]["memory_bytes"] / 2**30, 2),
-                first_step_s=round(first or 0.0, 1),
+                first_step_s=round(first, 1),
                 launch_s=round(time.perf_counter() - began, 1),
             )
 

@@ -1,12 +1,13 @@
 """Runs the sections of gpu_speed.sh or gpu_correct.sh, each in a process of its own, and prints one table.
 
-A section writes rows, each a line of JSON, and its output goes to a log. At its end, or when its time is over,
-it is killed with all its descendants: they carry an environment variable that names the section, wherever
-they have put themselves. The next section begins when none of them is alive. Where this machine has eight
-cores or more, the next section imports its libraries meanwhile, and touches the GPU only at its turn.
+A section writes rows, each a line of JSON, and its output goes to a log. At its end, or when its time is
+over, it is killed with all its descendants: they carry an environment variable that names the section,
+whatever group they have put themselves into. The next section begins when none of them is alive. Where this
+machine has eight cores or more, the next section imports its libraries meanwhile, and touches the GPU only
+at its turn.
 
-Without a GPU, or with --tiny, every section runs with a model of some thousand parameters. That shows that the
-scripts work. Its figures mean nothing.
+Without a GPU, or with --tiny, every section runs with a model of some thousand parameters. That shows that
+the scripts work. Its figures mean nothing.
 
 Imports nothing outside the standard library.
 """
@@ -48,6 +49,8 @@ COLUMNS = {
 }
 """Keys of rows that have a column of their own in the table. The others share the last one."""
 NEEDED = ("torch", "megatron.core", "numpy", "yaml", "pydantic", "psutil", "tqdm", "xxhash")
+CPU_SLOWER = 10
+"""A section's time on a CPU, which others may use, too, in units of its time on a GPU."""
 LEAST = 5.0
 """Seconds below which a section is not begun."""
 Row = dict[str, Any]
@@ -90,10 +93,11 @@ CORRECT = {
 MORE = {"kfac-950m"}
 
 
-def sections(kind: str) -> list[Section]:
+def sections(kind: str, slower: int = 1) -> list[Section]:
+    """All of a script, in order; on a machine that is so many times slower."""
     script, limits = ("gpu_bench.py", SPEED) if kind == "speed" else ("gpu_check.py", CORRECT)
     words = sys.executable, str(HERE / script)
-    return [Section(name, seconds, (*words, name), name in MORE) for name, seconds in limits.items()]
+    return [Section(name, slower * seconds, (*words, name), name in MORE) for name, seconds in limits.items()]
 
 
 # ------------------------------------------------------------------------------------------ within a section
@@ -371,7 +375,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model; so, too, where no GPU is")
     parser.add_argument("--output", type=Path, metavar="DIR", help="logs, profiles, rows (default: new)")
     options = parser.parse_args()
-    known = {section.name: section for section in sections(options.kind)}
+    gpu = card()
+    tiny = options.tiny or gpu is None
+    known = {section.name: section for section in sections(options.kind, 1 if gpu else CPU_SLOWER)}
     if unknown := [name for name in options.section if name not in known]:
         parser.error(f"no section {unknown[0]}; there are {', '.join(known)}")
     if lacks := missing():
@@ -383,8 +389,6 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # A launcher's SIGTERM must end the sections, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    gpu = card()
-    tiny = options.tiny or gpu is None
     head = {"card": (gpu or "CPU").split(",")[0] + (", tiny" if tiny else ""), "commit": commit()}
     print(f"{head['card']} | {head['commit']} | {datetime.date.today()} | {versions()}")
     print(f"{gpu or 'no GPU'} | {os.cpu_count()} cores | logs and profiles in {folder}", flush=True)
