@@ -48,7 +48,13 @@ COLUMNS = {
     "peak_gib": "peak GiB",
 }
 """Keys of rows that have a column of their own in the table. The others share the last one."""
-NEEDED = ("torch", "megatron.core", "numpy", "yaml", "pydantic", "psutil", "tqdm", "xxhash")
+NEEDED = {
+    **{"torch": "torch", "numpy": "numpy", "megatron.core": "megatron-core", "pydantic": "pydantic"},
+    **{"typing_inspection": "typing-inspection", "yaml": "pyyaml", "psutil": "psutil", "tqdm": "tqdm"},
+    **{"xxhash": "xxhash", "packaging": "packaging", "setuptools": "setuptools"},
+}
+FOR_LAUNCHES = {"tensorboard": "tensorboard", "google.protobuf": "protobuf", "absl": "absl-py"}
+"""Module -> package. Sections that launch tools/train.py need the second kind, too."""
 CPU_SLOWER = 10
 """A section's time on a CPU, which others may use, too, in units of its time on a GPU."""
 LEAST = 5.0
@@ -334,14 +340,16 @@ def versions() -> str:
     return ", ".join(out)
 
 
-def missing() -> list[str]:
+def missing(needed: dict[str, str]) -> list[str]:
+    """Packages that this Python lacks."""
+
     def found(name: str) -> bool:
         try:
             return importlib.util.find_spec(name) is not None
         except ImportError:
             return False
 
-    return [name for name in NEEDED if not found(name)]
+    return [package for name, package in needed.items() if not found(name)]
 
 
 def build_extension() -> None:
@@ -380,8 +388,11 @@ def main() -> int:
     known = {section.name: section for section in sections(options.kind, 1 if gpu else CPU_SLOWER)}
     if unknown := [name for name in options.section if name not in known]:
         parser.error(f"no section {unknown[0]}; there are {', '.join(known)}")
-    if lacks := missing():
-        parser.error(f"this Python lacks {', '.join(lacks)}; install them, or put their wheels on PYTHONPATH")
+    advice = "install them, or name a folder that holds them in PYTHONPATH: pip install --no-deps --target"
+    if lacks := missing(NEEDED):
+        parser.error(f"this Python lacks {', '.join(lacks)}; {advice} DIR {' '.join(lacks)}")
+    if lacks := missing(FOR_LAUNCHES):
+        print(f"launches of tools/train.py will fail for lack of {', '.join(lacks)}; {advice} DIR ...")
     build_extension()
     every = [section for section in known.values() if options.all or not section.more]
     chosen = [known[name] for name in options.section] or every
