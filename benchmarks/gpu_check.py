@@ -278,10 +278,10 @@ def kernels() -> None:
                     with plain_kernels() if form == "plain" else contextlib.nullcontext():
                         gpt, weights = model_in(precision)
                     errors[form] = loss, gradient = of_a_step(gpt, weights, rows)
-                    # In bf16 the kernels are held to the plain form's own error, but for the order of sums.
                     most = (1e-6, 1e-5) if precision == "fp32" else (1e-3, 0.03)
                     if form == "kernels" and precision == "bf16" and "plain" in errors:
-                        most = tuple(max(1e-6, 1.2 * error) for error in errors["plain"])
+                        # The plain form's own error, but for the order of sums.
+                        most = 1e-3, 1.2 * errors["plain"][1]
                     say(
                         f"{form}, {precision}",
                         ok=loss <= most[0] and gradient <= most[1],
@@ -385,10 +385,11 @@ def gpu_tests() -> None:
         del words[-2:]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
-    lines = [
-        line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)
-    ]
-    say("pytest tests/gpu", ok=done.returncode == 0, note=lines[-1] if lines else done.stdout[-200:])
+    summary = re.compile(r"\d+ (passed|failed|skipped|error)")
+    last = next((x for x in reversed(done.stdout.splitlines()) if summary.search(x)), done.stdout[-200:])
+    # On a GPU, tests that are all skipped show nothing.
+    ok = done.returncode == 0 and ("passed" in last or not backend.HAS_CUDA)
+    say("pytest tests/gpu", ok=ok, note=last)
 
 
 SECTIONS: dict[str, Way] = {
