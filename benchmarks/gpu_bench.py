@@ -149,7 +149,10 @@ def batch_of(model: ModelConfig, micro_batch: int, seed: int = 1, eod: int | Non
 
 @contextlib.contextmanager
 def weights_drawn_there(module: Any) -> Iterator[None]:
-    """Models that `module` builds within get weights drawn on the device from one seed: a minute less."""
+    """Models that `module` builds within get weights drawn on the device from one seed.
+
+    The CPU would take seconds for each of the large ones, and no figure here depends on these weights.
+    """
     real = module.build_model
 
     def build(*words: Any, **more: Any) -> Any:
@@ -232,6 +235,7 @@ def documents(preset: str) -> None:
                 step = step_of(training, model, micro_batch, passes, eod)
                 seconds.append(measure(what, model, step, micro_batch * passes * SEQ))
                 del training, step
+            free()
     if len(seconds) == 2:
         say("documents apart / whole windows", multiple=round(seconds[1] / seconds[0], 3))
 
@@ -466,6 +470,7 @@ def arms(preset: str, size: tuple[int, int]) -> None:
                 more["kernels"] = kernels_of(training.gpt)
                 measure(what, model, step, micro_batch * passes * SEQ, **more, first_s=round(first, 2))
             training = step = result = None
+            free()
 
 
 # -------------------------------------------------------------------------------------------- influence
