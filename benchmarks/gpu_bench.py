@@ -591,12 +591,12 @@ def kfac_rows(
 
     def clocked(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
-        def call(*words: Any) -> Any:
+        def call(*words: Any, **more: Any) -> Any:
             out = None
 
             def run() -> None:
                 nonlocal out
-                out = real(*words)
+                out = real(*words, **more)
 
             spent[name] += seconds_of(run)
             return out
