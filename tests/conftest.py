@@ -90,6 +90,7 @@ _LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(_LONG)}
+    assert all(path.exists() for path in place), f"a file of {_LONG} is not there"
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 

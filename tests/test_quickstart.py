@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_r1.run import ledger
@@ -53,11 +55,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, listened: set[str]) -> Path:
         family = launch.family(process.pid)
         listened.update(*map(launch.listeners, family))
         if not tokenized.exists() and title(TRAINS) in log.read_text(errors="replace"):
-            for member in family:
-                member.suspend()
+            _signal(family, signal.SIGSTOP)
             shutil.copytree(run, tokenized)
-            for member in family:
-                member.resume()
+            _signal(family, signal.SIGCONT)
         time.sleep(0.3)
     assert process.returncode == 0, log.read_text()[-6000:]
     return run
@@ -208,12 +208,16 @@ def kill_in_stage(
 
 def _kill_session(leader: int) -> None:
     """All that descends from the leader, at once: torchrun puts its ranks into groups of their own."""
-    import psutil
-
     family = launch.family(leader)
-    for member in family:
-        member.send_signal(signal.SIGKILL)
+    _signal(family, signal.SIGKILL)
     psutil.wait_procs(family, timeout=10)
+
+
+def _signal(family: list[psutil.Process], number: signal.Signals) -> None:
+    for member in family:
+        # It may have ended meanwhile.
+        with suppress(psutil.Error):
+            member.send_signal(number)
 
 
 @pytest.mark.soak

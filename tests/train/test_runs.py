@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -80,8 +81,18 @@ def test_ranks_end_when_only_their_launcher_is_killed(data: Path, whole: Path, t
     run = tmp_path / "run"
     process = launch.start(launch.command(TOOL, *words(data, run, SECOND)), tmp_path / "log")
     launch.wait_for((run / "checkpoints/step_00000004").exists, "the first checkpoint")
+    # Held until they must see that it is gone: the few steps that are left take less than their next look.
+    ranks = psutil.Process(process.pid).children()
+    for rank in ranks:
+        rank.suspend()
     process.kill()
     process.wait()
+    time.sleep(0.5)
+    for rank in ranks:
+        rank.resume()
+    assert psutil.wait_procs(ranks, timeout=20)[1] == []
+    assert "ends because the command that started it is gone" in (tmp_path / "log").read_text()
+    assert not (run / "checkpoints/step_00000012").exists()
     train(data, run, SECOND)
     assert losses(run) == losses(whole)
     launch.assert_same_tensors(run / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
