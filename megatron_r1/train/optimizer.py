@@ -29,6 +29,8 @@ class FusedAdam(torch.optim.Optimizer):
     """float32 []: the next step divides gradients by it, in place."""
     found_inf: Tensor | None = None
     """float32 []: where it is 1 the next step leaves weights, moments and `steps` as they are."""
+    steps: Tensor | None = None
+    """float32 []: steps taken. One number for all groups, also those that this rank holds nothing of."""
 
     def __init__(
         self,
@@ -42,14 +44,14 @@ class FusedAdam(torch.optim.Optimizer):
     ):
         # megatron-core 0.19 passes it for graph capture of the optimizer, which nothing here asks for.
         assert not capturable
-        self.steps = torch.zeros((), device=backend.device())
-        """float32: steps taken. One number for all groups, also those that this rank holds nothing of."""
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         super().__init__(params, defaults)
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.steps is None:
+            self.steps = torch.zeros((), device=backend.device())
         # On the device: whether the step before was taken may not be known here yet.
         self.steps += 1 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
@@ -78,18 +80,21 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        for group in self.param_groups:
-            group["step"] = int(self.steps)
-        return super().state_dict()
+        state = super().state_dict()
+        if self.steps is not None:
+            state["param_groups"] = [{**group, "step": int(self.steps)} for group in state["param_groups"]]
+        return state
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
-        self.steps.fill_(max((group.get("step", 0) for group in self.param_groups), default=0))
+        steps = max((group.get("step", 0) for group in self.param_groups), default=0)
+        self.steps = torch.full((), float(steps), device=backend.device()) if steps else None
 
     def forget(self) -> None:
         """Begin anew: moments 0, step 0."""
-        for tensor in (self.steps, *(moment for state in self.state.values() for moment in state.values())):
-            tensor.zero_()
+        self.steps = torch.zeros((), device=backend.device())
+        for moment in (moment for state in self.state.values() for moment in state.values()):
+            moment.zero_()
 
 
 def build_optimizer(config: OptimizerConfig, precision: str, model: list[Any]) -> Any:
