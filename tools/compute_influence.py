@@ -10,7 +10,7 @@ import os
 from megatron_r1 import config_io
 from megatron_r1.influence.plan import estimate, examples_left, lay_plan
 from megatron_r1.system.process import launch_number
-from megatron_r1.system.terminal import announce_torch, is_first_rank, say, tool_parser, user_errors
+from megatron_r1.system.terminal import is_first_rank, loading_torch, say, tool_parser, user_errors
 
 
 def main() -> None:
@@ -41,9 +41,8 @@ def main() -> None:
             summary = f"steps {work.steps}: {work.summary()}; {examples_left(work):,} examples left"
             say(f"{config_io.dump(config)}\n{summary}", result=True)
         else:
-            announce_torch(config.train.run)
-            from megatron_r1.influence.score import compute_influence
-
+            with loading_torch(config.train.run):
+                from megatron_r1.influence.score import compute_influence
             compute_influence(config, work)
 
 

@@ -12,7 +12,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.system.files import sha256
 from megatron_r1.system.process import keep_freed_memory, launch_number
-from megatron_r1.system.terminal import announce_torch, say, tool_parser, user_errors
+from megatron_r1.system.terminal import loading_torch, say, tool_parser, user_errors
 
 
 def open_for_training(config: Config) -> OpenData:
@@ -37,9 +37,8 @@ def main() -> None:
 
             say(summary(config, data), result=True)
         else:
-            announce_torch(config.train.run)
-            from megatron_r1.train.loop import train
-
+            with loading_torch(config.train.run):
+                from megatron_r1.train.loop import train
             train(config, {word: sha256(word) for word in options.config if os.path.isfile(word)}, data)
 
 

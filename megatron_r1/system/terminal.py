@@ -6,6 +6,7 @@ A user's mistake is one message and exit status 2; Ctrl-C is one line and 130.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -136,10 +137,21 @@ def number(
 count, positive = number(int, 1), number(float, 0, above=True)
 
 
-def announce_torch(run: str) -> None:
-    """Say, once a launch and before torch is imported, what the silence is that follows."""
+@contextmanager
+def loading_torch(run: str) -> Iterator[None]:
+    """Say, once a launch, what the silence is in which torch is imported within.
+
+    Imports make a million objects and hardly a cycle of garbage. Python looks for none meanwhile, nor among
+    these objects afterwards, which saves a quarter of the imports' processor time.
+    """
     if is_first_rank():
         say(f"{run}: configuration checked; loading torch, which takes some seconds")
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _reader_is_gone() -> bool:

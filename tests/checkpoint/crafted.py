@@ -233,7 +233,7 @@ CRAFTED: dict[str, Craft] = {
         )
     ),
     "code in common.pt": file("common.pt", lambda p: archive(p)),
-    "code beside the settings": file("common.pt", lambda p: archive({"optimizer": {}, "x": p})),
+    "code beside the settings of common.pt": file("common.pt", lambda p: archive({"optimizer": {}, "x": p})),
     "a set in common.pt": file("common.pt", lambda p: archive({"optimizer": {1, 2}})),
     "a list in common.pt": file("common.pt", lambda p: archive([1])),
     "no archive in common.pt": file("common.pt", b"PK"),
@@ -245,8 +245,8 @@ CRAFTED: dict[str, Craft] = {
     "deep JSON": file("metadata.json", b"[" * 100_000),
     "a list as JSON": file("metadata.json", b"[]"),
     "a link to a file": linked,
-    "a link to a device": lambda path, p: _instead(path).symlink_to("/dev/zero"),
-    "a pipe": lambda path, p: os.mkfifo(_instead(path)),
+    "common.pt as a link to a device": lambda path, p: _instead(path).symlink_to("/dev/zero"),
+    "common.pt as a pipe": lambda path, p: os.mkfifo(_instead(path)),
     "a pipe of no use": lambda path, p: os.mkfifo(path / "x.distcp"),
     "a folder": lambda path, p: (path / "sub").mkdir(),
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ def refused(path: Path, gpt: Any, trap: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", CRAFTED)
+# megatron-core 0.19 writes no common.pt.
+NAMES = [name for name in CRAFTED if "common.pt" not in name or version("megatron-core") < "0.19"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_a_crafted_checkpoint_runs(name: str, gpt: Any, genuine: Path, tmp_path: Path) -> None:
-    if "common.pt" in name and not (genuine / "common.pt").exists():
-        pytest.skip("megatron-core 0.19 has no common.pt")
     path = copied(genuine, tmp_path / genuine.name, CRAFTED[name], trap := tmp_path / "ran")
     refused(path, gpt, trap)
 
@@ -120,9 +123,10 @@ def test_a_description_that_is_no_file_is_refused(kind: str, gpt: Any, genuine: 
 
 def test_a_listed_file_that_is_a_pipe_is_not_opened(gpt: Any, genuine: Path, tmp_path: Path) -> None:
     shutil.copytree(genuine, path := tmp_path / genuine.name)
-    (path / "common.pt").unlink()
-    os.mkfifo(path / "common.pt")
-    assert "common.pt is a link, a pipe or the like" in refused(path, gpt, tmp_path / "ran")
+    if (path / "common.pt").exists():
+        (path / "common.pt").unlink()
+        os.mkfifo(path / "common.pt")
+        assert "common.pt is a link, a pipe or the like" in refused(path, gpt, tmp_path / "ran")
     (path / "__0_0.distcp").unlink()
     os.mkfifo(path / "__0_0.distcp")
     with pytest.raises(ValueError, match="is a link, a pipe or the like"):

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.model.attention import SdpaAttention
-from megatron_r1.parallel import process_groups
+from megatron_r1.parallel import cut_to_rank, process_groups
 from tests.distributed import on_ranks
 
 # isort: split
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 S, B, HEADS, GROUPS, D = 24, 2, 4, 2, 8
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 18, [0] * 24], dtype=torch.int32)
@@ -67,9 +66,9 @@ def _under_context_parallelism() -> list[Tensor]:
         *qkv, grad = inputs()
 
         def mine(x: Tensor) -> Tensor:
-            return get_batch_on_this_cp_rank({"x": x.transpose(0, 1)})["x"].transpose(0, 1).contiguous()
+            return cut_to_rank({"x": x.transpose(0, 1)})["x"].transpose(0, 1).contiguous()
 
-        segment = get_batch_on_this_cp_rank({"x": SEGMENTS})["x"]
+        segment = cut_to_rank({"x": SEGMENTS})["x"]
         leaves = [mine(x).requires_grad_() for x in qkv]
         out = attention(group)(*shaped(*leaves), segment)
         out.backward(mine(grad))
