@@ -75,11 +75,10 @@ def row_statistics(logits_NV: Tensor, labels_N: Tensor, to_residual: bool, z_los
     return numbers_3N
 
 
-def to_residual(logits_NV: Tensor, labels_N: Tensor, max_N: Tensor, sum_N: Tensor, label_N: Tensor) -> Tensor:
+def to_residual(logits_NV: Tensor, labels_N: Tensor, max_N: Tensor, sum_N: Tensor, label_N: Tensor) -> None:
     """The logits [N, V] become E of model/loss.py, whose three float32 [N] are those over all ranks."""
     numbers_3N = torch.stack((max_N, sum_N, label_N))
     _cross_entropy(logits_NV, labels_N, numbers_3N, 0.0, STATISTICS=False, RESIDUAL=True)
-    return logits_NV
 
 
 @triton.jit

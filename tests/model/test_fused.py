@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -53,7 +54,12 @@ def loss_and_gradients(
         if parallel.context > 1:
             position_S = torch.cat([position_S.chunk(4)[i] for i in (context.rank, 3 - context.rank)])
         token, label = token_BS[:, position_S], token_BS[:, position_S + 1]
+        called = {}
+        for name in ("rotate", "swiglu", "row_statistics") if kernels else ():
+            called[name] = mock.Mock(wraps=getattr(fused().triton_kernels, name))
+            setattr(fused().triton_kernels, name, called[name])
         loss_BS = gpt(token, position_S.expand(2, -1), None, labels=label)
+        assert all(one.called for one in called.values()), called
         loss_BS.sum().backward()
         found = {name: p.grad for name, p in gpt.named_parameters()}
     return {"loss": loss_BS.detach(), **found}
