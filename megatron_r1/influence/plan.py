@@ -310,11 +310,14 @@ class Demand:
     """What an estimate leaves out, or empty."""
 
 
-def demand(config: Config) -> Demand:
-    """Raises ValueError where neither steps nor checkpoints give a number of checkpoints."""
+def demand(config: Config, ranks: int | None = None) -> Demand:
+    """Raises ConfigError if `ranks` ranks, which are to measure, do not fit the layout, and ValueError where
+    neither steps nor checkpoints give a number of checkpoints."""
     influence = config.influence
     if influence is None:
         raise ConfigError(["influence: missing section; add a file that has it (see examples/influence)"])
+    if mistakes := check_copies(config.parallel, ranks) if ranks else []:
+        raise ConfigError([f"{mistakes[0]}, or give --peak-tflops for devices that are not here"])
     try:
         work = lay_plan(config)
         rows, probes, checkpoints, most = work.rows(), work.probe_windows(), len(work.steps), ""

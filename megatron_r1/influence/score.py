@@ -18,7 +18,6 @@ import torch
 from megatron_r1 import backend
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import Config
-from megatron_r1.config_io import ConfigError, check_copies
 from megatron_r1.data.loader import whole_batch
 from megatron_r1.data.windows import Examples
 from megatron_r1.influence.curvature import resolve
@@ -197,19 +196,15 @@ def measured_estimate(config: Config, ranks: int) -> str:
     """Time of scoring on the devices of this launch, from passes of the configured model, in one line.
 
     `ranks`: of the launch, each of which calls this. Weights and text are random. Loading, saving and the
-    passes of a curvature are not counted. Raises ConfigError or ValueError as `demand` does, or if the
-    launch does not fit the layout.
+    passes of a curvature are not counted. Raises ConfigError or ValueError as `demand` does.
     """
-    work = demand(config)
-    parallel = dataclasses.replace(config.parallel, virtual_pipeline=1)
-    if mistakes := check_copies(parallel, ranks):
-        raise ConfigError([f"{mistakes[0]}, or give --peak-tflops for devices that are not here"])
+    work, parallel = demand(config, ranks), dataclasses.replace(config.parallel, virtual_pipeline=1)
     with process_groups(parallel) as context:
         engine = Engine.build(dataclasses.replace(config, parallel=parallel), None, context)
         size, seconds = 1, _pass_seconds(engine, 1)
-        # Passes of whole micro-batches are measured where they are not expected to take long.
+        # Whole micro-batches are measured where the fewest calls, two of each kind, do not take too long.
         whole = engine.influence.micro_batch
-        if whole > 1 and broadcast_object(sum(seconds) * whole * _REPEATS < _BUDGET):
+        if whole > 1 and broadcast_object(sum(seconds) * whole * 2 < _BUDGET):
             size, seconds = whole, _pass_seconds(engine, whole)
         memory = backend.peak_memory() / 2**30
         each_pass = size * context.data_size
@@ -253,7 +248,7 @@ def _pass_seconds(engine: Engine, size: int) -> tuple[float, float]:
 def _median_seconds(run: Callable[[], float]) -> float:
     """Of some calls, each of which ends when its devices have finished, after one that is not counted."""
     seconds: list[float] = []
-    while len(seconds) < 2 or broadcast_object(len(seconds) < _REPEATS and sum(seconds) < _BUDGET / 4):
+    while len(seconds) < 2 or broadcast_object(len(seconds) < _REPEATS and sum(seconds[1:]) < _BUDGET / 4):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

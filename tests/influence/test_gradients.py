@@ -203,3 +203,21 @@ def test_blocks_of_a_large_layer_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     for block in (1, 40, 10_000):
         monkeypatch.setattr("megatron_r1.influence.methods._CPU_BLOCK", block)
         torch.testing.assert_close(dot_with_directions(a, g, v).float(), true)
+
+
+def _head_and_loss() -> tuple[np.ndarray, list[str]]:
+    """Scores of the standard rows where each way to another loss, or to a batch's gradient, is noted."""
+    found: list[str] = []
+    with process_groups(ParallelConfig()) as context, pytest.MonkeyPatch.context() as patch:
+        gpt = tiny.build()
+        v = {name: torch.ones(3, *p.shape) for name, p in gpt.named_parameters()}
+        patch.setattr("megatron_r1.model.loss._add_product", lambda *_: found.append("weight gradient"))
+        patch.setattr(type(gpt), "compute_language_model_loss", lambda *_: found.append("other loss"))
+        scores, _ = tiny.scores(gpt, context, v, tiny.windows())
+        assert gpt.head_watcher is None and all(p.grad is None for p in gpt.parameters())
+    return scores, found
+
+
+def test_scoring_takes_our_loss_and_forms_no_gradient_of_a_batch() -> None:
+    ((scores, found),) = on_ranks(1, _head_and_loss)
+    assert found == [] and np.abs(scores).min() > 0
