@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Correctness on one GPU: against the CPU of the same machine, bits, SIGTERM, checkpoints, kernels, scores. Under 5 minutes.
+# Correctness on one GPU: against the CPU of the same machine, bits, SIGTERM, checkpoints, kernels, scores. It ends after 285 s.
 #
-#   benchmarks/gpu_correct.sh                 all sections, one table at the end; status 1 where a check failed
-#   benchmarks/gpu_correct.sh kernels         one section; --help lists what else there is
+#   benchmarks/gpu_correct.sh                 all sections, one table at the end; status 1 where one failed or was not reached
+#   benchmarks/gpu_correct.sh kernels         one section; --help lists all
 #
 # Needs what gpu_speed.sh needs. The section gpu-tests needs pytest, too.
 set -euo pipefail

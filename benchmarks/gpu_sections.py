@@ -96,14 +96,15 @@ CORRECT = {
     "gpu-tests": 240,
 }
 """Section -> seconds, in the order of their worth: what comes last is what the time may not reach."""
+KINDS = {"speed": SPEED, "correct": CORRECT}
 MORE = {"kfac-950m"}
 
 
 def sections(kind: str, slower: int = 1) -> list[Section]:
     """All of a script, in order; on a machine that is so many times slower."""
-    script, limits = ("gpu_bench.py", SPEED) if kind == "speed" else ("gpu_check.py", CORRECT)
-    words = sys.executable, str(HERE / script)
-    return [Section(name, slower * seconds, (*words, name), name in MORE) for name, seconds in limits.items()]
+    words = sys.executable, str(HERE / {"speed": "gpu_bench.py", "correct": "gpu_check.py"}[kind])
+    limits = KINDS[kind].items()
+    return [Section(name, slower * seconds, (*words, name), name in MORE) for name, seconds in limits]
 
 
 # ------------------------------------------------------------------------------------------ within a section
@@ -366,6 +367,8 @@ def build_extension() -> None:
     includes = [ROOT / "csrc", sysconfig.get_paths()["include"], Path(torch.origin).parent / "include"]
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden"]
     words = ["g++", *flags, *(f"-I{folder}" for folder in includes), str(ROOT / "csrc/bindings.cpp")]
+    if shutil.which("g++") is None:
+        sys.exit(f"error: {target.relative_to(ROOT)} is not there, and neither is g++, which would build it")
     print(f"building {target.relative_to(ROOT)}", flush=True)
     part = target.with_suffix(".partial")
     subprocess.run([*words, "-o", str(part)], check=True)
@@ -373,10 +376,13 @@ def build_extension() -> None:
 
 
 def main() -> int:
+    kinds = [f"sections of {kind}: {', '.join(limits)}" for kind, limits in KINDS.items()]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="\n".join(kinds),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", choices=("speed", "correct"))
+    parser.add_argument("kind", choices=KINDS, help="gpu_speed.sh gives speed, gpu_correct.sh correct")
     parser.add_argument("section", nargs="*", help="sections to run (default: those that fit the time)")
     parser.add_argument("--all", action="store_true", help="all sections, whatever time they take")
     parser.add_argument("--seconds", type=float, default=285, help="for all sections (default: 285)")

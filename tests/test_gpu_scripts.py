@@ -64,6 +64,16 @@ def test_a_failing_section_is_told_and_the_others_run(
     assert len({len(row) for row in cells}) == 1 and len(cells) == 2 + len(rows)
 
 
+@pytest.mark.parametrize("script", ["gpu_speed.sh", "gpu_correct.sh"])
+def test_help_lists_every_section(script: str) -> None:
+    words = ["bash", str(BENCHMARKS / script), "--help"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    kind = script.removeprefix("gpu_").removesuffix(".sh")
+    for section in gpu_sections.sections(kind):
+        assert section.name in done.stdout
+
+
 def test_a_section_over_its_time_is_ended_with_its_descendants(tmp_path: Path) -> None:
     began = time.monotonic()
     rows = run(tmp_path, section("long", LONG, 4), section("good", GOOD))
