@@ -391,6 +391,8 @@ def main() -> int:
     options = parser.parse_args()
     gpu = card()
     tiny = options.tiny or gpu is None
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g} must be positive")
     known = {section.name: section for section in sections(options.kind, 1 if gpu else CPU_SLOWER)}
     if unknown := [name for name in options.section if name not in known]:
         parser.error(f"no section {unknown[0]}; there are {', '.join(known)}")
@@ -403,7 +405,10 @@ def main() -> int:
     every = [section for section in known.values() if options.all or not section.more]
     chosen = [known[name] for name in options.section] or every
     folder = (options.output or Path(tempfile.mkdtemp(prefix=f"gpu-{options.kind}-"))).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     # A launcher's SIGTERM must end the sections, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     head = {"card": (gpu or "CPU").split(",")[0] + (", tiny" if tiny else ""), "commit": commit()}

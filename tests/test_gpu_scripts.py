@@ -74,6 +74,25 @@ def test_help_lists_every_section(script: str) -> None:
         assert section.name in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["train-140"], "no section train-140; there are peers-950m, train-950m"),
+        (["--seconds", "0"], "--seconds 0 must be positive"),
+        (["--seconds", "nan"], "--seconds nan must be positive"),
+        (["--output", __file__], "--output: "),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_sections.py", "speed", *words])
+    with pytest.raises(SystemExit) as end:
+        gpu_sections.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and said in err and out == ""
+
+
 def test_a_section_over_its_time_is_ended_with_its_descendants(tmp_path: Path) -> None:
     began = time.monotonic()
     rows = run(tmp_path, section("long", LONG, 4), section("good", GOOD))

@@ -18,16 +18,9 @@ def main() -> None:
     parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="merged left to right")
     parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
     parser.add_argument("--estimate", action="store_true", help="measure how long it takes here, and exit")
-    parser.add_argument(
-        "--peak-tflops", type=float, help="with --estimate: for other devices; H100, bf16: 989"
-    )
-    parser.add_argument("--utilisation", type=float, help="share of that peak; default: 0.4")
+    parser.add_argument("--peak-tflops", type=float, help="estimate for other devices; H100, bf16: 989")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak; default: 0.4")
     options = parser.parse_intermixed_args()
-    # Either would be ignored: instead of an estimate, scoring would begin.
-    if options.peak_tflops is not None and not options.estimate:
-        parser.error("--peak-tflops needs --estimate")
-    if options.utilisation is not None and options.peak_tflops is None:
-        parser.error("--utilisation needs --peak-tflops")
     with user_errors():
         # torchrun says how many ranks there are; without it, one model copy is meant.
         ranks = launch_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else None
@@ -39,8 +32,7 @@ def main() -> None:
                 line = measured_estimate(config, ranks or 1)
             else:
                 devices = ranks or config.parallel.model_ranks()
-                share = 0.4 if options.utilisation is None else options.utilisation
-                line = estimate(config, devices, options.peak_tflops, share)
+                line = estimate(config, devices, options.peak_tflops, options.utilisation)
             if is_first_rank():
                 print(line)
             return

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
-
-import pytest
 
 from tests.launch import ROOT
 
@@ -42,21 +39,3 @@ def test_every_tool_helps_with_an_example_and_exit_statuses() -> None:
         _, _, after = text.partition("options:")
         assert f"tools/{tool} " in after and "Exit status: 0 done, 2 a mistake" in after
         assert said[f"{tool} --no-such-option"][0] == 2
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--peak-tflops", "989"], "--peak-tflops needs --estimate"),
-        (["--peak-tflops", "989", "--check"], "--peak-tflops needs --estimate"),
-        (["--estimate", "--utilisation", "0.3"], "--utilisation needs --peak-tflops"),
-        (["--utilisation", "0"], "--utilisation needs --peak-tflops"),
-    ],
-)
-def test_scoring_refuses_options_that_it_would_ignore(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["compute_influence", "none.yaml", *words])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools/compute_influence.py"), run_name="__main__")
-    assert end.value.code == 2 and said in capsys.readouterr().err
