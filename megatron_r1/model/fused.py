@@ -41,7 +41,10 @@ class _Swiglu(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """QKV [S, B, G, queries + 2, D], `turned` [S, D] -> queries, keys, values [S, B, heads, D]."""
+    """QKV [S, B, G, queries + 2, D], `_turn` [S, D] -> queries, keys, values [S, B, heads, D].
+
+    `eps`: of the norm of queries and keys before they are rotated; None: no norm.
+    """
 
     @staticmethod
     def forward(

@@ -49,8 +49,8 @@ _LONG = 3600.0
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A step that was enqueued, and what its line of metrics says besides its result."""
+class _Pending:
+    """A step that was enqueued, whose result is not read yet, and what its line of metrics needs besides."""
 
     result: Callable[[], StepResult]
     before: TrainState
@@ -184,7 +184,7 @@ class Trainer:
         if first == span.start:
             self._begin_phase(span)
         with Progress(f"train {span.name}", span.steps, "steps", first - span.start, leads) as bar:
-            waiting: _Taken | None = None
+            waiting: _Pending | None = None
             while self.state.step < span.end and not self.stopping:
                 step = self._enqueue(span)
                 # While the device takes this step: what came of the one before.
@@ -232,7 +232,7 @@ class Trainer:
             f"{self.run.root}: phase {span.name} {end} at step {step}, loss {loss:.4f}; wrote {path}"
         )
 
-    def _enqueue(self, span: PhaseSpan) -> _Taken:
+    def _enqueue(self, span: PhaseSpan) -> _Pending:
         """Begin a step, with which `state` advances. Reads what all ranks have submitted after the last."""
         config, before, saving, one_id = self.config, self.state, self.saving, self.one_id
         batches = self.batches.of_step(before.samples)
@@ -248,7 +248,7 @@ class Trainer:
         )
         stop, self.writing, self.one_id, *busy_us = self.agreement.result()
         self.stopping, self.busy_R = bool(stop), [us / 1e6 for us in busy_us]
-        return _Taken(result, before, self.state, saving, one_id)
+        return _Pending(result, before, self.state, saving, one_id)
 
     def _known_at_once(self, span: PhaseSpan) -> bool:
         """Whether another step has to wait for the last one's result: a stop, a save or a measurement."""
@@ -262,14 +262,14 @@ class Trainer:
         last = self.stopping or step == span.end
         return last or step in self.retention.steps or step % self.config.train.checkpoint_every == 0
 
-    def _settle(self, taken: _Taken, span: PhaseSpan, bar: Progress) -> float:
+    def _settle(self, pending: _Pending, span: PhaseSpan, bar: Progress) -> float:
         """Wait for a step's result, judge it and report it. Returns its loss, nats a label."""
-        result, state, leads = taken.result(), taken.after, self.context.leads
+        result, state, leads = pending.result(), pending.after, self.context.leads
         self.watchdog.heard()
-        first = taken.before.samples
+        first = pending.before.samples
         where = f"step {state.step}, samples {first} to {state.samples - 1}"
         if result.lost:
-            self._end_unreadable(taken.before, where, span)
+            self._end_unreadable(pending.before, where, span)
         refused = self.guard.refuses(result.loss(), result.grad_norm)
         assert (refused is not None) == result.left_out
         if leads and (refused or self.guard.spike):
@@ -277,12 +277,12 @@ class Trainer:
             say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else told}")
         self.busy = result.busy
         line = step_line(self.config, self.plan, span, state, result)
-        line |= cost_line(self.config, result.seconds, taken.saving, self.busy_R)
+        line |= cost_line(self.config, result.seconds, pending.saving, self.busy_R)
         if self._measures(span, state.step):
             self.watchdog.heard(more=_LONG)
             line |= self.evaluation.measure()
-        if taken.one_id:
-            line["one_id_windows"] = taken.one_id
+        if pending.one_id:
+            line["one_id_windows"] = pending.one_id
         bar.advance(note=f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
         if self.log is not None:
             self.log.write(line)
