@@ -210,7 +210,10 @@ def main() -> None:
     with user_errors():
         _same_size(directory, options.size)
         run(directory, stages(directory, SIZES[options.size]))
-        print(f"open {directory / 'reports' / 'index.html'} in a browser; tensorboard --logdir {directory}")
+        print(
+            f"open {directory / 'reports' / 'index.html'} in a browser; "
+            f"{Path(sys.executable).parent / 'tensorboard'} --logdir {directory}"
+        )
 
 
 if __name__ == "__main__":
