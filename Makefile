@@ -6,14 +6,19 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: quickstart test lint format check soak bench compare datamodel study-guard test-py312 hashed lock clean
+.PHONY: help quickstart test lint format check soak bench compare datamodel study-guard test-py312 hashed lock clean
 
+# The whole loop on real text, from the text to runs/quickstart/reports/index.html; some 15 minutes.
 quickstart: $(VENV)/.core
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 # Two files at a time, for two cores, the longest first (tests/conftest.py); the slowest tests are named.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+
+# Every target with the comment above it.
+help:
+	@awk '/^#/ {c = c "\n   " substr($$0, 2); next} /^[a-z][a-z0-9-]*:/ {sub(/:.*/, ""); print $$0 c} {c = ""}' Makefile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)
