@@ -47,7 +47,8 @@ def batch(seed: int) -> Batch:
 
 def take(of: Training, seed: int, lost: bool = False) -> Any:
     set_schedule(of.optimizer, LR, DECAY)
-    return train_step(of, iter([batch(seed)]), 1, Shape(ROWS, SEQ, 1), lambda: lost)()
+    given = iter([batch(seed), batch(-seed)])
+    return train_step(of, given, PASSES, Shape(ROWS, SEQ, 1), lambda: lost)()
 
 
 def held(of: Training) -> dict[str, Tensor]:
@@ -121,18 +122,20 @@ def test_the_norm_of_a_large_gradient_is_exact() -> None:
     assert norm == pytest.approx(exact, rel=4e-6)
 
 
-def _left_out(precision: str, ranks: int) -> list[str]:
+def _left_out(precision: str, ranks: int, parallel: ParallelConfig) -> list[str]:
     """Step 1, then two that are left out, then step 2; beside it the same without those two."""
-    with process_groups(ParallelConfig()) as context:
-        of, straight = training(precision=precision), training(precision=precision)
+    with process_groups(parallel) as context:
+        of, straight = (training(4, precision, parallel) for _ in range(2))
         first = take(of, 1)
         assert not first.left_out and math.isfinite(first.grad_norm) and take(straight, 1) is not None
         before = held(of)
-        norm = of.gpt.decoder.final_layernorm.weight
-        kept = norm.detach().clone()
-        norm.data.mul_(math.nan)
+        spoiled = next(p for p in of.gpt.parameters() if p.dim() == 1)
+        kept = spoiled.detach().clone()
+        # Of all ranks' weights, one number: every rank has to see it.
+        if context.rank == 0:
+            spoiled.data[0] = math.nan
         bad = take(of, 2)
-        norm.data.copy_(kept)
+        spoiled.data.copy_(kept)
         assert bad.left_out and not bad.lost and math.isnan(bad.loss())
         assert differing(held(of), before) == []
         lost = take(of, 3, lost=context.rank == ranks - 1)
@@ -146,10 +149,22 @@ def _left_out(precision: str, ranks: int) -> list[str]:
         return differing(held(of), held(straight))
 
 
-@pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
-def test_a_step_that_is_left_out_leaves_no_bit_changed(precision: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "ranks", "parallel"),
+    [
+        ("fp32", 1, ParallelConfig()),
+        ("bf16", 1, ParallelConfig()),
+        ("fp32", 2, ParallelConfig()),
+        ("bf16", 2, ParallelConfig(tensor=2)),
+        ("bf16", 2, ParallelConfig(pipeline=2)),
+        ("fp32", 2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    ],
+)
+def test_a_step_that_is_left_out_leaves_no_bit_changed(
+    precision: str, ranks: int, parallel: ParallelConfig
+) -> None:
     """Weights, main weights, moments and counts stay. Batches that one rank lost are lost to all."""
-    assert on_ranks(ranks, _left_out, precision, ranks) == [[]] * ranks
+    assert on_ranks(ranks, _left_out, precision, ranks, parallel) == [[]] * ranks
 
 
 class _Values(TorchDispatchMode):
