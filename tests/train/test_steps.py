@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -114,6 +115,18 @@ def test_a_result_is_read_behind_the_next_step_but_where_it_is_needed(root: Path
     assert all(line["seconds"] > 0 for line in lines)
     told = (root / "in order" / "logs" / "rank_00000.log").read_text()
     assert re.findall(r"step (\d+) \|", told) == [str(step) for step in range(1, 12)]
+
+
+def _counting(config: Config) -> None:
+    """Train, but each step's count of windows of one id is its number."""
+    loop.StepBatches.one_id_windows = lambda of, steps=itertools.count(1): next(steps)  # type: ignore
+    loop.train(config)
+
+
+def test_a_line_has_the_windows_of_one_id_of_the_step_before(root: Path) -> None:
+    on_ranks(1, _counting, config(root, "one id", *RARE, "model.num_layers=1"))
+    lines = [json.loads(line) for line in (root / "one id" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("one_id_windows", 0) for line in lines] == list(range(STEPS))
 
 
 def _with_rates(config: Config, factor: dict[int, float]) -> None:
