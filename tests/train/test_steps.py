@@ -240,6 +240,15 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
     assert resumed[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
 
 
+def test_a_run_whose_first_step_is_lost_begins_again(root: Path) -> None:
+    """Its checkpoint at step 0 has moments, of zeros, as no step was taken."""
+    with pytest.raises(RankFailedError, match="error: 'web.bin'"):
+        on_ranks(2, _with_lost_files, config(root, "lost at once", "train.checkpoint_every=100"), 0)
+    on_ranks(2, loop.train, config(root, "lost at once", "train.checkpoint_every=100"))
+    straight, again = figures(root / "one"), figures(root / "lost at once")
+    assert list(again) == list(straight) and again[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
+
+
 def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["phases.one.steps=4", "phases.two={steps: 2, learning_rate: 0.01, decay: constant}"]
     on_ranks(1, loop.train, config(root, "forgets", *words, "phases.two.reset_optimizer=true"))
