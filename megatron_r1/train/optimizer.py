@@ -142,9 +142,9 @@ def guarded_step(optimizer: Any, sums_2N: Tensor, lost: bool) -> Tensor:
     optimizer.prepare_grads()
     loss, labels = sums_2N.sum(1)
     gradients = [gradient for part in parts_of(optimizer) for gradient in part.get_main_grads_for_grad_norm()]
-    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(_PIECE)]
-    norms = torch._foreach_norm(pieces) if pieces else [labels.new_zeros(())]
-    squares = torch.stack(norms).double().square().sum()
+    # The zero is for a rank that holds none.
+    pieces = [labels.float().new_zeros(1), *(p for g in gradients for p in g.flatten().split(_PIECE))]
+    squares = torch.stack(torch._foreach_norm(pieces)).double().square().sum()
     # One sum over the ranks for both.
     total = torch.stack([squares, torch.full_like(squares, lost)])
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())

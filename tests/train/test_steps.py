@@ -242,7 +242,7 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
 
 def test_a_run_whose_first_step_is_lost_begins_again(root: Path) -> None:
     """Its checkpoint at step 0 has moments, of zeros, as no step was taken."""
-    with pytest.raises(RankFailedError, match="error: 'web.bin'"):
+    with pytest.raises(RankFailedError, match=r"error: 'web\.bin'"):
         on_ranks(2, _with_lost_files, config(root, "lost at once", "train.checkpoint_every=100"), 0)
     on_ranks(2, loop.train, config(root, "lost at once", "train.checkpoint_every=100"))
     straight, again = figures(root / "one"), figures(root / "lost at once")
