@@ -57,6 +57,7 @@ class _Pending:
     after: TrainState
     saving: float
     one_id: int
+    """Windows of one id throughout, which all ranks drew in the step before."""
 
 
 def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
@@ -120,8 +121,6 @@ class Trainer:
         """Seconds that this rank was busy in the last step whose result it knows."""
         self.busy_R = [0.0] * context.world_size
         """The same of each rank, as of the agreement before."""
-        self.one_id = 0
-        """Windows of one id throughout, which all ranks drew in the step before."""
         self.writing = 0
         """Ranks that wrote a checkpoint at the agreement before."""
         self.saving = 0.0
@@ -234,7 +233,7 @@ class Trainer:
 
     def _enqueue(self, span: PhaseSpan) -> _Pending:
         """Begin a step, with which `state` advances. Reads what all ranks have submitted after the last."""
-        config, before, saving, one_id = self.config, self.state, self.saving, self.one_id
+        config, before, saving = self.config, self.state, self.saving
         batches = self.batches.of_step(before.samples)
         set_schedule(self.training.optimizer, span.learning_rate(before.step), config.optimizer.weight_decay)
         result = train_step(
@@ -246,7 +245,7 @@ class Trainer:
             samples=before.samples + config.train.global_batch,
             tokens=before.tokens + config.tokens_per_step(),
         )
-        stop, self.writing, self.one_id, *busy_us = self.agreement.result()
+        stop, self.writing, one_id, *busy_us = self.agreement.result()
         self.stopping, self.busy_R = bool(stop), [us / 1e6 for us in busy_us]
         return _Pending(result, before, self.state, saving, one_id)
 

@@ -16,6 +16,9 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
 
+_PIECE = 1 << 18
+"""Numbers whose float32 norm torch forms at once. A CPU adds them in order: of 1.5e8 it loses 2 %."""
+
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with the contract of Apex's and Transformer Engine's FusedAdam, on torch's fused kernel.
@@ -139,8 +142,9 @@ def guarded_step(optimizer: Any, sums_2N: Tensor, lost: bool) -> Tensor:
     optimizer.prepare_grads()
     loss, labels = sums_2N.sum(1)
     gradients = [gradient for part in parts_of(optimizer) for gradient in part.get_main_grads_for_grad_norm()]
-    norms = torch._foreach_norm(gradients) if gradients else [labels.new_zeros(())]
-    squares = torch.stack(norms).double().square().sum()
+    # The zero is for a rank that holds none.
+    pieces = [labels.float().new_zeros(1), *(p for g in gradients for p in g.flatten().split(_PIECE))]
+    squares = torch.stack(torch._foreach_norm(pieces)).double().square().sum()
     # One sum over the ranks for both.
     total = torch.stack([squares, torch.full_like(squares, lost)])
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -116,6 +117,19 @@ def test_a_result_is_read_behind_the_next_step_but_where_it_is_needed(root: Path
     assert re.findall(r"step (\d+) \|", told) == [str(step) for step in range(1, 12)]
 
 
+def _counting(config: Config) -> None:
+    """Train, but each step's count of windows of one id is its number."""
+    steps = itertools.count(1)
+    loop.StepBatches.one_id_windows = lambda of: next(steps)  # type: ignore[method-assign]
+    loop.train(config)
+
+
+def test_a_line_has_the_windows_of_one_id_of_the_step_before(root: Path) -> None:
+    on_ranks(1, _counting, config(root, "one id", *RARE, "model.num_layers=1"))
+    lines = [json.loads(line) for line in (root / "one id" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("one_id_windows", 0) for line in lines] == list(range(STEPS))
+
+
 def _with_rates(config: Config, factor: dict[int, float]) -> None:
     """Train, but in these steps (from 1) the learning rate is multiplied."""
     took, begun = loop.set_schedule, []
@@ -224,6 +238,15 @@ def test_data_that_one_rank_cannot_read_ends_all_with_a_checkpoint(root: Path) -
     on_ranks(2, loop.train, config(root, "lost", "train.checkpoint_every=100"))
     straight, resumed = figures(root / "one"), figures(root / "lost")
     assert resumed[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
+
+
+def test_a_run_whose_first_step_is_lost_begins_again(root: Path) -> None:
+    """Its checkpoint at step 0 has moments, of zeros, as no step was taken."""
+    with pytest.raises(RankFailedError, match=r"error: 'web\.bin'"):
+        on_ranks(2, _with_lost_files, config(root, "lost at once", "train.checkpoint_every=100"), 0)
+    on_ranks(2, loop.train, config(root, "lost at once", "train.checkpoint_every=100"))
+    straight, again = figures(root / "one"), figures(root / "lost at once")
+    assert list(again) == list(straight) and again[STEPS] == pytest.approx(straight[STEPS], rel=1e-5)
 
 
 def test_a_phase_may_forget_the_moments(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
