@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_r1 import backend
 from megatron_r1.config import ParallelConfig
+from megatron_r1.influence import methods
 from megatron_r1.influence.gradients import Scorer
 from megatron_r1.influence.methods import WgradDot, dot_with_directions
 from megatron_r1.influence.parameters import parameter_names, select
 from megatron_r1.parallel import process_groups
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
+from tests.interpreter import needs_triton
 
 LAYOUTS = {
     "data": ParallelConfig(),
@@ -221,3 +224,24 @@ def _head_and_loss() -> tuple[np.ndarray, list[str]]:
 def test_scoring_takes_our_loss_and_forms_no_gradient_of_a_batch() -> None:
     ((scores, found),) = on_ranks(1, _head_and_loss)
     assert found == [] and np.abs(scores).min() > 0
+
+
+def _scores_by(kernels: bool, parallel: ParallelConfig) -> np.ndarray:
+    """A rank's body: scores and squared norms of some rows, by batched products where kernels are on."""
+    backend.has_triton = lambda: kernels
+    if kernels:
+        methods._add_one_by_one = methods._add_together
+    with process_groups(parallel) as context:
+        gpt = tiny.build(parallel)
+        assert (gpt.loss_kernels is not None) == kernels
+        v = tiny.directions(gpt, context)
+        found = tiny.rows(gpt, context, methods.WgradDot(v, 3, squares=True), tiny.windows(4))[0]
+        assert methods._reductions.cache_info().currsize == kernels
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2, sequence=True)], ids=str)
+def test_scores_by_the_kernels_are_those_of_torch(parallel: ParallelConfig) -> None:
+    plain, ours = (on_ranks(parallel.tensor, _scores_by, kernels, parallel)[0] for kernels in (False, True))
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
