@@ -234,14 +234,20 @@ def _scores_by(kernels: bool, parallel: ParallelConfig) -> np.ndarray:
     with process_groups(parallel) as context:
         gpt = tiny.build(parallel)
         assert (gpt.loss_kernels is not None) == kernels
-        v = tiny.directions(gpt, context)
-        found = tiny.rows(gpt, context, methods.WgradDot(v, 3, squares=True), tiny.windows(4))[0]
+        gradient = tiny.engine(gpt, context).mean_gradient(tiny.Windows(tiny.windows(2, seed=1)))
+        v = {name: g[None] for name, g in gradient.items()}
+        found = tiny.rows(gpt, context, methods.WgradDot(v, 1, squares=True), tiny.windows(3))[0]
         assert methods._reductions.cache_info().currsize == kernels
     return found
 
 
 @needs_triton
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2, sequence=True)], ids=str)
-def test_scores_by_the_kernels_are_those_of_torch(parallel: ParallelConfig) -> None:
-    plain, ours = (on_ranks(parallel.tensor, _scores_by, kernels, parallel)[0] for kernels in (False, True))
+@pytest.mark.parametrize(
+    "layout", ["data", "tensor and sequence", "pipeline"], ids=["data", "tensor-sequence", "pipeline"]
+)
+def test_scores_by_the_kernels_are_those_of_torch(layout: str) -> None:
+    """A direction of the model's own gradient, too."""
+    parallel = LAYOUTS[layout]
+    ranks = parallel.model_ranks()
+    plain, ours = (on_ranks(ranks, _scores_by, kernels, parallel)[0] for kernels in (False, True))
     np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
