@@ -19,9 +19,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="print what would be scored, and exit")
     parser.add_argument("--estimate", action="store_true", help="measure how long it takes here, and exit")
     parser.add_argument("--peak-tflops", type=float, help="estimate for other devices; H100, bf16: 989")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak; default: 0.4")
+    parser.add_argument("--utilisation", type=float, help="share of the peak; default: 0.4")
     options = parser.parse_intermixed_args()
     with user_errors():
+        if (options.peak_tflops, options.utilisation) != (None, None) and not options.estimate:
+            raise ValueError("--peak-tflops and --utilisation are for --estimate; add it, or leave them out")
+        if options.utilisation is not None and options.peak_tflops is None:
+            raise ValueError("--utilisation is a share of --peak-tflops; add that, or measure without it")
         # torchrun says how many ranks there are; without it, one model copy is meant.
         ranks = launch_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else None
         if options.estimate:
@@ -32,7 +36,8 @@ def main() -> None:
                 line = measured_estimate(config, ranks or 1)
             else:
                 devices = ranks or config.parallel.model_ranks()
-                line = estimate(config, devices, options.peak_tflops, options.utilisation)
+                share = 0.4 if options.utilisation is None else options.utilisation
+                line = estimate(config, devices, options.peak_tflops, share)
             if is_first_rank():
                 print(line)
             return

@@ -23,18 +23,9 @@ MOST = 16
 
 @triton.jit
 def _tile_sums(
-    gradient_ptr,
-    direction_ptr,
-    out_ptr,
-    length,
-    batch,
-    gradient_stride,
-    direction_stride,
-    directions: tl.constexpr,
-    columns: tl.constexpr,
-    squares: tl.constexpr,
-    tile: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # Triton reads annotations of its own alone
+    gradient_ptr, direction_ptr, out_ptr, length, batch, gradient_stride, direction_stride,
+    directions: tl.constexpr, columns: tl.constexpr, squares: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     """out [tiles, batch, directions + squares]: this program's row of it."""
     number = tl.program_id(0)
     place = number.to(tl.int64) * tile + tl.arange(0, tile)
@@ -61,6 +52,7 @@ def dots(gradient_BP: Tensor, direction_CP: Tensor, squares: bool) -> Tensor:
     Numbers of a row are contiguous; rows may lie apart. `gradient_BP`: of any floating type.
     """
     (batch, length), total = gradient_BP.shape, len(direction_CP)
+    assert gradient_BP.stride(1) == direction_CP.stride(1) == 1
     out = gradient_BP.new_empty(batch, total + squares, dtype=torch.float64)
     for first in range(0, total, MOST):
         part_CP = direction_CP[first : first + MOST]
@@ -93,6 +85,7 @@ def _row_sums(left_ptr, right_ptr, out_ptr, length, left_stride, right_stride, t
 
 def row_dots(left_NK: Tensor, right_NK: Tensor) -> Tensor:
     """<x_n, y_n> of each row: float32 [N]. Numbers of a row are contiguous; rows may lie apart."""
+    assert left_NK.stride(1) == right_NK.stride(1) == 1
     out_N = left_NK.new_empty(len(left_NK), dtype=torch.float32)
     _row_sums[(len(out_N),)](
         left_NK, right_NK, out_N, left_NK.shape[1], left_NK.stride(0), right_NK.stride(0), tile=1024

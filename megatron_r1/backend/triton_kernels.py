@@ -33,7 +33,9 @@ def cross_entropy_kernel(
             column = first + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + column, mask=column < V, other=-_INFINITY).to(tl.float32)
             above = tl.maximum(largest, tl.max(z, 0))
-            total = total * tl.exp(largest - above) + tl.sum(tl.exp(z - above), 0)
+            # Of logits that all are -inf so far, no difference from their largest is a number.
+            shift = tl.where(above == -_INFINITY, 0.0, above)
+            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
             largest = above
         tl.store(max_ptr + row, largest)
         tl.store(sum_ptr + row, total)

@@ -138,6 +138,7 @@ def _passed(shape: tuple[Any, ...]) -> frozenset[str]:
     return frozenset(cases.keys() - left_out)
 
 
+@torch.enable_grad()
 def _error(name: str, kernel: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor) -> float:
     """The largest relative error of a value or a gradient; infinity where the kernel does not run."""
     results: list[list[Tensor]] = []

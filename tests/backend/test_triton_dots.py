@@ -63,6 +63,15 @@ def test_products_of_rows_are_those_of_float64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), (left.double() * right.double()).sum(1), rtol=2e-7, atol=0)
 
 
+def test_numbers_of_a_row_that_lie_apart_are_refused() -> None:
+    x = torch.rand(8, 8)
+    for left, right in ((x.t(), x), (x, x.t())):
+        with pytest.raises(AssertionError):
+            triton_dots.row_dots(left, right)
+        with pytest.raises(AssertionError):
+            triton_dots.dots(left, right, False)
+
+
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
 def test_scores_of_tokens_use_the_kernel(
     kernel: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]

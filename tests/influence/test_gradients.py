@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_r1 import backend
 from megatron_r1.config import ParallelConfig
+from megatron_r1.influence import methods
 from megatron_r1.influence.gradients import Scorer
 from megatron_r1.influence.methods import WgradDot, dot_with_directions
 from megatron_r1.influence.parameters import parameter_names, select
 from megatron_r1.parallel import process_groups
 from tests.distributed import RankFailedError, on_ranks
 from tests.influence import tiny
+from tests.interpreter import needs_triton
 
 LAYOUTS = {
     "data": ParallelConfig(),
@@ -221,3 +224,30 @@ def _head_and_loss() -> tuple[np.ndarray, list[str]]:
 def test_scoring_takes_our_loss_and_forms_no_gradient_of_a_batch() -> None:
     ((scores, found),) = on_ranks(1, _head_and_loss)
     assert found == [] and np.abs(scores).min() > 0
+
+
+def _scores_by(kernels: bool, parallel: ParallelConfig) -> np.ndarray:
+    """A rank's body: scores and squared norms of some rows, by batched products where kernels are on."""
+    backend.has_triton = lambda: kernels
+    if kernels:
+        methods._add_one_by_one = methods._add_together
+    with process_groups(parallel) as context:
+        gpt = tiny.build(parallel)
+        assert (gpt.loss_kernels is not None) == kernels
+        gradient = tiny.engine(gpt, context).mean_gradient(tiny.Windows(tiny.windows(2, seed=1)))
+        v = {name: g[None] for name, g in gradient.items()}
+        found = tiny.rows(gpt, context, methods.WgradDot(v, 1, squares=True), tiny.windows(3))[0]
+        assert methods._reductions.cache_info().currsize == kernels
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "layout", ["data", "tensor and sequence", "pipeline"], ids=["data", "tensor-sequence", "pipeline"]
+)
+def test_scores_by_the_kernels_are_those_of_torch(layout: str) -> None:
+    """A direction of the model's own gradient, too."""
+    parallel = LAYOUTS[layout]
+    ranks = parallel.model_ranks()
+    plain, ours = (on_ranks(ranks, _scores_by, kernels, parallel)[0] for kernels in (False, True))
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())

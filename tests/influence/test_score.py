@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -737,3 +738,21 @@ def test_another_model_is_refused_before_torch_is_loaded(whole: Config) -> None:
     other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, num_layers=3))
     with pytest.raises(ValueError, match=r"step_00000002 .*num_layers"):
         lay_plan(other)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--peak-tflops", "3"], "are for --estimate"),
+        (["--utilisation", "0"], "are for --estimate"),
+        (["--estimate", "--utilisation", "0.3"], "--utilisation is a share of --peak-tflops"),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_count_for_nothing_is_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compute_influence.py", "no.yaml", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(launch.ROOT / "tools/compute_influence.py"), run_name="__main__")
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -132,6 +132,11 @@ def test_a_kernel_that_computes_something_else_is_left_out(
     assert "Triton kernel SwiGLU is left out: relative error 1.0e-04, at most 1e-05" in said
 
 
+def test_a_model_built_where_gradients_are_off_has_the_kernels() -> None:
+    with torch.no_grad():
+        assert fused()._passed.__wrapped__(SMALL) == {"loss", "SwiGLU", "rotation"}
+
+
 def test_a_kernel_that_does_not_compile_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

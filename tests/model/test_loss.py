@@ -14,7 +14,7 @@ from megatron_r1.config import ParallelConfig
 from megatron_r1.model.loss import linear_cross_entropy
 from megatron_r1.parallel import process_groups
 from tests.distributed import on_ranks
-from tests.interpreter import KERNELS
+from tests.interpreter import KERNELS, needs_triton
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 300
 NAMES = ("loss", "gradient of the hidden states", "gradient of the weight")
@@ -157,3 +157,34 @@ def test_any_size_of_the_vocabulary(vocabulary: int, kernels: Any) -> None:
     results = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
     for name, ours, exact in zip(NAMES, results, plain(hidden, weight, labels, upstream), strict=True):
         assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max().clamp(min=1), name
+
+
+@needs_triton
+@pytest.mark.parametrize("all_of", ["block", "row"])
+def test_the_kernel_s_sums_pass_over_blocks_without_a_finite_logit(all_of: str) -> None:
+    """A block is 8192 logits. The sum of a row of -inf is 0: another rank's share of it may be finite."""
+    kernels = importlib.import_module("megatron_r1.backend.triton_kernels")
+    logits = torch.randn(3, 8200)
+    logits[1, : 8192 if all_of == "block" else 8200] = -float("inf")
+    exact = logits.double()
+    labels = torch.tensor([5, 8195, 8199])
+    largest, total, picked = kernels.row_statistics(logits, labels, False, 0.0)
+    assert torch.equal(largest.double(), exact.amax(1))
+    assert torch.equal(picked.double(), exact.gather(1, labels[:, None])[:, 0])
+    want = (exact - exact.amax(1, keepdim=True)).exp().sum(1).nan_to_num(0)
+    torch.testing.assert_close(total.double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_what_is_no_number_gives_no_loss_of_its_token_alone(
+    kernels: Any, value: float, chunk: int | None
+) -> None:
+    hidden, weight, labels, upstream = inputs()
+    with torch.no_grad():
+        hidden[3, 2] = value
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, kernels=kernels)
+    assert loss.isnan().nonzero().flatten().tolist() == [3]
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight), upstream + 0.1)
+    assert of_hidden.isnan().any(1).nonzero().flatten().tolist() == [3] and of_weight.isnan().all()
