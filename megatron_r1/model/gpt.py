@@ -128,11 +128,18 @@ def build_model(
         rotary = gpt.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rope_scaling)
     gpt = backend.place(gpt)
-    if initialise and backend.has_triton():
+    # A part's making waits for other ranks' parts: none may wait for a trial of kernels in between.
+    if initialise and chunk is None:
+        use_kernels(gpt, plain_layers)
+    return gpt
+
+
+def use_kernels(gpt: VocabularyGpt, plain_layers: bool) -> None:
+    """Kernels of Triton where there are any. Of an interleaved rank, call this once all parts are made."""
+    if backend.has_triton():
         from megatron_r1.model import fused as kernels
 
-        kernels.install(gpt, layers=not fused)
-    return gpt
+        kernels.install(gpt, layers=plain_layers or not backend.has_transformer_engine())
 
 
 class Chunks(torch.nn.ModuleList):

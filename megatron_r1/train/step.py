@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import Config
-from megatron_r1.model.gpt import Chunks, build_model
+from megatron_r1.model.gpt import Chunks, build_model, use_kernels
 from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
 from megatron_r1.train.objective import Objective, next_token
@@ -87,6 +87,8 @@ def build_training(config: Config, objective: Objective = next_token) -> Trainin
     backend.seed_model_parallel(config.train.seed)
     parts = config.parallel.virtual_pipeline
     gpts = [_build(config, chunk if parts > 1 else None) for chunk in range(parts)]
+    for gpt in gpts if parts > 1 else ():
+        use_kernels(gpt, plain_layers=not config.data.cross_documents)
     chunks = [_wrap(config, gpt) for gpt in gpts]
     optimizer = build_optimizer(config.optimizer, config.train.precision, chunks)
     training = Training(Chunks(gpts) if parts > 1 else gpts[0], chunks, optimizer, objective)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import ModelConfig, ParallelConfig, RopeScaling
-from megatron_r1.model.gpt import build_model
+from megatron_r1.model.gpt import build_model, use_kernels
 from megatron_r1.parallel import process_groups
 from tests.distributed import on_ranks
 from tests.interpreter import needs_triton
@@ -160,3 +160,24 @@ def left_out_by_one() -> list[str]:
 
 def test_ranks_agree_on_what_is_left_out() -> None:
     assert on_ranks(2, left_out_by_one) == [["loss", "rotation"]] * 2
+
+
+def interleaved() -> list[bool]:
+    """A rank's body: whether each of its two parts has the loss kernel and layers of kernels."""
+    backend.has_triton = lambda: True
+    how = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    with process_groups(how):
+        backend.seed_model_parallel(1)
+        model = dataclasses.replace(MODEL, num_layers=4)
+        gpts = [build_model(model, how, "fp32", 24, chunk=chunk) for chunk in range(2)]
+        found = []
+        for gpt in gpts:
+            use_kernels(gpt, False)
+            kinds = {type(m).__name__ for m in gpt.modules()}
+            found.append(gpt.loss_kernels is not None and {"FusedMlp", "FusedSelfAttention"} <= kinds)
+    return found
+
+
+def test_parts_of_an_interleaved_rank_have_the_kernels() -> None:
+    """The ends of the pipeline meet while parts are made, and all ranks in the trial."""
+    assert on_ranks(2, interleaved, seconds=30) == [[True, True]] * 2
