@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.config import ModelConfig, ParallelConfig, RopeScaling
-from megatron_r1.model.gpt import build_model, use_kernels
+from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, RopeScaling, TrainConfig
+from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
+from megatron_r1.records import Batch
+from megatron_r1.train.optimizer import set_schedule
+from megatron_r1.train.step import Shape, build_training, train_step
 from tests.distributed import on_ranks
 from tests.interpreter import needs_triton
 
@@ -162,22 +165,44 @@ def test_ranks_agree_on_what_is_left_out() -> None:
     assert on_ranks(2, left_out_by_one) == [["loss", "rotation"]] * 2
 
 
-def interleaved() -> list[bool]:
-    """A rank's body: whether each of its two parts has the loss kernel and layers of kernels."""
-    backend.has_triton = lambda: True
-    how = ParallelConfig(pipeline=2, virtual_pipeline=2)
-    with process_groups(how):
-        backend.seed_model_parallel(1)
-        model = dataclasses.replace(MODEL, num_layers=4)
-        gpts = [build_model(model, how, "fp32", 24, chunk=chunk) for chunk in range(2)]
-        found = []
-        for gpt in gpts:
-            use_kernels(gpt, False)
-            kinds = {type(m).__name__ for m in gpt.modules()}
-            found.append(gpt.loss_kernels is not None and {"FusedMlp", "FusedSelfAttention"} <= kinds)
-    return found
+def interleaved(kernels: bool) -> tuple[list[str], list[tuple[float, float]]]:
+    """A rank's body: kinds of layers of its two parts, and loss and gradient norm of two steps."""
+    backend.has_triton = lambda: kernels
+    config = Config(
+        model=dataclasses.replace(MODEL, num_layers=4),
+        parallel=ParallelConfig(pipeline=2, virtual_pipeline=2),
+        data=DataConfig(sources={}, seq_length=24),
+        train=TrainConfig(run="none", global_batch=4, micro_batch=2, precision="fp32"),
+        phases={},
+    )
+    with process_groups(config.parallel):
+        training = build_training(config)
+        token_BS = torch.randint(300, (2, 25), generator=torch.Generator().manual_seed(1))
+        one_BS, number_BS = torch.ones(2, 24), torch.arange(24).repeat(2, 1)
+        batch = Batch(
+            token_BS[:, :-1].contiguous(),
+            token_BS[:, 1:].contiguous(),
+            one_BS,
+            number_BS,
+            one_BS[:, 0].long(),
+        )
+        steps = []
+        for _ in range(2):
+            set_schedule(training.optimizer, 1e-3, 0.1)
+            result = train_step(training, iter([batch] * 2), 2, Shape(2, 24, 2))()
+            steps.append((result.loss(), result.grad_norm))
+        fused_parts = [
+            {type(m).__name__ for m in gpt.modules() if "Fused" in type(m).__name__} for gpt in training.gpt
+        ]
+        assert all((gpt.loss_kernels is not None) == kernels for gpt in training.gpt)
+        return [" ".join(sorted(part)) for part in fused_parts], steps
 
 
-def test_parts_of_an_interleaved_rank_have_the_kernels() -> None:
-    """The ends of the pipeline meet while parts are made, and all ranks in the trial."""
-    assert on_ranks(2, interleaved, seconds=30) == [[True, True]] * 2
+def test_an_interleaved_pipeline_trains_by_the_kernels() -> None:
+    """The ends of the pipeline meet while parts are made, and all ranks in the trial of the kernels."""
+    (none, plain), _ = on_ranks(2, interleaved, False)
+    both = "FusedMlp FusedSelfAttention"
+    assert none == ["", ""]
+    for kinds, steps in on_ranks(2, interleaved, True, seconds=120):
+        assert kinds == [both, both]
+        assert steps == [pytest.approx(step, rel=1e-5) for step in plain]
