@@ -272,8 +272,8 @@ class Trainer:
         refused = self.guard.refuses(result.loss(), result.grad_norm)
         assert (refused is not None) == result.left_out
         if leads and (refused or self.guard.spike):
-            told = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
-            say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else told}")
+            taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
+            say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else taken}")
         self.busy = result.busy
         line = step_line(self.config, self.plan, span, state, result)
         line |= cost_line(self.config, result.seconds, pending.saving, self.busy_R)
