@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, Strict, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
@@ -118,6 +118,8 @@ AdamBeta = Annotated[float, _limit(lambda v: 0 <= v < 1, "must be at least 0 and
 Coefficient = Annotated[float, _limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
 _AT_LEAST_0 = _limit(lambda v: v >= 0, "must be at least 0")
 Epochs = Annotated[float, _limit(lambda v: v > 0, "must be above 0")]
+Truth = Annotated[bool, Strict()]
+"""Not what pydantic reads as one besides: "true", "off", 0."""
 Text = Annotated[str, AfterValidator(_filled)]
 _AT_LEAST_1 = _limit(lambda v: v >= 1, "must be at least 1")
 
@@ -160,7 +162,7 @@ class ModelConfig(_Strict):
     rotary_base: PositiveFloat = 1e6
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: PositiveFloat = 1e-5
-    qk_norm: bool = True
+    qk_norm: Truth = True
     """RMS norm of each query and key head, without a weight."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights. Output projections have it / sqrt(2 num_layers)."""
@@ -187,7 +189,7 @@ class ParallelConfig(_Strict):
     context: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1
     """Model chunks of each pipeline rank. More than 1 interleaves: smaller bubbles, more messages."""
-    sequence: bool = False
+    sequence: Truth = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks."""
 
     def model_ranks(self) -> int:
@@ -217,9 +219,9 @@ class DataConfig(_Strict):
     seed: Seed = 1234
     order: Literal["balanced", "megatron"] = "balanced"
     """Order of the sources: evenly spaced, or megatron-core's own greedy order bit for bit."""
-    shuffle: bool = True
+    shuffle: Truth = True
     """Permute each epoch of each source."""
-    cross_documents: bool = True
+    cross_documents: Truth = True
     """Tokens attend to all before them in the window. False: in their document alone, positions from 0."""
     eod: NaturalInt | None = None
     """Token that ends a document, for `cross_documents: false`. None: the datasets' sidecars give it."""
@@ -247,7 +249,7 @@ class PhaseConfig(_Strict):
     """After the warm-up: linear and cosine fall to the phase's end, constant stays, wsd falls at the end."""
     decay_steps: PositiveInt | None = None
     """wsd: last steps of the phase, in which the rate falls linearly. None: a tenth of the phase."""
-    reset_optimizer: bool = False
+    reset_optimizer: Truth = False
     """Clear Adam's moments when the phase begins. False: they carry over."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a source, counted over the whole plan. The others then take its weight."""
@@ -290,7 +292,7 @@ class TrainConfig(_Strict):
     """Activations computed again in backward. selective: the feed-forward's. full: all but layers' inputs."""
     seed: Seed = 1234
     """Of the initial weights."""
-    deterministic: bool = False
+    deterministic: Truth = False
     """On GPUs of one kind in one layout, the same command gives the same bits. A CPU always gives them."""
     checkpoint_every: PositiveInt = 1000
     """Steps between checkpoints. The end of every phase is saved, too."""
@@ -356,14 +358,14 @@ class InfluenceConfig(_Strict):
     """Loss of an example: mean or sum over its labels."""
     layers: str | list[str] = "all"
     """Parameters that count: all, linear, embedding, or globs over names (influence/parameters.py)."""
-    norms: bool = False
+    norms: Truth = False
     """Store |grad l(x)|, too. Cosines need it."""
-    exclude_self: bool = False
+    exclude_self: Truth = False
     """Score a window that lies in a probing set against that set's direction without it."""
     method: Literal["wgrad-dot", "ghost", "lowrank", "projected"] = "wgrad-dot"
     """Computation of scores (influence/methods.py). wgrad-dot and ghost are exact. lowrank truncates the
     directions. projected stores random projections of gradients for later queries, and scores by them."""
-    per_token: bool = False
+    per_token: Truth = False
     """ghost: store each token's part of the scores, too."""
     rank: PositiveInt = 32
     """lowrank: singular values kept of a matrix's direction."""
@@ -405,11 +407,11 @@ class MixConfig(_Strict):
     max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a source, counted over the whole plan. Bounds its weight, and is written into the
     phase. None: the phase's own."""
-    keep: bool = False
+    keep: Truth = False
     """Write keep masks, too (Eq. 6). Of the scored examples the phase draws only those that help."""
     keep_above: Finite = 0.0
     """An example helps if its joint score at the last checkpoint is above this."""
-    keep_unscored: bool = True
+    keep_unscored: Truth = True
     """With `keep`: draw examples that were not scored."""
 
 

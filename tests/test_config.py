@@ -207,6 +207,8 @@ def test_every_mistake_is_in_one_message(base: str) -> None:
         ),
         ("data.eod=-5", "data.eod=-5 must not be negative"),
         ("train.seed=1e30", "train.seed=1e+30 must be an integer"),
+        ("train.deterministic='true'", "train.deterministic='true' must be true or false"),
+        ("influence.norms=1", "influence.norms=1 must be true or false"),
         ("train.run=", "train.run=null must be text"),
         ("train.run=' '", "train.run=' ' names nothing"),
         ("data.sources.a.domain=3", "data.sources.a.domain=3 must be text; quote it"),
