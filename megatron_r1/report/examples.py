@@ -34,7 +34,8 @@ class Example:
     source: str
     number: int
     """Of the window or document."""
-    score: float
+    score: float | None
+    """None of what has none."""
     place: str = ""
     """Its tokens within the source, the document in which it begins, and the line that this was."""
     text: str | None = None
@@ -48,6 +49,7 @@ class Extremes:
     """Best first."""
     lowest: list[Example]
     """Worst first."""
+    ends: tuple[str, str] = ("highest scores", "lowest scores")
 
 
 def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | None) -> list[Extremes]:
@@ -55,7 +57,8 @@ def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | No
     out = []
     for column, capability in enumerate(scores.capabilities):
         ends = [_end(scores.sources, column, sign) for sign in (-1, 1)]
-        out.append(Extremes(capability, *([_read(reading, one, tokenizer) for one in end] for end in ends)))
+        highest, lowest = ([_read(reading, one, tokenizer) for one in end] for end in ends)
+        out.append(Extremes(capability, highest, lowest))
     return out
 
 
@@ -64,7 +67,7 @@ def _end(scored: Sequence[summary.SourceInfluence], column: int, sign: int) -> l
     for s in scored:
         order = np.argsort(sign * s.score_NC[:, column], kind="stable")[:PER_SOURCE]
         ranked += [Example(s.source, int(s.example_N[n]), float(s.score_NC[n, column])) for n in order]
-    return sorted(ranked, key=lambda one: sign * one.score)[:SHOWN]
+    return sorted(ranked, key=lambda one: sign * (one.score or 0.0))[:SHOWN]
 
 
 def find_tokenizer(reading: Reading) -> Tokenizer | None:

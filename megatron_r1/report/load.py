@@ -20,7 +20,7 @@ from megatron_r1.records import ScoreTable
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import rewording, suggest_path
-from megatron_r1.system.json_io import JsonError, read_json
+from megatron_r1.system.json_io import JsonError, mistake, read_json, read_object
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
@@ -31,6 +31,12 @@ _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "t
 """Of a step's line: values that figures and tables rely on."""
 _MOST_JSON = 16 << 20
 """Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
+_EXAMPLES = [{"text": str, "score?": (float, None)}]
+_STAGE = {"stage": str, "in": int, "kept": int, "threshold?": (float, None), "fallback?": bool}
+_STAGE |= {"examples?": {"kept": _EXAMPLES, "dropped": _EXAMPLES}}
+_SOURCE = {"documents?": (float, None), "read": int, "stages": [_STAGE]}
+_MOST_SOURCES, _MOST_STAGES, _MOST_LETTERS = 64, 12, 40
+"""Of a funnel: sources, stages of each, letters of a stage's or source's name."""
 _UNLIKE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading JSON of another form ends in."""
 Line = dict[str, Any]
@@ -116,6 +122,8 @@ class Reading:
     measured_impact: dict[str, dict[str, float]] = field(default_factory=dict)
     """Capability -> source -> how much higher its loss is without the source, nats (Eq. 1); from
     RUN/measured_impact.json, which whoever trains runs without sources writes."""
+    funnel: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Source -> documents that the stages of curation read and kept, of the form `_SOURCE`."""
     tokenizer: Path | None = None
     """Model of the tokenizer that made the datasets; None: one that lies in the run, if any."""
 
@@ -202,6 +210,7 @@ def read_all(root: Path, control: Path | None = None, tokenizer: Path | None = N
         scored(root, sources),
         _made_mix(root / "mix.json"),
         _measured_impact(root / "measured_impact.json"),
+        _funnel(run.config),
         tokenizer,
     )
 
@@ -240,3 +249,24 @@ def _measured_impact(path: Path) -> dict[str, dict[str, float]]:
     fault = f"{path}: not {{capability: {{source: nats}}}}"
     with rewording(lambda error: f"{fault} ({error!s:.80}); {way_out}", *_UNLIKE):
         return {c: {name: float(v) for name, v in of.items()} for c, of in read.items()}
+
+
+def _funnel(config: Config) -> dict[str, dict[str, Any]]:
+    """From the manifests beside the probing sets. They lie outside the run, and one of another form costs no
+    more than the figure: a line names it."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(Path(prefix).parent for prefix in config.data.probes.values()):
+        path = folder / "manifest.json"
+        try:
+            # Sets that were cut from the ends of sources have no funnel.
+            theirs = read_object(path, _MOST_JSON).get("funnel", {}) if os.path.lexists(path) else {}
+            if wrong := mistake(theirs, {str: _SOURCE}):
+                raise ValueError(f"{path}: funnel{wrong}")
+            found |= theirs
+        except (OSError, ValueError) as error:
+            say(f"warning: {error}; the page shows no funnel of it")
+    for of in found.values():
+        del of["stages"][_MOST_STAGES:]
+        for stage in of["stages"]:
+            stage["stage"] = stage["stage"][:_MOST_LETTERS]
+    return {name[:_MOST_LETTERS]: of for name, of in list(found.items())[:_MOST_SOURCES]}

@@ -6,8 +6,8 @@ import json
 import math
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
@@ -19,7 +19,7 @@ import vl_convert
 from jinja2 import Environment
 
 from megatron_r1 import config_io
-from megatron_r1.report import examples, plots, summary, tables
+from megatron_r1.report import examples, funnel, plots, summary, tables
 from megatron_r1.report.load import Reading
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_text
@@ -42,6 +42,8 @@ class Figure:
     """Names a sentence of the figure in page.yaml."""
     command: str = ""
     extremes: Sequence[examples.Extremes] = ()
+    folded: Mapping[str, Sequence[examples.Extremes]] = field(default_factory=dict)
+    """The same by what is to be clicked on to see them."""
     lead: str = ""
     """Before the caption."""
 
@@ -85,6 +87,9 @@ class Report:
             yield Figure("heldout", missing="not measured", command=train)
         else:
             yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
+        if reading.funnel:
+            said, shown = funnel.fallbacks(reading), funnel.examples(reading)
+            yield Figure("funnel", funnel.bars(reading), lead=said, folded=shown)
         yield Figure("measures", plots.measures(reading))
         if scores is None:
             more = () if run.config.influence else ("influence.directions.code=PREFIX",)

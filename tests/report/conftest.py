@@ -107,6 +107,24 @@ def write_scores(root: Path, tables: list[ScoreTable]) -> None:
             mixture_scores.write_scores(root, step, *given, position=position, capabilities=named)
 
 
+def curate(root: Path) -> dict[str, Any]:
+    """Name probing sets in RUN/probes, and leave the manifest of their curation there. Returns its funnel."""
+    given = yaml.safe_load((root / "config.yaml").read_text())
+    given["data"]["probes"] = {c: str(root / "probes" / f"heldout_{c}") for c in CAPABILITIES}
+    (root / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    funnel = {}
+    for n, source in enumerate(given["data"]["sources"]):
+        kept = [{"text": f"kept </pre> \x0b of {source}" + "!" * 400, "score": 4.5}, *[{"text": "more"}] * 4]
+        quality = {"stage": "quality", "in": 900, "kept": 125, "threshold": 4.0 - n, "fallback": n > 0}
+        quality["examples"] = {"kept": kept, "dropped": [{"text": "buy now", "score": 0.25}]}
+        last = {"stage": "duplicates", "in": 125, "kept": 100 * n, "threshold": None, "fallback": False}
+        stages = [quality, {**last, "examples": {"kept": [], "dropped": []}}]
+        funnel[source] = {"documents": 60_000, "read": 900, "share_read": 0.015, "stages": stages}
+    (root / "probes").mkdir(exist_ok=True)
+    (root / "probes" / "manifest.json").write_text(json.dumps({"request": {}, "funnel": funnel}))
+    return funnel
+
+
 def save(run: Path, *steps: int, size: int = 1000) -> None:
     """Complete checkpoints with one file of `size` bytes beside the description."""
     directory, config = run / "checkpoints", config_io.load([str(run / "config.yaml")])
@@ -150,6 +168,7 @@ def pair(run: Path) -> Path:
 
 @pytest.fixture
 def whole(pair: Path) -> Path:
-    """The pair with influence scores of every source."""
+    """The pair with influence scores of every source, and with curated probing sets."""
     write_scores(pair, make_scores())
+    curate(pair)
     return pair
