@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -159,8 +160,12 @@ def most_bytes(megabytes: float) -> int:
 
 
 def open_inputs(names: Sequence[str | Path], longest: int = MOST_BYTES) -> list[Input]:
-    """`open_input` for each. ValueError for a file that is named twice: its documents would come twice."""
-    sources, known = [open_input(name, longest) for name in names], dict[str, Input]()
+    """`open_input` for each. `*` in a name stands for files, in the order of their names.
+
+    ValueError for a file that is named twice: its documents would come twice.
+    """
+    every = [path for name in names for path in (("*" in str(name) and sorted(glob(str(name)))) or [name])]
+    sources, known = [open_input(name, longest) for name in every], dict[str, Input]()
     for source in sources:
         first = known.setdefault(os.path.realpath(source.name), source)
         if first is not source:

@@ -330,6 +330,18 @@ def test_a_pipe_is_refused(tmp_path):
         open_input(tmp_path / "pipe")
 
 
+def test_a_star_stands_for_files_in_the_order_of_their_names(tmp_path):
+    for name in ("b_10", "b_02", "a_01"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    texts = [str(tmp_path / f"{name}.jsonl") for name in ("b_02", "b_10")]
+    found = [one.name for one in documents.open_inputs([f"{tmp_path}/b_*.jsonl", tmp_path / "a_01.jsonl"])]
+    assert found == [*texts, str(tmp_path / "a_01.jsonl")]
+    with pytest.raises(FileNotFoundError, match=r"c_\*\.jsonl does not exist"):
+        documents.open_inputs([tmp_path / "c_*.jsonl"])
+    with pytest.raises(ValueError, match=r"b_02\.jsonl is given twice"):
+        documents.open_inputs([f"{tmp_path}/*2.jsonl", *texts])
+
+
 def test_a_name_that_is_no_utf_8_is_refused_at_once(tmp_path, model):
     name = os.fsdecode(b"caf\xe9")
     source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
