@@ -25,6 +25,7 @@ from megatron_r1.data.open import open_data
 from megatron_r1.launch.paper import SOURCES
 from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
+from megatron_r1.records import CAPABILITIES
 from megatron_r1.system.errors import hub_name
 from tests.launch import wait_for
 
@@ -48,13 +49,15 @@ RECIPES = [
         [*SPLIT, PROBES],
     ),
 ]
-LAUNCHERS = ["launch/torchrun_21x8.sh", "launch/slurm_21x8.sbatch", "launch/one_machine.sh"]
+LAUNCHERS = [f"launch/{name}" for name in ("torchrun_21x8.sh", "slurm_21x8.sbatch", "one_machine.sh")]
+LAUNCHERS.append("launch/curate.sbatch")
+CURATION = ["curation/table5.yaml", "curation/small.yaml"]
 sys.path.insert(0, str(EXAMPLES / "corpora"))
 import fetch_corpus  # noqa: E402
 
 
 def test_no_recipe_is_forgotten() -> None:
-    known = {name for files, _ in RECIPES for name in files} | {"corpora/corpora.yaml"}
+    known = {name for files, _ in RECIPES for name in files} | {"corpora/corpora.yaml", *CURATION}
     assert {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.yaml")} == known
 
 
@@ -101,6 +104,23 @@ def test_corpora_are_the_tables() -> None:
     assert {n: (row["rows"], float(row["tokens"])) for n, row in table.items()} == {
         n: (row["rows"], row["tokens"]) for n, row in SOURCES.items()
     }
+
+
+def test_probing_sets_are_made_of_the_tables_corpora_and_the_papers_domains() -> None:
+    sources = yaml.safe_load((EXAMPLES / CURATION[0]).read_text())["sources"]
+    domains = {c: {name for name, of in sources.items() if c in of["domains"]} for c in CAPABILITIES}
+    every = {"cosmopedia", "natural-reasoning", "pes2o"}
+    assert domains == {
+        "code": every | {"starcoder", "stackexchange", "nemotron-code"},
+        "math": every | {"openwebmath", "finemath", "algebraic-stack", "nemotron-math"},
+        "knowledge": every | {"fineweb-edu", "wiki", "arxiv", "nemotron-science"},
+    }
+    config = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *PHASES)])
+    assert {n: of["prefix"] for n, of in sources.items()} == {
+        n: s.prefix for n, s in config.data.sources.items()
+    }
+    # Where fetch_corpus.py leaves their text.
+    assert all(of["text"] == [f"data/text/{name}/part_*.jsonl.gz"] for name, of in sources.items())
 
 
 def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:
@@ -259,7 +279,7 @@ def test_one_machine_starts_torchrun_without_a_socket_of_its_own(tmp_path: Path)
     assert words[-1].startswith("PET_")
 
 
-def _slurm(folder: Path, ranks: str) -> subprocess.Popen[str]:
+def _slurm(folder: Path, ranks: str, launcher: str = LAUNCHERS[1]) -> subprocess.Popen[str]:
     """The batch script among commands that only say that they were called; `ranks` stands for torchrun."""
     for name, body in (
         ("scontrol", 'if [[ $1 == show ]]; then echo node0; else echo "$@" >>"$OUT/requeued"; fi'),
@@ -269,7 +289,7 @@ def _slurm(folder: Path, ranks: str) -> subprocess.Popen[str]:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
     return subprocess.Popen(
-        [EXAMPLES / LAUNCHERS[1], "a.yaml"],
+        [EXAMPLES / launcher, "a.yaml"],
         env={
             **os.environ,
             "PATH": f"{folder}:{os.environ['PATH']}",
@@ -305,3 +325,14 @@ def test_slurm_does_not_requeue_what_ended_by_itself(tmp_path: Path, status: int
     told = job.communicate(timeout=60)[0]
     assert job.returncode == status, told
     assert not (tmp_path / "requeued").exists()
+
+
+def test_slurm_curates_by_torchrun_and_goes_on_in_the_next_job(tmp_path: Path) -> None:
+    job = _slurm(tmp_path, 'echo "$@" >$OUT/words; touch $OUT/ready; sleep 1', LAUNCHERS[3])
+    wait_for((tmp_path / "ready").exists, "the ranks")
+    job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=60)[0]
+    assert job.returncode == 0 and "goes on in the next job" in told
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    words = (tmp_path / "words").read_text().split()
+    assert words[-2:] == ["tools/curate_probes.py", "a.yaml"] and words[words.index("--nnodes") + 1] == "21"
