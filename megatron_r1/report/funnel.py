@@ -22,8 +22,7 @@ _FOOT = 0.8
 def bars(reading: Reading) -> plots.Panels:
     """A panel per source, a bar per stage. All panels share one logarithmic axis of documents.
 
-    Rows: source, stage, kept, share of the stage before, end of the bar, label (kept, and the score that the
-    stage reached down to).
+    Rows: source, stage, kept, share of the stage before, end of the bar, label (kept, and the threshold).
     """
     shades, out = plots.colors(reading.run.domains), []
     most = max([10, *(of["read"] for of in reading.funnel.values())])
@@ -33,7 +32,7 @@ def bars(reading: Reading) -> plots.Panels:
         stages = [{"stage": "read", "in": of["read"], "kept": of["read"]}, *of["stages"]]
         rows = [
             {"source": source, "stage": s["stage"], "kept": s["kept"], "share": s["kept"] / (s["in"] or 1)}
-            | {"end": float(max(s["kept"], _FOOT)), "label": f"{s['kept']:,}{_reached(s, '  score ')}"}
+            | {"end": float(max(s["kept"], _FOOT)), "label": f"{s['kept']:,}{_reached(s, '  at ')}"}
             for s in stages
         ]
         axis = {"title": None, "labelColor": plots.INK, "labelLimit": 110}

@@ -40,7 +40,7 @@ def test_bars_and_table_carry_the_counts_of_every_stage(run: Path) -> None:
     x = panels[0].to_dict()["layer"][0]["encoding"]
     assert x["x"]["scale"]["type"] == "log" and x["x2"] == {"datum": 0.8}
     labels = [row["label"] for row in rows(panels[1])]
-    assert labels == ["900", "125  score 3", "100"] and panels[1].title.subtitle == "of 60,000 documents"
+    assert labels == ["900", "125  at 3", "100"] and panels[1].title.subtitle == "of 60,000 documents"
 
 
 def test_fallbacks_are_said_in_one_sentence(run: Path) -> None:
