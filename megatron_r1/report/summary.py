@@ -262,7 +262,7 @@ def overhead(costs: list[StageCost]) -> dict[str, float] | None:
             hours[scoring] += cost.device_hours
         elif cost.kind != "other":
             hours[training if cost.kind == "train" else controls] += cost.device_hours
-        elif cost.label.startswith("set probes aside"):
+        elif cost.label.startswith(("set probes aside", "curate probes")):
             hours[probes] += cost.device_hours
     return hours if hours[training] and hours[scoring] else None
 

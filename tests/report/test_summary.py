@@ -116,6 +116,13 @@ def test_overhead_of_choosing_data_stands_beside_the_papers(whole: Path) -> None
     assert rows[-1] == ["choosing, of the whole", "45\xa0%", "15\xa0%"]
 
 
+@pytest.mark.parametrize("stage", ["set probes aside", "curate probes"])
+def test_probing_sets_have_a_row_among_the_costs(whole: Path, stage: str) -> None:
+    ledger.append(whole, stage, devices=8, seconds=1800.0)
+    (table,) = tables.overhead(summary.stage_costs(load.read_all(whole)))
+    assert [cell.text for cell in table.rows[0]] == ["representative and probing sets", "4", "200 h"]
+
+
 def test_checkpoints_with_what_was_measured_at_them_and_why_they_stay(whole: Path) -> None:
     save(whole, 50, 75, 100, 110, 175, size=40 << 10)
     directory = whole / "checkpoints"
