@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Extremes:
     """Best first."""
     lowest: list[Example]
     """Worst first."""
-    ends: tuple[str, str] = ("highest scores", "lowest scores")
+    ends: tuple[str, str] = field(default=("highest scores", "lowest scores"), kw_only=True)
 
 
 def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | None) -> list[Extremes]:
@@ -57,8 +57,7 @@ def extremes(reading: Reading, scores: summary.Scores, tokenizer: Tokenizer | No
     out = []
     for column, capability in enumerate(scores.capabilities):
         ends = [_end(scores.sources, column, sign) for sign in (-1, 1)]
-        highest, lowest = ([_read(reading, one, tokenizer) for one in end] for end in ends)
-        out.append(Extremes(capability, highest, lowest))
+        out.append(Extremes(capability, *([_read(reading, one, tokenizer) for one in end] for end in ends)))
     return out
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.report import plots
@@ -13,8 +12,8 @@ from megatron_r1.report.examples import ILLEGAL, Example, Extremes
 from megatron_r1.report.load import Reading
 from megatron_r1.system.errors import some
 
-SHOWN, CHARACTERS = 3, 300
-"""Examples at either end of a stage, and characters of each."""
+ENDS, SHOWN, CHARACTERS = ("kept", "dropped"), 3, 300
+"""Of a stage, examples at either end, and characters of each."""
 _FOOT = 0.8
 """Where bars on the logarithmic axis begin, so that one document has a bar and none has not."""
 
@@ -35,14 +34,14 @@ def bars(reading: Reading) -> plots.Panels:
             | {"end": float(max(s["kept"], _FOOT)), "label": f"{s['kept']:,}{_reached(s, '  at ')}"}
             for s in stages
         ]
-        axis = {"title": None, "labelColor": plots.INK, "labelLimit": 110}
         chart = plots.draw(
             rows,
             "bar height: {band: 0.7}",
             "source stage kept:, share:.2%",
             x=x,
             x2={"datum": _FOOT},
-            y={"field": "stage", "type": "nominal", "sort": [s["stage"] for s in stages], "axis": axis},
+            y={"field": "stage", "type": "nominal", "sort": [s["stage"] for s in stages]}
+            | {"axis": {"title": None, "labelColor": plots.INK, "labelLimit": 110}},
             color={"value": shades.get(source, plots.INK)},
         )
         text = plots.redraw(chart, "text align: left, dx: 5", text="label:N", color={"value": plots.INK})
@@ -63,25 +62,19 @@ def fallbacks(reading: Reading) -> str:
         for s in of["stages"]
         if s.get("fallback")
     ]
-    return (
-        f"Too few documents passed the threshold, so the best were taken, in {some(fallen)}."
-        if fallen
-        else ""
-    )
+    said = f"Too few documents passed the threshold, so the best were taken, in {some(fallen)}."
+    return said if fallen else ""
 
 
 def examples(reading: Reading) -> dict[str, list[Extremes]]:
     """Documents that each stage of a source kept and dropped, by source."""
-    ends = "kept", "dropped"
+    out: dict[str, list[Extremes]] = {}
+    for source, of in reading.funnel.items():
+        ends = {s["stage"]: [_end(source, s["examples"][end]) for end in ENDS] for s in of["stages"]}
+        out[source] = [Extremes(stage, *shown, ends=ENDS) for stage, shown in ends.items() if any(shown)]
+    return out
 
-    def end(source: str, given: list[dict[str, Any]]) -> list[Example]:
-        texts = [ILLEGAL.sub("\ufffd", one["text"][:CHARACTERS]) for one in given[:SHOWN]]
-        return [Example(source, n, given[n].get("score"), text=text) for n, text in enumerate(texts)]
 
-    def groups(source: str, stages: list[dict[str, Any]]) -> Iterator[Extremes]:
-        for stage in stages:
-            if any((of := stage.get("examples", {})).values()):
-                kept, dropped = (end(source, of[name]) for name in ends)
-                yield Extremes(stage["stage"], kept, dropped, ends)
-
-    return {source: list(groups(source, of["stages"])) for source, of in reading.funnel.items()}
+def _end(source: str, given: list[dict[str, Any]]) -> list[Example]:
+    texts = [ILLEGAL.sub("\ufffd", one["text"][:CHARACTERS]) for one in given[:SHOWN]]
+    return [Example(source, n, given[n].get("score"), text=text) for n, text in enumerate(texts)]

@@ -33,10 +33,10 @@ _MOST_JSON = 16 << 20
 """Bytes of a file beside a run that people and tools write. Genuine ones have some kB."""
 _EXAMPLES = [{"text": str, "score?": (float, None)}]
 _STAGE = {"stage": str, "in": int, "kept": int, "threshold?": (float, None), "fallback?": bool}
-_STAGE |= {"examples?": {"kept": _EXAMPLES, "dropped": _EXAMPLES}}
+_STAGE |= {"examples": {"kept": _EXAMPLES, "dropped": _EXAMPLES}}
 _SOURCE = {"documents?": (float, None), "read": int, "stages": [_STAGE]}
-_MOST_SOURCES, _MOST_STAGES, _MOST_LETTERS = 64, 12, 40
-"""Of a funnel: sources, stages of each, letters of a stage's or source's name."""
+_MOST_FUNNEL = 1 << 20
+"""Letters of a funnel. That of 14 sources with all examples has 200,000."""
 _UNLIKE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading JSON of another form ends in."""
 Line = dict[str, Any]
@@ -260,13 +260,9 @@ def _funnel(config: Config) -> dict[str, dict[str, Any]]:
         try:
             # Sets that were cut from the ends of sources have no funnel.
             theirs = read_object(path, _MOST_JSON).get("funnel", {}) if os.path.lexists(path) else {}
-            if wrong := mistake(theirs, {str: _SOURCE}):
+            if wrong := mistake(theirs, {str: _SOURCE}) or " is too long" * (len(str(theirs)) > _MOST_FUNNEL):
                 raise ValueError(f"{path}: funnel{wrong}")
             found |= theirs
         except (OSError, ValueError) as error:
             say(f"warning: {error}; the page shows no funnel of it")
-    for of in found.values():
-        del of["stages"][_MOST_STAGES:]
-        for stage in of["stages"]:
-            stage["stage"] = stage["stage"][:_MOST_LETTERS]
-    return {name[:_MOST_LETTERS]: of for name, of in list(found.items())[:_MOST_SOURCES]}
+    return found

@@ -87,9 +87,8 @@ class Report:
             yield Figure("heldout", missing="not measured", command=train)
         else:
             yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
-        if reading.funnel:
-            said, shown = funnel.fallbacks(reading), funnel.examples(reading)
-            yield Figure("funnel", funnel.bars(reading), lead=said, folded=shown)
+        said, shown = funnel.fallbacks(reading), funnel.examples(reading)
+        yield Figure("funnel", funnel.bars(reading), lead=said, folded=shown)
         yield Figure("measures", plots.measures(reading))
         if scores is None:
             more = () if run.config.influence else ("influence.directions.code=PREFIX",)

@@ -115,7 +115,7 @@ def test_a_spoilt_manifest_never_stops_a_page(run: Path) -> None:
     path, shown = run / "probes" / "manifest.json", 0
     content, config = path.read_bytes(), load.read_run(run).config
     reading = load.read_all(run)
-    for seed in range(120):
+    for seed in range(80):
         path.write_bytes(changed(random.Random(seed), content))
         reading.funnel.clear()
         reading.funnel.update(load._funnel(config))
@@ -124,15 +124,17 @@ def test_a_spoilt_manifest_never_stops_a_page(run: Path) -> None:
         assert len(funnel.fallbacks(reading)) < 2000
         assert all(len(one.text or "") <= 300 for of in funnel.examples(reading).values() for x in of
                    for one in x.highest)  # fmt: skip
-        if seed % 40 == 0:
+        if reading.funnel and shown == 5:
             assert "Training loss" in Report(reading).write().read_text()
-    assert 20 < shown < 110
+    assert 8 < shown < 70
 
 
-def test_many_names_take_no_room(run: Path) -> None:
-    of = {"read": 1, "stages": [{"stage": f"{n} " + "x" * 200, "in": 1, "kept": 1} for n in range(50)]}
-    _sets(run, {"funnel": {f"{n} " + "y" * 200: of for n in range(300)}})
-    found = load.read_all(run).funnel
-    assert len(found) == 64 and max(map(len, found)) == 40
-    assert {len(of["stages"]) for of in found.values()} == {12}
-    assert max(len(s["stage"]) for of in found.values() for s in of["stages"]) == 40
+def test_a_long_funnel_is_left_out(run: Path) -> None:
+    of = {
+        "read": 1,
+        "stages": [{"stage": "x" * 500, "in": 1, "kept": 1, "examples": {"kept": [], "dropped": []}}] * 50,
+    }
+    _sets(run, {"funnel": {f"{n}": of for n in range(50)}})
+    assert load.read_all(run).funnel == {}
+    _sets(run, {"funnel": {f"{n}": of for n in range(20)}})
+    assert len(load.read_all(run).funnel) == 20
