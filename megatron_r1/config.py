@@ -72,7 +72,7 @@ ByName = Annotated[dict[Annotated[str, _name()], T], AfterValidator(_apart)]
 ByCapability = Annotated[dict[Annotated[str, _name(*RESERVED)], T], AfterValidator(_apart)]
 
 
-def _limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
+def limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
     """A number's limit. A value beyond it is an error of type "limit", and 1 in the context "unlimited".
 
     Text and truth values are no numbers, though Python reads numbers from them.
@@ -108,34 +108,34 @@ def _data(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-PositiveInt = Annotated[int, _limit(lambda v: v > 0, "must be positive")]
-PositiveFloat = Annotated[float, _limit(lambda v: 0 < v < math.inf, "must be positive and finite")]
-Finite = Annotated[float, _limit(math.isfinite, "must be finite")]
-Share = Annotated[float, _limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")]
-NaturalInt = Annotated[int, _limit(lambda v: v >= 0, "must not be negative")]
-Seed = Annotated[int, _limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
-AdamBeta = Annotated[float, _limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
-Coefficient = Annotated[float, _limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
-_AT_LEAST_0 = _limit(lambda v: v >= 0, "must be at least 0")
-Epochs = Annotated[float, _limit(lambda v: v > 0, "must be above 0")]
+PositiveInt = Annotated[int, limit(lambda v: v > 0, "must be positive")]
+PositiveFloat = Annotated[float, limit(lambda v: 0 < v < math.inf, "must be positive and finite")]
+Finite = Annotated[float, limit(math.isfinite, "must be finite")]
+Share = Annotated[float, limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")]
+NaturalInt = Annotated[int, limit(lambda v: v >= 0, "must not be negative")]
+Seed = Annotated[int, limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
+AdamBeta = Annotated[float, limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
+Coefficient = Annotated[float, limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
+_AT_LEAST_0 = limit(lambda v: v >= 0, "must be at least 0")
+Epochs = Annotated[float, limit(lambda v: v > 0, "must be above 0")]
 Truth = Annotated[bool, Strict()]
 """Not what pydantic reads as one besides: "true", "off", 0."""
 Text = Annotated[str, AfterValidator(_filled)]
-_AT_LEAST_1 = _limit(lambda v: v >= 1, "must be at least 1")
+_AT_LEAST_1 = limit(lambda v: v >= 1, "must be at least 1")
 
 
-class _Strict:
+class Section:
     # Read by pydantic: a key that no field has is a mistake, never ignored.
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (annotated, it would look like a field)
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Strict):
+class RopeScaling(Section):
     """Slower rotation for a context longer than the first training's (model/gpt.py, `scaled_frequencies`)."""
 
     rope_type: Literal["linear", "llama3"]
     """linear divides all frequencies, llama3 the low ones only, as Llama 3.1 does."""
-    factor: Annotated[float, _limit(lambda v: 1 <= v < math.inf, "must be a finite number of at least 1")]
+    factor: Annotated[float, limit(lambda v: 1 <= v < math.inf, "must be a finite number of at least 1")]
     """Divisor of the slowed frequencies."""
     low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies below this many turns over the original context are slowed in full."""
@@ -146,7 +146,7 @@ class RopeScaling(_Strict):
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Strict):
+class ModelConfig(Section):
     """A MobileLLM-R1 shape (paper, Table 3)."""
 
     num_layers: PositiveInt
@@ -181,7 +181,7 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class ParallelConfig(_Strict):
+class ParallelConfig(Section):
     """Ranks per model copy. Data parallelism takes the ranks that remain in the launch."""
 
     tensor: PositiveInt = 1
@@ -197,7 +197,7 @@ class ParallelConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class SourceConfig(_Strict):
+class SourceConfig(Section):
     """One indexed dataset to draw from."""
 
     prefix: Text
@@ -211,7 +211,7 @@ class SourceConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class DataConfig(_Strict):
+class DataConfig(Section):
     sources: ByName[SourceConfig]
     """Name -> dataset. The order is part of the data plan."""
     seq_length: PositiveInt = 2048
@@ -230,7 +230,7 @@ class DataConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class PhaseConfig(_Strict):
+class PhaseConfig(Section):
     """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
 
     weights: dict[str, Coefficient] | Literal["uniform"] = "uniform"
@@ -262,7 +262,7 @@ class PhaseConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Section):
     """AdamW. Norm weights are exempt from decay."""
 
     adam_beta1: AdamBeta = 0.9
@@ -277,7 +277,7 @@ class OptimizerConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Strict):
+class TrainConfig(Section):
     run: Text
     """Run directory. The same command again continues the run."""
     global_batch: PositiveInt
@@ -301,7 +301,7 @@ class TrainConfig(_Strict):
     checkpoints of keep_every and keep_spaced."""
     keep_every: PositiveInt | None = None
     """With keep_last: checkpoints at multiples of this number of steps stay, too."""
-    keep_spaced: Annotated[int, _limit(lambda v: 0 <= v <= 100_000, "must be within 0 and 100,000")] = 0
+    keep_spaced: Annotated[int, limit(lambda v: 0 <= v <= 100_000, "must be within 0 and 100,000")] = 0
     """Evenly spaced checkpoints to save and keep in every phase, for influence. The paper has 10."""
     probe_every: PositiveInt = 1000
     """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""
@@ -322,7 +322,7 @@ class TrainConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class HealthConfig(_Strict):
+class HealthConfig(Section):
     """When a step is skipped, and when a run stops."""
 
     loss_spike: Annotated[float, _AT_LEAST_0] = 0.2
@@ -339,7 +339,7 @@ class HealthConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class InfluenceConfig(_Strict):
+class InfluenceConfig(Section):
     """Scores of representative sets against capability directions (Eqs. 2-4)."""
 
     directions: ByCapability[Text]
@@ -383,7 +383,7 @@ class InfluenceConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class MixConfig(_Strict):
+class MixConfig(Section):
     """From scores to source weights and keep masks (Eqs. 4-6)."""
 
     phase: Annotated[str, _name()]
@@ -416,7 +416,7 @@ class MixConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class Config(_Strict):
+class Config(Section):
     """The root. Files merge into it from left to right, then dotted overrides."""
 
     model: ModelConfig

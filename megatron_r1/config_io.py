@@ -1,4 +1,4 @@
-"""YAML files -> Config: merge, dotted overrides, every mistake in one message, dump."""
+"""YAML files -> Config, or another root: merge, dotted overrides, every mistake in one message, dump."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron_r1.config import Config, DataConfig, ModelConfig, ParallelConfig, 
 from megatron_r1.system.errors import HIDDEN, brief, hidden, shown, suggest, suggest_path
 from megatron_r1.system.yaml_io import MOST_DEPTH, Document, YamlError, format_yaml, parse_yaml, read_yaml
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -50,16 +51,30 @@ def load_with(arguments: Iterable[str], opener: Callable[[Config], T]) -> tuple[
 
     A ConfigError of the opener and the mistakes in the fields come in the same message.
     """
+    return load_root(Config, arguments, _cross_check, opener)
+
+
+def load_root(
+    root: type[R],
+    arguments: Iterable[str],
+    check: Callable[[dict[str, Any], bool], list[str]],
+    opener: Callable[[R], T],
+) -> tuple[R, T]:
+    """`load_with` for any frozen dataclass of dataclasses and values as the root of the files.
+
+    `check`: mistakes between fields, of the fields that parsed by name, and whether no value is beyond its
+    limit.
+    """
     mistakes: list[str] = []
     given = _Given(arguments, mistakes)
     # What seems to be missing may be in a file that could not be read.
-    sections, beyond = _sections(given, mistakes, whole=not mistakes)
+    sections, beyond = _sections(root, given, mistakes, whole=not mistakes)
     # A value beyond its limit has its mistake already, and the checks saw another in its place.
-    mistakes += [m for m in _cross_check(sections, not beyond) if not any(path in m for path in beyond)]
-    required = {f.name for f in dataclasses.fields(Config) if _required(f)}
+    mistakes += [m for m in check(sections, not beyond) if not any(path in m for path in beyond)]
+    required = {f.name for f in dataclasses.fields(root) if _required(f)}  # type: ignore[arg-type]
     # A section that did not parse is not one that is missing.
-    wanted = required | (given.tree.keys() & typing.get_type_hints(Config).keys())
-    config = Config(**sections) if wanted <= sections.keys() and not beyond else None
+    wanted = required | (given.tree.keys() & typing.get_type_hints(root).keys())
+    config = root(**sections) if wanted <= sections.keys() and not beyond else None
     if config is not None:
         try:
             opened = opener(config)
@@ -166,20 +181,22 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _sections(given: _Given, mistakes: list[str], whole: bool) -> tuple[dict[str, Any], set[str]]:
+def _sections(
+    root: type[Any], given: _Given, mistakes: list[str], whole: bool
+) -> tuple[dict[str, Any], set[str]]:
     """Each root section that parses, and the paths of values beyond their limits, which are in there.
 
     Sections are read apart so that one mistake hides no other. `whole`: a section that is not there is a
     mistake.
     """
-    hints = typing.get_type_hints(Config, include_extras=True)
+    hints = typing.get_type_hints(root, include_extras=True)
     out = {}
     beyond: set[str] = set()
     for key in given.tree:
         if key not in hints:
             more = suggest(key, hints) + given.place([key]) if len(mistakes) < _MOST else ""
             mistakes.append(f"{brief(key)}: unknown section{more}")
-    for spec in dataclasses.fields(Config):
+    for spec in dataclasses.fields(root):
         name = spec.name
         if name not in given.tree:
             if _required(spec) and whole:
@@ -190,7 +207,7 @@ def _sections(given: _Given, mistakes: list[str], whole: bool) -> tuple[dict[str
             out[name] = adapter.validate_python(given.tree[name])
         except ValidationError as caught:
             errors = caught.errors(include_url=False)
-            mistakes += _messages(name, given, errors[: 2 * _MOST])
+            mistakes += _messages(root, name, given, errors[: 2 * _MOST])
             mistakes += [f"{name}: another mistake"] * (len(errors) - 2 * _MOST)
             # A value beyond its limit still takes part in the checks between fields.
             if all(error["type"] == "limit" for error in errors):
@@ -215,7 +232,7 @@ _WANTED = {
 """First word of a type of pydantic's errors -> what a value must be."""
 
 
-def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
+def _messages(root: type[Any], section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
     """A message for each mistake. Branches of a union complain of one value, and make one message."""
     out: dict[tuple[str | int, ...], str] = {}
     wanted: dict[tuple[str | int, ...], list[str]] = {}
@@ -223,7 +240,7 @@ def _messages(section: str, given: _Given, errors: Sequence[Any]) -> list[str]:
         path, _ = given.at([section, *error["loc"]])
         kind, name, about = error["type"], brief(".".join(map(str, path))), error.get("ctx", {})
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = _field_names(typing.get_type_hints(Config)[section], path[1:-1])
+            known = _field_names(typing.get_type_hints(root)[section], path[1:-1])
             out[*path] = f"{name}: unknown key{suggest(str(path[-1]), known)}{given.place(path)}"
         elif kind in ("missing", "missing_argument"):
             field = error["loc"][-1]

@@ -20,7 +20,8 @@ FLOOR = {
         2: ("config_io", "parallel", "run", "model"),
         3: ("data", "checkpoint"),
         4: ("preprocess", "train", "influence"),
-        5: ("mixture", "curation", "launch", "export"),
+        5: ("mixture", "launch", "export"),
+        6: ("curation",),
         7: ("report",),
     }.items()
     for room in rooms

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -104,6 +104,12 @@ def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
     starts = first_BS.flatten().nonzero()[:, 0].int()
     starts = torch.nn.functional.pad(starts, (0, 1), value=number_BS.numel())
     return starts.pin_memory() if number_BS.is_pinned() else starts
+
+
+def fast_precision() -> Literal["fp32", "bf16"]:
+    """bf16 where this device multiplies it faster than fp32: a GPU, and a CPU with AVX512-BF16 or AMX."""
+    fast = HAS_CUDA or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 def peak_flops(precision: str) -> float | None:

@@ -50,7 +50,7 @@ SLACK = 1.25
 
 
 @dataclass(frozen=True)
-class _Source:
+class PairSource:
     name: str
     capability: str | None
     dataset: IndexedDataset
@@ -63,6 +63,12 @@ class _Source:
     def digest(self, document: int) -> bytes:
         # The mapped bytes: a document of others may have gigabytes.
         return hashlib.blake2b(self.dataset.document(document).data, digest_size=16).digest()
+
+    def stretch(self, document: int, digest: bytes, most: int) -> np.ndarray:
+        """At most so many tokens of a document, from a place that follows from its digest."""
+        tokens = self.dataset.document(document)
+        start = int.from_bytes(digest[:8], "little") % (max(0, len(tokens) - most) + 1)
+        return tokens[start : start + most]
 
     def report(self) -> dict[str, Any]:
         tokens = self.dataset.tokens_before(self.leading)
@@ -138,7 +144,7 @@ def curate_probes(
         return manifest
     need = int(2 * tokens_per_source * SLACK)
     opened = [_divide(c, of_capability.get(c.name), fraction, need, max_document_tokens) for c in corpora]
-    _check_tokenizers(opened, end_documents)
+    check_tokenizers(opened, end_documents)
     report = {source.name: source.report() for source in opened}
     if check:
         return {"request": request, "sources": report, "files": {}}
@@ -163,7 +169,7 @@ def curate_probes(
             turns = zip_longest(*(stretches[name][kind] for name in names))
             in_turn = (stretch for turn in turns for stretch in turn if stretch is not None)
             facts = {"capability": capability, "sources": list(names)}
-            _write_set(prefix, in_turn, opened[0], end_documents, facts)
+            write_set(prefix, in_turn, opened[0], end_documents, facts)
             files += [with_suffix(prefix, suffix) for suffix in (".bin", ".idx")]
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
     manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
@@ -228,7 +234,7 @@ def _capability_of_sources(
     return of_capability
 
 
-def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, cap: int) -> _Source:
+def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, cap: int) -> PairSource:
     """Set the last documents of a corpus aside: `fraction` of its tokens, and `need` tokens for its sets."""
     name, prefix, sidecar = corpus.name, corpus.prefix, read_sidecar(corpus.prefix) or {}
     if sidecar and sidecar.get("seed") is None:
@@ -248,10 +254,10 @@ def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, 
             f"{len(lengths)} documents, more than half of its {total} tokens; "
             f"take fewer --tokens-per-source or a larger source"
         )
-    return _Source(name, capability, IndexedDataset(prefix, share=None), sidecar, lengths, leading)
+    return PairSource(name, capability, IndexedDataset(prefix, share=None), sidecar, lengths, leading)
 
 
-def _check_tokenizers(opened: Sequence[_Source], end_documents: bool) -> None:
+def check_tokenizers(opened: Sequence[PairSource], end_documents: bool) -> None:
     """Raises ValueError for sources of two tokenizers, and for documents that cannot be ended."""
     first = opened[0]
     for source in opened:
@@ -269,7 +275,7 @@ def _check_tokenizers(opened: Sequence[_Source], end_documents: bool) -> None:
             )
 
 
-def _copies_in_training(opened: Sequence[_Source], digests: Mapping[str, Sequence[bytes]]) -> set[bytes]:
+def _copies_in_training(opened: Sequence[PairSource], digests: Mapping[str, Sequence[bytes]]) -> set[bytes]:
     """Digests that training documents have too. Reads only training documents of a digested length."""
     wanted = {digest for of_source in digests.values() for digest in of_source}
     lengths = np.unique(np.concatenate([s.lengths[s.leading :] for s in opened if s.name in digests]))
@@ -285,7 +291,7 @@ def _copies_in_training(opened: Sequence[_Source], digests: Mapping[str, Sequenc
 
 
 def _choose(
-    source: _Source, digests: Sequence[bytes], taken: dict[bytes, str], tokens: int, cap: int
+    source: PairSource, digests: Sequence[bytes], taken: dict[bytes, str], tokens: int, cap: int
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
     """Stretches of this source for each set, exactly `tokens` in each, and counts of its documents.
 
@@ -302,9 +308,8 @@ def _choose(
         taken[digest] = "repeated"
         into = min(SETS, key=lambda name: have[name])
         length = min(int(source.lengths[i]), cap, tokens - have[into])
-        start = int.from_bytes(digest[:8], "little") % (int(source.lengths[i]) - length + 1)
         if length:
-            stretches[into].append(source.dataset.document(i)[start : start + length])
+            stretches[into].append(source.stretch(i, digest, length))
             have[into] += length
     if min(have.values()) < tokens:
         raise ValueError(
@@ -316,10 +321,10 @@ def _choose(
     return stretches, counts | {f"dropped_{reason}": count for reason, count in dropped.items()}
 
 
-def _write_set(
+def write_set(
     prefix: Path,
     stretches: Iterator[np.ndarray],
-    like: _Source,
+    like: PairSource,
     end_documents: bool,
     facts: Mapping[str, Any],
 ) -> None:
@@ -345,7 +350,7 @@ def _write_set(
         write_json(with_suffix(prefix, ".json"), sidecar)
 
 
-def _split(opened: Sequence[_Source], capabilities: Mapping[str, Sequence[str]], output_dir: Path) -> str:
+def _split(opened: Sequence[PairSource], capabilities: Mapping[str, Sequence[str]], output_dir: Path) -> str:
     """The trainer's configuration of this split: what to train on, what to watch, what to score against."""
     sources: dict[str, dict[str, Any]] = {}
     for s in opened:

@@ -166,7 +166,16 @@ def require_made_for(mask: KeptWindows, prefix: str | Path, seq_length: int) -> 
 
 
 def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> None:
-    """Write the mask that keeps these documents of a corpus, bool [documents], for `PhaseConfig.keep`.
+    """Write the mask that keeps these documents of a corpus, for `PhaseConfig.keep`: `documents_mask`."""
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: a mask over documents is a .npz file; name it so")
+    content = documents_mask(corpus, kept_D, seq_length)
+    with replacing(path) as stream:
+        stream.write(content)
+
+
+def documents_mask(corpus: Corpus, kept_D: np.ndarray, seq_length: int) -> bytes:
+    """The file of the mask that keeps these documents of a corpus, bool [documents].
 
     ValueError where `kept_D` is not over the corpus's documents, or leaves no label to train on.
     """
@@ -182,10 +191,7 @@ def save_documents(path: str | Path, corpus: Corpus, kept_D: np.ndarray, seq_len
             f"the mask of source '{corpus.name}' leaves no label within its windows of {seq_length} tokens; "
             f"give the source weight 0 instead"
         )
-    if Path(path).suffix != ".npz":
-        raise ValueError(f"{path}: a mask over documents is a .npz file; name it so")
-    with replacing(path) as stream:
-        stream.write(mask_file(corpus, windows, stretch_N2, seq_length))
+    return mask_file(corpus, windows, stretch_N2, seq_length)
 
 
 def mask_file(corpus: Corpus, windows: np.ndarray, stretch_N2: np.ndarray | None, seq_length: int) -> bytes:

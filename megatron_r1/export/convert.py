@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -23,14 +22,21 @@ from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.export import config as hf_config
 from megatron_r1.export import origin
 from megatron_r1.export import weights as hf
-from megatron_r1.export.folder import MOST_JSON, Stored, check_tensors, few, stored_tensors, unread_files
+from megatron_r1.export.folder import (
+    MOST_JSON,
+    check_tensors,
+    few,
+    identity,
+    stored_tensors,
+    unread_files,
+)
 from megatron_r1.export.tokenizer import TokenizerFiles
 from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import TrainState
 from megatron_r1.run.stage import finish, require_empty
 from megatron_r1.system.errors import rewording, shown, suggest_path
-from megatron_r1.system.files import naming, open_exclusive, sha256, sync, write_json
+from megatron_r1.system.files import naming, open_exclusive, sync, write_json
 from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
@@ -103,7 +109,7 @@ def to_hf(
                 (folder / name).write_bytes(content)
             sync(folder / name)
     inputs = {str(source): checkpoint_files.identity(source)}
-    finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=_identity(target))
+    finish(target.parent, "convert to Hugging Face", inputs=inputs, outputs=identity(target))
     return summary
 
 
@@ -142,16 +148,9 @@ def to_megatron(source: Path, target: Path, precision: Precision | None = None, 
         write_json(folder / origin.IMPORTED, {origin.CONTEXT: described.context, **described.special})
     path = checkpoint_files.step_path(target, 0)
     outputs = {str(path): checkpoint_files.identity(path)}
-    inputs = _identity(source, stored.values())
+    inputs = identity(source, stored.values())
     finish(target, "convert from Hugging Face", inputs=inputs, outputs=outputs)
     return summary
-
-
-def _identity(folder: Path, stored: Iterable[Stored] | None = None) -> dict[str, str]:
-    """The folder -> SHA-256 over the SHA-256 of its files of tensors, by name."""
-    names = {one.file for one in (stored_tensors(folder).values() if stored is None else stored)}
-    files = [f"{path.name} {sha256(path)}\n" for path in sorted(names)]
-    return {str(folder): hashlib.sha256("".join(files).encode()).hexdigest()}
 
 
 def _summary(model: ModelConfig, precision: str, more: str) -> str:

@@ -6,6 +6,7 @@ other readers would take other files, or in which index and shards disagree, is 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
 from megatron_r1.system.errors import brief, shown, some
-from megatron_r1.system.files import plain_name, regular
+from megatron_r1.system.files import plain_name, regular, sha256
 from megatron_r1.system.json_io import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -75,6 +76,15 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             is_in = f"{brief(name, 100)} is in {there}"
             raise ValueError(f"{index} disagrees with its files: {is_in}, and the index {says}")
     return out
+
+
+def identity(
+    folder: Path, stored: Iterable[Stored] | None = None, more: Iterable[Path] = ()
+) -> dict[str, str]:
+    """The folder -> SHA-256 over the SHA-256 of its files of tensors, by name, and of `more` of its files."""
+    names = {one.file for one in (stored_tensors(folder).values() if stored is None else stored)}
+    files = [f"{path.relative_to(folder)} {sha256(path)}\n" for path in sorted({*names, *more})]
+    return {str(folder): hashlib.sha256("".join(files).encode()).hexdigest()}
 
 
 def unread_files(directory: Path, read: Iterable[Stored] = ()) -> str:

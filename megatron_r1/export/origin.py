@@ -13,9 +13,11 @@ from typing import Any
 from megatron_r1.checkpoint.files import read_meta
 from megatron_r1.config_io import read_tree
 from megatron_r1.data.indexed import identity_of, with_suffix
+from megatron_r1.data.integrity import side_file
 from megatron_r1.data.plan_file import datasets_of
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.export.folder import MOST_JSON
+from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.errors import shown
 from megatron_r1.system.json_io import read_object
@@ -76,6 +78,26 @@ def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
         return
     why = f"{absent[0]}.idx is not there" if absent else f"no dataset of the run of {source} tells its own"
     say(f"the tokenizer is not compared with the run's data: {why}")
+
+
+def tokenizer_of(source: Path) -> tuple[str, str]:
+    """Kind and path of the tokenizer that made the data of the checkpoint's run, by the ledgers of its data.
+
+    ValueError where none of them names one.
+    """
+    start, sources = _start_of(source), _section_of_run(source, "data").get("sources")
+    for spec in sources.values() if isinstance(sources, dict) else ():
+        prefix = start / str(spec.get("prefix") if isinstance(spec, dict) else spec)
+        sidecar = read_sidecar(prefix) or {}
+        for line in ledger.read(side_file(prefix, "ledger.jsonl").parent):
+            for path, fingerprint in line["inputs"].items():
+                if fingerprint == sidecar.get("tokenizer_fingerprint"):
+                    return sidecar["tokenizer_type"], str(start / path)
+    way_out = (
+        f"convert it by tools/convert_checkpoint.py --to hf {source} FOLDER --tokenizer-type KIND "
+        f"--tokenizer-model MODEL, and name FOLDER"
+    )
+    raise ValueError(f"no dataset of the run of {source} tells where its tokenizer lies; {way_out}")
 
 
 def _start_of(source: Path) -> Path:

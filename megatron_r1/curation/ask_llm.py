@@ -1,0 +1,170 @@
+"""Ask-LLM (Sachdeva et al., 2024): the probability that a causal model answers "1" and not "0" on a document.
+
+A prompt is a text with one `{document}`. What stands before it is the instruction: its keys and values are
+computed once. What follows is the question. One forward pass a document reads both probabilities, and nothing
+is generated. The order of a sequence's tokens:
+
+    instruction | the document's first tokens | question and the beginning of the answer
+
+With a chat template the prompt is the user's turn, and the answer is the first token of the assistant's.
+Without one the answer follows "Answer:" and a space.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_r1.curation.models import Pretrained, cut
+from megatron_r1.preprocess.tokenizer import HuggingFace
+from megatron_r1.system.errors import shown
+
+DOCUMENT = "{document}"
+LABELS = ("1", "0")
+_TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+"""For templates that would write today's date, or let the model think before it answers."""
+
+
+@dataclass
+class _Prompt:
+    before: list[int]
+    """Ids of the instruction."""
+    after: list[int]
+    """Ids of the question and the beginning of the answer."""
+    labels: list[int]
+    """The next id for each of `LABELS`."""
+    keys: Any = None
+    """Keys and values of the instruction."""
+
+
+class _LabelHead(torch.nn.Module):
+    """In place of a model's last layer: the logits of two tokens at each sequence's last position, [B, 1, 2].
+
+    In float32, as a bf16 logit near 20 moves in steps of 0.125, and many documents would have one score.
+    """
+
+    def __init__(self, head: Any):
+        super().__init__()
+        self._head = head
+        self.labels: list[int] = []
+        self.last_B: Any = None
+
+    def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(hidden_BSD), device=hidden_BSD.device)
+        last_BD = hidden_BSD[rows, self.last_B].float()
+        bias = None if self._head.bias is None else self._head.bias[self.labels].float()
+        return torch.nn.functional.linear(last_BD, self._head.weight[self.labels].float(), bias)[:, None]
+
+
+class Judge(Pretrained):
+    """A causal language model that says whether a document belongs to a set.
+
+    `tokens`: the first tokens of a document that are read. Errors as of `Pretrained`, and of `HuggingFace`
+    for a tokenizer that names no end token.
+    """
+
+    automatic = "AutoModelForCausalLM"
+
+    def __init__(self, model: str, tokens: int):
+        super().__init__(model, tokens)
+        # It makes no added token from text, whether it is called special or not.
+        self._text = HuggingFace(self._folder)
+        self._prompts = dict[str, _Prompt]()
+
+    @cached_property
+    def _head(self) -> _LabelHead:
+        head = _LabelHead(self.network.get_output_embeddings())
+        self.network.set_output_embeddings(head)
+        return head
+
+    def judge(self, texts: Sequence[str], prompt: str) -> np.ndarray:
+        """P("1") / (P("1") + P("0")) of each text, [N] float32.
+
+        ValueError for a prompt without an instruction and one `{document}`, for one that leaves no place for
+        `tokens`, and for a tokenizer by which a label is no single token there.
+        """
+        asked = self._asked(prompt)
+        documents = self._text.encode_batch(cut(texts, self.tokens))
+        head = self._head
+        head.labels = asked.labels
+
+        def forward(ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+            if asked.keys is None:
+                head.last_B = torch.tensor([-1])
+                before_1S = torch.tensor([asked.before], device=ids_BS.device)
+                asked.keys = self.network(input_ids=before_1S, use_cache=True).past_key_values
+            keys = copy.deepcopy(asked.keys)
+            keys.batch_repeat_interleave(len(ids_BS))
+            head.last_B = mask_BS.sum(1) - 1
+            # Nothing sees the padding, which comes after all: no mask is needed.
+            return self.network(input_ids=ids_BS, past_key_values=keys).logits.softmax(-1)[:, 0, 0]
+
+        ids = [[*document[: self.tokens], *asked.after] for document in documents]
+        return self.run(ids, forward, len(asked.before))
+
+    def flops_of(self, tokens: float, prompt: str) -> float:
+        """Operations for one document of so many tokens, with the prompt's question."""
+        asked = self._asked(prompt)
+        return self.flops(tokens, len(asked.before), len(asked.after))
+
+    def _asked(self, prompt: str) -> _Prompt:
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self._read(prompt)
+        return self._prompts[prompt]
+
+    def _read(self, prompt: str) -> _Prompt:
+        instruction, _, question = prompt.partition(DOCUMENT)
+        if prompt.count(DOCUMENT) != 1 or not instruction.strip():
+            fault = f"the prompt {shown(prompt)} has {prompt.count(DOCUMENT)} times {DOCUMENT}"
+            raise ValueError(f"{fault}; it stands once, after an instruction")
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}]
+            with self._reading():
+                text = self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True, **_TEMPLATE
+                )
+            if text.count(DOCUMENT) != 1:
+                raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
+            instruction, _, question = text.partition(DOCUMENT)
+            answers = [(question, ""), (question, " ")]
+        else:
+            question = f"{question.rstrip()}\nAnswer:"
+            # By many tokenizers " 1" is two tokens, the first of which is the space.
+            answers = [(f"{question} ", ""), (question, " ")]
+        before, (after, labels) = self._ids(instruction), self._labels(answers)
+        # A template may write the beginning of a text itself.
+        first = self.tokenizer("")["input_ids"][:1]
+        if first == [self.tokenizer.bos_token_id] and before[:1] != first:
+            before = first + before
+        if (room := self.longest - len(before) - len(after)) < self.tokens:
+            raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
+        return _Prompt(before, after, labels)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+    def _labels(self, answers: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Of (what is asked, what the label begins with) the first by which each label is one token more."""
+        fault = ""
+        for asked, space in answers:
+            ids, unknown = self._ids(asked), self.tokenizer.unk_token_id
+            labels = []
+            for label in LABELS:
+                whole = self._ids(f"{asked}{space}{label}")
+                if whole[:-1] != ids or whole[-1] == unknown:
+                    tokens = shown(self.tokenizer.convert_ids_to_tokens(whole[-4:]))
+                    fault = (
+                        fault
+                        or f"the label {space + label!r} after {asked[-12:]!r} is no single token: {tokens}"
+                    )
+                    break
+                labels.append(whole[-1])
+            else:
+                return ids, labels
+        raise ValueError(f"{self.model}: {fault}; ask another model")

@@ -1,0 +1,286 @@
+"""Documents that say the same: near duplicates by their words, semantic ones by their embeddings.
+
+Near: the Jaccard similarity J of two documents' sets of shingles, 5 words in a row, reaches a threshold.
+Documents whose MinHash signatures agree in one band are candidates (locality-sensitive hashing), with the
+probability 1 - (1 - J^rows)^bands, which is at least 0.99 at the threshold. Each candidate is compared by its
+shingles, so no pair below the threshold is reported.
+
+Semantic: the cosine of two documents' embeddings reaches a threshold. Every pair is compared.
+
+Documents that a chain of pairs joins are one group, of which one stays. A thousand copies have half a million
+pairs. A group of n documents is therefore reported by n - 1 pairs that join it: as many as documents go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from xxhash import xxh3_64_intdigest
+
+from megatron_r1 import backend
+from megatron_r1.backend import cpu_products
+
+SHINGLE = 5
+"""Words of a shingle."""
+PERMUTATIONS = 128
+"""Most numbers of a signature."""
+RECALL = 0.99
+"""Share of pairs at the threshold that become candidates, and of planted copies that `calibrate` finds."""
+EDITED, PLANTED = 0.05, 1000
+"""Share of a planted copy's words that are other words, and the most copies that are planted."""
+PARTNERS = 0.1
+"""Most different documents, of all, that a document may be taken for a copy of, on average."""
+
+_WORD = re.compile(r"(\w+)")
+# ASCII as `_WORD` and casefold() take it: letters, digits and the underline stay, all else separates.
+_ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
+# Documents, or pairs of them, whose shingles are in memory together.
+_AT_ONCE = 256
+# Semantic pairs that are in memory together before they are cut down to those that join groups.
+_WAITING = 1 << 21
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Documents `first_P` < `second_P`, [P] int64, and their Jaccard similarity or cosine, [P] float32."""
+
+    first_P: np.ndarray
+    second_P: np.ndarray
+    likeness_P: np.ndarray
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A cosine threshold, and what it does to texts of which copies were planted."""
+
+    threshold: float
+    recall: float
+    """Share of the planted copies whose cosine with their originals reaches the threshold."""
+    unrelated: float
+    """Share of the pairs of different texts whose cosine reaches it."""
+    raised: bool
+    """Whether the threshold that finds `RECALL` of the copies joined different texts. This one is higher."""
+
+
+def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
+    r"""Pairs of Jaccard similarity >= `threshold` that join each group of near duplicates.
+
+    Words are runs of \w, casefolded. A text of fewer than 5 words is one shingle, and texts without words are
+    the same. Two shingles of one 64-bit hash count as one. Beside the texts, memory holds about 32 bytes a
+    document and band, and the shingles of 512 documents. ValueError for a threshold that no bands suit.
+    """
+    bands, rows = lsh_bands(threshold)
+    # Odd factors permute the numbers of 32 bits.
+    factor_PE = np.random.default_rng(0).integers(0, 1 << 32, (bands * rows, 2), np.uint32) | np.array(
+        [1, 0], np.uint32
+    )
+    n = len(texts)
+    keys_BN, whole_N = np.empty((bands, n), dtype=np.uint64), np.empty(n, dtype=np.uint64)
+    for low in range(0, n, _AT_ONCE):
+        some = slice(low, low + _AT_ONCE)
+        shingles, starts, whole_N[some] = _shingles(texts[some])
+        hashes = (shingles >> np.uint64(32)).astype(np.uint32)
+        least = np.stack(
+            [np.minimum.reduceat(hashes * factor + shift, starts) for factor, shift in factor_PE]
+        )
+        key = np.arange(bands, dtype=np.uint64)[:, None]
+        for row in least.reshape(bands, rows, -1).swapaxes(0, 1):
+            key = _mixed(key) + row
+        keys_BN[:, some] = key
+    # Documents of the same words in the same order need no comparison. The first stands for them.
+    _, first, which = np.unique(whole_N, return_index=True, return_inverse=True)
+    copies = np.flatnonzero(first[which] != np.arange(n))
+    pairs = Pairs(first[which][copies], copies, np.ones(len(copies), dtype=np.float32))
+    document_M = np.sort(first)
+    keys_BM = keys_BN[:, document_M]
+    place = np.argsort(keys_BM.ravel(), kind="stable")
+    for distance in count(1):
+        # Of the buckets, those stay that have pairs of this distance and documents of several groups.
+        key = keys_BM.ravel()[place]
+        starts = np.flatnonzero(np.diff(key, prepend=~key[:1]))
+        if not len(starts):
+            return pairs
+        group = _groups(n, pairs)[document_M[place % len(document_M)]]
+        sizes = np.diff(starts, append=len(key))
+        several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
+        stay = np.repeat(several & (sizes > distance), sizes)
+        key, place, group = key[stay], place[stay], group[stay]
+        at = np.flatnonzero((key[distance:] == key[:-distance]) & (group[distance:] != group[:-distance]))
+        band, one = np.divmod(place[at], len(document_M))
+        other = place[at + distance] % len(document_M)
+        # A pair is compared in the first band that it shares.
+        seen = np.zeros(len(at), dtype=bool)
+        for number, key_M in enumerate(keys_BM):
+            seen |= (number < band) & (key_M[one] == key_M[other])
+        candidates = document_M[one[~seen]], document_M[other[~seen]]
+        pairs = _joining(n, pairs, _compared(texts, *candidates, threshold))
+    raise AssertionError("no bucket is endless")
+
+
+def lsh_bands(threshold: float) -> tuple[int, int]:
+    """Bands, and rows of a band, by which a pair at the threshold is a candidate with probability `RECALL`.
+
+    Of the choices with at most `PERMUTATIONS` numbers it has the longest bands, which take the fewest pairs
+    below the threshold for candidates. ValueError where there is none.
+    """
+    for rows in range(PERMUTATIONS, 0, -1):
+        bands = PERMUTATIONS // rows
+        if 0 < threshold <= 1 and 1 - (1 - threshold**rows) ** bands >= RECALL:
+            return bands, rows
+    raise ValueError(f"near duplicates: {threshold} is no threshold for a similarity; use one from 0.05 to 1")
+
+
+def semantic_pairs(E_ND: np.ndarray, threshold: float, block: int = 2048) -> Pairs:
+    """Pairs of cosine >= `threshold` that join each group of semantic duplicates, of all pairs.
+
+    E_ND: embeddings, rows of norm 1. Products are float32, so a cosine 1e-6 below the threshold may count.
+    Beside the embeddings, memory holds a few arrays of block^2 numbers. ValueError for a row of another norm.
+    """
+    _check_norms(E_ND)
+    cpu_products.use_onednn()
+    E = torch.as_tensor(E_ND, dtype=torch.float32, device=backend.device())
+    n, group_N = len(E_ND), np.arange(len(E_ND))
+    waiting: list[Pairs] = []
+    blocks = range(0, n, block)
+    for i, j in ((i, j) for i in blocks for j in blocks if i <= j):
+        cosine = torch.mm(E[i : i + block], E[j : j + block].t())
+        hit = cosine >= threshold - 1e-6
+        at = (hit.triu(1) if i == j else hit).nonzero(as_tuple=True)
+        first_P, second_P, likeness_P = (of.cpu().numpy() for of in (i + at[0], j + at[1], cosine[at]))
+        apart = group_N[first_P] != group_N[second_P]
+        waiting.append(Pairs(first_P[apart], second_P[apart], likeness_P[apart]))
+        if sum(len(some.first_P) for some in waiting) > n + _WAITING:
+            waiting = [_joining(n, *waiting)]
+            group_N = _groups(n, *waiting)
+    return _joining(n, *waiting)
+
+
+def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], seed: int) -> Calibration:
+    """The largest cosine, to 4 digits, that finds `RECALL` of planted copies of these texts.
+
+    texts: all that the threshold is for, without near duplicates, which would count as different texts. In a
+    copy, 5 % of the words are other words of the texts. At most 1,000 texts of 20 words or more are copied,
+    drawn by `seed`. Where a text had more than `PARTNERS` different ones that reach the threshold, on average
+    of all texts, the threshold is raised. ValueError where it then finds fewer than half of the copies, or
+    where fewer than 2 texts have 20 words.
+    """
+    random = np.random.default_rng(seed)
+    order = (texts[i] for i in random.permutation(len(texts)))
+    drawn = list(islice((text for text in order if len(_WORD.findall(text)) >= 1 / EDITED), PLANTED))
+    pool = sorted({word for text in drawn for word in _WORD.findall(text)})
+    way_out = "give a threshold (duplicates.threshold)"
+    if len(drawn) < 2 or len(pool) < 2:
+        fault = f"{len(drawn)} of {len(texts)} texts have 20 words, too few to calibrate a threshold on"
+        raise ValueError(f"semantic duplicates: {fault}; {way_out}")
+    E_ND, copies_ND = embed(drawn), embed([_edited(text, pool, random) for text in drawn])
+    _check_norms(np.concatenate([E_ND, copies_ND]))
+    planted = np.sort((E_ND * copies_ND).sum(1))
+    others = np.sort((E_ND @ E_ND.T)[np.triu_indices(len(drawn), 1)])
+    wanted = math.floor(planted[int((1 - RECALL) * len(planted))] * 1e4) / 1e4
+    most = int(len(others) * PARTNERS / (len(texts) - 1))
+    threshold = max(wanted, (math.floor(others[-1 - most] * 1e4) + 1) / 1e4)
+    recall, unrelated = (float((cosines >= threshold).mean()) for cosines in (planted, others))
+    if recall < 0.5:
+        fault = f"the cosine {threshold:.4f} tells texts apart, and finds only {recall:.0%} of edited copies"
+        raise ValueError(f"semantic duplicates: {fault}; use another embedding model, or {way_out}")
+    return Calibration(threshold, recall, unrelated, threshold > wanted)
+
+
+def first_of_each(documents: int, *pairs: Pairs) -> np.ndarray:
+    """The first document of each group, [documents] bool. A document of no pair is a group by itself."""
+    kept_N = np.zeros(documents, dtype=bool)
+    kept_N[np.unique(_groups(documents, *pairs), return_index=True)[1]] = True
+    return kept_N
+
+
+_NONE = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Hashes of the shingles of all texts, where each text's begin, and a hash of each text's words."""
+    words = [_words(text) for text in texts]
+    length_N = np.array([len(of) for of in words])
+    hash_W = np.fromiter(map(xxh3_64_intdigest, chain.from_iterable(words)), np.uint64, length_N.sum())
+    shingle_W = hash_W
+    for following in range(1, SHINGLE):
+        shingle_W = _mixed(shingle_W[:-1]) + hash_W[following:]
+    # The last 4 words of a text begin shingles that reach into the next one.
+    inside = np.ones(len(hash_W), dtype=bool)
+    inside[np.subtract.outer(np.cumsum(length_N), np.arange(1, SHINGLE))] = False
+    starts = np.cumsum(length_N - SHINGLE + 1) - (length_N - SHINGLE + 1)
+    whole = [xxh3_64_intdigest(b" ".join(of)) for of in words]
+    return _mixed(shingle_W[inside[: len(shingle_W)]]), starts, whole
+
+
+def _words(text: str) -> list[bytes]:
+    """Words in UTF-8, and empty ones up to the length of a shingle."""
+    if text.isascii():
+        words = text.encode().translate(_ASCII).split()
+    else:
+        words = [word.encode() for word in _WORD.findall(text.casefold())]
+    return words + [b""] * (SHINGLE - len(words))
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """Other numbers of 64 bits, one to one. Every bit reaches the highest 32."""
+    return (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _compared(texts: Sequence[str], first_P: np.ndarray, second_P: np.ndarray, threshold: float) -> Pairs:
+    """Those of the pairs whose Jaccard similarity reaches the threshold."""
+    likeness_P = np.zeros(len(first_P))
+    for low in range(0, len(first_P), _AT_ONCE):
+        some = slice(low, low + _AT_ONCE)
+        documents, at = np.unique([first_P[some], second_P[some]], return_inverse=True)
+        shingles, starts, _ = _shingles([texts[i] for i in documents])
+        sets = [np.unique(of) for of in np.split(shingles, starts[1:])]
+        for p, (i, j) in enumerate(at.reshape(2, -1).T, low):
+            common = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
+            likeness_P[p] = common / (len(sets[i]) + len(sets[j]) - common)
+    like = likeness_P >= threshold
+    return Pairs(first_P[like], second_P[like], likeness_P[like].astype(np.float32))
+
+
+def _graph(documents: int, pairs: Sequence[Pairs]) -> csr_array:
+    """Edges between documents, of a weight from 1 to 3: the smaller, the more alike."""
+    columns = [(some.first_P, some.second_P, some.likeness_P) for some in (_NONE, *pairs)]
+    first, second, likeness = map(np.concatenate, zip(*columns, strict=True))
+    return csr_array((2.0 - likeness.astype(np.float64), (first, second)), shape=(documents, documents))
+
+
+def _groups(documents: int, *pairs: Pairs) -> np.ndarray:
+    """The number of each document's group, [documents]."""
+    return connected_components(_graph(documents, pairs), directed=False)[1]
+
+
+def _joining(documents: int, *pairs: Pairs) -> Pairs:
+    """Those of the pairs that join the same groups without a circle, the more alike first."""
+    tree = minimum_spanning_tree(_graph(documents, pairs)).tocoo()
+    first_P, second_P = (of.astype(np.int64) for of in tree.coords)
+    return Pairs(first_P, second_P, (2.0 - tree.data).astype(np.float32))
+
+
+def _check_norms(E_ND: np.ndarray) -> None:
+    """Raises ValueError for embeddings that are not of norm 1, or not finite."""
+    wrong = np.flatnonzero(~(np.abs(np.linalg.norm(E_ND, axis=1) - 1) < 1e-3))
+    if len(wrong):
+        fault = f"{len(wrong)} of {len(E_ND)} embeddings, the first of text {wrong[0]}, are not of norm 1"
+        raise ValueError(f"semantic duplicates: {fault}; use another embedding model")
+
+
+def _edited(text: str, pool: Sequence[str], random: np.random.Generator) -> str:
+    """The text with `EDITED` of its words replaced by other ones of the pool."""
+    parts = _WORD.split(text)
+    words = len(parts) // 2
+    for at in 2 * random.choice(words, round(EDITED * words), replace=False) + 1:
+        new = int(random.integers(len(pool)))
+        parts[at] = pool[new] if pool[new] != parts[at] else pool[new - 1]
+    return "".join(parts)

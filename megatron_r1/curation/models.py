@@ -1,0 +1,242 @@
+"""Pretrained models that judge text: which files count, batches by length, sentence embeddings.
+
+A model is a folder as save_pretrained writes it, a name on the Hugging Face hub with its commit, or a
+checkpoint of a run. Code that comes with a model is never run, and weights are read from safetensors alone.
+Control tokens that a document spells stay text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_r1 import backend
+from megatron_r1.checkpoint.files import META
+from megatron_r1.export import origin
+from megatron_r1.export.folder import MOST_JSON, identity, stored_tensors
+from megatron_r1.preprocess.auto_tokenizer import first_line
+from megatron_r1.system.errors import hub_name, require, rewording, shown, some
+from megatron_r1.system.json_io import read_json, read_object
+
+CHARACTERS = 8
+"""A document is cut to so many characters for each token that is read, before it is tokenized."""
+BATCH_TOKENS = 8192
+"""Tokens of a batch, padding and the instruction's keys counted."""
+_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_SETTINGS = {".json", ".jinja", ".txt", ".model"}
+_MODULES = {"Transformer", "Pooling", "Normalize"}
+_TAKES_FIRST = {"mean": False, "mean_tokens": False, "cls": True, "cls_token": True}
+"""Way of pooling -> whether it takes the first token. sentence-transformers has written either name."""
+
+
+class Scorer(Protocol):
+    """Gives each text a score."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that decides a score, but precision and device."""
+
+    def flops(self, tokens: float) -> float:
+        """Operations for one document of so many tokens."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Scores, [N] float32, in the order of the texts."""
+
+
+class Pretrained:
+    """A model on this rank's device, with its tokenizer. Its weights are read when they are first needed.
+
+    `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. Weights and
+    activations have `backend.fast_precision()`. Raises FileNotFoundError for no model, and ValueError for one
+    that is damaged, takes fewer tokens, or comes with code.
+    """
+
+    automatic = "AutoModel"
+    """The class of transformers that makes the model."""
+    unused: tuple[str, ...] = ()
+    """How the names of weights begin that the files may lack."""
+
+    def __init__(self, model: str, tokens: int, **settings: Any):
+        self._library = require("transformers", "a model that judges text", "-e '.[hf]'")
+        self._library.utils.logging.disable_progress_bar()
+        self.model, self.tokens, self._settings = model, tokens, {**settings, "tokens": tokens}
+        self.precision = backend.fast_precision()
+        # A temporary folder lives as long as this object.
+        self._folder, self._held = _folder_of(model)
+        self._stored = stored_tensors(self._folder)
+        with self._reading():
+            self.config = c = self._from_folder("AutoConfig")
+            self.tokenizer = self._from_folder("AutoTokenizer")
+        if not self.tokenizer.is_fast or len(self.tokenizer) > c.vocab_size:
+            fault = f"{len(self.tokenizer)} tokens of {type(self.tokenizer).__name__}"
+            raise ValueError(f"{model}: {fault} do not fit its vocabulary of {c.vocab_size}")
+        # Most tokens of a sequence.
+        self.longest = min(getattr(c, "max_position_embeddings", math.inf), self.tokenizer.model_max_length)
+        if not 0 < tokens <= self.longest:
+            raise ValueError(f"tokens={tokens}: {model} takes 1 to {self.longest}")
+
+    def _from_folder(self, name: str, **more: Any) -> Any:
+        maker = getattr(self._library, name)
+        return maker.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False, **more)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        cannot = f"{self.model}: transformers {self._library.__version__} does not load it"
+        return rewording(lambda error: f"{cannot}: {first_line(error)}", Exception)
+
+    @cached_property
+    def network(self) -> Any:
+        """The module, in eval mode."""
+        how = {
+            "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision],
+            "use_safetensors": True,
+        }
+        with self._reading():
+            network, report = self._from_folder(self.automatic, output_loading_info=True, **how)
+        # transformers would draw them at random.
+        if absent := sorted(n for n in report["missing_keys"] if not n.startswith(self.unused)):
+            fault = f"its files lack {some(absent, most=2)} of {type(network).__name__}"
+            raise ValueError(f"{self.model}: {fault}; name a model that was trained for this")
+        return backend.place(network.eval())
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over weights, configuration, tokenizer and settings."""
+        files = [p for p in self._folder.rglob("*") if p.suffix in _SETTINGS and p.is_file()]
+        (content,) = identity(self._folder, self._stored.values(), files).values()
+        settings = json.dumps([type(self).__name__, self._settings], sort_keys=True)
+        return hashlib.sha256(f"{content} {settings}".encode()).hexdigest()
+
+    def flops(self, tokens: float, before: int = 0, after: int = 0) -> float:
+        """Operations of a dense model for a document of so many tokens, with keys before and tokens after."""
+        c, tokens = self.config, min(tokens, self.tokens) + after
+        width = c.num_attention_heads * (getattr(c, "head_dim", 0) or c.hidden_size // c.num_attention_heads)
+        # Embeddings are looked up, and the logits of a vocabulary are not computed.
+        matrices = [
+            one.shape for name, one in self._stored.items() if len(one.shape) > 1 and "embed" not in name
+        ]
+        products = sum(math.prod(shape) for shape in matrices if c.vocab_size not in shape)
+        return tokens * (2.0 * products + 4.0 * c.num_hidden_layers * width * (before + tokens))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text with the model's own tokens, at most `tokens` in all."""
+        fast = self.tokenizer.backend_tokenizer
+        fast.encode_special_tokens = True
+        fast.no_padding()
+        fast.enable_truncation(self.tokens)
+        return [one.ids for one in fast.encode_batch_fast(cut(texts, self.tokens))]
+
+    def run(self, ids: Sequence[Sequence[int]], forward: Forward, before: int = 0) -> np.ndarray:
+        """Results of `forward` for sequences of ids, float32, in their order. `before`: keys before each.
+
+        ValueError for results that are not finite.
+        """
+        length_N, results = np.array([len(one) for one in ids], dtype=np.int64), list[torch.Tensor]()
+        order = list(batches(length_N, BATCH_TOKENS, before))
+        # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
+        pad = max(0, getattr(self.config, "pad_token_id", None) or 0)
+        with torch.inference_mode():
+            for batch in order:
+                mask_BS = np.arange(length_N[batch[0]]) < length_N[batch, None]
+                ids_BS = np.full(mask_BS.shape, pad, dtype=np.int64)
+                ids_BS[mask_BS] = np.concatenate([ids[n] for n in batch])
+                both = (torch.from_numpy(array).to(backend.device()) for array in (ids_BS, mask_BS))
+                results.append(forward(*both).float())
+        found = torch.cat(results).cpu().numpy() if results else np.zeros(0, np.float32)
+        if not np.isfinite(found).all():
+            fault = f"results in {self.precision} for {len(found)} texts are not all finite"
+            raise ValueError(f"{self.model}: {fault}; its weights are damaged or need another precision")
+        # The place of each text among the batches.
+        return found[np.argsort(np.concatenate(order))] if results else found
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(ids [B, S], mask [B, S], False at the padding on the right) -> [B, ...]."""
+
+
+def cut(texts: Sequence[str], tokens: int) -> list[str]:
+    """The beginning of each text, as tokenizing takes the length of all of it."""
+    return [text[: CHARACTERS * tokens] for text in texts]
+
+
+def batches(length_N: np.ndarray, budget: int, before: int = 0) -> Iterator[np.ndarray]:
+    """Indices of the sequences of each batch, from the longest on.
+
+    Rows, times `before` and the longest of them, stay within `budget`. A batch has at least one.
+    """
+    order = np.argsort(-length_N, kind="stable")
+    while len(order):
+        rows = max(1, budget // max(1, before + int(length_N[order[0]])))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def _folder_of(model: str) -> tuple[Path, object]:
+    """The folder with a model's files, and the object that it lives as long as."""
+    path = Path(model)
+    if (path / META).is_file():
+        held = tempfile.TemporaryDirectory(prefix="checkpoint-")
+        return _converted(path, Path(held.name, "hf")), held
+    if path.is_dir():
+        return path, None
+    repository, revision = hub_name(model, "no model at")
+    hub = require("huggingface_hub", "a model of the hub")
+    absent = f"{model} is no folder here, and the hub did not give it"
+    way_out = f"fetch it by: hf download {repository} --revision {revision}"
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=_FILES)), None
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{absent}: {first_line(error)}; {way_out}") from None
+
+
+def _converted(checkpoint: Path, target: Path) -> Path:
+    """A run's checkpoint and the tokenizer of its data, as a folder."""
+    if dist.is_initialized():
+        way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {checkpoint} FOLDER"
+        raise ValueError(f"{checkpoint} is a checkpoint, which a launch of ranks does not convert; {way_out}")
+    # These need megatron-core, whose import takes seconds.
+    from megatron_r1.export.convert import to_hf
+    from megatron_r1.export.tokenizer import tokenizer_files
+
+    to_hf(checkpoint, target, tokenizer=tokenizer_files(*origin.tokenizer_of(checkpoint)))
+    return target
+
+
+class Embedder(Pretrained):
+    """Sentence embeddings: the mean over a text's tokens, or its first one's where 1_Pooling says so."""
+
+    unused = ("pooler.",)
+
+    def __init__(self, model: str, tokens: int = 256):
+        super().__init__(model, tokens)
+        modules, pooling = self._folder / "modules.json", self._folder / "1_Pooling" / "config.json"
+        listed = read_json(modules, MOST_JSON) if modules.is_file() else []
+        said = read_object(pooling, MOST_JSON) if pooling.is_file() else {"pooling_mode": "mean"}
+        modes = [key.partition("mode_")[2] for key, value in said.items() if value is True and "mode_" in key]
+        mode = said.get("pooling_mode") or ", ".join(modes)
+        kinds = {str(one.get("type")).split(".")[-1] for one in listed}
+        if kinds - _MODULES or mode not in _TAKES_FIRST:
+            fault = f"{self.model}: modules {sorted(kinds)}, pooling by {shown(mode)}"
+            raise ValueError(f"{fault}; a transformer with pooling by mean or cls is read")
+        self._first = _TAKES_FIRST[mode]
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32, rows of norm 1."""
+
+        def forward(ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+            hidden_BSD = self.network(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state.float()
+            # The norm makes a sum as good as a mean.
+            sum_BD = hidden_BSD[:, 0] if self._first else (hidden_BSD * mask_BS[..., None]).sum(1)
+            return torch.nn.functional.normalize(sum_BD)
+
+        return self.run(self.encode(texts), forward)

@@ -1,0 +1,303 @@
+"""The results of a funnel: R_g and P_c as indexed datasets, keep masks, tables, a dataset card, the manifest.
+
+    representative_SOURCE   R_g, the best document first
+    probe_C, heldout_C      halves, by the documents' hash, of P_c: the R_g of all sources of domain C
+    keep/SOURCE-HASH.npz    the source's documents without R_g, in every copy, for `phases.NAME.keep`
+    documents/SOURCE.parquet  R_g as text, in datatrove's form
+    scores.parquet          every score of every document of the samples, and how many stages it passed
+    pairs.parquet, hits.parquet  duplicates, evaluation items
+    curated.yaml            for the trainer
+    README.md               the dataset card
+    manifest.json           request, funnel with examples, models, SHA-256 of all files
+
+Tokens are copied from the source's pair, where a document is found by the hash of its text. A document that
+the pair lacks is in no set, and is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.curation.probes import SETS, PairSource, check_tokenizers, write_set
+from megatron_r1.curation.request import CurationConfig
+from megatron_r1.curation.sample import SCORES, Source
+from megatron_r1.curation.work import parquet_rows
+from megatron_r1.data.indexed import IndexedDataset, document_starts, identity_of, open_corpus, with_suffix
+from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.keep import documents_mask
+from megatron_r1.data.provenance import Provenance, read_provenance
+from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.records import Corpus
+from megatron_r1.run.stage import answer, finish
+from megatron_r1.system.errors import require, some
+from megatron_r1.system.files import make_folder, replacing, sha256, write_text
+from megatron_r1.system.terminal import say
+from megatron_r1.system.yaml_io import format_yaml
+
+
+@dataclass
+class Outcome:
+    """What the stages found. `hits` and `pairs`: rows of the tables of these names."""
+
+    sources: dict[str, Source]
+    chosen: dict[str, np.ndarray]
+    """Source -> rows of R_g, the best first."""
+    hits: list[dict[str, Any]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of duplicates and decontamination, for the manifest."""
+
+
+class _Pair:
+    """A source's pair, and the place in it of each document of the sample."""
+
+    def __init__(self, source: Source, prefix: str):
+        self.corpus: Corpus = open_corpus(source.name, prefix)
+        self.origins: Provenance = read_provenance(prefix)
+        lengths = np.diff(document_starts(self.corpus))
+        dataset, sidecar = IndexedDataset(prefix, share=None), read_sidecar(prefix) or {}
+        self.tokens = PairSource(source.name, source.name, dataset, sidecar, lengths, len(lengths))
+        self.hash_N = np.frombuffer(bytes.fromhex(source.ids_N.tobytes().decode()), "S16")
+        found_M = np.flatnonzero(self.origins.among(self.hash_N.tolist()))
+        hash_M, first_M = np.unique(_hashes(self.origins.hashes[found_M]), return_index=True)
+        at_N = np.searchsorted(hash_M, self.hash_N).clip(max=max(0, len(hash_M) - 1))
+        there_N = hash_M[at_N] == self.hash_N if len(hash_M) else np.zeros(len(at_N), bool)
+        self.place_N = np.full(len(at_N), -1)
+        """First document of the pair with this text, -1 where there is none."""
+        self.place_N[there_N] = found_M[first_M[at_N[there_N]]]
+
+
+def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(hashes_D16).view("S16").ravel()
+
+
+def write(
+    config: CurationConfig, out: Outcome, request: dict[str, Any], models: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write all results, the manifest last. Returns the manifest.
+
+    Raises ValueError for a pair that holds none of its source's text, for tokenizers that differ, and for a
+    domain of which nothing is left.
+    """
+    folder, form = Path(config.output), config.probes
+    pairs = {name: _Pair(source, config.sources[name].prefix) for name, source in out.sources.items()}
+    say_unchecked([pair.corpus for pair in pairs.values()])
+    check_tokenizers([pair.tokens for pair in pairs.values()], form.end_documents)
+    chosen = {name: _in_pair(out, pairs[name], config.sources[name].prefix) for name in pairs}
+    sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items() if len(rows)}
+    for domain, members in config.domains().items():
+        for half, kind in enumerate(SETS):
+            of = {n: chosen[n][_halves(out.sources[n].ids_N[chosen[n]]) == half] for n in members}
+            if not sum(map(len, of.values())):
+                counts = ", ".join(f"{n} {len(chosen[n])}" for n in members)
+                fault = f"domain {domain} has no document for {kind}_{domain} (documents left: {counts})"
+                raise ValueError(f"{fault}; raise documents or most, or lower a threshold of its sources")
+            sets[f"{kind}_{domain}"] = of
+    (folder / "manifest.json").unlink(missing_ok=True)
+    make_folder(folder / "keep")
+    make_folder(folder / "documents")
+    files, parts = list[Path](), list[Path]()
+    for name, of in sets.items():
+        facts = {
+            "sources": list(of),
+            **({} if name.startswith("rep") else {"capability": name.split("_", 1)[1]}),
+        }
+        stretches = _in_turn(of, out.sources, pairs, form.max_document_tokens)
+        write_set(folder / name, stretches, next(iter(pairs.values())).tokens, form.end_documents, facts)
+        files += [with_suffix(folder / name, suffix) for suffix in (".bin", ".idx")]
+    masks = {}
+    for name, rows in chosen.items():
+        if len(rows):
+            kept_D = ~pairs[name].origins.among(pairs[name].hash_N[rows].tolist())
+            mask = documents_mask(pairs[name].corpus, kept_D, form.seq_length)
+            masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
+            with replacing(masks[name]) as stream:
+                stream.write(mask)
+            score_N = out.sources[name].score_N
+            by_id = {row["id"]: row for row in out.sources[name].rows(np.sort(rows))}
+            ranked = (by_id[out.sources[name].ids_N[row].decode()] | {"row": row} for row in rows)
+            parts += [masks[name], folder / "documents" / f"{name}.parquet"]
+            parquet_rows(
+                parts[-1],
+                ({**r, "metadata": {**r["metadata"], "score": float(score_N[r["row"]])}} for r in ranked),
+            )
+    _tables(folder, out, pairs)
+    write_text(folder / "curated.yaml", _for_trainer(config, folder, masks))
+    funnel = {
+        name: _funnel(source, len(out.chosen[name]) - len(chosen[name]))
+        for name, source in out.sources.items()
+    }
+    content = {
+        "models": dict(models),
+        "funnel": funnel,
+        **out.facts,
+        "sets": {name: {n: len(rows) for n, rows in of.items()} for name, of in sets.items()},
+    }
+    write_text(folder / "README.md", _card(config, content))
+    tables = ["scores.parquet", "pairs.parquet", "hits.parquet", "curated.yaml", "README.md"]
+    files += [folder / name for name in tables]
+    content["parts"] = {str(path.relative_to(folder)): sha256(path) for path in parts}
+    manifest = answer(folder / "manifest.json", request, files, **content)
+    record(folder, manifest)
+    return manifest
+
+
+def record(folder: Path, manifest: dict[str, Any]) -> None:
+    """Add the ledger line, which names datasets by their identity."""
+    pairs = [folder / name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin")]
+    outputs = {str(prefix): identity_of(prefix) for prefix in pairs}
+    rest = {**manifest["files"], **manifest["parts"]}.items()
+    outputs |= {str(folder / name): digest for name, digest in rest if not name.endswith((".bin", ".idx"))}
+    finish(folder, "curate probes", inputs=manifest["request"]["pairs"], outputs=outputs)
+
+
+def _in_pair(out: Outcome, pair: _Pair, prefix: str) -> np.ndarray:
+    """Rows of R_g that the pair has."""
+    rows, source = out.chosen[pair.corpus.name], out.sources[pair.corpus.name]
+    there = pair.place_N[rows] >= 0
+    if missing := int((~there).sum()):
+        ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
+        fault = f"sources.{source.name}: {prefix} lacks {missing} of {len(rows)} documents ({ids})"
+        if missing == len(rows):
+            raise ValueError(f"{fault}; it was made of other texts: name the pair that was made of these")
+        say(f"warning: {fault}; they are in no set")
+    return rows[there]
+
+
+def _halves(ids: np.ndarray) -> np.ndarray:
+    """0 or 1 for each id, by its last bit."""
+    return np.array([int(one[-1:], 16) % 2 for one in ids], int)
+
+
+def _in_turn(
+    of: Mapping[str, np.ndarray], sources: Mapping[str, Source], pairs: Mapping[str, _Pair], most: int
+) -> Iterator[np.ndarray]:
+    """Stretches of documents, one of each source in turn: a leading part serves as well as the whole."""
+    for turn in zip_longest(*([(name, row) for row in rows] for name, rows in of.items())):
+        for name, row in (one for one in turn if one is not None):
+            digest = bytes.fromhex(sources[name].ids_N[row].decode())
+            yield pairs[name].tokens.stretch(int(pairs[name].place_N[row]), digest, most)
+
+
+def _tables(folder: Path, out: Outcome, pairs: Mapping[str, _Pair]) -> None:
+    arrow, parquet = require("pyarrow", "curation"), require("pyarrow.parquet", "curation")
+
+    def schema(texts: str, **numbers: Any) -> Any:
+        return arrow.schema([*((name, arrow.string()) for name in texts.split()), *numbers.items()])
+
+    hits = schema("source id set item part item_text document_text", score=arrow.float64())
+    duplicates = schema("kind first_source first second_source second", likeness=arrow.float64())
+    for name, columns, rows in (("hits", hits, out.hits), ("pairs", duplicates, out.pairs)):
+        with replacing(folder / f"{name}.parquet") as stream:
+            parquet.write_table(arrow.Table.from_pylist(rows, columns), stream)
+    kinds = dict.fromkeys(SCORES, arrow.float32())
+    columns = schema("source id file", line=arrow.uint64(), **kinds, passed=arrow.int8())
+    with replacing(folder / "scores.parquet") as stream, parquet.ParquetWriter(stream, columns) as writer:
+        for name, source in out.sources.items():
+            place_N, origins = pairs[name].place_N, pairs[name].origins
+            inputs = np.array([*origins.inputs, None], object)
+            # Beyond all inputs where the pair lacks the document, or names no inputs.
+            file_N = np.where(place_N < 0, len(inputs), origins.files[place_N])
+            table = {
+                "source": [name] * len(place_N),
+                "id": source.ids_N.astype(str),
+                "file": inputs[np.minimum(file_N, len(inputs) - 1)],
+                "line": arrow.array(origins.lines[place_N], mask=place_N < 0),
+                **{kind: arrow.array(source.scores[kind], from_pandas=True) for kind in SCORES},
+                "passed": source.last_N,
+            }
+            writer.write_table(arrow.table(table, schema=columns))
+
+
+def _funnel(source: Source, missing: int) -> dict[str, Any]:
+    facts = source.rounds[-1].facts
+    counts, share = dict(facts["counts"]), facts["share"]
+    read = counts.pop("read")
+    about = {"documents": round(read / share), "read": read, "share_read": share, "left_out": counts}
+    return {**about, "rejects": facts["rejects"], "missing_in_pair": missing, "stages": source.stages}
+
+
+def _for_trainer(config: CurationConfig, folder: Path, masks: Mapping[str, Path]) -> str:
+    """The trainer's configuration: sources, what to watch and what to score against; masks as a comment."""
+    sources = {
+        name: {"prefix": s.prefix, **({"domain": s.domains[0]} if len(s.domains) == 1 else {})}
+        for name, s in config.sources.items()
+    }
+    sets = {kind: {c: str(folder / f"{kind}_{c}") for c in config.domains()} for kind in SETS}
+    tree: dict[str, Any] = {"data": {"sources": sources, "probes": sets["heldout"]}}
+    tree |= {"influence": {"directions": sets["probe"]}} if sets["probe"] else {}
+    keep = format_yaml({"keep": {name: str(path) for name, path in masks.items()}})
+    return _CURATED.format(tree=format_yaml(tree), keep=indent(keep, "#     "))
+
+
+_CURATED = """# Written by tools/curate_probes.py; paths are relative to where it ran.
+{tree}# Masks keep the representative sets out of training. Add them to every phase:
+# phases:
+#   NAME:
+{keep}"""
+_CARD = """# Representative and probing sets
+
+Made by tools/curate_probes.py. `manifest.json` has all numbers and examples.
+
+## Documents
+
+{funnel}
+
+In brackets: the lowest score that was kept, with * where too few passed the threshold.
+
+## Sets
+
+{sets}
+
+## Models
+
+{models}
+
+## Request
+
+{request}
+{prompts}
+## Licence and personal data
+
+The texts have the licences of their sources. Name these here before you publish a set.
+
+Personal data is not looked for. Remove it from the sources beforehand.
+"""
+
+
+def _card(config: CurationConfig, content: Mapping[str, Any]) -> str:
+    """The dataset card, in Markdown."""
+    funnel, sets = content["funnel"], content["sets"]
+    stages = list(dict.fromkeys(s["stage"] for of in funnel.values() for s in of["stages"]))
+    rows = [["source", "read", "of about", *stages]]
+    for name, of in funnel.items():
+        by_stage = {stage["stage"]: _cell(stage) for stage in of["stages"]}
+        share = f"{of['documents']:,} ({of['share_read']:.2%})"
+        rows.append([name, f"{of['read']:,}", share, *(by_stage.get(stage, "") for stage in stages)])
+    counts = [[name, ", ".join(f"{n} {k:,}" for n, k in of.items())] for name, of in sets.items()]
+    prompts = dict.fromkeys([*config.prompts("judge").values(), *config.prompts("domain").values()])
+    return _CARD.format(
+        funnel=_markdown(rows),
+        sets=_markdown([["set", "documents of each source"], *counts]),
+        models="\n".join(f"- {kind}: {identity}" for kind, identity in content["models"].items()) or "None.",
+        request=indent(format_yaml(dataclasses.asdict(config)), "    ", lambda line: True),
+        prompts="".join(f"\n## Prompt {p.stem}\n\n{indent(p.read_text(), '    ')}\n" for p in prompts),
+    )
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def _cell(stage: dict[str, Any]) -> str:
+    reached = "" if stage["threshold"] is None else f" ({stage['threshold']:.3g}{'*' * stage['fallback']})"
+    return f"{stage['kept']:,}{reached}"

@@ -1,0 +1,205 @@
+"""FILE.yaml of tools/curate_probes.py: which texts are judged, by which models, and how many are kept."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from megatron_r1.config import (
+    RESERVED,
+    ByName,
+    Finite,
+    PositiveInt,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Truth,
+    limit,
+    name_mistakes,
+)
+from megatron_r1.config_io import ConfigError, load_root
+from megatron_r1.system.errors import suggest_path
+
+Fraction = Annotated[float, limit(lambda v: 0 < v <= 1, "must be above 0 and at most 1")]
+SLACK = 1.25
+"""Documents that reach the last stages, as a multiple of those asked for. Duplicates drop out there."""
+
+
+@dataclass(frozen=True)
+class TextSource(Section):
+    """A training source as text, and the pair that was made of it."""
+
+    text: list[Text]
+    """Inputs as tools/preprocess_data.py reads them."""
+    prefix: Text
+    """The source's pair, without `.bin` / `.idx`. Documents are found in it by the hash of their text."""
+    key: Text = "text"
+    """Key of the text in a line or row."""
+    domains: list[Text] = field(default_factory=list)
+    """Capabilities whose sets this source gives documents to. A source of none has a representative set."""
+    score: Text | None = None
+    """Key of a quality that the source has already, `a.b` within `a`. It takes the place of quality.model."""
+
+
+@dataclass(frozen=True)
+class Quality(Section):
+    """The first stage: a classifier of quality."""
+
+    model: Text | None = "HuggingFaceFW/fineweb-edu-classifier"
+    """Sequence classification or regression model; with `labelled`, a model of sentence embeddings."""
+    threshold: Finite = 4.0
+    """A document passes with a score above this."""
+    tokens: PositiveInt = 512
+    """Tokens that are read of a document."""
+    label: Text | None = None
+    """Of a classifier with several labels, the one whose probability is the score."""
+    labelled: Text | None = None
+    """JSONL of {text, score}, on which a head is trained."""
+    language: Text | None = None
+    """ISO 639-1 code. Documents of other languages are left out of the sample."""
+
+
+@dataclass(frozen=True)
+class Asked(Section):
+    """Ask-LLM: the probability by which a language model says that a document belongs."""
+
+    model: Text
+    """Causal language model: a folder, a name on the hub, or a checkpoint of ours."""
+    prompts: Text
+    """Folder with reasoning.txt, combined.txt and CAPABILITY.txt."""
+    tokens: PositiveInt = 1024
+    """Tokens that are read of a document."""
+    keep: Fraction = 0.1
+    """Share that the general prompt keeps of each source."""
+    domain_keep: Fraction = 1.0
+    """Share that the prompt of its domain keeps of each source."""
+
+
+@dataclass(frozen=True)
+class Duplicates(Section):
+    """Which documents of all sources count as the same. Equal ones always do."""
+
+    near: Fraction | None = 0.8
+    """Jaccard similarity of shingles of five words, from which two are near. None: not compared."""
+    semantic: Text | None = None
+    """Model of sentence embeddings. None: meanings are not compared."""
+    threshold: Share | None = None
+    """Cosine from which two mean the same. None: calibrated on planted pairs."""
+
+
+@dataclass(frozen=True)
+class Decontamination(Section):
+    """Evaluation items that no document may hold."""
+
+    items: ByName[Text] = field(default_factory=dict)
+    """Name -> JSONL of {question, answer}."""
+    gold: list[Literal["humaneval", "mbpp", "gsm8k", "math500"]] = field(default_factory=list)
+    """Benchmarks of installed packages (data/gold.py)."""
+
+
+@dataclass(frozen=True)
+class ProbeSets(Section):
+    """The form of the sets."""
+
+    seq_length: PositiveInt = 2048
+    """`data.seq_length` of the training, for the keep masks."""
+    max_document_tokens: PositiveInt = 2048
+    """Tokens of one document."""
+    end_documents: Truth = False
+    """End each document by the end-of-document token, for data.cross_documents=false."""
+
+
+@dataclass(frozen=True)
+class CurationConfig(Section):
+    """The root of FILE.yaml. A stage without its section is left out."""
+
+    output: Text
+    """Folder of all results, and of the work in progress."""
+    sources: ByName[TextSource]
+    documents: PositiveInt = 10_000
+    """Documents of each representative set R_g, at most."""
+    seed: Seed = 1234
+    """Of the samples."""
+    pilot: PositiveInt = 20_000
+    """Documents of each source that are judged first. The size of the sample follows from them."""
+    most: PositiveInt = 2_000_000
+    """Documents of each source's sample, at most."""
+    quality: Quality | None = None
+    judge: Asked | None = None
+    duplicates: Duplicates | None = field(default_factory=Duplicates)
+    decontamination: Decontamination | None = None
+    probes: ProbeSets = field(default_factory=ProbeSets)
+
+    def needed(self) -> int:
+        """Documents of a source that the quality stage must hand on."""
+        shares = self.judge.keep * self.judge.domain_keep if self.judge else 1.0
+        return math.ceil(self.documents * SLACK / shares)
+
+    def domains(self) -> dict[str, list[str]]:
+        """Capability -> its sources."""
+        names = dict.fromkeys(domain for source in self.sources.values() for domain in source.domains)
+        return {of: [name for name, s in self.sources.items() if of in s.domains] for of in names}
+
+    def prompts(self, kind: str) -> dict[str, Path]:
+        """Source -> file of its prompt, "judge": the general one, "domain": that of its domains."""
+        if self.judge is None:
+            return {}
+        names = {
+            name: "reasoning" if kind == "judge" else "combined" if len(s.domains) > 1 else s.domains[0]
+            for name, s in self.sources.items()
+            if kind == "judge" or s.domains
+        }
+        return {name: Path(self.judge.prompts) / f"{prompt}.txt" for name, prompt in names.items()}
+
+
+def load(arguments: Iterable[str]) -> CurationConfig:
+    """From FILE.yaml and dotted overrides. Raises ConfigError with every mistake, also of missing files."""
+    return load_root(CurationConfig, arguments, _cross_check, _check_whole)[0]
+
+
+def _cross_check(fields: dict[str, Any], legal: bool) -> list[str]:
+    """Mistakes between the fields that parsed."""
+    sources, out = fields.get("sources"), list[str]()
+    if sources is not None and not sources:
+        out.append("sources: empty; name at least one")
+    prefixes = dict[str, str]()
+    for name, source in (sources or {}).items():
+        path, domains = f"sources.{name}", source.domains
+        if not source.text:
+            out.append(f"{path}.text: empty; name at least one input")
+        if (first := prefixes.setdefault(source.prefix, name)) != name:
+            out.append(f"{path}.prefix={source.prefix} is that of {first}, too; a source has its own pair")
+        wrong = name_mistakes(domains, RESERVED)
+        out += [f"{path}.domains: {domain}: {why}" for domain, why in wrong.items()]
+        out += [f"{path}.domains: {domain} stands there twice" for domain in _twice(domains)]
+    if legal and (pilot := fields.get("pilot", 1)) > (most := fields.get("most", pilot)):
+        out.append(f"pilot={pilot} is above most={most}; raise most")
+    return out
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _check_whole(config: CurationConfig) -> None:
+    """Raise ConfigError for what only a whole configuration tells, and for files that are missing."""
+    quality, out = config.quality, list[str]()
+    for name, source in config.sources.items():
+        if source.score and quality is None:
+            out.append(f"sources.{name}.score is compared with quality.threshold, and quality is left out")
+        if quality and quality.model is None and source.score is None:
+            out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
+    if quality and quality.labelled and (quality.label or quality.model is None):
+        out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
+    named = [*config.prompts("judge").values(), *config.prompts("domain").values()]
+    named += [Path(quality.labelled)] if quality and quality.labelled else []
+    named += map(Path, config.decontamination.items.values() if config.decontamination else ())
+    missing = [path for path in dict.fromkeys(named) if not path.is_file()]
+    out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
+    if out:
+        raise ConfigError(out)

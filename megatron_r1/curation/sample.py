@@ -1,0 +1,338 @@
+"""A seeded random sample of a source's documents, in rounds: the pilot, and what the stages then need.
+
+All inputs of a source are cut into parts of equal bytes, and the parts are put into a random order. The first
+of them are read, until enough documents are there. A document belongs to the part that holds its first byte.
+So each document is in the sample with the same probability, and inputs of any size are read in part only.
+
+A packed file cannot be read from its middle. Its parts are its documents by their hash, and for each round
+the file is read whole. Packed files therefore take turns: the parts of 16 are in random order together, and
+the next 16 files come when they are used up.
+
+Documents that come again, and documents of another language, are left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_r1.curation.request import CurationConfig, TextSource
+from megatron_r1.curation.work import ID, Documents, key_of, write_documents
+from megatron_r1.preprocess.documents import Input, Lines, identity, open_inputs
+from megatron_r1.preprocess.rows import parse, reject, text_of
+from megatron_r1.preprocess.workers import follow_parent
+from megatron_r1.system.errors import require, shown
+from megatron_r1.system.terminal import Progress
+
+FORMAT = 1
+MOST_PART, LEAST_PART, PARTS = 1 << 20, 1 << 14, 256
+"""Bytes of a part, at most and at least, and parts of a source that is cut into pieces between these."""
+_PACKED = 4
+"""Bytes of text for a byte of a packed file, about. Its parts are smaller by this factor."""
+_TURN = 16
+"""Packed files whose parts are in one random order."""
+_FIRST, _AT_ONCE = 4, 16
+"""Parts that are read first, and parts that one task reads."""
+_MOST_REJECTS = 20
+_LANGUAGE_CHARACTERS = 4000
+SCORES = ("quality", "judge", "domain")
+SHOWN, CHARACTERS = 3, 300
+"""Examples of a stage that the manifest shows, and their characters."""
+
+Part = tuple[int, int, int]
+"""Number of the input, of the part in it, and how many parts it has."""
+
+
+class Parts:
+    """The parts of a source's inputs, in seeded order: `input_P`, `number_P`, and `bytes_P` [P]."""
+
+    def __init__(self, inputs: Sequence[Input], seed: int):
+        rng = np.random.default_rng(seed)
+        size = min(max(sum(source.size for source in inputs) // PARTS, LEAST_PART), MOST_PART)
+        packed = [_is_packed(source) for source in inputs]
+        turns = iter(rng.permutation(sum(packed)) // _TURN)
+        count_I = [
+            max(1, -(-source.size * (_PACKED if is_packed else 1) // size))
+            for source, is_packed in zip(inputs, packed, strict=True)
+        ]
+        # Turns of packed files are spread over [0, 1), where all other parts lie at random.
+        last = -(-sum(packed) // _TURN)
+        place_P = [
+            (next(turns) + rng.random(count)) / last if is_packed else rng.random(count)
+            for count, is_packed in zip(count_I, packed, strict=True)
+        ]
+        order = np.argsort(np.concatenate(place_P), kind="stable")
+        self.count_I = np.array(count_I)
+        self.input_P = np.repeat(np.arange(len(inputs)), count_I)[order]
+        self.number_P = np.concatenate([np.arange(count) for count in count_I])[order]
+        self.bytes_P = (np.array([source.size for source in inputs]) / self.count_I)[self.input_P]
+
+    def __len__(self) -> int:
+        return len(self.input_P)
+
+    def tasks(self, inputs: Sequence[Input], begin: int, end: int) -> dict[int, list[Part]]:
+        """Parts [begin, end) by the task that reads them. A packed file is one task."""
+        tasks: dict[int, list[Part]] = {}
+        of_packed: dict[int, int] = {}
+        plain = begin
+        for at in range(begin, end):
+            number = int(self.input_P[at])
+            if _is_packed(inputs[number]):
+                task = of_packed.setdefault(number, at)
+            else:
+                plain = task = plain if 0 < len(tasks.get(plain, ())) < _AT_ONCE else at
+            tasks.setdefault(task, []).append((number, int(self.number_P[at]), int(self.count_I[number])))
+        return tasks
+
+
+def _is_packed(source: Input) -> bool:
+    return isinstance(source, Lines) and source.packed
+
+
+def draw(
+    name: str,
+    config: CurationConfig,
+    work: Path,
+    target: int,
+    before: Documents | None = None,
+    workers: int = 1,
+) -> Documents:
+    """The next round of a source: at least `target` documents where the inputs have them. Both rounds
+    have at most `config.most`.
+
+    Facts of the result, of both rounds: `parts`, `share` of the bytes, `counts` of lines read, rejected, in
+    another language and repeated, and the first `rejects`. Raises ValueError where no document is found.
+    """
+    source = config.sources[name]
+    language = config.quality.language if config.quality else None
+    inputs = open_inputs(source.text)
+    for one in inputs:
+        one.check([source.key, *([source.score] if source.score else [])])
+    key = key_of(
+        format=FORMAT, inputs=[identity(one) for one in inputs], key=source.key, score=source.score,
+        language=language, seed=config.seed, target=target, before=before and before.path.name,
+    )  # fmt: skip
+    path, drawn = work / f"sample-{name}-{key}.parquet", work / f"draw-{name}-{key}"
+    if path.with_suffix(".json").is_file():
+        shutil.rmtree(drawn, ignore_errors=True)
+        return Documents(path)
+    parts = Parts(inputs, config.seed)
+    known = {row["id"] for row in before.rows("id")} if before else set()
+    begin = end = before.facts["parts"] if before else 0
+    rate = len(before) / begin if before else 0.0
+    units, fresh = list[Documents](), set[str]()
+    read = partial(_read, name, source, language)
+    with Progress(f"sample {name}", target, "documents") as bar:
+        while len(fresh) < target and end < len(parts):
+            more = -(-(target - len(fresh)) // max(rate, 1e-3)) if end > begin or before else _FIRST
+            # One that is rare at first is not taken for rare everywhere.
+            more = min(int(more), 8 * max(end - begin, begin, _FIRST), len(parts) - end)
+            tasks = parts.tasks(inputs, end, end + more)
+            paths = [drawn / f"{task:08d}.parquet" for task in tasks]
+            _in_order(read, list(tasks.values()), paths, workers)
+            units += (some := [Documents(one) for one in paths])
+            had = len(fresh)
+            fresh |= {row["id"] for unit in some for row in unit.rows("id")} - known
+            bar.advance(len(fresh) - had)
+            end += more
+            rate = len(fresh) / (end - begin)
+    counts = sum(
+        (Counter(unit.facts["counts"]) for unit in units), Counter(before.facts["counts"] if before else {})
+    )
+    most, seen = config.most - len(known), set(known)
+    rows = (row for unit in units for row in unit.rows() if not (row["id"] in seen or seen.add(row["id"])))  # type: ignore[func-returns-value]
+    counts["repeated"] += sum(map(len, units)) - len(fresh)
+    rejects = [
+        *(before.facts["rejects"] if before else ()),
+        *(r for unit in units for r in unit.facts["rejects"]),
+    ]
+    if not fresh and not known:
+        dropped = ", ".join(f"{counts[of]} {of}" for of in ("rejected", "other_language"))
+        first = f"; the first reject: {shown(rejects[0])}" if rejects else ""
+        raise ValueError(f"sources.{name}: no document in {len(inputs)} inputs ({dropped}){first}")
+    facts = {
+        "parts": end,
+        "share": float(parts.bytes_P[:end].sum() / max(parts.bytes_P.sum(), 1)) if end < len(parts) else 1.0,
+        "counts": dict(counts),
+        "rejects": rejects[:_MOST_REJECTS],
+    }
+    write_documents(path, islice(rows, most), lambda: facts)
+    shutil.rmtree(drawn, ignore_errors=True)
+    return Documents(path)
+
+
+def _in_order(read: Any, tasks: Sequence[list[Part]], paths: Sequence[Path], workers: int) -> None:
+    if workers == 1 or len(tasks) == 1:
+        for task in zip(tasks, paths, strict=True):
+            read(*task)
+        return
+    # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent) as pool:
+            for _ in pool.map(read, tasks, paths):
+                pass
+    except BrokenProcessPool:
+        way_out = "run again with fewer --workers to go on"
+        raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
+
+
+def _read(name: str, source: TextSource, language: str | None, parts: Sequence[Part], path: Path) -> None:
+    """Write the documents of some parts."""
+    counts: Counter[str] = Counter()
+    rejects: list[dict[str, Any]] = []
+    rows = _rows(name, source, language, parts, counts, rejects)
+    write_documents(path, rows, lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]})
+
+
+@cache
+def _opened(names: tuple[str, ...]) -> list[Input]:
+    return open_inputs(names)
+
+
+def _rows(
+    name: str,
+    source: TextSource,
+    language: str | None,
+    parts: Sequence[Part],
+    counts: Counter[str],
+    rejects: list[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    inputs = _opened(tuple(source.text))
+    classify = require("py3langid", "quality.language").classify if language else None
+    keys = [source.key, *([source.score] if source.score else [])]
+    numbers = {number for _, number, _ in parts}
+    packed = _is_packed(inputs[parts[0][0]])
+    for of_input, number, count in parts[:1] if packed else parts:
+        opened = inputs[of_input]
+        lo, hi = (0, opened.size) if packed else (opened.size * n // count for n in (number, number + 1))
+        for piece in opened.pieces(of_input, keys, lo, hi):
+            for line, row in enumerate(piece.rows, piece.first):
+                try:
+                    if (record := parse(row)) is None:
+                        continue
+                    text, utf8 = text_of(record, source.key)
+                    digest = xxhash.xxh3_128_digest(utf8)
+                    if packed and int.from_bytes(digest[8:], "big") % count not in numbers:
+                        continue
+                    score = _score(record, source.score) if source.score else None
+                except ValueError as error:
+                    # Without a text a packed file's line has no hash.
+                    if not packed or line % count in numbers:
+                        counts["read"] += 1
+                        counts["rejected"] += 1
+                        rejects.append(reject(piece.path, line if not lo else 0, str(error), row))
+                    continue
+                counts["read"] += 1
+                if classify and classify(text[:_LANGUAGE_CHARACTERS])[0] != language:
+                    counts["other_language"] += 1
+                    continue
+                metadata = {"source": name, "file": opened.name, "score": score}
+                yield {"text": text, "id": digest.hex(), "metadata": metadata}
+
+
+def _score(record: dict[str, Any], key: str) -> float:
+    """The number under a key, `a.b` within `a`. Raises ValueError that says why there is none."""
+    value: Any = record
+    for name in [key] if key in record else key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if type(value) not in (int, float) or not np.isfinite(value):
+        raise ValueError(f"no score: {key!r} is {shown(value)}")
+    return float(value)
+
+
+@dataclass
+class Source:
+    """A source's sample, and how far its documents came. Rows are numbered over both rounds, N in all."""
+
+    name: str
+    rounds: list[Documents]
+    ids_N: np.ndarray
+    left: np.ndarray
+    """Rows that passed all stages so far, ascending."""
+    scores: dict[str, np.ndarray]
+    """Kind -> float32 [N], NaN where it was not asked for."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    last_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
+    """Stages that each row passed."""
+
+    @classmethod
+    def of(cls, name: str, rounds: list[Documents]) -> Source:
+        ids_N = np.concatenate([one.column("id", ID) for one in rounds])
+        facts, n = rounds[-1].facts, len(ids_N)
+        empty = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
+        out = cls(name, rounds, ids_N, np.arange(n), empty, last_N=np.zeros(n, np.int8))
+        out._record("sample", facts["counts"]["read"], n)
+        return out
+
+    @property
+    def score_N(self) -> np.ndarray:
+        """The latest score of each row, 0 without one."""
+        out = np.zeros(len(self.ids_N), np.float32)
+        for kind in SCORES:
+            out = np.where(np.isnan(self.scores[kind]), out, self.scores[kind])
+        return out
+
+    def rows(self, among: np.ndarray, *columns: str) -> Iterator[dict[str, Any]]:
+        first = 0
+        for one in self.rounds:
+            yield from one.rows(*columns, among=among[(among >= first) & (among < first + len(one))] - first)
+            first += len(one)
+
+    def ranked(self, rows: np.ndarray, score_N: np.ndarray | None = None) -> np.ndarray:
+        """Rows from the best score down."""
+        score_N = self.score_N if score_N is None else score_N
+        return rows[np.lexsort((self.ids_N[rows], -score_N[rows]))]
+
+    def file(self, work: Path) -> Path:
+        """The documents that are left, as a file for the next model."""
+        digest = hashlib.sha256(self.left.astype("<i8").tobytes()).hexdigest()
+        key = key_of(rounds=[one.path.name for one in self.rounds], left=digest)
+        path = work / f"left-{self.name}-{key}.parquet"
+        write_documents(path, self.rows(self.left))
+        return path
+
+    def keep(self, stage: str, kept: np.ndarray, score_N: np.ndarray | None = None, **facts: Any) -> None:
+        """Leave only the rows `kept` of those that are left."""
+        before, self.left = self.left, np.sort(kept)
+        self.last_N[self.left] += 1
+        ends = {"kept": self.left, "dropped": np.setdiff1d(before, self.left)}
+        self._record(stage, len(before), len(self.left), self._examples(ends, score_N), **facts)
+
+    def _record(self, stage: str, into: int, kept: int, examples: Any = None, **facts: Any) -> None:
+        facts = {"threshold": None, "fallback": False, **facts}
+        examples = examples or {"kept": [], "dropped": []}
+        self.stages.append({"stage": stage, "in": into, "kept": kept, **facts, "examples": examples})
+
+    def _examples(self, ends: dict[str, np.ndarray], score_N: np.ndarray | None) -> dict[str, Any]:
+        """Documents at the top, in the middle and at the bottom of each end."""
+        out = {}
+        for name, rows in ends.items():
+            ranked = self.ranked(rows, score_N)
+            chosen = (
+                ranked[np.unique(np.linspace(0, len(ranked) - 1, SHOWN).astype(int))]
+                if len(ranked)
+                else ranked
+            )
+            texts = {row["id"].encode(): row["text"] for row in self.rows(np.sort(chosen), "id", "text")}
+            out[name] = [
+                {
+                    "text": texts[self.ids_N[row]][:CHARACTERS],
+                    "score": float(score_N[row]) if score_N is not None else None,
+                }
+                for row in chosen
+            ]
+        return out
