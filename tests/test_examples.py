@@ -20,6 +20,7 @@ import yaml
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint.files import evenly_spaced
+from megatron_r1.curation.request import load as load_curation
 from megatron_r1.data.indexed import IndexedDataset
 from megatron_r1.data.open import open_data
 from megatron_r1.launch.paper import SOURCES
@@ -121,6 +122,18 @@ def test_probing_sets_are_made_of_the_tables_corpora_and_the_papers_domains() ->
     }
     # Where fetch_corpus.py leaves their text.
     assert all(of["text"] == [f"data/text/{name}/part_*.jsonl.gz"] for name, of in sources.items())
+
+
+@pytest.mark.parametrize("name", CURATION)
+def test_curation_resolves_with_its_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_curation([f"examples/{name}"])
+    assert config.quality and config.judge and config.duplicates and config.duplicates.semantic
+    # A name on the hub is one that is asked for: with its revision.
+    models = [config.quality.model, config.judge.model, config.duplicates.semantic]
+    assert all(hub_name(str(m), "") if "table5" in name else str(m).startswith("models/") for m in models)
+    # Ten per cent of what reaches the judge are the documents, and a quarter more.
+    assert name != CURATION[0] or config.needed() == 125_000
 
 
 def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Report:
             yield Figure("heldout", missing="not measured", command=train)
         else:
             yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
+        yield Figure("gold", plots.gold(reading))
         said, shown = funnel.fallbacks(reading), funnel.examples(reading)
         yield Figure("funnel", funnel.bars(reading), lead=said, folded=shown)
         yield Figure("measures", plots.measures(reading))
