@@ -74,9 +74,10 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     r"""Pairs of Jaccard similarity >= `threshold` that join each group of near duplicates.
 
     Words are runs of \w, casefolded. A text of fewer than 5 words is one shingle, and texts without words are
-    the same. Two shingles of one 64-bit hash count as one. Beside the texts, memory holds 8 bytes a document
-    and band, 80 a document, and the shingles of 256 documents or of one bucket. Time is quadratic in documents
-    that share a bucket and are of several groups. ValueError for a threshold that no bands suit.
+    the same. Two shingles of one 64-bit hash count as one. ValueError for a threshold that no bands suit.
+
+    Beside the texts, memory holds 8 bytes a document and band, 80 a document, and the shingles of 256 texts
+    or of one bucket. Time grows with the square of a bucket's documents that are not in its largest group.
     """
     bands, rows = lsh_bands(threshold)
     # Permutations of the numbers of 32 bits: an odd factor, and a number that is added.
