@@ -103,13 +103,15 @@ def test_a_bucket_of_several_groups_misses_none(monkeypatch: pytest.MonkeyPatch)
 
 def test_copies_by_the_thousand_are_compared_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    plain = dedup._compared
+    plain = dedup._alike
 
-    def counted(texts: Sequence[str], first: np.ndarray, *rest: object) -> Pairs:
-        compared.append(len(first))
-        return plain(texts, first, *rest)  # type: ignore[arg-type]
+    def counted(
+        texts: Sequence[str], order: np.ndarray, bucket: np.ndarray, chosen: np.ndarray, t: float
+    ) -> object:
+        compared.append(np.bincount(bucket)[bucket[chosen]].sum())
+        return plain(texts, order, bucket, chosen, t)
 
-    monkeypatch.setattr(dedup, "_compared", counted)
+    monkeypatch.setattr(dedup, "_alike", counted)
     one, other = (" ".join(words) for words in sentences(2, 40, 0))
     half = f"{one} {other} {one[: len(one) // 2]}"
     texts = [text for _ in range(1500) for text in (one, other, half, f"{half} end")]
