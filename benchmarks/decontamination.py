@@ -29,6 +29,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from megatron_r1.curation.decontaminate import WHOLE, Common, Items, Matcher, Part
@@ -185,7 +186,8 @@ def gather_text():
     return module
 
 
-def hosts(most: int = 1500) -> dict[str, list[str]]:
+@cache
+def hosts(most: int = 1000) -> dict[str, list[str]]:
     """Documents of each subject."""
     gather = gather_text()
     readers = {"code": gather.stdlib, "words": gather.gcide, "countries": gather.factbook}
