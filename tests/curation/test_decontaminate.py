@@ -167,8 +167,8 @@ def test_a_long_answer_is_found_by_itself() -> None:
 
 
 NOTICE = (
-    "Permission is granted to copy this notice and to pass it on as long as every copy keeps all words of it. "
-    "Nobody who has written a part of it answers for what others do after they have read the whole."
+    "Permission is granted to copy this notice and to pass it on as long as every copy keeps all words of "
+    "it. Nobody who has written a part of it answers for what others do after they have read the whole."
 )
 
 
@@ -177,7 +177,8 @@ def test_a_text_that_many_documents_hold_tells_no_item() -> None:
     corpus = [f"file {n}\n{NOTICE}\n{n} {n + 1}" for n in range(50)]
     assert len(list(matcher(item)(corpus))) == 50
     made = matcher(item, texts=corpus)
-    assert list(made(corpus)) == [] and made.counts["frequent n-grams"] == 35
+    assert list(made(corpus)) == []
+    assert made.counts["frequent n-grams"] == len(words(NOTICE)) - NGRAM + 1
     assert len(list(made([f"x {item.text}"]))) == 1
 
 
