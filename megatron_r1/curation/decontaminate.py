@@ -94,9 +94,11 @@ class Items:
             words = _Words(texts)
             at_N, gram_N = words.grams()
             text_N = words.text_W[at_N]
-            # Of each text the smallest hashes, and these in the text's order again.
+            # Of each text its n-grams once, the smallest hashes, and these in the text's order again.
             order = np.lexsort((gram_N, text_N))
-            rank = np.arange(len(at_N)) - np.searchsorted(text_N, text_N)
+            again = (np.diff(text_N[order]) == 0) & (np.diff(gram_N[order]) == 0)
+            order = np.delete(order, np.flatnonzero(again) + 1)
+            rank = np.arange(len(order)) - np.searchsorted(text_N[order], text_N[order])
             chosen = np.sort(order[rank < SKETCH])
             text_N, at_N = text_N[chosen], at_N[chosen]
             of_batches.append((text_N + first, at_N - words.first_T[text_N], gram_N[chosen]))

@@ -10,12 +10,14 @@ import re
 import sys
 import unicodedata
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_r1 import data
 from megatron_r1.curation import decontaminate
 from megatron_r1.curation.decontaminate import (
     FREQUENT,
@@ -274,6 +276,19 @@ def test_items_that_are_none_are_one_error(tmp_path: Path, content: str, message
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         Items.read({"n": path})
+
+
+def test_gold_items_are_read_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    item = SimpleNamespace(id=7, question=QUESTION, prompt="few shots before it", gold=SHORT)
+    gold = ModuleType("megatron_r1.data.gold")
+    gold.items = lambda name: {"gsm8k": [item]}[name]
+    monkeypatch.setitem(sys.modules, gold.__name__, gold)
+    monkeypatch.setattr(data, "gold", gold, raising=False)
+    expected = [Part("gsm8k", "7", "question", QUESTION), Part("gsm8k", "7", "answer", SHORT)]
+    assert Items.read({}, ["gsm8k"]).parts == expected
+    path = write(tmp_path / "items.jsonl", {"question": QUESTION, "answer": "x"})
+    with pytest.raises(ValueError, match="items gsm8k are given as a file and as gold"):
+        Items.read({"gsm8k": path}, ["gsm8k"])
 
 
 def test_no_items_at_all_are_an_error() -> None:
