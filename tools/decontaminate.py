@@ -301,7 +301,7 @@ def estimate(job: Job, workers: int, size: int) -> None:
     hours = pace * size / 3600
     took = f"{hours:.2f} processor hours, {hours / workers:.2f} h by {workers} workers"
     say(f"text: {size / 1e9:.3f} GB in {job.parts} parts: {took}; packed files take longer", result=True)
-    megabytes = (48 * len(job.items.number_E) + sum(len(p.text) for p in job.items.parts)) / 1e6
+    megabytes = (200 * len(job.items.number_E) + sum(len(p.text) for p in job.items.parts)) / 1e6
     say(f"memory: about {megabytes + 300:.0f} MB in each worker", result=True)
 
 
@@ -351,7 +351,7 @@ def main() -> None:
         for source in sources:
             source.check(args.json_keys)
         size = sum(source.size for source in sources)
-        job = Job(args.input, args.json_keys, most, items, args.output,
+        job = Job([source.name for source in sources], args.json_keys, most, items, args.output,
                   max(1, math.ceil(size / args.part_megabytes / 1e6)))  # fmt: skip
         if args.check:
             probes = f"{len(items.parts) - len(parts)} probing documents"

@@ -114,7 +114,7 @@ class Items:
         ValueError for a file without items and for a line with neither; OSError.
         """
         items = [(name, *item) for name, path in files.items() for item in _read(name, path)]
-        for name in gold:
+        for name in dict.fromkeys(gold):
             from megatron_r1.data import gold as golden
 
             if name in files:
@@ -139,7 +139,7 @@ def _read(name: str, path: str | Path) -> list[tuple[str, str, str]]:
                 if (record := parse(row)) is None:
                     continue
                 question, answer = (_first(record, keys) for keys in (_QUESTION, _ANSWER))
-                if not question + answer:
+                if not (question + answer).encode():
                     keys = ", ".join((*_QUESTION, *_ANSWER))
                     raise ValueError(f"no text under any of the keys {keys}, only {shown(list(record))}")
                 items.append((str(record.get("id", line)), question, answer))
@@ -203,11 +203,12 @@ class Matcher:
         self._size_P = np.bincount(self._kept_part_E, minlength=parts)
         self._whole_P = self._size_P < WHOLE - NGRAM + 1
         question_P = np.array([part.part != "answer" for part in items.parts])
-        short_P = self._whole_P & (~has_P | ~question_P | (size_P >= SKETCH))
-        frequent_P = self._whole_P & ~short_P & (least_P > common.most)
-        # A part that stands whole is found by its rarest n-gram.
+        short_P = self._whole_P & ~(has_P & question_P)
+        # Of a part of which not all n-grams are known none tells that it stands whole.
+        frequent_P = self._whole_P & ~short_P & ((least_P > common.most) | (size_P >= SKETCH))
         whole_P = self._whole_P & ~short_P & ~frequent_P
         used_E = np.flatnonzero(kept_E & ~self._whole_P[items.part_E])
+        # A part that stands whole is found by its rarest n-gram.
         used_E = np.append(used_E, rare_E[first_P[whole_P]])
         used_E = used_E[np.argsort(items.number_E[used_E], kind="stable")]
         self._part_E, self._offset_E = items.part_E[used_E], items.offset_E[used_E]
@@ -312,7 +313,7 @@ class _Table:
 
     def __init__(self, gram_E: np.ndarray):
         self._gram_E = gram_E
-        bits = min(30, max(10, len(gram_E).bit_length() + 5))
+        bits = min(27, max(10, len(gram_E).bit_length() + 5))
         self._shift = np.uint64(64 - bits)
         # Most n-grams of a text are in no item, and one look-up tells.
         self._may = np.zeros(1 << bits, bool)
