@@ -19,8 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,6 +50,7 @@ from megatron_r1.preprocess.documents import (
 )
 from megatron_r1.preprocess.rows import check_keys, parse, reject, text_of
 from megatron_r1.preprocess.shards import parse_shard
+from megatron_r1.preprocess.workers import follow_parent
 from megatron_r1.run.stage import answer, answered, finish, standing
 from megatron_r1.system.errors import require, rewording
 from megatron_r1.system.files import make_folder, replacing, sha256, write_json
@@ -59,7 +58,7 @@ from megatron_r1.system.json_io import mistake, read_object
 from megatron_r1.system.terminal import Progress, count, number, positive, say, tool_parser, user_errors
 
 FORMAT = 1
-RANGES, OF_RANGE = 1024, 64
+RANGES, OF_RANGE = 256, 128
 """Places at which the inputs are sampled for frequent n-grams, and the documents taken at each."""
 MOST_PART = 1 << 30
 """Bytes of a part's file. Of a part in which all texts are hit it has a few times the text's."""
@@ -147,9 +146,7 @@ def scan(job: Job, matcher: Matcher, part: int) -> tuple[int, int]:
             for hit in matcher(text for *_, text in texts):
                 utf8, line, key, _ = texts[hit.document]
                 place = {"hash": name_of(utf8), "input": n, "line": line, "key": key}
-                hits.append(
-                    place | {name: value for name, value in asdict(hit).items() if name != "document"}
-                )
+                hits.append(asdict(hit) | place)
             if texts and not lines[n]:
                 looked_up.append(name_of(texts[0][0]))
             lines[n], documents = piece.first + len(piece.rows) - 1, documents + len(texts)
@@ -164,17 +161,8 @@ _scan: partial[tuple[int, int]]
 
 def start_worker(job: Job) -> None:
     global _scan
-    # Ctrl-C is for the main process; and when that is killed, its workers must not stay behind.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     _scan = partial(scan, job, job.matcher())
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def work(part: int) -> tuple[int, int]:

@@ -143,14 +143,18 @@ def _start_worker(
     kind: str, model: str | Path, fast_model: str | None, keys: Sequence[str], append_eod: bool
 ) -> None:
     global _worker
-    # Ctrl-C is for the main process; and when that is killed, its workers must not stay behind.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     # A process a core already: no threads of the tokenizer's own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = build_tokenizer(kind, model)
     encoder = Encoder(tokenizer) if fast_model is None else Gigatoken(tokenizer, fast_model)
     _worker = partial(encode_piece, encoder, keys=keys, append_eod=append_eod)
+
+
+def follow_parent() -> None:
+    """Make this a worker process: Ctrl-C is for its parent, and it ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
