@@ -247,9 +247,11 @@ def merge(job: Job, request: dict[str, Any], reject_limit: int) -> dict[str, Any
 
 
 def mask(job: Job, prefix: str, seq_length: int) -> Path:
-    """Write the mask that keeps a pair's documents which were not hit."""
+    """Write the mask of a pair's documents that were not hit and are no probing documents themselves."""
     corpus, origins = open_corpus(Path(prefix).name, prefix), read_provenance(prefix)
-    dropped = [bytes.fromhex(line) for line in (job.output / "dropped.txt").read_text().split()]
+    # A probing document that is too short to be looked for is still known by its hash.
+    probing = (part.item for part in job.items.parts if part.part == "text")
+    dropped = [*map(bytes.fromhex, (*(job.output / "dropped.txt").read_text().split(), *probing))]
     looked_up = [bytes.fromhex(of) for found in parts_of(job) for of in found["looked_up"]]
     if not origins.among(looked_up).any():
         fault = f"{prefix}: none of {len(looked_up)} texts that were looked up in it is there"
