@@ -17,9 +17,10 @@ import hashlib
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -135,14 +136,15 @@ def draw(
     rate = len(before) / begin if before else 0.0
     units, fresh = list[Documents](), set[str]()
     read = partial(_read, name, source, language)
-    with Progress(f"sample {name}", target, "documents") as bar:
+    with _processes(workers) as shared, Progress(f"sample {name}", target, "documents") as bar:
         while len(fresh) < target and end < len(parts):
             more = -(-(target - len(fresh)) // max(rate, 1e-3)) if end > begin or before else _FIRST
             # One that is rare at first is not taken for rare everywhere.
             more = min(int(more), 8 * max(end - begin, begin, _FIRST), len(parts) - end)
             tasks = parts.tasks(inputs, end, end + more)
             paths = [drawn / f"{task:08d}.parquet" for task in tasks]
-            _in_order(read, list(tasks.values()), paths, workers)
+            for _ in shared(read, tasks.values(), paths):
+                pass
             units += (some := [Documents(one) for one in paths])
             had = len(fresh)
             fresh |= {row["id"] for unit in some for row in unit.rows("id")} - known
@@ -166,7 +168,7 @@ def draw(
     facts = {
         "parts": end,
         "share": float(parts.bytes_P[:end].sum() / max(parts.bytes_P.sum(), 1)) if end < len(parts) else 1.0,
-        "counts": dict(counts),
+        "counts": dict(+counts),
         "rejects": rejects[:_MOST_REJECTS],
     }
     write_documents(path, islice(rows, most), lambda: facts)
@@ -174,20 +176,22 @@ def draw(
     return Documents(path)
 
 
-def _in_order(read: Any, tasks: Sequence[list[Part]], paths: Sequence[Path], workers: int) -> None:
-    if workers == 1 or len(tasks) == 1:
-        for task in zip(tasks, paths, strict=True):
-            read(*task)
+@contextmanager
+def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
+    """A `map` that so many processes share."""
+    if workers == 1:
+        yield map
         return
     # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
     context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, follow_parent)
     try:
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent) as pool:
-            for _ in pool.map(read, tasks, paths):
-                pass
+        yield pool.map
     except BrokenProcessPool:
         way_out = "run again with fewer --workers to go on"
         raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(name: str, source: TextSource, language: str | None, parts: Sequence[Part], path: Path) -> None:
