@@ -119,9 +119,9 @@ def draw(
     """
     source = config.sources[name]
     language = config.quality.language if config.quality else None
-    inputs = open_inputs(source.text)
+    inputs = open_inputs(source.inputs())
     for one in inputs:
-        one.check([source.key, *([source.score] if source.score else [])])
+        one.check(source.keys())
     key = key_of(
         format=FORMAT, inputs=[identity(one) for one in inputs], key=source.key, score=source.score,
         language=language, seed=config.seed, target=target, before=before and before.path.name,
@@ -215,15 +215,14 @@ def _rows(
     counts: Counter[str],
     rejects: list[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    inputs = _opened(tuple(source.text))
+    inputs = _opened(source.inputs())
     classify = require("py3langid", "quality.language").classify if language else None
-    keys = [source.key, *([source.score] if source.score else [])]
     numbers = {number for _, number, _ in parts}
     packed = _is_packed(inputs[parts[0][0]])
     for of_input, number, count in parts[:1] if packed else parts:
         opened = inputs[of_input]
         lo, hi = (0, opened.size) if packed else (opened.size * n // count for n in (number, number + 1))
-        for piece in opened.pieces(of_input, keys, lo, hi):
+        for piece in opened.pieces(of_input, source.keys(), lo, hi):
             for line, row in enumerate(piece.rows, piece.first):
                 try:
                     if (record := parse(row)) is None:
@@ -300,6 +299,17 @@ class Source:
         """Rows from the best score down."""
         score_N = self.score_N if score_N is None else score_N
         return rows[np.lexsort((self.ids_N[rows], -score_N[rows]))]
+
+    def with_scores(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The documents of these rows, in this order, with their latest scores."""
+        by_id, score_N = {row["id"]: row for row in self.rows(np.sort(rows))}, self.score_N
+        for at in rows:
+            row = by_id[self.ids_N[at].decode()]
+            yield {**row, "metadata": {**row["metadata"], "score": float(score_N[at])}}
+
+    def halves(self, rows: np.ndarray) -> np.ndarray:
+        """0 or 1 for each of these rows, by the last bit of its id."""
+        return np.array([int(one[-1:], 16) % 2 for one in self.ids_N[rows]], int)
 
     def file(self, work: Path) -> Path:
         """The documents that are left, as a file for the next model."""
