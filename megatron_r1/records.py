@@ -18,6 +18,18 @@ CAPABILITIES = ("code", "math", "knowledge")
 
 
 @dataclass(frozen=True)
+class Gold:
+    """Gold answers: the documents of a pair are a prompt and its answer (data/gold.py)."""
+
+    name: str
+    """Set of the benchmark, as gsm8k."""
+    bytes: int
+    """UTF-8 bytes of all answers."""
+    prompt_tokens: tuple[int, ...]
+    """Of each document, its tokens before the answer's."""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """One indexed dataset (`PREFIX.bin`, `PREFIX.idx`), or the leading documents of one."""
 
@@ -35,6 +47,8 @@ class Corpus:
     """Tokens of the documents behind those."""
     doubt: str = ""
     """The reason why damage to its .bin may have gone unseen, or nothing."""
+    gold: Gold | None = None
+    """None: text, and no gold answers."""
 
     def windows(self, seq_length: int) -> int:
         """Windows of one epoch: window w is tokens [wS, wS+S], S inputs and S labels."""

@@ -93,6 +93,16 @@ def test_imports_go_strictly_downward() -> None:
     assert broken == []
 
 
+def test_only_decontamination_reads_gold_answers() -> None:
+    """Whatever trains, scores, mixes or samples never sees their text."""
+    readers = {
+        module(path) for path in files() for other in imports(path) if other == "megatron_r1.data.gold"
+    }
+    may = {"megatron_r1.curation.decontaminate", "megatron_r1.curation.request"}
+    assert readers - may == set()
+    assert (PACKAGE / "data" / "gold.py").exists()
+
+
 def test_no_file_imports_itself_over_others() -> None:
     graph = {module(path): set(imports(path)) for path in files()}
     reached = {name: set(others) for name, others in graph.items()}

@@ -114,11 +114,8 @@ class Judge(Pretrained):
         return self.flops(tokens, len(asked.before), len(asked.after))
 
     def _asked(self, prompt: str) -> _Prompt:
-        if prompt not in self._prompts:
-            self._prompts[prompt] = self._read(prompt)
-        return self._prompts[prompt]
-
-    def _read(self, prompt: str) -> _Prompt:
+        if prompt in self._prompts:
+            return self._prompts[prompt]
         instruction, _, question = prompt.partition(DOCUMENT)
         if prompt.count(DOCUMENT) != 1 or not instruction.strip():
             fault = f"the prompt {shown(prompt)} has {prompt.count(DOCUMENT)} times {DOCUMENT}"
@@ -144,27 +141,21 @@ class Judge(Pretrained):
             before = first + before
         if (room := self.longest - len(before) - len(after)) < self.tokens:
             raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
-        return _Prompt(before, after, labels)
+        self._prompts[prompt] = _Prompt(before, after, labels)
+        return self._prompts[prompt]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
     def _labels(self, answers: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Of (what is asked, what the label begins with) the first by which each label is one token more."""
-        fault = ""
         for asked, space in answers:
-            ids, unknown = self._ids(asked), self.tokenizer.unk_token_id
-            labels = []
-            for label in LABELS:
-                whole = self._ids(f"{asked}{space}{label}")
-                if whole[:-1] != ids or whole[-1] == unknown:
-                    tokens = shown(self.tokenizer.convert_ids_to_tokens(whole[-4:]))
-                    fault = (
-                        fault
-                        or f"the label {space + label!r} after {asked[-12:]!r} is no single token: {tokens}"
-                    )
-                    break
-                labels.append(whole[-1])
-            else:
-                return ids, labels
-        raise ValueError(f"{self.model}: {fault}; ask another model")
+            ids, whole = self._ids(asked), [self._ids(f"{asked}{space}{label}") for label in LABELS]
+            if all(one[:-1] == ids and one[-1] != self.tokenizer.unk_token_id for one in whole):
+                return ids, [one[-1] for one in whole]
+        asked = answers[0][0]
+        spelled = {label: self.tokenizer.tokenize(f"{asked}{label}")[-3:] for label in LABELS}
+        fault = (
+            f"{self.model}: after {asked[-12:]!r} a label is no single token: texts end in {shown(spelled)}"
+        )
+        raise ValueError(f"{fault}; ask another model")

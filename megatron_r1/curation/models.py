@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint.files import META
-from megatron_r1.export import origin
 from megatron_r1.export.folder import MOST_JSON, identity, stored_tensors
+from megatron_r1.export.origin import tokenizer_of
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.system.errors import hub_name, require, rewording, shown, some
 from megatron_r1.system.json_io import read_json, read_object
@@ -35,6 +35,7 @@ BATCH_TOKENS = 8192
 """Tokens of a batch, padding and the instruction's keys counted."""
 _FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _SETTINGS = {".json", ".jinja", ".txt", ".model"}
+_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODULES = {"Transformer", "Pooling", "Normalize"}
 _TAKES_FIRST = {"mean": False, "mean_tokens": False, "cls": True, "cls_token": True}
 """Way of pooling -> whether it takes the first token. sentence-transformers has written either name."""
@@ -59,7 +60,7 @@ class Pretrained:
 
     `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. Weights and
     activations have `backend.fast_precision()`. Raises FileNotFoundError for no model, and ValueError for one
-    that is damaged, takes fewer tokens, or comes with code.
+    that the hub does not give, that is damaged, takes fewer tokens, or comes with code.
     """
 
     automatic = "AutoModel"
@@ -76,8 +77,10 @@ class Pretrained:
         self._folder, self._held = _folder_of(model)
         self._stored = stored_tensors(self._folder)
         with self._reading():
-            self.config = c = self._from_folder("AutoConfig")
+            self.config = self._from_folder("AutoConfig")
             self.tokenizer = self._from_folder("AutoTokenizer")
+        # A model of text and images has one of its own for text.
+        self._sizes = c = self.config.get_text_config()
         if not self.tokenizer.is_fast or len(self.tokenizer) > c.vocab_size:
             fault = f"{len(self.tokenizer)} tokens of {type(self.tokenizer).__name__}"
             raise ValueError(f"{model}: {fault} do not fit its vocabulary of {c.vocab_size}")
@@ -97,12 +100,9 @@ class Pretrained:
     @cached_property
     def network(self) -> Any:
         """The module, in eval mode."""
-        how = {
-            "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision],
-            "use_safetensors": True,
-        }
+        dtype, how = _DTYPE[self.precision], {"use_safetensors": True, "output_loading_info": True}
         with self._reading():
-            network, report = self._from_folder(self.automatic, output_loading_info=True, **how)
+            network, report = self._from_folder(self.automatic, dtype=dtype, **how)
         # transformers would draw them at random.
         if absent := sorted(n for n in report["missing_keys"] if not n.startswith(self.unused)):
             fault = f"its files lack {some(absent, most=2)} of {type(network).__name__}"
@@ -119,13 +119,11 @@ class Pretrained:
 
     def flops(self, tokens: float, before: int = 0, after: int = 0) -> float:
         """Operations of a dense model for a document of so many tokens, with keys before and tokens after."""
-        c, tokens = self.config, min(tokens, self.tokens) + after
+        c, tokens = self._sizes, min(tokens, self.tokens) + after
         width = c.num_attention_heads * (getattr(c, "head_dim", 0) or c.hidden_size // c.num_attention_heads)
         # Embeddings are looked up, and the logits of a vocabulary are not computed.
-        matrices = [
-            one.shape for name, one in self._stored.items() if len(one.shape) > 1 and "embed" not in name
-        ]
-        products = sum(math.prod(shape) for shape in matrices if c.vocab_size not in shape)
+        shapes = [one.shape for name, one in self._stored.items() if "embed" not in name]
+        products = sum(math.prod(s) for s in shapes if len(s) > 1 and c.vocab_size not in s)
         return tokens * (2.0 * products + 4.0 * c.num_hidden_layers * width * (before + tokens))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -144,7 +142,7 @@ class Pretrained:
         length_N, results = np.array([len(one) for one in ids], dtype=np.int64), list[torch.Tensor]()
         order = list(batches(length_N, BATCH_TOKENS, before))
         # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
-        pad = max(0, getattr(self.config, "pad_token_id", None) or 0)
+        pad = max(0, getattr(self._sizes, "pad_token_id", None) or 0)
         with torch.inference_mode():
             for batch in order:
                 mask_BS = np.arange(length_N[batch[0]]) < length_N[batch, None]
@@ -155,7 +153,7 @@ class Pretrained:
         found = torch.cat(results).cpu().numpy() if results else np.zeros(0, np.float32)
         if not np.isfinite(found).all():
             fault = f"results in {self.precision} for {len(found)} texts are not all finite"
-            raise ValueError(f"{self.model}: {fault}; its weights are damaged or need another precision")
+            raise ValueError(f"{self.model}: {fault}; its weights are damaged, or too large for it")
         # The place of each text among the batches.
         return found[np.argsort(np.concatenate(order))] if results else found
 
@@ -185,31 +183,25 @@ def _folder_of(model: str) -> tuple[Path, object]:
     """The folder with a model's files, and the object that it lives as long as."""
     path = Path(model)
     if (path / META).is_file():
+        if dist.is_initialized():
+            way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {path} FOLDER"
+            raise ValueError(f"{path} is a checkpoint, which a launch of ranks does not convert; {way_out}")
+        # These need megatron-core, whose import takes seconds.
+        from megatron_r1.export.convert import to_hf
+        from megatron_r1.export.tokenizer import tokenizer_files
+
         held = tempfile.TemporaryDirectory(prefix="checkpoint-")
-        return _converted(path, Path(held.name, "hf")), held
+        target, tokenizer = Path(held.name, "hf"), tokenizer_files(*tokenizer_of(path))
+        to_hf(path, target, tokenizer=tokenizer)
+        return target, held
     if path.is_dir():
         return path, None
     repository, revision = hub_name(model, "no model at")
     hub = require("huggingface_hub", "a model of the hub")
     absent = f"{model} is no folder here, and the hub did not give it"
     way_out = f"fetch it by: hf download {repository} --revision {revision}"
-    try:
+    with rewording(lambda error: f"{absent}: {first_line(error)}; {way_out}", OSError, ValueError):
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=_FILES)), None
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{absent}: {first_line(error)}; {way_out}") from None
-
-
-def _converted(checkpoint: Path, target: Path) -> Path:
-    """A run's checkpoint and the tokenizer of its data, as a folder."""
-    if dist.is_initialized():
-        way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {checkpoint} FOLDER"
-        raise ValueError(f"{checkpoint} is a checkpoint, which a launch of ranks does not convert; {way_out}")
-    # These need megatron-core, whose import takes seconds.
-    from megatron_r1.export.convert import to_hf
-    from megatron_r1.export.tokenizer import tokenizer_files
-
-    to_hf(checkpoint, target, tokenizer=tokenizer_files(*origin.tokenizer_of(checkpoint)))
-    return target
 
 
 class Embedder(Pretrained):

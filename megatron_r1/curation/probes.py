@@ -28,10 +28,10 @@ from megatron_r1.data.indexed import (
     document_starts,
     identity_of,
     open_corpus,
-    read_sidecar,
     with_suffix,
 )
 from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.sidecar import gold_mistakes, read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish, read, standing
 from megatron_r1.system.errors import suggest
@@ -237,6 +237,8 @@ def _capability_of_sources(
 def _divide(corpus: Corpus, capability: str | None, fraction: float, need: int, cap: int) -> PairSource:
     """Set the last documents of a corpus aside: `fraction` of its tokens, and `need` tokens for its sets."""
     name, prefix, sidecar = corpus.name, corpus.prefix, read_sidecar(corpus.prefix) or {}
+    for fault in gold_mistakes(corpus):
+        raise ValueError(f"source {name}: {fault}")
     if sidecar and sidecar.get("seed") is None:
         fault = f"source {name}: {prefix} keeps its input order, so its last documents are no random sample"
         raise ValueError(f"{fault}; preprocess it without --no-shuffle")

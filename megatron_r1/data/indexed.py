@@ -32,7 +32,7 @@ import numpy as np
 
 from megatron_r1.data.integrity import REDO, BinHashes, check_bin, check_file, side_file
 from megatron_r1.data.npy import write_array
-from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.data.sidecar import gold_of, read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.system.errors import closest, shown
 from megatron_r1.system.files import (
@@ -418,7 +418,8 @@ def open_corpus(
     tokens = dataset.tokens_before(documents)
     made_with = None if sidecar is None else sidecar.get("tokenizer_fingerprint")
     aside = len(dataset.tokens) - tokens
-    return Corpus(name, Path(prefix), documents, tokens, dataset.dtype.name, made_with, aside, doubt)
+    gold = gold_of(prefix, sidecar, dataset.lengths)
+    return Corpus(name, Path(prefix), documents, tokens, dataset.dtype.name, made_with, aside, doubt, gold)
 
 
 def document_starts(corpus: Corpus) -> np.ndarray:

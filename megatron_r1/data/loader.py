@@ -135,12 +135,22 @@ def example_batches(
     Batches beyond these hold none.
     """
     rank, ranks = context.data_rank, context.data_size
-    for row_BS, labels_B, set_B, length_B in examples.batches(*span, micro_batch, rank, ranks, passes):
-        yield whole_batch(row_BS, labels_B, set_B, eod), length_B
+    turn = examples.batches(*span, micro_batch, rank, ranks, passes)
+    for row_BS, labels_B, skipped_B, set_B, length_B in turn:
+        yield whole_batch(row_BS, labels_B, set_B, eod, skipped_B), length_B
 
 
-def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarray, eod: int | None) -> Batch:
-    """Rows of tokens, int64 [N, S + 1], as a batch on the CPU. The first `labels_N` labels of a row count."""
+def whole_batch(
+    window_NS: np.ndarray,
+    labels_N: np.ndarray,
+    source_N: np.ndarray,
+    eod: int | None,
+    skipped_N: np.ndarray | None = None,
+) -> Batch:
+    """Rows of tokens, int64 [N, S + 1], as a batch on the CPU.
+
+    The first `labels_N` labels of a row count, without the first `skipped_N` of these.
+    """
     tokens_NS, labels_NS = window_NS[:, :-1], window_NS[:, 1:]
     position_NS = np.broadcast_to(np.arange(tokens_NS.shape[1]), tokens_NS.shape)
     segment_NS = None
@@ -149,7 +159,9 @@ def whole_batch(window_NS: np.ndarray, labels_N: np.ndarray, source_N: np.ndarra
         ends_NS[:, 1:] = tokens_NS[:, :-1] == eod
         segment_NS = ends_NS.cumsum(axis=1, dtype=np.int32)
         position_NS = position_NS - np.maximum.accumulate(position_NS * ends_NS, axis=1)
-    mask_NS = (np.arange(labels_NS.shape[1]) < labels_N[:, None]).astype(np.float32)
+    place_S, first_N = np.arange(labels_NS.shape[1]), 0 * labels_N if skipped_N is None else skipped_N
+    counts_NS = (first_N[:, None] <= place_S) & (place_S < labels_N[:, None])
+    mask_NS = counts_NS.astype(np.float32)
     # Slices of the windows, and positions that all rows share, become arrays of their own.
     views = [np.require(view, requirements=("C", "W")) for view in (tokens_NS, labels_NS, position_NS)]
     return _batch(*views[:2], mask_NS, views[2], source_N.astype(np.int64), segment_NS)

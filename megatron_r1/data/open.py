@@ -21,9 +21,10 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.indexed import identity_of, open_corpus, stored_sha256
 from megatron_r1.data.integrity import DamagedBinError, sample_hash, say_unchecked
 from megatron_r1.data.keep import require_made_for
-from megatron_r1.data.sidecar import read_sidecar
+from megatron_r1.data.sidecar import gold_mistakes, read_sidecar
 from megatron_r1.data.windows import last_tokens, sampled_mistakes
 from megatron_r1.records import Corpus
+from megatron_r1.system.errors import shown
 from megatron_r1.system.process import allow_open_files, launch_number
 from megatron_r1.system.terminal import is_first_rank, say
 
@@ -51,6 +52,8 @@ class OpenData:
     """Of data.probes; opened for training only."""
     directions: list[Corpus]
     """Of influence.directions, one a capability; opened for scoring only."""
+    gold: list[Corpus]
+    """Of data.gold, whose `gold` is there; opened for training only."""
     eod: int | None
     """The token that ends each document where windows must not attend across documents, else None."""
     absent: frozenset[str]
@@ -73,7 +76,7 @@ class OpenData:
     @cached_property
     def identities(self) -> dict[str, str]:
         """Prefix -> identity of each dataset. Of a pair without a sidecar this reads the whole index."""
-        opened = (*self.corpora, *self.probes, *self.directions)
+        opened = (*self.corpora, *self.probes, *self.directions, *self.gold)
         return {str(corpus.prefix): identity_of(corpus.prefix) for corpus in opened}
 
     @cached_property
@@ -109,13 +112,14 @@ def open_data(
         opener.corpora("data.sources", config.data.sources),
         opener.corpora("data.probes", config.data.probes if use == "train" else {}),
         opener.corpora("influence.directions", directions),
+        opener.corpora("data.gold", config.data.gold if use == "train" else {}),
         None if config.data.cross_documents else opener.eod,
         frozenset(opener.absent),
         config,
     )
     if opener.damaged:
         raise DamagedBinError("\n".join(opener.damaged))
-    every = (*opened.corpora, *opened.probes, *opened.directions)
+    every = (*opened.corpora, *opened.probes, *opened.directions, *opened.gold)
     if is_first_rank():
         say_unchecked(every)
         _say_trained_on(opened)
@@ -174,7 +178,8 @@ class _Opener:
                 corpus = self._open(path, name, source)
                 window = f"one window of data.seq_length={seq_length}, which takes {seq_length + 1}"
                 short = f"{corpus.tokens} tokens are less than {window}{aside}"
-                mistakes = [short] if corpus.tokens <= seq_length else []
+                mistakes = [short] if corpus.tokens <= seq_length and section != "data.gold" else []
+                mistakes += self._gold_mistakes(corpus) if section == "data.gold" else gold_mistakes(corpus)
                 if name not in self.absent:
                     mistakes += self._mistakes_of(path, corpus)
                 opened.append(corpus)
@@ -197,10 +202,19 @@ class _Opener:
             self.absent.add(name)
             return Corpus(name, Path(source.prefix), 0, source.tokens, "int32", None)
 
+    def _gold_mistakes(self, corpus: Corpus) -> list[str]:
+        """A mistake for a pair without gold answers, and for those of another set than its name says."""
+        if corpus.gold and corpus.gold.name == corpus.name:
+            return []
+        has = f"the gold answers of {shown(corpus.gold.name)}" if corpus.gold else "no gold answers"
+        return [f"{corpus.prefix} has {has}; name each set as tools/prepare_gold.py does"]
+
     def _mistakes_of(self, path: str, corpus: Corpus) -> list[str]:
         """Mistakes: tokens of two tokenizers, ids outside the vocabulary, documents without an end token."""
         sidecar, vocab_size = read_sidecar(corpus.prefix), self._config.model.vocab_size
-        out = [] if self._config.data.cross_documents else self._end_mistakes(path, corpus, sidecar)
+        # An item of gold answers is alone in its row.
+        apart = not self._config.data.cross_documents and corpus.gold is None
+        out = self._end_mistakes(path, corpus, sidecar) if apart else []
         if sidecar is None or corpus.tokenizer_hash is None:
             return sampled_mistakes(corpus, vocab_size) + out
         # Sidecars of earlier versions hold the number of tokens, which the largest id may exceed.

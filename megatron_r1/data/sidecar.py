@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_r1.data.integrity import REDO
+from megatron_r1.records import Corpus, Gold
 from megatron_r1.system.errors import shown
 from megatron_r1.system.json_io import is_count, mistake, read_json
 
@@ -44,6 +47,30 @@ def read_sidecar(prefix: str | Path, needed: Iterable[str] = ()) -> dict[str, An
     return fields
 
 
+def gold_of(prefix: str | Path, sidecar: dict[str, Any] | None, length_N: np.ndarray) -> Gold | None:
+    """The gold answers of a pair whose documents have so many tokens; None for a pair of text.
+
+    Raises ValueError where the prompts in the sidecar do not fit the documents.
+    """
+    if (facts := (sidecar or {}).get("gold")) is None:
+        return None
+    prompt_N = np.array(facts["prompt_tokens"], np.int64)
+    fits = len(prompt_N) == len(length_N) > 0 and bool(np.all((prompt_N > 0) & (prompt_N < length_N)))
+    if not fits or facts["bytes"] < 1:
+        fault = f"{prefix}.json belongs to another pair: its prompts do not fit the documents"
+        raise ValueError(f"{fault}; make the set again with tools/prepare_gold.py")
+    return Gold(facts["name"], facts["bytes"], tuple(facts["prompt_tokens"]))
+
+
+def gold_mistakes(corpus: Corpus) -> list[str]:
+    """A mistake where a pair has gold answers. Every use of a pair but measuring asks this."""
+    if corpus.gold is None:
+        return []
+    has = f"{corpus.prefix} has the gold answers of {shown(corpus.gold.name)}"
+    rule = "which are measured (data.gold) and never trained on, mixed for or probed with"
+    return [f"{has}, {rule}; name another dataset"]
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -55,6 +82,10 @@ _WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 0 on, or null": (lambda v: v is None or is_count(v), "eod"),
     "true or false": (lambda v: isinstance(v, bool), "append_eod"),
     "64 hexadecimal digits": (_is_digest, "bin_sha256 idx_sha256 docs_sha256"),
+    "a set of gold answers": (
+        lambda v: not mistake(v, {"name": str, "bytes": int, "prompt_tokens": [int]}),
+        "gold",
+    ),
     "a list of files": (lambda v: not mistake(v, [{"path": str}]), "inputs"),
     "a list of numbers": (lambda v: isinstance(v, list) and all(map(is_count, v)), "lines"),
     "numbers by reason": (lambda v: type(v) is dict and all(map(is_count, v.values())), "rejected skipped"),

@@ -124,16 +124,25 @@ class Examples:
                 start_D = document_starts(corpus)
                 start.append(start_D[number_N])
                 length.append(start_D[number_N + 1] - start_D[number_N] - 1)
-        self.length_N = np.concatenate(length)
-        pieces_N = -(-self.length_N // seq_length)
+        self.length_N, self._start_N = np.concatenate(length), np.concatenate(start)
+        self._set_N = np.repeat(np.arange(len(sets)), [len(number_N) for _, number_N in sets])
+        place_P = self._cut(self.length_N) * seq_length
+        self._lay(place_P, np.minimum(self.length_N[self._example_P] - place_P, seq_length))
+        self._skipped_P = np.zeros_like(place_P)
+        """Labels at the beginning of each piece that do not count."""
+
+    def _cut(self, counted_N: np.ndarray) -> np.ndarray:
+        """Divide examples into pieces for so many labels. Returns each piece's number in its example, [P]."""
+        pieces_N = -(-counted_N // self.seq_length)
         self._first_N1 = np.concatenate(([0], np.cumsum(pieces_N)))
         """Pieces before each example."""
-        self._example_P = np.repeat(np.arange(len(self.length_N)), pieces_N)
-        place_P = (np.arange(len(self._example_P)) - self._first_N1[self._example_P]) * seq_length
-        self._start_P = np.concatenate(start)[self._example_P] + place_P
-        self._labels_P = np.minimum(self.length_N[self._example_P] - place_P, seq_length)
-        set_N = np.repeat(np.arange(len(sets)), [len(number_N) for _, number_N in sets])
-        self._set_P = set_N[self._example_P]
+        self._example_P = np.repeat(np.arange(len(pieces_N)), pieces_N)
+        return np.arange(len(self._example_P)) - self._first_N1[self._example_P]
+
+    def _lay(self, place_P: np.ndarray, labels_P: np.ndarray) -> None:
+        """Pieces of so many labels that begin at a place of their example."""
+        self._start_P, self._labels_P = self._start_N[self._example_P] + place_P, labels_P
+        self._set_P = self._set_N[self._example_P]
 
     def unknown_id(self, vocab_size: int) -> str | None:
         """A message about the first token of the examples that is outside the vocabulary, or None."""
@@ -181,12 +190,12 @@ class Examples:
 
     def batches(
         self, first: int, last: int, micro_batch: int, rank: int, ranks: int, passes: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """This rank's micro-batches of the examples [first, last).
 
-        Each is: rows, int64 [B, S + 1]; the labels of each row, [B], 0 for padding rows; each row's set, [B];
-        the labels of each row's whole example, [B]. A piece always has the same place in the same batch, so
-        results do not depend on where an earlier start was cut off.
+        Each is: rows, int64 [B, S + 1]; the labels of each row, [B], 0 for padding rows; how many of these do
+        not count, [B]; each row's set, [B]; the labels of each row's whole example, [B]. A piece always has
+        the same place in the same batch, so results do not depend on where an earlier start was cut off.
         """
         begin, end = int(self._first_N1[first]), int(self._first_N1[last])
         for number in range(passes or self.passes(first, last, micro_batch * ranks)):
@@ -195,8 +204,30 @@ class Examples:
             piece_B = np.where(real_B, piece_B, begin)
             length_B = self.length_N[self._example_P[piece_B]]
             labels_B = np.where(real_B, self._labels_P[piece_B], 0)
-            yield self.rows(piece_B), labels_B, self._set_P[piece_B], length_B
+            yield self.rows(piece_B), labels_B, self._skipped_P[piece_B], self._set_P[piece_B], length_B
 
     def join(self, first: int, last: int, row_PX: np.ndarray) -> np.ndarray:
         """Sums over the pieces of each of the examples [first, last): [pieces, X] -> [examples, X]."""
         return np.add.reduceat(row_PX, self._first_N1[first:last] - self._first_N1[first])
+
+
+class Answers(Examples):
+    """Gold answers as rows. `sets`: corpora with `gold`, and the numbers of the documents chosen of each.
+
+    The labels that count are those of the answers. A document is cut from its end, into as many pieces as its
+    answer needs. So all labels of an answer count once, and most documents are one piece. Of a document that
+    is longer than a row, the beginning of the prompt is left out. Where an answer is longer than a row, its
+    pieces do not see one another.
+    """
+
+    def __init__(self, sets: Sequence[tuple[Corpus, np.ndarray]], seq_length: int):
+        super().__init__(sets, seq_length, "document")
+        prompts = [np.array(of.gold.prompt_tokens)[number_N] for of, number_N in sets if of.gold]
+        # The first label is the second token.
+        before_N = np.concatenate(prompts) - 1
+        number_P = self._cut(self.length_N - before_N)
+        behind_P = (np.diff(self._first_N1)[self._example_P] - 1 - number_P) * seq_length
+        end_P = self.length_N[self._example_P] - behind_P
+        place_P = np.maximum(0, end_P - seq_length)
+        self._lay(place_P, end_P - place_P)
+        self._skipped_P = np.maximum(0, before_N[self._example_P] - place_P)

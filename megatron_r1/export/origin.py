@@ -57,10 +57,8 @@ def compare_tokenizer(source: Path, plan: str, fingerprint: str) -> None:
     `plan`: the checkpoint's data plan, whose identities tell whether a dataset is still the one trained on.
     Says so where no dataset tells its tokenizer.
     """
-    identities, start, absent = datasets_of(plan), _start_of(source), list[str]()
-    sources = _section_of_run(source, "data").get("sources")
-    for name, spec in sources.items() if isinstance(sources, dict) else ():
-        prefix = start / str(spec.get("prefix") if isinstance(spec, dict) else spec)
+    identities, absent = datasets_of(plan), list[str]()
+    for name, prefix in _datasets_of_run(source).items():
         if not with_suffix(prefix, ".idx").is_file():
             absent.append(str(prefix))
             continue
@@ -85,14 +83,12 @@ def tokenizer_of(source: Path) -> tuple[str, str]:
 
     ValueError where none of them names one.
     """
-    start, sources = _start_of(source), _section_of_run(source, "data").get("sources")
-    for spec in sources.values() if isinstance(sources, dict) else ():
-        prefix = start / str(spec.get("prefix") if isinstance(spec, dict) else spec)
+    for prefix in _datasets_of_run(source).values():
         sidecar = read_sidecar(prefix) or {}
         for line in ledger.read(side_file(prefix, "ledger.jsonl").parent):
             for path, fingerprint in line["inputs"].items():
                 if fingerprint == sidecar.get("tokenizer_fingerprint"):
-                    return sidecar["tokenizer_type"], str(start / path)
+                    return sidecar["tokenizer_type"], str(_start_of(source) / path)
     way_out = (
         f"convert it by tools/convert_checkpoint.py --to hf {source} FOLDER --tokenizer-type KIND "
         f"--tokenizer-model MODEL, and name FOLDER"
@@ -106,6 +102,13 @@ def _start_of(source: Path) -> Path:
     parts = Path(str(_section_of_run(source, "train").get("run") or "")).parts
     relative = parts and not Path(*parts).is_absolute() and root.parts[-len(parts) :] == parts
     return Path(*root.parts[: -len(parts)]) if relative else Path()
+
+
+def _datasets_of_run(source: Path) -> dict[str, Path]:
+    """The prefix of each source."""
+    start, sources = _start_of(source), _section_of_run(source, "data").get("sources")
+    specs = sources.items() if isinstance(sources, dict) else ()
+    return {name: start / str(s.get("prefix") if isinstance(s, dict) else s) for name, s in specs}
 
 
 def _section_of_run(source: Path, name: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
 
-_GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll")
+_GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll", "gold_bpb")
 """Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
 _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
 """Of a step's line: values that figures and tables rely on."""
@@ -163,7 +163,9 @@ def _read_metrics(path: Path, config: Config) -> tuple[dict[str, np.ndarray], Li
     columns: dict[str, array[float]] = {}
     first: dict[str, Any] = {}
     last: dict[str, dict[str, Any]] = {}
-    most = 200 + 2 * len(_GROUPS) * (len(config.data.sources) + len(config.data.probes))
+    most = 200 + 2 * len(_GROUPS) * (
+        len(config.data.sources) + len(config.data.probes) + len(config.data.gold)
+    )
     lines = (line for line in read_lines(path, _NEEDED) if line["phase"] in config.phases)
     for count, line in enumerate(lines):
         values = {k: v for k, v in line.items() if isinstance(v, (int, float))}

@@ -85,6 +85,7 @@ class Report:
             yield Figure("heldout", missing="not measured", command=train)
         else:
             yield Figure("heldout", missing="not named", command=f"{train} data.probes.code=PREFIX")
+        yield Figure("gold", plots.gold(reading))
         yield Figure("measures", plots.measures(reading))
         if scores is None:
             more = () if run.config.influence else ("influence.directions.code=PREFIX",)

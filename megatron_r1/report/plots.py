@@ -257,6 +257,14 @@ def held_out(reading: Reading) -> Panels:
     return out
 
 
+def gold(reading: Reading) -> Panels:
+    """A panel per set of gold answers: bits per byte of both arms."""
+    names, look = reading.run.measured("gold_bpb"), {"smoothed": False, "height": 170}
+    return [
+        p for name in names for p in over_steps(reading, f"gold_bpb/{name}", name, "bits per byte", **look)
+    ]
+
+
 def measures(reading: Reading) -> Panels:
     """RankMe of both arms, and the loss on each source's held-back text, whichever there are."""
     run, shades = reading.run, colors(reading.run.domains)

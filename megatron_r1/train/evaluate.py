@@ -1,9 +1,10 @@
-"""Measurements between steps: held-out losses of capabilities and sources, and RankMe."""
+"""Measurements between steps: held-out losses of capabilities and sources, gold answers, and RankMe."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,17 @@ from torch import Tensor
 
 from megatron_r1 import backend
 from megatron_r1.config import Config
+from megatron_r1.data.indexed import document_starts
 from megatron_r1.data.loader import example_batches
 from megatron_r1.data.open import OpenData
-from megatron_r1.data.windows import Examples
+from megatron_r1.data.windows import Answers, Examples
 from megatron_r1.parallel import ParallelContext, from_last_stage, on_device, sum_over
 from megatron_r1.records import Batch, Corpus
 from megatron_r1.train.step import Shape, Training, label_losses
 
 
 class Evaluation:
-    """Losses on `data.probes` by capability, and on each source's documents that are set aside.
+    """Losses on `data.probes` by capability, on documents of each source that are set aside, on `data.gold`.
 
     Raises ValueError if one of their windows holds a token that the model has no row for.
     """
@@ -39,30 +41,60 @@ class Evaluation:
             for what, sets in (("probe_nll", probing), ("validation_nll", validation))
             if sets
         }
-        for examples, _ in self._sets.values():
+        self._gold, self._answers = data.gold, _answers(data.gold, config)
+        for examples in (*(examples for examples, _ in self._sets.values()), *self._answers):
             if mistake := examples.unknown_id(config.model.vocab_size):
                 raise ValueError(mistake)
 
     def measure(self) -> dict[str, Any]:
-        """Nats a label, by capability and by source; RankMe of the first set's hidden states (Eq. 8)."""
+        """Nats a label, by capability and by source; RankMe of the first set's hidden states (Eq. 8).
+
+        Of gold answers, by set, bits per UTF-8 byte: the sum of -log2 p of their tokens over their bytes.
+        """
         measured: dict[str, Any] = {}
         for what, (examples, names) in self._sets.items():
-            loss_N, tokens_N, embeddings = self._losses(examples, len(names))
+            with OutputEmbeddings(self._training.last) as embeddings:
+                loss_N, tokens_N = self._losses(examples, len(names), embeddings.watch)
             measured[what] = dict(zip(names, (loss_N / tokens_N).tolist(), strict=True))
             if "rank_me" not in measured:
                 measured["rank_me"] = embeddings.rank_me()
+        if self._gold:
+            parts = [self._losses(answers, len(self._gold)) for answers in self._answers]
+            nats_N, labels_N = torch.stack(parts).sum(0).tolist()
+            measured["gold_bpb"] = {}
+            for of, nats, labels in zip(self._gold, nats_N, labels_N, strict=True):
+                # All tokens of the answers and no other: their bytes are those of all items.
+                assert of.gold and labels == of.tokens - sum(of.gold.prompt_tokens)
+                measured["gold_bpb"][of.name] = nats / math.log(2) / of.gold.bytes
         return measured
 
-    def _losses(self, examples: Examples, sets: int) -> tuple[Tensor, Tensor, OutputEmbeddings]:
-        """Sums of losses and numbers of labels by set; and the hidden states of all."""
+    def _losses(self, examples: Examples, sets: int, watch: Watch = iter) -> Tensor:
+        """Sums of losses and numbers of labels by set, float64 [2, sets]. `watch`: sees all batches."""
         span, size, multiple = (0, len(examples)), self._micro_batch, self._multiple
         passes = -(-examples.passes(*span, size * self._context.data_size) // multiple) * multiple
         rows = example_batches(examples, span, size, self._context, self._eod, passes)
-        with OutputEmbeddings(self._training.last) as embeddings:
-            batches = embeddings.watch(on_device(batch) for batch, _ in rows)
-            shape = Shape(size, examples.seq_length, sources=sets)
-            loss_N, tokens_N = label_losses(self._training, batches, passes, shape)
-        return loss_N, tokens_N, embeddings
+        batches = watch(on_device(batch) for batch, _ in rows)
+        return label_losses(self._training, batches, passes, Shape(size, examples.seq_length, sets))
+
+
+Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
+_NARROWEST = 128
+"""Labels of a row, below which rows are not made narrower."""
+
+
+def _answers(gold: list[Corpus], config: Config) -> list[Answers]:
+    """All answers. Those that fit half a row, a quarter and so on have rows of that width: most are short."""
+    length, parts = config.data.seq_length, 2 * config.parallel.context * config.parallel.tensor
+    labels = [np.diff(document_starts(corpus)) - 1 for corpus in gold]
+    widths = [length]
+    while widths[-1] > _NARROWEST and widths[-1] % (2 * parts) == 0:
+        widths.append(widths[-1] // 2)
+    spans = zip(widths, [*widths[1:], 0], strict=True)
+    chosen = [
+        (width, [np.flatnonzero((less < n_N) & ((n_N <= width) | (width == length))) for n_N in labels])
+        for width, less in spans
+    ]
+    return [Answers(list(zip(gold, sets, strict=True)), w) for w, sets in chosen if any(map(len, sets))]
 
 
 def _validation(corpora: list[Corpus], seq_length: int, most: int) -> list[tuple[Corpus, np.ndarray]]:

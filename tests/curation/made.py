@@ -62,11 +62,17 @@ class Stated:
     def __init__(self, kind: str, identity: str = "a" * 64):
         self.identity, self.kind, self.asked = identity, kind, 0
 
-    def __call__(self, texts, prompt: str | None = None) -> np.ndarray:
+    def __call__(self, texts) -> np.ndarray:
+        if self.kind == "quality":
+            return self._stated(texts, "q")
         self.asked += len(texts)
-        if self.kind == "embed":
-            return np.stack([_embedding(text) for text in texts])
-        letter = "q" if self.kind == "quality" else "j" if "general" in str(prompt) else "d"
+        return np.stack([_embedding(text) for text in texts])
+
+    def judge(self, texts, prompt: str) -> np.ndarray:
+        return self._stated(texts, "j" if "general" in prompt else "d")
+
+    def _stated(self, texts, letter: str) -> np.ndarray:
+        self.asked += len(texts)
         return np.array([float(re.search(rf"{letter}=([\d.]+)", text)[1]) for text in texts], np.float32)
 
 

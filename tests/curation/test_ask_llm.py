@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_r1 import backend
+from megatron_r1.checkpoint.save import save_checkpoint
+from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.curation import models
 from megatron_r1.curation.ask_llm import Judge
+from megatron_r1.export.convert import to_hf
+from megatron_r1.export.tokenizer import tokenizer_files
+from megatron_r1.model.gpt import build_model
+from megatron_r1.parallel import process_groups
+from megatron_r1.preprocess.preprocess import preprocess
+from megatron_r1.preprocess.tokenizer import HuggingFace
+from megatron_r1.records import TrainState
 from tests.curation.tiny import CONTROL, TEMPLATE, byte_pairs, llama, texts
 
 PROMPT = "Keep books about rain. The document:\n{document}\nDid it read well? 1 or 0.\n"
@@ -175,7 +187,9 @@ def _long_digits(folder: Path) -> None:
 def test_a_label_of_no_single_token_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path)
     llama(tmp_path, 400)
-    with pytest.raises(ValueError, match=r"the label '1' after '.*Answer: ' is no single token: \["):
+    with pytest.raises(
+        ValueError, match=r"after '.*Answer: ' a label is no single token: texts end in \{'0': \["
+    ):
         Judge(str(tmp_path), 40).judge(["a cat"], PROMPT)
 
 
@@ -217,6 +231,32 @@ def test_the_prompts_that_come_along_are_read(tmp_path: Path) -> None:
     for path in paths:
         asked = judge._asked(path.read_text())
         assert len(asked.before) > 5 * len(asked.after) > 0
+
+
+def test_a_run_s_checkpoint_judges_by_the_tokenizer_of_its_data(tmp_path: Path) -> None:
+    fast = byte_pairs(tmp_path / "tokenizer")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(9)))
+    preprocess([tmp_path / "text.jsonl"], tmp_path / "data", HuggingFace.kind, tmp_path / "tokenizer")
+    model = ModelConfig(2, 32, 64, 4, 2, len(fast))
+    with process_groups(ParallelConfig()):
+        backend.seed_model_parallel(1)
+        gpt = build_model(model, ParallelConfig(), "fp32", 1)
+        folder = tmp_path / "run" / "checkpoints"
+        checkpoint = save_checkpoint(folder, gpt, None, TrainState(), model, "phase", plan="{}").path
+    sources = {"a": {"prefix": str(tmp_path / "data_text_document")}}
+    config = {"data": {"seq_length": 256, "sources": sources}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    some, judge = texts(5), Judge(str(checkpoint), 40)
+    to_hf(checkpoint, tmp_path / "hf", tokenizer=tokenizer_files(HuggingFace.kind, tmp_path / "tokenizer"))
+    before, after = PROMPT.split("{document}")
+    wanted = expected(tmp_path / "hf", some, 40, before, after.rstrip() + "\nAnswer: ", ("1", "0"))
+    np.testing.assert_allclose(judge.judge(some, PROMPT), wanted, atol=1e-5)
+    assert judge.identity == Judge(str(tmp_path / "hf"), 40).identity
+    with process_groups(ParallelConfig()), pytest.raises(ValueError, match="convert it beforehand by tools/"):
+        Judge(str(checkpoint), 40)
+    shutil.rmtree(tmp_path / "data_text_document.side")
+    with pytest.raises(ValueError, match=r"tells where its tokenizer lies; convert it by"):
+        Judge(str(checkpoint), 40)
 
 
 def test_smollm2_s_tokenizer(tmp_path: Path) -> None:

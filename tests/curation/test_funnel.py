@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_r1 import config_io
+from megatron_r1.curation.ask_llm import Judge
 from megatron_r1.curation.funnel import curate
+from megatron_r1.curation.quality import Classifier
 from megatron_r1.curation.request import load
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.data.keep import load_mask
 from megatron_r1.run import ledger
 from megatron_r1.system.yaml_io import read_yaml
+from tests.curation import tiny
 from tests.curation.made import Stated, documents, models, request, write_lines, write_pair
 from tests.curation.test_sample import hex_of
 from tests.distributed import on_ranks
@@ -424,7 +427,7 @@ def test_a_pair_of_other_texts_is_an_error_and_missing_documents_are_counted(tmp
 
 
 def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(Stated, "__call__", lambda self, texts, prompt=None: np.full(len(texts), np.nan))
+    monkeypatch.setattr(Stated, "__call__", lambda self, texts: np.full(len(texts), np.nan))
     with pytest.raises(ValueError, match=r"quality: the model gives document [0-9a-f]{32} of a no finite"):
         curate(made(tmp_path), make=models())
 
@@ -457,3 +460,32 @@ def test_mistakes_in_the_request_are_one_message(tmp_path, changes, message):
 def test_no_source_and_no_output_are_two_mistakes():
     with pytest.raises(ValueError, match=r"(?s)2 mistakes.*output: missing.*sources: empty; name at"):
         load(["sources={}"])
+
+
+def test_models_of_hugging_face_judge_as_they_do_outside_of_it(tmp_path):
+    """Real classes on small random models: what each stage keeps is what the models say by themselves."""
+    tiny.bert(tmp_path / "bert")
+    tiny.llama(tmp_path / "llama", len(tiny.byte_pairs(tmp_path / "llama", template=tiny.TEMPLATE)))
+    texts = {name: list(dict.fromkeys(tiny.texts(80, seed, 40))) for seed, name in enumerate("ab")}
+    quality = {"model": str(tmp_path / "bert"), "threshold": 100.0, "tokens": 32}
+    judge = {
+        "model": str(tmp_path / "llama"),
+        "prompts": str(tmp_path / "prompts"),
+        "keep": 0.5,
+        "tokens": 64,
+    }
+    config = made(tmp_path, texts, documents=4, quality=quality, judge=judge, duplicates=None)
+    curate(config)
+    classifier, ask = Classifier(quality["model"], 32), Judge(judge["model"], 64)
+    for name, of in texts.items():
+        seen = [text for text in of]
+        ids = dict(zip(of, hex_of(of), strict=True))
+        for score, count in (
+            (lambda some: classifier(some), config.needed()),
+            (lambda some: ask.judge(some, (tmp_path / "prompts/reasoning.txt").read_text()), config.needed() / 2),
+            (lambda some: ask.judge(some, config.prompts("domain")[name].read_text()), 4),  # noqa: B023
+        ):
+            value = dict(zip(seen, score(seen), strict=True))
+            seen = sorted(seen, key=lambda text: (-value[text], ids[text]))[: math.ceil(count)]
+        found = pq.read_table(tmp_path / f"out/documents/{name}.parquet").to_pylist()
+        assert [row["text"] for row in found] == seen

@@ -146,7 +146,7 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path: Path) -> Non
 def test_models_that_are_not_there_or_not_safe(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model at org/name \(a name on the .* ORG/NAME@COMMIT"):
         Embedder("org/name")
-    with pytest.raises(FileNotFoundError, match=r"org/name@abc is no folder here.*hf download org/name"):
+    with pytest.raises(ValueError, match=r"org/name@abc is no folder here.*hf download org/name"):
         Embedder("org/name@abc")
     model = bert(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -25,16 +25,12 @@ WORDS = [
     "mat",
     "and",
     "read",
-    "some",
     "books",
     "about",
     "rain",
     "12",
     "times",
-    "before",
-    "it",
     "slept",
-    "well",
 ]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<tool>"]
 TEMPLATE = (

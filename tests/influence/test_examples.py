@@ -38,7 +38,7 @@ def labels(examples: Examples, micro_batch: int, ranks: int, rows: int) -> list[
         seen: dict[int, list[int]] = {}
         for rank in range(ranks):
             turn = examples.batches(first, last, micro_batch, rank, ranks)
-            for number, (window_BS, labels_B, _, length_B) in enumerate(turn):
+            for number, (window_BS, labels_B, _, _, length_B) in enumerate(turn):
                 assert (labels_B <= length_B).all()
                 for row, (window, count) in enumerate(zip(window_BS, labels_B, strict=True)):
                     place = (number * ranks + rank) * micro_batch + row

@@ -73,6 +73,7 @@ def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, 
             line["probe_nll"] = {
                 c: 8.4 * fall + 5 * (1 - fall) - better * (1 - 0.6 * i) for i, c in enumerate(CAPABILITIES)
             }
+            line["gold_bpb"] = {name: 2 * line["loss"] / (9 - gain) for name in ("gsm8k", "mbpp")}
             line["rank_me"] = 10 + step / 10
             line["validation_nll"] = {s: 0.1 + loss for s, loss in losses.items()}
         lines += [json.dumps(line) + "\n"] if step > first_step else []

@@ -50,6 +50,17 @@ def test_curves_carry_the_measurements_and_the_control_begins_at_the_fork(pair: 
     assert summary.drawn(forked)[0][3] == pytest.approx(forked.first["mix_actual"])
 
 
+def test_gold_answers_have_a_panel_a_set_with_both_arms(pair: Path) -> None:
+    panels = plots.gold(load.read_all(pair))
+    assert [panel.title.text for panel in panels] == ["gsm8k", "mbpp"]
+    lines = [json.loads(line) for line in (pair / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["tokens"]: line["gold_bpb"]["mbpp"] for line in lines if "gold_bpb" in line}
+    found = rows(panels[1])
+    ours = {row["tokens"]: row["value"] for row in found if row["name"] == "influence"}
+    assert ours == pytest.approx(measured, rel=1e-5)
+    assert len(measured) == 7 and {row["name"] for row in found} == {"influence", "control"}
+
+
 def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run: Path) -> None:
     def edit(line: dict[str, Any]) -> None:
         if line["step"] in (40, 90):

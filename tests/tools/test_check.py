@@ -17,6 +17,7 @@ import pytest
 from megatron_r1 import config_io
 from megatron_r1.preprocess.shards import merge
 from megatron_r1.run import ledger
+from tests import gold_packages
 from tests.launch import ROOT
 from tests.train import small
 
@@ -83,6 +84,19 @@ def test_of_preprocessing_before_and_after(data: Path) -> None:
     assert f"a_text_document.bin: done before, {DOCUMENTS} documents" in said
     other = checked(data, "preprocess_data", *preprocess(data, "a"), "--append-eod", "--overwrite")
     assert "of other inputs or options: is replaced" in other
+
+
+def test_of_gold_answers(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gold_packages.install(data / "packages", monkeypatch)
+    model = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data / "tokenizer.model"]
+    words = [*model, "--output-dir", data / "gold", "--sets", "mbpp", "gsm8k", "mbpp"]
+    said = checked(data, "prepare_gold", *words)
+    assert said.count("mbpp: 500 items") == 1 and "gsm8k: 1,319 items" in said
+    call("prepare_gold", *words)
+    assert checked(data, "prepare_gold", *words).count("already done") == 2
+    (line,) = ledger.read(data / "gold")
+    assert line["outputs"].keys() == {str(data / "gold" / name) for name in ("mbpp", "gsm8k")}
+    assert "error" not in call("preprocess_data", "--verify", "--output-prefix", data / "gold" / "mbpp")
 
 
 def test_of_merging_shards(data: Path) -> None:
