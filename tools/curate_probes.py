@@ -131,9 +131,9 @@ def judge(args: argparse.Namespace) -> None:
 def describe(config: CurationConfig) -> None:
     """Print what would be read, and which stages follow. Raises ValueError where an input lacks a key."""
     for name, source in config.sources.items():
-        inputs = open_inputs(source.text)
+        inputs = open_inputs(source.inputs())
         for one in inputs:
-            one.check([source.key, *([source.score] if source.score else [])])
+            one.check(source.keys())
         size = sum(one.size for one in inputs)
         domains = ", ".join(source.domains) or "no domain, so it has a representative set alone"
         print(f"{name}: {len(inputs)} inputs, {size:,} bytes; {domains}")

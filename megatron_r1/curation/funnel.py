@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.outputs import Outcome, record, write
+from megatron_r1.curation.outputs import STAGE, Outcome, write
+from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import Source, draw
 from megatron_r1.curation.work import ID, Documents, Job, Pending, key_of, score, scores
@@ -42,7 +43,7 @@ from megatron_r1.run.stage import answered, read, standing
 from megatron_r1.system.errors import rewording
 from megatron_r1.system.files import sha256, write_json
 from megatron_r1.system.json_io import parse_json
-from megatron_r1.system.process import RunLock, launch_number
+from megatron_r1.system.process import RunLock, exit_when_orphaned, launch_number
 from megatron_r1.system.terminal import say
 
 FORMAT = 1
@@ -153,6 +154,8 @@ def _drop_duplicates(config: CurationConfig, make: Make, work: Path, out: Outcom
     asked = config.duplicates
     sources = [out.sources[name] for name in sorted(out.sources)]
     texts, ids = _in_order(sources)
+    if not texts:
+        raise ValueError(f"no document of {', '.join(out.sources)} is left for the sets; lower a threshold")
     _, first_U, same_N = np.unique(ids, return_index=True, return_inverse=True)
     first_N = first_U[same_N]
     copy = np.flatnonzero(first_N != np.arange(len(ids)))
@@ -210,23 +213,17 @@ def _keep_first(
 
 def load_model(config: CurationConfig, kind: str) -> Any:
     """The model of a kind of job. Its weights are read when they are first needed."""
-    if kind == "quality":
-        from megatron_r1.curation.quality import Classifier, Head
+    from megatron_r1.curation import ask_llm, models, quality
 
-        quality = config.quality
-        assert quality is not None and quality.model is not None
-        if quality.labelled:
-            return Head(quality.model, Path(quality.labelled), quality.tokens)
-        return Classifier(quality.model, quality.tokens, quality.label)
-    if kind == "embed":
-        from megatron_r1.curation.models import Embedder
-
-        assert config.duplicates is not None and config.duplicates.semantic is not None
-        return Embedder(config.duplicates.semantic)
-    from megatron_r1.curation.ask_llm import Judge
-
-    assert config.judge is not None
-    return Judge(config.judge.model, config.judge.tokens)
+    if kind == "judge" and (asked := config.judge):
+        return ask_llm.Judge(asked.model, asked.tokens)
+    if kind == "embed" and config.duplicates and config.duplicates.semantic:
+        return models.Embedder(config.duplicates.semantic)
+    asked_of = config.quality
+    assert asked_of is not None and asked_of.model is not None
+    if asked_of.labelled:
+        return quality.Head(asked_of.model, Path(asked_of.labelled), asked_of.tokens)
+    return quality.Classifier(asked_of.model, asked_of.tokens, asked_of.label)
 
 
 def curate(
@@ -248,45 +245,34 @@ def curate(
     Raises ValueError as the stages do, for results of another request without `overwrite`, and for shards
     before the first `merge`.
     """
-    folder = Path(config.output)
+    work = Path(config.output) / "work"
+    waiting, asked = work / "waiting.json", key_of(config=dataclasses.asdict(config))
 
     @cache
     def model(kind: str) -> Any:
         return model("judge") if kind == "domain" else make(config, kind)
 
-    waiting, asked = folder / "work" / "waiting.json", key_of(config=dataclasses.asdict(config))
     if share is not None:
-        said = read(waiting) or {}
-        if said.get("config") != asked:
-            what = "of another FILE.yaml" if said else "not there"
-            raise ValueError(
-                f"{waiting} is {what}: run with --merge first, which prepares a stage for shards"
-            )
-        jobs = [Job(**job) for job in said["jobs"]]
-        score(jobs, model, share)
-        done, of = Pending(jobs).chunks()
-        log(
-            f"{Pending(jobs)}: {done} of {of} chunks are scored"
-            + ("; run with --merge" if done == of else "")
-        )
+        if (prepared := read(waiting) or {}).get("config") != asked:
+            what = "is of another FILE.yaml" if prepared else "is not there"
+            raise ValueError(f"{waiting} {what}: run with --merge first, which prepares a stage for shards")
+        left = Pending([Job(**job) for job in prepared["jobs"]])
+        score(left.jobs, model, share)
+        done, of = left.chunks()
+        log(f"{left}: {done} of {of} chunks are scored{'' if done < of else '; run with --merge'}")
         return None
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
-    manifest: dict[str, Any] | None = None
-    with _meeting(rank, ranks) as meet:
-        lock = RunLock(folder / "work") if rank == 0 else None
-        if lock:
-            lock.take()
+    with _meeting(work, rank, ranks) as meet:
         while True:
-            jobs = []
-            if rank == 0:
-                try:
-                    manifest = _finish(config, model, workers, overwrite, log)
-                except Pending as pending:
-                    jobs = pending.jobs
-                    write_json(waiting, {"config": asked, "jobs": [vars(job) for job in jobs]})
-                    if merge:
-                        log(f"{pending}: {pending.chunks()[1]} chunks; run --shard I/N for all, then --merge")
-                        return None
+            manifest, jobs = None, list[Job]()
+            try:
+                manifest = None if rank else _finish(config, model, workers, overwrite, log)
+            except Pending as pending:
+                jobs = pending.jobs
+                write_json(waiting, {"config": asked, "jobs": [vars(job) for job in jobs]})
+                if merge:
+                    log(f"{pending}: {pending.chunks()[1]} chunks; run --shard I/N for all, then --merge")
+                    return None
             jobs = [Job(**job) for job in meet([vars(job) for job in jobs])]
             if not jobs:
                 return manifest
@@ -298,80 +284,72 @@ def _finish(
     config: CurationConfig, model: Make, workers: int, overwrite: bool, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """The manifest: that which is there, or a new one. Raises Pending where scores are missing."""
-    folder, path = Path(config.output), Path(config.output) / "manifest.json"
-    kinds = {
-        "quality": config.quality and any(s.score is None for s in config.sources.values()),
-        "judge": config.judge,
-        "embed": config.duplicates and config.duplicates.semantic,
-    }
-    models = {kind: str(model(kind).identity) for kind, is_used in kinds.items() if is_used}
-    request = {**request_of(config), "models": models}
-    theirs = (read(path) or {}).get("request") if path.exists() else None
+    path = Path(config.output) / "manifest.json"
+    request = _request(config, model)
     if path.exists() and not overwrite:
         way_out = "name another output, or replace the results with --overwrite"
+        theirs = (read(path) or {}).get("request")
         if not isinstance(theirs, dict):
             raise ValueError(f"{path} is damaged, or another tool's; {way_out}")
         standing(theirs, request, lambda: True, f"{path} is of another request", way_out)
-    manifest = answered(path, request)
-    parts = (manifest or {}).get("parts")
-    if (
-        manifest
-        and isinstance(parts, dict)
-        and all(
-            (folder / name).is_file() and sha256(folder / name) == digest for name, digest in parts.items()
-        )
-    ):
+    if (manifest := answered(path, request)) is not None:
         log(f"already done: {path}")
-        record(folder, manifest)
+        record(manifest, path.parent, STAGE, request["pairs"])
         return manifest
-    return write(config, advance(config, model, workers), request, models)
+    return write(config, advance(config, model, workers), request)
 
 
-def request_of(config: CurationConfig) -> dict[str, Any]:
-    """All that decides the results, but the models' files."""
-    named = [*config.prompts("judge").values(), *config.prompts("domain").values()]
-    named += [Path(config.quality.labelled)] if config.quality and config.quality.labelled else []
-    named += map(Path, config.decontamination.items.values() if config.decontamination else ())
-    inputs = {name: [identity(one) for one in open_inputs(s.text)] for name, s in config.sources.items()}
+def _request(config: CurationConfig, model: Make) -> dict[str, Any]:
+    """All that decides the results."""
+    inputs = {name: open_inputs(source.inputs()) for name, source in config.sources.items()}
     return {
         "format": FORMAT,
         "curation": {k: v for k, v in dataclasses.asdict(config).items() if k != "output"},
-        "inputs": inputs,
+        "inputs": {name: [identity(one) for one in of] for name, of in inputs.items()},
         "pairs": {source.prefix: identity_of(source.prefix) for source in config.sources.values()},
-        "files": {str(path): sha256(path) for path in named},
+        "files": {str(path): sha256(path) for path in config.files()},
+        "models": {kind: str(model(kind).identity) for kind in config.models()},
     }
 
 
 @contextmanager
-def _meeting(rank: int, ranks: int) -> Iterator[Callable[[Any], Any]]:
+def _meeting(work: Path, rank: int, ranks: int) -> Iterator[Callable[[Any], Any]]:
     """Where the ranks of a launch meet: a function that gives every rank the first rank's value.
 
-    The first rank prepares for hours, so a store is what they wait at: a collective would time out.
+    The first rank, which alone prepares, holds the lock of the folder. It may take hours, so the others wait
+    at a store: a collective would time out.
     """
+    if rank == 0:
+        lock = RunLock(work)
+        lock.take()
     if ranks == 1:
-        yield lambda value: value
+        try:
+            yield lambda value: value
+        finally:
+            lock.release()
         return
     import torch.distributed as dist
 
     from megatron_r1 import backend
     from megatron_r1.parallel import launch_store
 
+    exit_when_orphaned()
     backend.use_local_device(launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", 1))
     store, turns = launch_store(timedelta(days=30))[0], count()
 
+    def arrive(place: str) -> None:
+        store.add(place, 1)
+        while rank == 0 and store.add(place, 0) < ranks:
+            time.sleep(0.1)
+
     def meet(value: Any) -> Any:
         turn = next(turns)
-        store.add(f"there/{turn}", 1)
-        if rank:
-            return parse_json(store.get(f"value/{turn}"), "a message between ranks")
-        while store.add(f"there/{turn}", 0) < ranks:
-            time.sleep(0.1)
-        store.set(f"value/{turn}", json.dumps(value))
-        return value
+        arrive(f"there/{turn}")
+        if rank == 0:
+            store.set(f"value/{turn}", json.dumps(value))
+        return parse_json(store.get(f"value/{turn}"), "a message between ranks")
 
     with rewording(lambda error: f"the first rank has ended ({error!s:.200})", dist.DistError):
         yield meet
         # The first rank's process is the store.
-        store.add("left", 1)
-        while rank == 0 and store.add("left", 0) < ranks:
-            time.sleep(0.1)
+        arrive("left")

@@ -27,21 +27,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.probes import SETS, PairSource, check_tokenizers, write_set
+from megatron_r1.curation.probes import SETS, PairSource, check_tokenizers, record, write_set
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import SCORES, Source
 from megatron_r1.curation.work import parquet_rows
-from megatron_r1.data.indexed import IndexedDataset, document_starts, identity_of, open_corpus, with_suffix
+from megatron_r1.data.indexed import IndexedDataset, document_starts, open_corpus, with_suffix
 from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.data.keep import documents_mask
 from megatron_r1.data.provenance import Provenance, read_provenance
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
-from megatron_r1.run.stage import answer, finish
+from megatron_r1.run.stage import answer, read
 from megatron_r1.system.errors import require, some
-from megatron_r1.system.files import make_folder, replacing, sha256, write_text
+from megatron_r1.system.files import plain_name, replacing, write_text
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
+
+STAGE = "curate probes"
+"""Name in the ledger."""
 
 
 @dataclass
@@ -80,9 +83,7 @@ def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes_D16).view("S16").ravel()
 
 
-def write(
-    config: CurationConfig, out: Outcome, request: dict[str, Any], models: Mapping[str, str]
-) -> dict[str, Any]:
+def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict[str, Any]:
     """Write all results, the manifest last. Returns the manifest.
 
     Raises ValueError for a pair that holds none of its source's text, for tokenizers that differ, and for a
@@ -92,90 +93,76 @@ def write(
     pairs = {name: _Pair(source, config.sources[name].prefix) for name, source in out.sources.items()}
     say_unchecked([pair.corpus for pair in pairs.values()])
     check_tokenizers([pair.tokens for pair in pairs.values()], form.end_documents)
-    chosen = {name: _in_pair(out, pairs[name], config.sources[name].prefix) for name in pairs}
-    sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items() if len(rows)}
+    chosen = {name: _in_pair(out, pair) for name, pair in pairs.items()}
+    missing = {name: len(out.chosen[name]) - len(rows) for name, rows in chosen.items()}
+    chosen = {name: rows for name, rows in chosen.items() if len(rows)}
+    sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items()}
+    facts: dict[str, Any] = {set_name: {"sources": [*of]} for set_name, of in sets.items()}
     for domain, members in config.domains().items():
         for half, kind in enumerate(SETS):
-            of = {n: chosen[n][_halves(out.sources[n].ids_N[chosen[n]]) == half] for n in members}
-            if not sum(map(len, of.values())):
-                counts = ", ".join(f"{n} {len(chosen[n])}" for n in members)
+            of = {n: chosen[n][out.sources[n].halves(chosen[n]) == half] for n in members if n in chosen}
+            if not any(map(len, of.values())):
+                counts = ", ".join(f"{n} {len(chosen.get(n, ()))}" for n in members)
                 fault = f"domain {domain} has no document for {kind}_{domain} (documents left: {counts})"
                 raise ValueError(f"{fault}; raise documents or most, or lower a threshold of its sources")
             sets[f"{kind}_{domain}"] = of
-    (folder / "manifest.json").unlink(missing_ok=True)
-    make_folder(folder / "keep")
-    make_folder(folder / "documents")
-    files, parts = list[Path](), list[Path]()
-    for name, of in sets.items():
-        facts = {
-            "sources": list(of),
-            **({} if name.startswith("rep") else {"capability": name.split("_", 1)[1]}),
-        }
+            facts[f"{kind}_{domain}"] = {"capability": domain, "sources": members}
+    _remove_earlier(folder)
+    files = list[Path]()
+    for set_name, of in sets.items():
         stretches = _in_turn(of, out.sources, pairs, form.max_document_tokens)
-        write_set(folder / name, stretches, next(iter(pairs.values())).tokens, form.end_documents, facts)
-        files += [with_suffix(folder / name, suffix) for suffix in (".bin", ".idx")]
+        first = next(iter(pairs.values())).tokens
+        write_set(folder / set_name, stretches, first, form.end_documents, facts[set_name])
+        files += [with_suffix(folder / set_name, suffix) for suffix in (".bin", ".idx")]
     masks = {}
     for name, rows in chosen.items():
-        if len(rows):
-            kept_D = ~pairs[name].origins.among(pairs[name].hash_N[rows].tolist())
-            mask = documents_mask(pairs[name].corpus, kept_D, form.seq_length)
-            masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
-            with replacing(masks[name]) as stream:
-                stream.write(mask)
-            score_N = out.sources[name].score_N
-            by_id = {row["id"]: row for row in out.sources[name].rows(np.sort(rows))}
-            ranked = (by_id[out.sources[name].ids_N[row].decode()] | {"row": row} for row in rows)
-            parts += [masks[name], folder / "documents" / f"{name}.parquet"]
-            parquet_rows(
-                parts[-1],
-                ({**r, "metadata": {**r["metadata"], "score": float(score_N[r["row"]])}} for r in ranked),
-            )
+        kept_D = ~pairs[name].origins.among(pairs[name].hash_N[rows].tolist())
+        mask = documents_mask(pairs[name].corpus, kept_D, form.seq_length)
+        masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
+        with replacing(masks[name]) as stream:
+            stream.write(mask)
+        parquet_rows(text := folder / "documents" / f"{name}.parquet", out.sources[name].with_scores(rows))
+        files += [masks[name], text]
     _tables(folder, out, pairs)
     write_text(folder / "curated.yaml", _for_trainer(config, folder, masks))
-    funnel = {
-        name: _funnel(source, len(out.chosen[name]) - len(chosen[name]))
-        for name, source in out.sources.items()
-    }
-    content = {
-        "models": dict(models),
-        "funnel": funnel,
+    content: dict[str, Any] = {
+        "models": request["models"],
+        "funnel": {name: _funnel(source, missing[name]) for name, source in out.sources.items()},
         **out.facts,
-        "sets": {name: {n: len(rows) for n, rows in of.items()} for name, of in sets.items()},
+        "sets": {set_name: {n: len(rows) for n, rows in of.items()} for set_name, of in sets.items()},
     }
     write_text(folder / "README.md", _card(config, content))
-    tables = ["scores.parquet", "pairs.parquet", "hits.parquet", "curated.yaml", "README.md"]
+    tables = ("scores.parquet", "pairs.parquet", "hits.parquet", "curated.yaml", "README.md")
     files += [folder / name for name in tables]
-    content["parts"] = {str(path.relative_to(folder)): sha256(path) for path in parts}
     manifest = answer(folder / "manifest.json", request, files, **content)
-    record(folder, manifest)
+    record(manifest, folder, STAGE, request["pairs"])
     return manifest
 
 
-def record(folder: Path, manifest: dict[str, Any]) -> None:
-    """Add the ledger line, which names datasets by their identity."""
-    pairs = [folder / name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin")]
-    outputs = {str(prefix): identity_of(prefix) for prefix in pairs}
-    rest = {**manifest["files"], **manifest["parts"]}.items()
-    outputs |= {str(folder / name): digest for name, digest in rest if not name.endswith((".bin", ".idx"))}
-    finish(folder, "curate probes", inputs=manifest["request"]["pairs"], outputs=outputs)
+def _remove_earlier(folder: Path) -> None:
+    """Remove what an earlier manifest lists, which comes last. Its masks stay: a phase may name them."""
+    manifest = folder / "manifest.json"
+    listed = (read(manifest) or {}).get("files")
+    for name in listed if isinstance(listed, dict) else ():
+        parts = name.split("/")
+        if all(map(plain_name, parts)) and parts[0] != "keep":
+            folder.joinpath(*parts).unlink(missing_ok=True)
+    manifest.unlink(missing_ok=True)
 
 
-def _in_pair(out: Outcome, pair: _Pair, prefix: str) -> np.ndarray:
+def _in_pair(out: Outcome, pair: _Pair) -> np.ndarray:
     """Rows of R_g that the pair has."""
     rows, source = out.chosen[pair.corpus.name], out.sources[pair.corpus.name]
     there = pair.place_N[rows] >= 0
     if missing := int((~there).sum()):
         ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
-        fault = f"sources.{source.name}: {prefix} lacks {missing} of {len(rows)} documents ({ids})"
+        fault = (
+            f"sources.{source.name}: {pair.corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
+        )
         if missing == len(rows):
             raise ValueError(f"{fault}; it was made of other texts: name the pair that was made of these")
         say(f"warning: {fault}; they are in no set")
     return rows[there]
-
-
-def _halves(ids: np.ndarray) -> np.ndarray:
-    """0 or 1 for each id, by its last bit."""
-    return np.array([int(one[-1:], 16) % 2 for one in ids], int)
 
 
 def _in_turn(

@@ -41,7 +41,7 @@ from megatron_r1.system.process import allow_open_files
 from megatron_r1.system.terminal import Progress, say
 from megatron_r1.system.yaml_io import format_yaml
 
-FORMAT = 2
+FORMAT, _STAGE = 2, "set probes aside"
 SETS = ("probe", "heldout")
 _AT_ONCE = 1000
 """Documents hashed between two updates of the progress bar."""
@@ -125,7 +125,7 @@ def curate_probes(
     say_unchecked(corpora)
     # Tokens and three parts of the index of each stay mapped, and a mapping holds a file.
     allow_open_files(4 * len(sources), "mapped files of datasets")
-    request = {
+    request: dict[str, Any] = {
         "format": FORMAT,
         "sources": {n: {"prefix": str(p), "identity": identity_of(p)} for n, p in sources.items()},
         "capabilities": {name: list(members) for name, members in capabilities.items()},
@@ -134,13 +134,14 @@ def curate_probes(
         "max_document_tokens": max_document_tokens,
         **({"end_documents": True} if end_documents else {}),
     }
+    inputs = {of["prefix"]: of["identity"] for of in request["sources"].values()}
     manifest_path = output_dir / "manifest.json"
     if manifest_path.exists() and not overwrite:
         _refuse_other(manifest_path, request)
     if (manifest := answered(manifest_path, request)) is not None and _is_whole(manifest, request):
         log(f"already done: {manifest_path}")
         if not check:
-            _record(manifest, output_dir)
+            record(manifest, output_dir, _STAGE, inputs)
         return manifest
     need = int(2 * tokens_per_source * SLACK)
     opened = [_divide(c, of_capability.get(c.name), fraction, need, max_document_tokens) for c in corpora]
@@ -173,7 +174,7 @@ def curate_probes(
             files += [with_suffix(prefix, suffix) for suffix in (".bin", ".idx")]
     write_text(output_dir / "split.yaml", _split(opened, capabilities, output_dir))
     manifest = answer(manifest_path, request, [*files, output_dir / "split.yaml"], sources=report)
-    _record(manifest, output_dir)
+    record(manifest, output_dir, _STAGE, inputs)
     return manifest
 
 
@@ -205,14 +206,13 @@ def _is_whole(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
     return same and all(is_count(of.get(name)) for of in sources.values() for name in _COUNTS)
 
 
-def _record(manifest: dict[str, Any], directory: Path) -> None:
-    """Add the ledger line, which names datasets by their identity."""
+def record(manifest: dict[str, Any], directory: Path, stage: str, inputs: Mapping[str, str]) -> None:
+    """Add the ledger line, which names datasets by their identity. `inputs`: prefix -> identity."""
     files = {directory / name: digest for name, digest in manifest["files"].items()}
     prefixes = [path.with_suffix("") for path in files if path.suffix == ".bin"]
     outputs = {str(prefix): identity_of(prefix) for prefix in prefixes}
     outputs |= {str(path): digest for path, digest in files.items() if path.suffix not in (".bin", ".idx")}
-    inputs = {of["prefix"]: of["identity"] for of in manifest["request"]["sources"].values()}
-    finish(directory, "set probes aside", inputs=inputs, outputs=outputs)
+    finish(directory, stage, inputs=inputs, outputs=outputs)
 
 
 def _capability_of_sources(

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ class TextSource(Section):
     """A training source as text, and the pair that was made of it."""
 
     text: list[Text]
-    """Inputs as tools/preprocess_data.py reads them."""
+    """Inputs as tools/preprocess_data.py reads them. One with *, ? or [ stands for all files that match."""
     prefix: Text
     """The source's pair, without `.bin` / `.idx`. Documents are found in it by the hash of their text."""
     key: Text = "text"
@@ -45,12 +46,25 @@ class TextSource(Section):
     score: Text | None = None
     """Key of a quality that the source has already, `a.b` within `a`. It takes the place of quality.model."""
 
+    def keys(self) -> list[str]:
+        return [self.key, *([self.score] if self.score else [])]
+
+    def inputs(self) -> tuple[str, ...]:
+        """The names of its inputs. Raises FileNotFoundError for a pattern that no file matches."""
+        found = list[str]()
+        for name in self.text:
+            matches = [name] if Path(name).exists() or not has_magic(name) else sorted(glob(name))
+            if not matches:
+                raise FileNotFoundError(f"input {name}: no file matches")
+            found += matches
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Quality(Section):
     """The first stage: a classifier of quality."""
 
-    model: Text | None = "HuggingFaceFW/fineweb-edu-classifier"
+    model: Text | None = "HuggingFaceFW/fineweb-edu-classifier@main"
     """Sequence classification or regression model; with `labelled`, a model of sentence embeddings."""
     threshold: Finite = 4.0
     """A document passes with a score above this."""
@@ -145,6 +159,22 @@ class CurationConfig(Section):
         names = dict.fromkeys(domain for source in self.sources.values() for domain in source.domains)
         return {of: [name for name, s in self.sources.items() if of in s.domains] for of in names}
 
+    def models(self) -> list[str]:
+        """Kinds of jobs that load a model of their own."""
+        uses = {
+            "quality": self.quality and any(source.score is None for source in self.sources.values()),
+            "judge": self.judge,
+            "embed": self.duplicates and self.duplicates.semantic,
+        }
+        return [kind for kind, used in uses.items() if used]
+
+    def files(self) -> list[Path]:
+        """Prompts, labelled texts and evaluation items."""
+        named = [*self.prompts("judge").values(), *self.prompts("domain").values()]
+        named += [Path(self.quality.labelled)] if self.quality and self.quality.labelled else []
+        named += map(Path, self.decontamination.items.values() if self.decontamination else ())
+        return list(dict.fromkeys(named))
+
     def prompts(self, kind: str) -> dict[str, Path]:
         """Source -> file of its prompt, "judge": the general one, "domain": that of its domains."""
         if self.judge is None:
@@ -196,10 +226,7 @@ def _check_whole(config: CurationConfig) -> None:
             out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
     if quality and quality.labelled and (quality.label or quality.model is None):
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
-    named = [*config.prompts("judge").values(), *config.prompts("domain").values()]
-    named += [Path(quality.labelled)] if quality and quality.labelled else []
-    named += map(Path, config.decontamination.items.values() if config.decontamination else ())
-    missing = [path for path in dict.fromkeys(named) if not path.is_file()]
+    missing = [path for path in config.files() if not path.is_file()]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
     if out:
         raise ConfigError(out)

@@ -17,9 +17,10 @@ import hashlib
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -118,9 +119,9 @@ def draw(
     """
     source = config.sources[name]
     language = config.quality.language if config.quality else None
-    inputs = open_inputs(source.text)
+    inputs = open_inputs(source.inputs())
     for one in inputs:
-        one.check([source.key, *([source.score] if source.score else [])])
+        one.check(source.keys())
     key = key_of(
         format=FORMAT, inputs=[identity(one) for one in inputs], key=source.key, score=source.score,
         language=language, seed=config.seed, target=target, before=before and before.path.name,
@@ -135,14 +136,15 @@ def draw(
     rate = len(before) / begin if before else 0.0
     units, fresh = list[Documents](), set[str]()
     read = partial(_read, name, source, language)
-    with Progress(f"sample {name}", target, "documents") as bar:
+    with _processes(workers) as shared, Progress(f"sample {name}", target, "documents") as bar:
         while len(fresh) < target and end < len(parts):
             more = -(-(target - len(fresh)) // max(rate, 1e-3)) if end > begin or before else _FIRST
             # One that is rare at first is not taken for rare everywhere.
             more = min(int(more), 8 * max(end - begin, begin, _FIRST), len(parts) - end)
             tasks = parts.tasks(inputs, end, end + more)
             paths = [drawn / f"{task:08d}.parquet" for task in tasks]
-            _in_order(read, list(tasks.values()), paths, workers)
+            for _ in shared(read, tasks.values(), paths):
+                pass
             units += (some := [Documents(one) for one in paths])
             had = len(fresh)
             fresh |= {row["id"] for unit in some for row in unit.rows("id")} - known
@@ -166,7 +168,7 @@ def draw(
     facts = {
         "parts": end,
         "share": float(parts.bytes_P[:end].sum() / max(parts.bytes_P.sum(), 1)) if end < len(parts) else 1.0,
-        "counts": dict(counts),
+        "counts": dict(+counts),
         "rejects": rejects[:_MOST_REJECTS],
     }
     write_documents(path, islice(rows, most), lambda: facts)
@@ -174,20 +176,22 @@ def draw(
     return Documents(path)
 
 
-def _in_order(read: Any, tasks: Sequence[list[Part]], paths: Sequence[Path], workers: int) -> None:
-    if workers == 1 or len(tasks) == 1:
-        for task in zip(tasks, paths, strict=True):
-            read(*task)
+@contextmanager
+def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
+    """A `map` that so many processes share."""
+    if workers == 1:
+        yield map
         return
     # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
     context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, follow_parent)
     try:
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent) as pool:
-            for _ in pool.map(read, tasks, paths):
-                pass
+        yield pool.map
     except BrokenProcessPool:
         way_out = "run again with fewer --workers to go on"
         raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(name: str, source: TextSource, language: str | None, parts: Sequence[Part], path: Path) -> None:
@@ -211,15 +215,14 @@ def _rows(
     counts: Counter[str],
     rejects: list[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    inputs = _opened(tuple(source.text))
+    inputs = _opened(source.inputs())
     classify = require("py3langid", "quality.language").classify if language else None
-    keys = [source.key, *([source.score] if source.score else [])]
     numbers = {number for _, number, _ in parts}
     packed = _is_packed(inputs[parts[0][0]])
     for of_input, number, count in parts[:1] if packed else parts:
         opened = inputs[of_input]
         lo, hi = (0, opened.size) if packed else (opened.size * n // count for n in (number, number + 1))
-        for piece in opened.pieces(of_input, keys, lo, hi):
+        for piece in opened.pieces(of_input, source.keys(), lo, hi):
             for line, row in enumerate(piece.rows, piece.first):
                 try:
                     if (record := parse(row)) is None:
@@ -296,6 +299,17 @@ class Source:
         """Rows from the best score down."""
         score_N = self.score_N if score_N is None else score_N
         return rows[np.lexsort((self.ids_N[rows], -score_N[rows]))]
+
+    def with_scores(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The documents of these rows, in this order, with their latest scores."""
+        by_id, score_N = {row["id"]: row for row in self.rows(np.sort(rows))}, self.score_N
+        for at in rows:
+            row = by_id[self.ids_N[at].decode()]
+            yield {**row, "metadata": {**row["metadata"], "score": float(score_N[at])}}
+
+    def halves(self, rows: np.ndarray) -> np.ndarray:
+        """0 or 1 for each of these rows, by the last bit of its id."""
+        return np.array([int(one[-1:], 16) % 2 for one in self.ids_N[rows]], int)
 
     def file(self, work: Path) -> Path:
         """The documents that are left, as a file for the next model."""

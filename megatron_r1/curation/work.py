@@ -185,8 +185,11 @@ def score(
             if scorer.identity != job.identity:
                 fault = f"{job.kind}: the model here is {scorer.identity[:12]}, and scores are wanted of"
                 raise ValueError(f"{fault} {job.identity[:12]}; give every machine the same files")
-            rows, prompt = Documents(job.documents).read(i, "text", "id"), [job.prompt] if job.prompt else []
-            values = np.asarray(scorer([row["text"] for row in rows], *prompt), np.float32)
+            rows = Documents(job.documents).read(i, "text", "id")
+            texts = [row["text"] for row in rows]
+            values = np.asarray(
+                scorer(texts) if job.prompt is None else scorer.judge(texts, job.prompt), np.float32
+            )
             assert len(values) == len(rows)
             wrong = np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(1))
             if len(wrong):

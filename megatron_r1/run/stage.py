@@ -98,7 +98,7 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
     def whole() -> bool:
         # A manifest that lists no files is never whole.
         files = content.get("files") or {manifest.name: None}
-        if not isinstance(files, dict) or not all(map(plain_name, files)):
+        if not isinstance(files, dict) or not all(plain_name(p) for f in files for p in str(f).split("/")):
             return False
         paths = {manifest.parent / name: digest for name, digest in files.items()}
         return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
@@ -107,8 +107,9 @@ def answered(manifest: Path, request: Request) -> dict[str, Any] | None:
 
 
 def answer(manifest: Path, request: Request, files: Iterable[Path], **facts: Any) -> dict[str, Any]:
-    """Write the manifest of a result, beside its files: request, facts, SHA-256 of each file."""
-    content = {"request": request, **facts, "files": {path.name: sha256(path) for path in files}}
+    """Write the manifest of a result: request, facts, SHA-256 of each file, beside it or in folders there."""
+    names = {path.relative_to(manifest.parent).as_posix(): path for path in files}
+    content = {"request": request, **facts, "files": {name: sha256(path) for name, path in names.items()}}
     write_json(manifest, content)
     return content
 

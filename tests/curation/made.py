@@ -1,4 +1,4 @@
-"""Sources whose documents say their own scores, pairs whose tokens are their bytes, and models that read them."""
+"""Sources whose documents state their scores, pairs whose tokens are bytes, and models that read these."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_r1.data.provenance import ORIGIN, text_hashes
 from megatron_r1.system.files import write_json
 from megatron_r1.system.yaml_io import format_yaml
 
-WORDS = [f"w{i}" for i in range(4000)]
+WORDS = np.array([f"w{i}" for i in range(4000)])
 
 
 def documents(seed: int, n: int, topic: str = "") -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def documents(seed: int, n: int, topic: str = "") -> list[dict[str, Any]]:
     out = []
     for _ in range(n):
         q, j, d = rng.uniform(0, 5), rng.random(), rng.random()
-        words = " ".join(rng.choice(WORDS, 30))
+        words = " ".join(WORDS[rng.integers(0, 4000, 30)])
         out.append({"text": f"q={q:.4f} j={j:.4f} d={d:.4f} {topic} {words}", "own": round(q, 4)})
     return out
 
@@ -62,11 +62,17 @@ class Stated:
     def __init__(self, kind: str, identity: str = "a" * 64):
         self.identity, self.kind, self.asked = identity, kind, 0
 
-    def __call__(self, texts, prompt: str | None = None) -> np.ndarray:
+    def __call__(self, texts) -> np.ndarray:
+        if self.kind == "quality":
+            return self._stated(texts, "q")
         self.asked += len(texts)
-        if self.kind == "embed":
-            return np.stack([_embedding(text) for text in texts])
-        letter = "q" if self.kind == "quality" else "j" if "general" in str(prompt) else "d"
+        return np.stack([_embedding(text) for text in texts])
+
+    def judge(self, texts, prompt: str) -> np.ndarray:
+        return self._stated(texts, "j" if "general" in prompt else "d")
+
+    def _stated(self, texts, letter: str) -> np.ndarray:
+        self.asked += len(texts)
         return np.array([float(re.search(rf"{letter}=([\d.]+)", text)[1]) for text in texts], np.float32)
 
 
