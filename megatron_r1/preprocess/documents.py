@@ -164,7 +164,7 @@ def open_inputs(names: Sequence[str | Path], longest: int = MOST_BYTES) -> list[
 
     ValueError for a file that is named twice: its documents would come twice.
     """
-    every = [path for name in names for path in (("*" in str(name) and sorted(glob(str(name)))) or [name])]
+    every = [path for name in map(str, names) for path in (("*" in name and sorted(glob(name))) or [name])]
     sources, known = [open_input(name, longest) for name in every], dict[str, Input]()
     for source in sources:
         first = known.setdefault(os.path.realpath(source.name), source)
