@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_dedup.py [--documents 5000] [--repeats 5] [--model FOLDER]
 
 Near: pieces of 2 kB of the sources of Python and its packages, and copies of a tenth of them with 1 % of
-the words replaced. Theirs is MinHash.bulk with xxh3 and MinHashLSH of the same bands, with insert and query of
+the words replaced. Theirs is MinHash.bulk with xxh3 and MinHashLSH of the same bands: insert, and query, of
 each document. It returns candidates, and the output says how many reach the threshold. Ours compares its
 candidates in the measured time. Floor: 3 times the documents of a processor second, and within one percent
 the same recall of copies that reach the threshold by plain sets of shingles.

@@ -110,6 +110,8 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
             several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
             stay = np.repeat(several & (sizes > 2 - first_alone), sizes)
             order, group, bucket = order[stay], group[stay], np.repeat(np.arange(len(starts)), sizes)[stay]
+            if not len(order):
+                break
             chosen = np.diff(bucket, prepend=-1) > 0
             if not first_alone:
                 code, which, members = np.unique(bucket * n + group, return_inverse=True, return_counts=True)
@@ -236,7 +238,7 @@ def _alike(
     # Whole buckets together, of about `_AT_ONCE` documents or one larger bucket.
     begins = np.flatnonzero(np.diff(bucket, prepend=-1))
     cuts = begins[np.flatnonzero(np.diff(begins // _AT_ONCE)) + 1]
-    for place in np.split(np.arange(len(order)), cuts) if len(order) else ():
+    for place in np.split(np.arange(len(order)), cuts):
         shingles, starts, _ = _shingles([texts[i] for i in order[place]])
         row = np.repeat(np.arange(len(place)), np.diff(starts, append=len(shingles)))
         # Shingles of two buckets are no common ones.
