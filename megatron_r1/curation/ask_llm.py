@@ -27,8 +27,8 @@ from megatron_r1.system.errors import shown
 
 DOCUMENT = "{document}"
 LABELS = ("1", "0")
-_TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
-"""For templates that would write today's date, or let the model think before it answers."""
+_TEMPLATE = {"add_generation_prompt": True, "date_string": "26 Jul 2024", "enable_thinking": False}
+"""The last two are for templates that write today's date, or let the model think before it answers."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Judge(Pretrained):
 
         def forward(ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
             if asked.keys is None:
-                head.last_B = torch.tensor([-1])
+                head.last_B = -1
                 before_1S = torch.tensor([asked.before], device=ids_BS.device)
                 asked.keys = self.network(input_ids=before_1S, use_cache=True).past_key_values
             keys = copy.deepcopy(asked.keys)
@@ -123,9 +123,7 @@ class Judge(Pretrained):
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}]
             with self._reading():
-                text = self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True, **_TEMPLATE
-                )
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE)
             if text.count(DOCUMENT) != 1:
                 raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
             instruction, _, question = text.partition(DOCUMENT)
@@ -155,7 +153,5 @@ class Judge(Pretrained):
                 return ids, [one[-1] for one in whole]
         asked = answers[0][0]
         spelled = {label: self.tokenizer.tokenize(f"{asked}{label}")[-3:] for label in LABELS}
-        fault = (
-            f"{self.model}: after {asked[-12:]!r} a label is no single token: texts end in {shown(spelled)}"
-        )
-        raise ValueError(f"{fault}; ask another model")
+        fault = f"after {asked[-12:]!r} a label is no single token: texts end in {shown(spelled)}"
+        raise ValueError(f"{self.model}: {fault}; ask another model")

@@ -119,6 +119,18 @@ def test_windows_of_attention_count_positions_as_without_a_cache(tmp_path: Path)
     np.testing.assert_allclose(Judge(str(tmp_path), 40).judge(some, PROMPT), wanted, atol=1e-5)
 
 
+def test_bf16_moves_scores_and_makes_none_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer's logits would be a multiple of 2^-7 of their size, and many scores the same."""
+    llama(tmp_path, len(byte_pairs(tmp_path)))
+    some = sorted({*texts(100)})
+    exact = Judge(str(tmp_path), 40).judge(some, PROMPT)
+    monkeypatch.setattr(backend, "fast_precision", lambda: "bf16")
+    found = Judge(str(tmp_path), 40).judge(some, PROMPT)
+    np.testing.assert_allclose(found, exact, atol=0.05)
+    assert not np.array_equal(found, exact)
+    assert len({*found}) == len(some)
+
+
 def test_prompts_of_a_judge_do_not_mix(tmp_path: Path) -> None:
     llama(tmp_path, len(byte_pairs(tmp_path)))
     judge, some, other = Judge(str(tmp_path), 40), texts(6), PROMPT.replace("books", "cats")
