@@ -23,7 +23,7 @@ python tools/curate_probes.py --output-dir data/probes \\
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
 
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.curation.request import CurationConfig, load
@@ -88,7 +88,7 @@ def main() -> None:
     add("--max-document-tokens", type=count, default=2048, help="of one document (default: %(default)s)")
     add("--end-documents", action="store_true", help="end what is cut out of a document by the "
         "end-of-document token, for data.cross_documents=false")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     others = sorted(given & set(_SPLIT if args.request else _JUDGED))
     if others:
@@ -182,17 +182,18 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
     if config.duplicates and config.duplicates.semantic:
         work["embed"] = "embed", n * left, _EMBED_TOKENS
     size = f"{n * sample:,} documents, {sample:,} of each of {n} sources"
+    names = {
+        "quality": config.quality and config.quality.model,
+        "judge": asked and asked.model,
+        "embed": config.duplicates and config.duplicates.semantic,
+    }
     print(f"sample: {size}, at a pass rate of {pass_rate:g}")
     total = 0.0
     for stage, (kind, documents, tokens) in work.items():
-        try:
-            each: Any = load_model(config, kind).flops(tokens)
-            by = "by the model's own shape"
-        except (FileNotFoundError, ImportError):
-            each, by = (
-                2 * _PARAMETERS[kind] * tokens,
-                f"by {_PARAMETERS[kind]:.3g} parameters: it is not here",
-            )
+        # A model of the hub would be fetched for an estimate.
+        here = Path(names[kind] or "").is_dir()
+        each = load_model(config, kind).flops(tokens) if here else 2 * _PARAMETERS[kind] * tokens
+        by = "by the model's own shape" if here else f"by {_PARAMETERS[kind]:.3g} parameters: it is not here"
         flop = each * documents
         total += flop
         hours = flop / tflops / 1e12 / 3600

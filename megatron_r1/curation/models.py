@@ -28,6 +28,7 @@ from megatron_r1.export.origin import tokenizer_of
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.system.errors import hub_name, require, rewording, shown, some
 from megatron_r1.system.json_io import read_json, read_object
+from megatron_r1.system.process import launch_number
 
 CHARACTERS = 8
 """A document is cut to so many characters for each token that is read, before it is tokenized."""
@@ -183,7 +184,7 @@ def _folder_of(model: str) -> tuple[Path, object]:
     """The folder with a model's files, and the object that it lives as long as."""
     path = Path(model)
     if (path / META).is_file():
-        if dist.is_initialized():
+        if dist.is_initialized() or launch_number("WORLD_SIZE", 1) > 1:
             way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {path} FOLDER"
             raise ValueError(f"{path} is a checkpoint, which a launch of ranks does not convert; {way_out}")
         # These need megatron-core, whose import takes seconds.

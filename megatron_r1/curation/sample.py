@@ -23,7 +23,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ SCORES = ("quality", "judge", "domain")
 SHOWN, CHARACTERS = 3, 300
 """Examples of a stage that the manifest shows, and their characters."""
 
-Part = tuple[int, int, int]
-"""Number of the input, of the part in it, and how many parts it has."""
+Task = tuple[int, list[int], int]
+"""Number of an input, those of some of its parts, and how many parts it has."""
 
 
 class Parts:
@@ -84,18 +83,15 @@ class Parts:
     def __len__(self) -> int:
         return len(self.input_P)
 
-    def tasks(self, inputs: Sequence[Input], begin: int, end: int) -> dict[int, list[Part]]:
-        """Parts [begin, end) by the task that reads them. A packed file is one task."""
-        tasks: dict[int, list[Part]] = {}
-        of_packed: dict[int, int] = {}
-        plain = begin
-        for at in range(begin, end):
-            number = int(self.input_P[at])
-            if _is_packed(inputs[number]):
-                task = of_packed.setdefault(number, at)
-            else:
-                plain = task = plain if 0 < len(tasks.get(plain, ())) < _AT_ONCE else at
-            tasks.setdefault(task, []).append((number, int(self.number_P[at]), int(self.count_I[number])))
+    def tasks(self, inputs: Sequence[Input], begin: int, end: int) -> list[Task]:
+        """Parts [begin, end) as tasks of one input each. A packed file, which is read whole, is one task."""
+        tasks = list[Task]()
+        input_P, number_P = self.input_P[begin:end], self.number_P[begin:end]
+        for number in np.unique(input_P).tolist():
+            mine = np.sort(number_P[input_P == number]).tolist()
+            size = len(mine) if _is_packed(inputs[number]) else _AT_ONCE
+            count = int(self.count_I[number])
+            tasks += [(number, mine[at : at + size], count) for at in range(0, len(mine), size)]
         return tasks
 
 
@@ -123,8 +119,8 @@ def draw(
     for one in inputs:
         one.check(source.keys())
     key = key_of(
-        format=FORMAT, inputs=[identity(one) for one in inputs], key=source.key, score=source.score,
-        language=language, seed=config.seed, target=target, before=before and before.path.name,
+        format=FORMAT, inputs=[identity(one) for one in inputs], keys=source.keys(), language=language,
+        seed=config.seed, target=target, most=config.most, before=before and before.path.name,
     )  # fmt: skip
     path, drawn = work / f"sample-{name}-{key}.parquet", work / f"draw-{name}-{key}"
     if path.with_suffix(".json").is_file():
@@ -142,8 +138,8 @@ def draw(
             # One that is rare at first is not taken for rare everywhere.
             more = min(int(more), 8 * max(end - begin, begin, _FIRST), len(parts) - end)
             tasks = parts.tasks(inputs, end, end + more)
-            paths = [drawn / f"{task:08d}.parquet" for task in tasks]
-            for _ in shared(read, tasks.values(), paths):
+            paths = [drawn / f"{end:08d}-{n:06d}.parquet" for n in range(len(tasks))]
+            for _ in shared(read, tasks, paths):
                 pass
             units += (some := [Documents(one) for one in paths])
             had = len(fresh)
@@ -154,8 +150,8 @@ def draw(
     counts = sum(
         (Counter(unit.facts["counts"]) for unit in units), Counter(before.facts["counts"] if before else {})
     )
-    most, seen = config.most - len(known), set(known)
-    rows = (row for unit in units for row in unit.rows() if not (row["id"] in seen or seen.add(row["id"])))  # type: ignore[func-returns-value]
+    # Of too many, those of the smallest hashes: in all places of the inputs.
+    wanted = set(sorted(fresh)[: config.most - len(known)])
     counts["repeated"] += sum(map(len, units)) - len(fresh)
     rejects = [
         *(before.facts["rejects"] if before else ()),
@@ -171,9 +167,18 @@ def draw(
         "counts": dict(+counts),
         "rejects": rejects[:_MOST_REJECTS],
     }
-    write_documents(path, islice(rows, most), lambda: facts)
+    write_documents(path, _once(units, wanted), lambda: facts)
     shutil.rmtree(drawn, ignore_errors=True)
     return Documents(path)
+
+
+def _once(units: Sequence[Documents], wanted: set[str]) -> Iterator[dict[str, Any]]:
+    """The documents of these ids, each once."""
+    for unit in units:
+        for row in unit.rows():
+            if row["id"] in wanted:
+                wanted.remove(row["id"])
+                yield row
 
 
 @contextmanager
@@ -194,11 +199,11 @@ def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(name: str, source: TextSource, language: str | None, parts: Sequence[Part], path: Path) -> None:
+def _read(name: str, source: TextSource, language: str | None, task: Task, path: Path) -> None:
     """Write the documents of some parts."""
     counts: Counter[str] = Counter()
     rejects: list[dict[str, Any]] = []
-    rows = _rows(name, source, language, parts, counts, rejects)
+    rows = _rows(name, source, language, task, counts, rejects)
     write_documents(path, rows, lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]})
 
 
@@ -211,17 +216,17 @@ def _rows(
     name: str,
     source: TextSource,
     language: str | None,
-    parts: Sequence[Part],
+    task: Task,
     counts: Counter[str],
     rejects: list[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     inputs = _opened(source.inputs())
     classify = require("py3langid", "quality.language").classify if language else None
-    numbers = {number for _, number, _ in parts}
-    packed = _is_packed(inputs[parts[0][0]])
-    for of_input, number, count in parts[:1] if packed else parts:
-        opened = inputs[of_input]
-        lo, hi = (0, opened.size) if packed else (opened.size * n // count for n in (number, number + 1))
+    of_input, numbers, count = task
+    opened = inputs[of_input]
+    packed, size = _is_packed(opened), opened.size
+    ranges = [(size * n // count, size * (n + 1) // count) for n in numbers]
+    for lo, hi in [(0, size)] if packed else ranges:
         for piece in opened.pieces(of_input, source.keys(), lo, hi):
             for line, row in enumerate(piece.rows, piece.first):
                 try:

@@ -482,7 +482,10 @@ def test_models_of_hugging_face_judge_as_they_do_outside_of_it(tmp_path):
         ids = dict(zip(of, hex_of(of), strict=True))
         for score, count in (
             (lambda some: classifier(some), config.needed()),
-            (lambda some: ask.judge(some, (tmp_path / "prompts/reasoning.txt").read_text()), config.needed() / 2),
+            (
+                lambda some: ask.judge(some, (tmp_path / "prompts/reasoning.txt").read_text()),
+                config.needed() / 2,
+            ),
             (lambda some: ask.judge(some, config.prompts("domain")[name].read_text()), 4),  # noqa: B023
         ):
             value = dict(zip(seen, score(seen), strict=True))
