@@ -44,6 +44,8 @@ _WORD = re.compile(r"(\w+)")
 _ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
 # Documents, or pairs of them, whose shingles are in memory together.
 _AT_ONCE = 256
+# Documents of a large bucket that are compared with all of it, up to twice as many.
+_FEW = 8
 # Semantic pairs that are in memory together before they are cut down to those that join groups.
 _WAITING = 1 << 21
 
@@ -90,7 +92,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
         shingles, starts, whole_N[some] = _shingles(texts[some])
         hashes = (shingles >> np.uint64(32)).astype(np.uint32)
         least = np.stack([np.minimum.reduceat(hashes * odd + added, starts) for odd, added in draw_PE])
-        key = np.arange(bands, dtype=np.uint64)[:, None]
+        key = np.zeros((bands, 1), dtype=np.uint64)
         for row in least.reshape(bands, rows, -1).swapaxes(0, 1):
             key = _mixed(key) + row
         keys_BN[:, some] = key
@@ -101,19 +103,20 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     document_M = np.sort(first)
     for key_N in keys_BN:
         order = document_M[np.argsort(key_N[document_M], kind="stable")]
-        for first_alone in (True, False):
-            # In each bucket of several groups its first document is compared with all, which joins copies by
-            # the thousand. Then those are that the largest group does not hold.
+        for few in (True, False):
+            # In each bucket of several groups some documents are compared with all, which joins copies by the
+            # thousand and is all of a small bucket. Then those are that the largest group does not hold.
             group = _groups(n, pairs)[order]
             starts = np.flatnonzero(np.diff(key_N[order], prepend=~key_N[order[:1]]))
             sizes = np.diff(starts, append=len(order))
             several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
-            stay = np.repeat(several & (sizes > 2 - first_alone), sizes)
+            stay = np.repeat(several & (sizes >= (2 if few else 2 * _FEW)), sizes)
+            within, step = np.arange(len(order)) - np.repeat(starts, sizes), np.maximum(1, sizes // _FEW)
             order, group, bucket = order[stay], group[stay], np.repeat(np.arange(len(starts)), sizes)[stay]
             if not len(order):
                 break
-            chosen = np.diff(bucket, prepend=-1) > 0
-            if not first_alone:
+            chosen = (within % np.repeat(step, sizes) == 0)[stay]
+            if not few:
                 code, which, members = np.unique(bucket * n + group, return_inverse=True, return_counts=True)
                 last = np.flatnonzero(np.diff(code // n, append=-1))
                 largest = code[np.lexsort((members, code // n))][last]
