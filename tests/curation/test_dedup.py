@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.curation import dedup
@@ -126,7 +126,7 @@ def one_bucket(monkeypatch: pytest.MonkeyPatch, compared: list[int]) -> Callable
     monkeypatch.setattr(dedup, "lsh_bands", lambda threshold: (1, 1))
 
     def make(ends: Sequence[str]) -> list[str]:
-        for words in sentences(100, 300, 0):
+        for words in sentences(100, 300, 11):
             texts = [" ".join([*words, end]) for end in ends]
             compared.clear()
             near_pairs(texts, 0.999)
@@ -138,15 +138,38 @@ def one_bucket(monkeypatch: pytest.MonkeyPatch, compared: list[int]) -> Callable
     return make
 
 
+@pytest.mark.parametrize("documents", [30, 90])
 def test_a_bucket_of_several_groups_misses_none(
-    one_bucket: Callable[[Sequence[str]], list[str]], compared: list[int]
+    documents: int, one_bucket: Callable[[Sequence[str]], list[str]], compared: list[int]
 ) -> None:
-    texts = one_bucket(families(90))
+    texts = one_bucket(families(documents))
     likeness = jaccard(texts)
     pairs = near_pairs(texts, 0.8)
     check(pairs, likeness, 0.8)
-    assert 20 < len(pairs.first_P) < 80
+    assert documents / 4 < len(pairs.first_P) < documents - 3
     assert compared[0] == first_pass(len(set(texts)))
+
+
+@pytest.mark.parametrize("documents", [15, 16, 23, 24])
+def test_each_two_of_a_small_bucket_are_compared(
+    documents: int, one_bucket: Callable[[Sequence[str]], list[str]]
+) -> None:
+    ends = [" ".join(words) for words in sentences(documents, 90, 1)]
+    like = [(i, i + 2) for i in range(1, documents - 2, 4)]
+    for i, j in like:
+        ends[j] = f"{ends[i]} more"
+    assert listed(near_pairs(one_bucket(ends), 0.8)) == like
+
+
+def test_a_chain_in_a_bucket_is_one_group(one_bucket: Callable[[Sequence[str]], list[str]]) -> None:
+    """72 windows of which each is like 4 on either side. The first pass makes groups of 9 of them."""
+    words = sentences(1, 400, 2)[0]
+    texts = one_bucket([" ".join(words[4 * i : 4 * i + 90]) for i in range(72)])
+    likeness = jaccard(texts)
+    assert likeness[0, 4] >= 0.89 > likeness[0, 5]
+    pairs = near_pairs(texts, 0.89)
+    check(pairs, likeness, 0.89)
+    assert len(pairs.first_P) == 71
 
 
 def test_the_largest_group_of_a_bucket_is_not_compared_with_itself(
@@ -208,7 +231,8 @@ def test_words_are_those_of_the_expression(text: str) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.lists(st.sampled_from("abc"), max_size=9), min_size=1, max_size=6))
+@example([["a", "b"], ["ab"], ["b", "a"], []])
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "ab", "ba"]), max_size=9), min_size=1, max_size=6))
 def test_shingles_of_a_text_do_not_depend_on_its_neighbours(texts: list[list[str]]) -> None:
     joined = [" ".join(words) for words in texts]
     shingles, starts, whole = dedup._shingles(joined)
