@@ -38,6 +38,8 @@ EDITED, PLANTED = 0.05, 1000
 """Share of a planted copy's words that are other words, and the most copies that are planted."""
 PARTNERS = 0.1
 """Most different documents, of all, that a document may be taken for a copy of, on average."""
+LEAST = 0.1
+"""Least share of planted copies that a threshold must find to be of use."""
 
 _WORD = re.compile(r"(\w+)")
 # ASCII as `_WORD` and casefold() take it: letters, digits and the underline stay, all else separates.
@@ -166,8 +168,8 @@ def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str]
     texts: all that the threshold is for, without near duplicates, which would count as different texts. In a
     copy, 5 % of the words are other words of the texts. At most 1,000 texts of 20 words or more are copied,
     drawn by `seed`. Where a text had more than `PARTNERS` different ones that reach the threshold, on average
-    of all texts, the threshold is raised. ValueError where it then finds fewer than half of the copies, or
-    where fewer than 2 texts have 20 words.
+    of all texts, the threshold is raised. ValueError where it then finds fewer copies than `LEAST`, or where
+    fewer than 2 texts have 20 words.
     """
     random = np.random.default_rng(seed)
     order = (texts[i] for i in random.permutation(len(texts)))
@@ -185,7 +187,7 @@ def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str]
     most = int(len(others) * PARTNERS / (len(texts) - 1))
     threshold = max(wanted, (math.floor(others[-1 - most] * 1e4) + 1) / 1e4)
     recall, unrelated = (float((cosines >= threshold).mean()) for cosines in (planted, others))
-    if recall < 0.5:
+    if recall < LEAST:
         fault = f"the cosine {threshold:.4f} tells texts apart, and finds only {recall:.0%} of edited copies"
         raise ValueError(f"semantic duplicates: {fault}; use another embedding model, or {way_out}")
     return Calibration(threshold, recall, unrelated, threshold > wanted)

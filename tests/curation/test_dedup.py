@@ -347,24 +347,26 @@ def test_the_threshold_is_the_largest_that_finds_the_planted_copies() -> None:
     assert calibrate(Bag(), texts, seed=3) == found != calibrate(Bag(), texts, seed=4)
 
 
-def test_a_threshold_that_joins_different_texts_is_raised() -> None:
+@pytest.mark.parametrize("dims", [5, 8])
+def test_a_threshold_that_joins_different_texts_is_raised(dims: int) -> None:
     """Where a text has more than a tenth of another one for a copy, on average."""
     texts = [" ".join(words) for words in sentences(400, 100, 1)]
-    bag = Bag(dims=8)
+    bag = Bag(dims)
     found = calibrate(bag, texts, seed=3)
     e = bag(bag.seen[0])
     cosine = e @ e.T - 2 * np.eye(400)
-    assert found.raised and 0.5 <= found.recall < 0.99
+    assert found.raised and 0.1 <= found.recall < 0.99
     assert (cosine >= found.threshold).sum() / 400 <= 0.1
     assert (cosine >= found.threshold - 1e-4).sum() / 400 > 0.1 * 0.95
 
 
-def test_a_model_that_tells_no_texts_apart_is_refused() -> None:
-    texts = [" ".join(words) for words in sentences(50, 100, 1)]
+@pytest.mark.parametrize(("bag", "recall"), [(Bag(dims=4), "6%"), (Bag(shared=1e6), "0%")])
+def test_a_model_that_tells_no_texts_apart_is_refused(bag: Bag, recall: str) -> None:
+    texts = [" ".join(words) for words in sentences(400, 100, 1)]
     with pytest.raises(
-        ValueError, match=r"finds only 0% of edited copies; use another embedding model, or give"
+        ValueError, match=f"finds only {recall} of edited copies; use another embedding model"
     ):
-        calibrate(Bag(shared=1e6), texts, seed=3)
+        calibrate(bag, texts, seed=3)
 
 
 @pytest.mark.parametrize("texts", [[], ["word " * 30], ["short", "texts"], ["same " * 30, "same " * 40]])
