@@ -38,12 +38,16 @@ EDITED, PLANTED = 0.05, 1000
 """Share of a planted copy's words that are other words, and the most copies that are planted."""
 PARTNERS = 0.1
 """Most different documents, of all, that a document may be taken for a copy of, on average."""
+LEAST = 0.1
+"""Least share of planted copies that a threshold must find to be of use."""
 
 _WORD = re.compile(r"(\w+)")
 # ASCII as `_WORD` and casefold() take it: letters, digits and the underline stay, all else separates.
 _ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
 # Documents, or pairs of them, whose shingles are in memory together.
 _AT_ONCE = 256
+# Documents of a large bucket that are compared with all of it, up to twice as many.
+_FEW = 8
 # Semantic pairs that are in memory together before they are cut down to those that join groups.
 _WAITING = 1 << 21
 
@@ -90,7 +94,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
         shingles, starts, whole_N[some] = _shingles(texts[some])
         hashes = (shingles >> np.uint64(32)).astype(np.uint32)
         least = np.stack([np.minimum.reduceat(hashes * odd + added, starts) for odd, added in draw_PE])
-        key = np.arange(bands, dtype=np.uint64)[:, None]
+        key = np.zeros((bands, 1), dtype=np.uint64)
         for row in least.reshape(bands, rows, -1).swapaxes(0, 1):
             key = _mixed(key) + row
         keys_BN[:, some] = key
@@ -101,19 +105,20 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     document_M = np.sort(first)
     for key_N in keys_BN:
         order = document_M[np.argsort(key_N[document_M], kind="stable")]
-        for first_alone in (True, False):
-            # In each bucket of several groups its first document is compared with all, which joins copies by
-            # the thousand. Then those are that the largest group does not hold.
+        for few in (True, False):
+            # In each bucket of several groups some documents are compared with all, which joins copies by the
+            # thousand and is all of a small bucket. Then those are that the largest group does not hold.
             group = _groups(n, pairs)[order]
             starts = np.flatnonzero(np.diff(key_N[order], prepend=~key_N[order[:1]]))
             sizes = np.diff(starts, append=len(order))
             several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
-            stay = np.repeat(several & (sizes > 2 - first_alone), sizes)
+            stay = np.repeat(several & (sizes >= (2 if few else 2 * _FEW)), sizes)
+            within, step = np.arange(len(order)) - np.repeat(starts, sizes), np.maximum(1, sizes // _FEW)
             order, group, bucket = order[stay], group[stay], np.repeat(np.arange(len(starts)), sizes)[stay]
             if not len(order):
                 break
-            chosen = np.diff(bucket, prepend=-1) > 0
-            if not first_alone:
+            chosen = (within % np.repeat(step, sizes) == 0)[stay]
+            if not few:
                 code, which, members = np.unique(bucket * n + group, return_inverse=True, return_counts=True)
                 last = np.flatnonzero(np.diff(code // n, append=-1))
                 largest = code[np.lexsort((members, code // n))][last]
@@ -163,8 +168,8 @@ def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str]
     texts: all that the threshold is for, without near duplicates, which would count as different texts. In a
     copy, 5 % of the words are other words of the texts. At most 1,000 texts of 20 words or more are copied,
     drawn by `seed`. Where a text had more than `PARTNERS` different ones that reach the threshold, on average
-    of all texts, the threshold is raised. ValueError where it then finds fewer than half of the copies, or
-    where fewer than 2 texts have 20 words.
+    of all texts, the threshold is raised. ValueError where it then finds fewer copies than `LEAST`, or where
+    fewer than 2 texts have 20 words.
     """
     random = np.random.default_rng(seed)
     order = (texts[i] for i in random.permutation(len(texts)))
@@ -182,7 +187,7 @@ def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str]
     most = int(len(others) * PARTNERS / (len(texts) - 1))
     threshold = max(wanted, (math.floor(others[-1 - most] * 1e4) + 1) / 1e4)
     recall, unrelated = (float((cosines >= threshold).mean()) for cosines in (planted, others))
-    if recall < 0.5:
+    if recall < LEAST:
         fault = f"the cosine {threshold:.4f} tells texts apart, and finds only {recall:.0%} of edited copies"
         raise ValueError(f"semantic duplicates: {fault}; use another embedding model, or {way_out}")
     return Calibration(threshold, recall, unrelated, threshold > wanted)
