@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.outputs import STAGE, Outcome, write
+from megatron_r1.curation.outputs import STAGE, Outcome, require_pair, write
 from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import Source, draw
@@ -72,6 +72,8 @@ def _sample(config: CurationConfig, make: Make, work: Path, workers: int) -> dic
     quality, needed, names = config.quality, config.needed(), list(config.sources)
     first = min(config.pilot if quality else needed, config.most)
     pilots = {name: draw(name, config, work, first, workers=workers) for name in names}
+    for name, pilot in pilots.items():
+        require_pair(name, config.sources[name].prefix, pilot)
     rounds = {name: [pilot] for name, pilot in pilots.items()}
     found = {name: [values] for name, values in _qualities(config, make, work, pilots).items()}
     more = {}
@@ -262,6 +264,8 @@ def curate(
         log(f"{left}: {done} of {of} chunks are scored{'' if done < of else '; run with --merge'}")
         return None
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
+    if merge and ranks > 1:
+        raise ValueError("--merge goes with --shard; ranks of one launch go through all stages without it")
     with _meeting(work, rank, ranks) as meet:
         while True:
             manifest, jobs = None, list[Job]()
@@ -271,7 +275,8 @@ def curate(
                 jobs = pending.jobs
                 write_json(waiting, {"config": asked, "jobs": [vars(job) for job in jobs]})
                 if merge:
-                    log(f"{pending}: {pending.chunks()[1]} chunks; run --shard I/N for all, then --merge")
+                    done, of = pending.chunks()
+                    log(f"{pending}: {done} of {of} chunks are scored; run all --shard I/N, then --merge")
                     return None
             jobs = [Job(**job) for job in meet([vars(job) for job in jobs])]
             if not jobs:

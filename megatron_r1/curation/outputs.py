@@ -30,7 +30,7 @@ import numpy as np
 from megatron_r1.curation.probes import SETS, PairSource, check_tokenizers, record, write_set
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import SCORES, Source
-from megatron_r1.curation.work import parquet_rows
+from megatron_r1.curation.work import ID, Documents, parquet_rows
 from megatron_r1.data.indexed import IndexedDataset, document_starts, open_corpus, with_suffix
 from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.data.keep import documents_mask
@@ -45,6 +45,8 @@ from megatron_r1.system.yaml_io import format_yaml
 
 STAGE = "curate probes"
 """Name in the ledger."""
+_AT_ONCE = 1 << 16
+"""Documents of a pair whose hashes are compared at once."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class _Pair:
         lengths = np.diff(document_starts(self.corpus))
         dataset, sidecar = IndexedDataset(prefix, share=None), read_sidecar(prefix) or {}
         self.tokens = PairSource(source.name, source.name, dataset, sidecar, lengths, len(lengths))
-        self.hash_N = np.frombuffer(bytes.fromhex(source.ids_N.tobytes().decode()), "S16")
+        self.hash_N = _raw(source.ids_N)
         found_M = np.flatnonzero(self.origins.among(self.hash_N.tolist()))
         hash_M, first_M = np.unique(_hashes(self.origins.hashes[found_M]), return_index=True)
         at_N = np.searchsorted(hash_M, self.hash_N).clip(max=max(0, len(hash_M) - 1))
@@ -81,6 +83,24 @@ class _Pair:
 
 def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes_D16).view("S16").ravel()
+
+
+def require_pair(name: str, prefix: str, sample: Documents) -> None:
+    """Raise ValueError for a pair that holds no document of a sample, and OSError for one without hashes.
+
+    Called before any model is asked. The right pair is known by its first documents.
+    """
+    ours = _raw(sample.column("id", ID))
+    hashes_D16 = read_provenance(prefix).hashes
+    blocks = (hashes_D16[at : at + _AT_ONCE] for at in range(0, len(hashes_D16), _AT_ONCE))
+    if not any(np.isin(_hashes(block), ours).any() for block in blocks):
+        fault = f"sources.{name}: {prefix} holds none of {len(ours)} documents of its text"
+        raise ValueError(f"{fault}; name the pair that was made of these inputs")
+
+
+def _raw(ids: np.ndarray) -> np.ndarray:
+    """Ids as 16 bytes each."""
+    return np.frombuffer(bytes.fromhex(ids.tobytes().decode()), "S16")
 
 
 def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +179,6 @@ def _in_pair(out: Outcome, pair: _Pair) -> np.ndarray:
         fault = (
             f"sources.{source.name}: {pair.corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
         )
-        if missing == len(rows):
-            raise ValueError(f"{fault}; it was made of other texts: name the pair that was made of these")
         say(f"warning: {fault}; they are in no set")
     return rows[there]
 

@@ -222,10 +222,11 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     inputs = _opened(source.inputs())
     classify = require("py3langid", "quality.language").classify if language else None
-    of_input, numbers, count = task
+    of_input, listed, count = task
+    numbers = set(listed)
     opened = inputs[of_input]
     packed, size = _is_packed(opened), opened.size
-    ranges = [(size * n // count, size * (n + 1) // count) for n in numbers]
+    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
     for lo, hi in [(0, size)] if packed else ranges:
         for piece in opened.pieces(of_input, source.keys(), lo, hi):
             for line, row in enumerate(piece.rows, piece.first):
