@@ -45,8 +45,8 @@ _JUDGED = ("workers", "shard", "merge", "estimate", "tflops", "pass_rate")
 """Options without FILE.yaml, and with it alone."""
 _PARAMETERS = {"quality": 109e6, "judge": 8e9, "embed": 22.7e6}
 """Of a model that is not here: FineWeb-Edu's classifier, Llama 3.1 8B, MiniLM."""
-_EMBED_TOKENS, _BYTES = 256, 3000
-"""Tokens of an embedding, and bytes of a document, about."""
+_BYTES = 3000
+"""Of a document, about."""
 
 
 def pairs(option: str, arguments: list[str]) -> dict[str, str]:
@@ -182,7 +182,7 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
             "domain": ("judge", domain * left, asked.tokens),
         }
     if config.duplicates and config.duplicates.semantic:
-        work["embed"] = "embed", n * left, _EMBED_TOKENS
+        work["embed"] = "embed", n * left, config.duplicates.tokens
     size = f"{n * sample:,} documents, {sample:,} of each of {n} sources"
     names = {
         "quality": config.quality and config.quality.model,

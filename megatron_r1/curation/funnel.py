@@ -219,8 +219,8 @@ def load_model(config: CurationConfig, kind: str) -> Any:
 
     if kind == "judge" and (asked := config.judge):
         return ask_llm.Judge(asked.model, asked.tokens)
-    if kind == "embed" and config.duplicates and config.duplicates.semantic:
-        return models.Embedder(config.duplicates.semantic)
+    if kind == "embed" and (same := config.duplicates) and same.semantic:
+        return models.Embedder(same.semantic, same.tokens)
     asked_of = config.quality
     assert asked_of is not None and asked_of.model is not None
     if asked_of.labelled:

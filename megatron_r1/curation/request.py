@@ -102,6 +102,8 @@ class Duplicates(Section):
     """Jaccard similarity of shingles of five words, from which two are near. None: not compared."""
     semantic: Text | None = None
     """Model of sentence embeddings. None: meanings are not compared."""
+    tokens: PositiveInt = 256
+    """Tokens that it reads of a document."""
     threshold: Share | None = None
     """Cosine from which two mean the same. None: calibrated on planted pairs."""
 
