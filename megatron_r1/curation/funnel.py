@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.outputs import STAGE, Outcome, require_pair, write
+from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import Source, draw
@@ -54,7 +54,8 @@ Make = Callable[[str], Any]
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
     """Go through the stages. Raises Pending where scores are missing, ValueError as the stages do."""
     work = Path(config.output) / "work"
-    out = Outcome(_sample(config, make, work, workers), {})
+    pairs = open_pairs(config)
+    out = Outcome(pairs, _sample(config, make, work, workers, pairs), {})
     for kind in ("judge", "domain") if config.judge else ():
         _ask(config, make, work, kind, out.sources)
     if config.decontamination:
@@ -67,13 +68,15 @@ def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
     return out
 
 
-def _sample(config: CurationConfig, make: Make, work: Path, workers: int) -> dict[str, Source]:
+def _sample(
+    config: CurationConfig, make: Make, work: Path, workers: int, pairs: dict[str, Pair]
+) -> dict[str, Source]:
     """Sample and quality, in two rounds: the pilot, and the rest, as large as its pass rate asks for."""
     quality, needed, names = config.quality, config.needed(), list(config.sources)
     first = min(config.pilot if quality else needed, config.most)
     pilots = {name: draw(name, config, work, first, workers=workers) for name in names}
     for name, pilot in pilots.items():
-        require_pair(name, config.sources[name].prefix, pilot)
+        pairs[name].require(pilot)
     rounds = {name: [pilot] for name, pilot in pilots.items()}
     found = {name: [values] for name, values in _qualities(config, make, work, pilots).items()}
     more = {}
@@ -204,7 +207,7 @@ def _keep_first(
         for i, j, likeness in zip(pairs.first_P, pairs.second_P, pairs.likeness_P.tolist(), strict=True):
             ends = {"first": ids[i].decode(), "second": ids[j].decode()}
             of = {"first_source": str(names[i]), "second_source": str(names[j])}
-            out.pairs.append({"kind": kind, **of, **ends, "likeness": likeness})
+            out.alike.append({"kind": kind, **of, **ends, "likeness": likeness})
         out.facts.setdefault("pairs", {})[kind] = len(pairs.first_P)
     first = 0
     for source in sources:

@@ -107,7 +107,8 @@ def test_each_stage_keeps_what_a_plain_loop_keeps(tmp_path):
 def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
     texts = {name: texts_of(name) for name in DOMAINS}
     config = made(tmp_path, documents=8)
-    pair = write_pair(tmp_path / "tokens" / "a", [*texts["a"], *texts["a"][:150]], seed=3)
+    # Copies in the same source, and of another one.
+    pair = write_pair(tmp_path / "tokens" / "a", [*texts["a"], *texts["a"][:150], *texts["b"]], seed=3)
     curate(config, make=models())
     out, chosen = tmp_path / "out", {}
     for name in DOMAINS:
@@ -120,7 +121,7 @@ def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
         for found, texts_of_half in zip(halves, expected, strict=True):
             assert len(found) == len(texts_of_half) > 0
             assert all(any(stretch in text for text in texts_of_half) for stretch in found)
-    corpus = open_corpus("a", pair)
+    corpus, aside = open_corpus("a", pair), {text for of in chosen.values() for text in of.values()}
     mask_path = next(path for path in (out / "keep").glob("a-*.npz"))
     mask = load_mask("a", corpus.windows(64), mask_path)
     dataset, kept = IndexedDataset(pair), np.zeros(corpus.tokens, bool)
@@ -129,7 +130,7 @@ def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
     for i in range(dataset.num_documents):
         text = bytes(dataset.document(i).astype(np.uint8)).decode()
         within = kept[dataset.tokens_before(i) : dataset.tokens_before(i + 1)]
-        assert within.all() if text not in chosen["a"].values() else not within.any()
+        assert within.all() if text not in aside else not within.any()
     curated = read_yaml(out / "curated.yaml").tree
     assert curated["data"]["sources"]["a"] == {"prefix": pair, "domain": "code"}
     assert curated["data"]["probes"]["math"] == str(out / "heldout_math")
@@ -422,7 +423,7 @@ def test_a_pair_of_other_texts_is_an_error_and_missing_documents_are_counted(tmp
     assert manifest["funnel"]["a"]["missing_in_pair"] == 3
     assert manifest["sets"]["representative_a"] == {"a": 7}
     write_pair(tmp_path / "tokens" / "a", ["quite", "another", "text"])
-    with pytest.raises(ValueError, match=r"sources\.a: .*holds none of 300 documents .*name the pair"):
+    with pytest.raises(ValueError, match=r"sources\.a: .*holds none of 300 of its documents; name the pair"):
         curate(config, make=(make := models()), overwrite=True)
     assert "quality" not in make.made or make.made["quality"].asked == 0
 
