@@ -1,7 +1,7 @@
 """The results of a funnel: R_g and P_c as indexed datasets, keep masks, tables, a dataset card, the manifest.
 
     representative_SOURCE   R_g, the best document first
-    probe_C, heldout_C      halves, by the documents' hash, of P_c: the R_g of all sources of domain C
+    probe_C, heldout_C      halves of P_c, the R_g of all sources of domain C: in turn by the documents' hash
     keep/SOURCE-HASH.npz    the source's documents that are in no R_g, for `phases.NAME.keep`
     documents/SOURCE.parquet  R_g as text, in datatrove's form
     scores.parquet          every score of every document of the samples, and how many stages it passed

@@ -115,9 +115,9 @@ def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
         rows = pq.read_table(out / "documents" / f"{name}.parquet").to_pylist()
         chosen[name] = {row["id"]: row["text"] for row in rows}
     for domain, members in {"code": ["a", "b"], "math": ["b"]}.items():
-        union = {i: text for name in members for i, text in chosen[name].items()}
+        ranked = [(n, chosen[name][i]) for name in members for n, i in enumerate(sorted(chosen[name]))]
         halves = [stored(out / f"{kind}_{domain}") for kind in ("probe", "heldout")]
-        expected = [[t for i, t in union.items() if int(i[-1], 16) % 2 == half] for half in (0, 1)]
+        expected = [[text for n, text in ranked if n % 2 == half] for half in (0, 1)]
         for found, texts_of_half in zip(halves, expected, strict=True):
             assert len(found) == len(texts_of_half) > 0
             assert all(any(stretch in text for text in texts_of_half) for stretch in found)
