@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ _WORD = re.compile(r"(\w+)")
 _ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
 # Documents, or pairs of them, whose shingles are in memory together.
 _AT_ONCE = 256
+# Documents of a large bucket that are compared with all of it, up to twice as many.
+_FEW = 8
 # Semantic pairs that are in memory together before they are cut down to those that join groups.
 _WAITING = 1 << 21
 
@@ -74,24 +76,23 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     r"""Pairs of Jaccard similarity >= `threshold` that join each group of near duplicates.
 
     Words are runs of \w, casefolded. A text of fewer than 5 words is one shingle, and texts without words are
-    the same. Two shingles of one 64-bit hash count as one. Beside the texts, memory holds about 32 bytes a
-    document and band, and the shingles of 512 documents. ValueError for a threshold that no bands suit.
+    the same. Two shingles of one 64-bit hash count as one. ValueError for a threshold that no bands suit.
+
+    Beside the texts, memory holds 8 bytes a document and band, 80 a document, and the shingles of 256 texts
+    or of one bucket. Time grows with the square of a bucket's documents that are not in its largest group.
     """
     bands, rows = lsh_bands(threshold)
-    # Odd factors permute the numbers of 32 bits.
-    factor_PE = np.random.default_rng(0).integers(0, 1 << 32, (bands * rows, 2), np.uint32) | np.array(
-        [1, 0], np.uint32
-    )
+    # Permutations of the numbers of 32 bits: an odd factor, and a number that is added.
+    draw_PE = np.random.default_rng(0).integers(0, 1 << 32, (bands * rows, 2), dtype=np.uint32)
+    draw_PE[:, 0] |= 1
     n = len(texts)
     keys_BN, whole_N = np.empty((bands, n), dtype=np.uint64), np.empty(n, dtype=np.uint64)
     for low in range(0, n, _AT_ONCE):
         some = slice(low, low + _AT_ONCE)
         shingles, starts, whole_N[some] = _shingles(texts[some])
         hashes = (shingles >> np.uint64(32)).astype(np.uint32)
-        least = np.stack(
-            [np.minimum.reduceat(hashes * factor + shift, starts) for factor, shift in factor_PE]
-        )
-        key = np.arange(bands, dtype=np.uint64)[:, None]
+        least = np.stack([np.minimum.reduceat(hashes * odd + added, starts) for odd, added in draw_PE])
+        key = np.zeros((bands, 1), dtype=np.uint64)
         for row in least.reshape(bands, rows, -1).swapaxes(0, 1):
             key = _mixed(key) + row
         keys_BN[:, some] = key
@@ -100,29 +101,28 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     copies = np.flatnonzero(first[which] != np.arange(n))
     pairs = Pairs(first[which][copies], copies, np.ones(len(copies), dtype=np.float32))
     document_M = np.sort(first)
-    keys_BM = keys_BN[:, document_M]
-    place = np.argsort(keys_BM.ravel(), kind="stable")
-    for distance in count(1):
-        # Of the buckets, those stay that have pairs of this distance and documents of several groups.
-        key = keys_BM.ravel()[place]
-        starts = np.flatnonzero(np.diff(key, prepend=~key[:1]))
-        if not len(starts):
-            return pairs
-        group = _groups(n, pairs)[document_M[place % len(document_M)]]
-        sizes = np.diff(starts, append=len(key))
-        several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
-        stay = np.repeat(several & (sizes > distance), sizes)
-        key, place, group = key[stay], place[stay], group[stay]
-        at = np.flatnonzero((key[distance:] == key[:-distance]) & (group[distance:] != group[:-distance]))
-        band, one = np.divmod(place[at], len(document_M))
-        other = place[at + distance] % len(document_M)
-        # A pair is compared in the first band that it shares.
-        seen = np.zeros(len(at), dtype=bool)
-        for number, key_M in enumerate(keys_BM):
-            seen |= (number < band) & (key_M[one] == key_M[other])
-        candidates = document_M[one[~seen]], document_M[other[~seen]]
-        pairs = _joining(n, pairs, _compared(texts, *candidates, threshold))
-    raise AssertionError("no bucket is endless")
+    for key_N in keys_BN:
+        order = document_M[np.argsort(key_N[document_M], kind="stable")]
+        for few in (True, False):
+            # In each bucket of several groups some documents are compared with all, which joins copies by the
+            # thousand and is all of a small bucket. Then those are that the largest group does not hold.
+            group = _groups(n, pairs)[order]
+            starts = np.flatnonzero(np.diff(key_N[order], prepend=~key_N[order[:1]]))
+            sizes = np.diff(starts, append=len(order))
+            several = np.minimum.reduceat(group, starts) < np.maximum.reduceat(group, starts)
+            stay = np.repeat(several & (sizes >= (2 if few else 2 * _FEW)), sizes)
+            within, step = np.arange(len(order)) - np.repeat(starts, sizes), np.maximum(1, sizes // _FEW)
+            order, group, bucket = order[stay], group[stay], np.repeat(np.arange(len(starts)), sizes)[stay]
+            if not len(order):
+                break
+            chosen = (within % np.repeat(step, sizes) == 0)[stay]
+            if not few:
+                code, which, members = np.unique(bucket * n + group, return_inverse=True, return_counts=True)
+                last = np.flatnonzero(np.diff(code // n, append=-1))
+                largest = code[np.lexsort((members, code // n))][last]
+                chosen = ~np.isin(code, largest)[which]
+            pairs = _joining(n, pairs, _alike(texts, order, bucket, chosen, threshold))
+    return pairs
 
 
 def lsh_bands(threshold: float) -> tuple[int, int]:
@@ -147,20 +147,17 @@ def semantic_pairs(E_ND: np.ndarray, threshold: float, block: int = 2048) -> Pai
     _check_norms(E_ND)
     cpu_products.use_onednn()
     E = torch.as_tensor(E_ND, dtype=torch.float32, device=backend.device())
-    n, group_N = len(E_ND), np.arange(len(E_ND))
-    waiting: list[Pairs] = []
-    blocks = range(0, n, block)
-    for i, j in ((i, j) for i in blocks for j in blocks if i <= j):
-        cosine = torch.mm(E[i : i + block], E[j : j + block].t())
-        hit = cosine >= threshold - 1e-6
-        at = (hit.triu(1) if i == j else hit).nonzero(as_tuple=True)
-        first_P, second_P, likeness_P = (of.cpu().numpy() for of in (i + at[0], j + at[1], cosine[at]))
-        apart = group_N[first_P] != group_N[second_P]
-        waiting.append(Pairs(first_P[apart], second_P[apart], likeness_P[apart]))
-        if sum(len(some.first_P) for some in waiting) > n + _WAITING:
-            waiting = [_joining(n, *waiting)]
-            group_N = _groups(n, *waiting)
-    return _joining(n, *waiting)
+    n = len(E_ND)
+
+    def alike() -> Iterator[Pairs]:
+        for i in range(0, n, block):
+            for j in range(i, n, block):
+                cosine = torch.mm(E[i : i + block], E[j : j + block].t())
+                hit = cosine >= threshold - 1e-6
+                at = (hit.triu(1) if i == j else hit).nonzero(as_tuple=True)
+                yield Pairs(*(of.cpu().numpy() for of in (i + at[0], j + at[1], cosine[at])))
+
+    return _joining(n, _NONE, alike())
 
 
 def calibrate(embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], seed: int) -> Calibration:
@@ -234,19 +231,33 @@ def _mixed(hashes: np.ndarray) -> np.ndarray:
     return (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def _compared(texts: Sequence[str], first_P: np.ndarray, second_P: np.ndarray, threshold: float) -> Pairs:
-    """Those of the pairs whose Jaccard similarity reaches the threshold."""
-    likeness_P = np.zeros(len(first_P))
-    for low in range(0, len(first_P), _AT_ONCE):
-        some = slice(low, low + _AT_ONCE)
-        documents, at = np.unique([first_P[some], second_P[some]], return_inverse=True)
-        shingles, starts, _ = _shingles([texts[i] for i in documents])
-        sets = [np.unique(of) for of in np.split(shingles, starts[1:])]
-        for p, (i, j) in enumerate(at.reshape(2, -1).T, low):
-            common = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
-            likeness_P[p] = common / (len(sets[i]) + len(sets[j]) - common)
-    like = likeness_P >= threshold
-    return Pairs(first_P[like], second_P[like], likeness_P[like].astype(np.float32))
+def _alike(
+    texts: Sequence[str], order: np.ndarray, bucket: np.ndarray, chosen: np.ndarray, threshold: float
+) -> Iterator[Pairs]:
+    """Pairs of a chosen document and another of its bucket whose Jaccard similarity reaches the threshold.
+
+    order, bucket, chosen: of each place, sorted by bucket, the document, its bucket and whether it is chosen.
+    """
+    # Whole buckets together, of about `_AT_ONCE` documents or one larger bucket.
+    begins = np.flatnonzero(np.diff(bucket, prepend=-1))
+    cuts = begins[np.flatnonzero(np.diff(begins // _AT_ONCE)) + 1]
+    for place in np.split(np.arange(len(order)), cuts):
+        shingles, starts, _ = _shingles([texts[i] for i in order[place]])
+        row = np.repeat(np.arange(len(place)), np.diff(starts, append=len(shingles)))
+        # Shingles of two buckets are no common ones.
+        column = np.unique(shingles + bucket[place].astype(np.uint64)[row], return_inverse=True)[1]
+        sets = csr_array((np.ones(len(row), dtype=np.int32), (row, column)))
+        sets.data[:] = 1
+        size = np.diff(sets.indptr)
+        some = np.flatnonzero(chosen[place])
+        for low in range(0, len(some), _AT_ONCE):
+            common = (sets[some[low : low + _AT_ONCE]] @ sets.T).tocoo()
+            i, j = some[low : low + _AT_ONCE][common.coords[0]], common.coords[1]
+            likeness = common.data / (size[i] + size[j] - common.data)
+            # Two chosen ones meet twice.
+            new = (likeness >= threshold) & ((i < j) | ~chosen[place][j]) & (i != j)
+            ends = np.sort(order[place][np.stack([i[new], j[new]])], axis=0)
+            yield Pairs(ends[0], ends[1], likeness[new].astype(np.float32))
 
 
 def _graph(documents: int, pairs: Sequence[Pairs]) -> csr_array:
@@ -261,8 +272,19 @@ def _groups(documents: int, *pairs: Pairs) -> np.ndarray:
     return connected_components(_graph(documents, pairs), directed=False)[1]
 
 
-def _joining(documents: int, *pairs: Pairs) -> Pairs:
-    """Those of the pairs that join the same groups without a circle, the more alike first."""
+def _joining(documents: int, pairs: Pairs, more: Iterable[Pairs]) -> Pairs:
+    """Of all pairs those that join the same groups without a circle, the most alike. None may come twice."""
+    group_N, waiting = _groups(documents, pairs), [pairs]
+    for some in more:
+        apart = group_N[some.first_P] != group_N[some.second_P]
+        waiting.append(Pairs(some.first_P[apart], some.second_P[apart], some.likeness_P[apart]))
+        if sum(len(of.first_P) for of in waiting) > documents + _WAITING:
+            waiting = [_tree(documents, waiting)]
+            group_N = _groups(documents, *waiting)
+    return _tree(documents, waiting)
+
+
+def _tree(documents: int, pairs: Sequence[Pairs]) -> Pairs:
     tree = minimum_spanning_tree(_graph(documents, pairs)).tocoo()
     first_P, second_P = (of.astype(np.int64) for of in tree.coords)
     return Pairs(first_P, second_P, (2.0 - tree.data).astype(np.float32))
