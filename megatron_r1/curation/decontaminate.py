@@ -2,19 +2,21 @@
 
 A word is a run of letters, digits and underscores after NFKC and casefolding. A hyphen between two of them
 joins them, also where a line ends behind it. An item has a question, an answer or both, which are matched
-apart. Such a part is in a document where the part's distinctive 5-grams stand there close together and in
-their order, and cover at least half of the words that they cover in the part.
+apart. A part's distinctive words are those in its distinctive 5-grams. A part is in a document where four
+fifths of its distinctive words stand there in their order, close together, with at least a twelfth of its
+distinctive 5-grams unbroken.
 
-A 5-gram is distinctive unless it is frequent. Frequent means that it stands in more than four times as many
-sampled documents and items as the part's sixth rarest 5-gram, or the one at a tenth of them if that is more
-frequent. Licences, quotes, instructions and formulas thus drop out of an item that has words of its own. An
-item of which the corpus has many copies keeps all its 5-grams, because all are then equally frequent.
+A 5-gram is distinctive unless it is frequent: in more than four of the items and sampled documents, and one
+more for each 10,000 of these. Licences, quotes, instructions and formulas thus drop out of an item that has
+words of its own. Where the texts hold many copies of an item, all its 5-grams are frequent alike. A 5-gram
+therefore stays that is at most twice as frequent as the sixth rarest of its part, or as the one at a tenth
+of them if that is more frequent.
 
-A part whose distinctive 5-grams cover fewer than 13 words must stand there whole, and is left out where more
-than four sampled documents and items hold it whole. Such an answer is never matched: numbers and single words
-stand everywhere. A question under five words is never matched either.
+A question of fewer than nine distinctive 5-grams, as 13 words have, must stand there whole. It is left out
+where all its 5-grams are frequent, or where it has fewer than five words. Such an answer is never matched:
+numbers and single words stand everywhere.
 
-Of a text of more than 128 5-grams, as probing documents have, the 128 of smallest hash are looked up.
+Of a text of more than 128 5-grams, as probing documents are, the 128 of smallest hash are looked up.
 """
 
 from __future__ import annotations
@@ -84,26 +86,25 @@ class Items:
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = list(parts)
+        if not parts:
+            raise ValueError("no evaluation items are given; name a file or a set of them")
         self.identity = hashlib.sha256(json_bytes([list(vars(part).values()) for part in parts])).hexdigest()
-        none = np.zeros(0, np.int64)
-        grams, owners, offsets, lengths, wholes = [none.view(np.uint64)], [none], [none], [none], [none]
+        of_batches = []
         for first, texts in _batches(part.text for part in parts):
             words = _Words(texts)
             at_N, gram_N = words.grams()
             text_N = words.text_W[at_N]
-            # Of each text the smallest hashes, and these in the text's order again.
+            # Of each text its n-grams once, the smallest hashes, and these in the text's order again.
             order = np.lexsort((gram_N, text_N))
-            rank = np.arange(len(at_N)) - np.searchsorted(text_N, text_N)
+            again = (np.diff(text_N[order]) == 0) & (np.diff(gram_N[order]) == 0)
+            order = np.delete(order, np.flatnonzero(again) + 1)
+            rank = np.arange(len(order)) - np.searchsorted(text_N[order], text_N[order])
             chosen = np.sort(order[rank < SKETCH])
-            grams.append(gram_N[chosen])
-            owners.append(text_N[chosen] + first)
-            offsets.append((at_N - words.first_T[text_N])[chosen])
-            lengths.append(np.diff(words.first_T))
-            wholes.append(_hashes(words.hash_W, words.first_T[:-1], words.first_T[1:]).view(np.int64))
+            text_N, at_N = text_N[chosen], at_N[chosen]
+            of_batches.append((text_N + first, at_N - words.first_T[text_N], gram_N[chosen]))
         # Each n-gram of a part is an entry, sorted by part and offset.
-        self.part_E, self.offset_E = np.concatenate(owners), np.concatenate(offsets)
-        self.gram_U, self.gram_E = np.unique(np.concatenate(grams), return_inverse=True)
-        self.length_P, self.whole_P = np.concatenate(lengths), np.concatenate(wholes).view(np.uint64)
+        self.part_E, self.offset_E, gram_E = map(np.concatenate, zip(*of_batches, strict=True))
+        self.gram_U, self.number_E = np.unique(gram_E, return_inverse=True)
 
     @classmethod
     def read(cls, files: Mapping[str, str | Path], gold: Sequence[str] = ()) -> Items:
@@ -112,128 +113,116 @@ class Items:
         A line has a question (or prompt, or text), an answer (or gold), or both, and may have an id. Raises
         ValueError for a file without items and for a line with neither; OSError.
         """
-        parts: list[Part] = []
-        for name in gold:
+        items = [(name, *item) for name, path in files.items() for item in _read(name, path)]
+        for name in dict.fromkeys(gold):
             from megatron_r1.data import gold as golden
 
-            of_item = ((item.id, item.question, item.gold) for item in golden.items(name))
-            parts += [part for one in of_item for part in _parts(name, *map(str, one))]
-        for name, path in files.items():
-            if name in gold:
-                raise ValueError(
-                    f"items {name} are given twice, as a file and as gold; rename the file's set"
-                )
-            of_file = [part for one in _read(path) for part in _parts(name, *one)]
-            if not any(part.part == "answer" for part in of_file):
-                say(f"items {name}: {path} has no answers, so questions alone are matched")
-            parts += of_file
+            if name in files:
+                raise ValueError(f"items {name} are given as a file and as gold; rename the file's")
+            items += [(name, str(item.id), item.question, item.gold) for item in golden.items(name)]
+        parts = [
+            Part(name, item, part, text)
+            for name, item, *texts in items
+            for part, text in zip(("question", "answer"), texts, strict=True)
+            if text.strip()
+        ]
         return cls(parts)
 
 
-def _parts(name: str, item: str, question: str, answer: str) -> list[Part]:
-    both = (("question", question), ("answer", answer))
-    return [Part(name, item, part, text) for part, text in both if text.strip()]
-
-
-def _read(path: str | Path) -> Iterator[tuple[str, str, str]]:
+def _read(name: str, path: str | Path) -> list[tuple[str, str, str]]:
     """Id, question and answer of each item of a file."""
-    source, items = open_input(path), 0
-    if not isinstance(source, Lines):
-        raise ValueError(f"items {path}: write them as JSON lines of question and answer")
+    source, items = open_input(path), list[tuple[str, str, str]]()
     source.check(())
-    for piece in source.pieces(0, (), 0, source.size):
+    for piece in source.pieces(0, (), 0, source.size) if isinstance(source, Lines) else ():
         for line, row in enumerate(piece.rows, piece.first):
             with rewording(lambda error: f"items {path}:{line}: {error}; mend the line"):  # noqa: B023
-                record = parse(row)
-            if record is None:
-                continue
-            question, answer = (_first(record, keys) for keys in (_QUESTION, _ANSWER))
-            if not question + answer:
-                names = ", ".join((*_QUESTION, *_ANSWER))
-                fault = f"items {path}:{line} has no question and no answer, only {shown(list(record))}"
-                raise ValueError(f"{fault}; name one of its keys as one of {names}")
-            items += 1
-            yield str(record.get("id", line)), question, answer
+                if (record := parse(row)) is None:
+                    continue
+                question, answer = (_first(record, keys) for keys in (_QUESTION, _ANSWER))
+                if not (question + answer).encode():
+                    keys = ", ".join((*_QUESTION, *_ANSWER))
+                    raise ValueError(f"no text under any of the keys {keys}, only {shown(list(record))}")
+                items.append((str(record.get("id", line)), question, answer))
     if not items:
-        raise ValueError(f"items {path}: the file has no item; leave it out, or write an item a line")
+        raise ValueError(f"items {path}: no item is in it; leave it out, or write JSON lines, an item each")
+    if not any(answer for *_, answer in items):
+        say(f"items {name}: {path} has no answers, so its questions alone are looked for")
+    return items
 
 
 def _first(record: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The first text, or number, under these keys."""
-    texts = (str(record[k]) for k in keys if isinstance(record.get(k), str | int | float))
+    texts = (str(record[key]) for key in keys if isinstance(record.get(key), str | int | float))
     return next(filter(str.strip, texts), "")
 
 
 class Common:
-    """In how many sampled documents, and items, each n-gram of the items stands, and each part whole."""
+    """In how many items, and documents of a sample, each n-gram of the items stands.
 
-    def __init__(self, items: Items, texts: Iterable[str] = ()):
-        self.documents = 0
-        """Documents of the sample."""
+    `counted`: what `counts` was elsewhere, for the same items. No texts are counted then.
+    """
+
+    def __init__(self, items: Items, texts: Iterable[str] = (), counted: np.ndarray | None = None):
+        self.counts = np.zeros(len(items.gram_U) + 1, np.int64) if counted is None else counted
+        """Of each n-gram, and at the end of the sample's documents: int64 [n-grams + 1]."""
         number: dict[tuple[str, str], int] = {}
-        item_P = np.array([number.setdefault((p.set, p.item), len(number)) for p in items.parts], np.int64)
-        pair = np.unique(items.gram_E * max(1, len(number)) + item_P[items.part_E]) // max(1, len(number))
-        self.gram_U = np.bincount(pair, minlength=len(items.gram_U))
-        _, same_P, count = np.unique(items.whole_P, return_inverse=True, return_counts=True)
-        self.whole_P = count[same_P]
-        first_E = np.flatnonzero(items.offset_E == 0)
-        first_E = first_E[np.argsort(items.gram_E[first_E], kind="stable")]
-        all_grams, beginnings = _Table(items.gram_U), _Table(items.gram_U[items.gram_E[first_E]])
+        item_P = np.array([number.setdefault((p.set, p.item), len(number)) for p in items.parts])
+        table = _Table(items.gram_U)
+        if counted is None:
+            self._add(items.number_E, item_P[items.part_E])
         for _, some in _batches(texts):
             words = _Words(some)
-            at_N, number_N = all_grams.find(words)
-            self._count(self.gram_U, words.text_W[at_N], number_N)
-            at_N, number_N = beginnings.find(words)
-            part_N = items.part_E[first_E[number_N]]
-            whole = _stands_whole(items, words, at_N, part_N)
-            self._count(self.whole_P, words.text_W[at_N[whole]], part_N[whole])
-            self.documents += len(some)
+            at_N, number_N = table.find(words)
+            self._add(number_N, words.text_W[at_N])
+            self.counts[-1] += len(some)
+        self.most = FREQUENT + (int(self.counts[-1]) + len(number)) // 10_000
+        """Items and documents that may hold an n-gram that is not frequent."""
 
-    @staticmethod
-    def _count(count_N: np.ndarray, text_M: np.ndarray, number_M: np.ndarray) -> None:
-        """Count each number once a text."""
-        once = np.unique(text_M * len(count_N) + number_M) % max(1, len(count_N))
-        count_N += np.bincount(once, minlength=len(count_N))
+    def _add(self, number_N: np.ndarray, text_N: np.ndarray) -> None:
+        """Count each n-gram once a text."""
+        once_M = np.unique(text_N * len(self.counts) + number_N) % len(self.counts)
+        self.counts += np.bincount(once_M, minlength=len(self.counts))
 
 
 class Matcher:
     """Finds items in texts. `common`: counted over a sample of these texts."""
 
     def __init__(self, items: Items, common: Common):
-        self._items = items
-        part_E, offset_E, parts = items.part_E, items.offset_E, len(items.parts)
-        count_E = common.gram_U[items.gram_E]
-        order_E = np.lexsort((count_E, part_E))
-        size_P = np.bincount(part_E, minlength=parts)
+        self._parts, parts = items.parts, len(items.parts)
+        count_E = common.counts[items.number_E]
+        size_P = np.bincount(items.part_E, minlength=parts)
+        # The n-grams of each part from the rarest on.
+        rare_E = np.lexsort((count_E, items.part_E))
         first_P, has_P = np.cumsum(size_P) - size_P, size_P > 0
         nth_P = np.minimum(np.maximum(RARE, size_P // 10), size_P - 1)
-        low_P = np.ones(parts, np.int64)
-        low_P[has_P] = count_E[order_E[(first_P + nth_P)[has_P]]]
-        kept_E = count_E <= np.maximum(FREQUENT, 2 * low_P[part_E])
-        cover_E = _cover(part_E[kept_E], offset_E[kept_E])
-        self._whole_P = np.bincount(part_E[kept_E], cover_E, parts) < WHOLE
-        self._kept_part_E, self._kept_offset_E = part_E[kept_E], offset_E[kept_E]
+        low_P, least_P = np.zeros((2, parts), np.int64)
+        low_P[has_P] = count_E[rare_E[(first_P + nth_P)[has_P]]]
+        least_P[has_P] = count_E[rare_E[first_P[has_P]]]
+        kept_E = count_E <= np.maximum(common.most, 2 * low_P[items.part_E])
+        self._kept_part_E, self._kept_offset_E = items.part_E[kept_E], items.offset_E[kept_E]
         self._size_P = np.bincount(self._kept_part_E, minlength=parts)
-        question_P = np.array([part.part == "question" for part in items.parts], bool)
-        frequent_P = has_P & self._whole_P & question_P & (common.whole_P > FREQUENT)
-        whole_P = self._whole_P & has_P & question_P & ~frequent_P & (items.length_P <= SKETCH)
+        self._whole_P = self._size_P < WHOLE - NGRAM + 1
+        question_P = np.array([part.part != "answer" for part in items.parts])
+        short_P = self._whole_P & ~(has_P & question_P)
+        # Of a part of which not all n-grams are known none tells that it stands whole.
+        frequent_P = self._whole_P & ~short_P & ((least_P > common.most) | (size_P >= SKETCH))
+        whole_P = self._whole_P & ~short_P & ~frequent_P
+        used_E = np.flatnonzero(kept_E & ~self._whole_P[items.part_E])
         # A part that stands whole is found by its rarest n-gram.
-        rarest_E = np.zeros(len(part_E), bool)
-        rarest_E[order_E[first_P[has_P]]] = True
-        used_E = np.flatnonzero(np.where(self._whole_P[part_E], whole_P[part_E] & rarest_E, kept_E))
-        used_E = used_E[np.argsort(items.gram_E[used_E], kind="stable")]
-        self._part_E, self._offset_E = part_E[used_E], offset_E[used_E]
-        self._table = _Table(items.gram_U[items.gram_E[used_E]])
-        self.left_out = [items.parts[p] for p in np.flatnonzero(self._whole_P & ~whole_P)]
-        """Parts that are never matched."""
+        used_E = np.append(used_E, rare_E[first_P[whole_P]])
+        used_E = used_E[np.argsort(items.number_E[used_E], kind="stable")]
+        self._part_E, self._offset_E = items.part_E[used_E], items.offset_E[used_E]
+        self._table = _Table(items.gram_U[items.number_E[used_E]])
+        self.left_out = {name: [items.parts[p] for p in np.flatnonzero(of)] for name, of in
+                         (("short", short_P), ("frequent", frequent_P))}  # fmt: skip
+        """Parts that are never matched, by the reason."""
         self.counts = {
             "parts": parts,
             "matched whole": int(whole_P.sum()),
-            "too short": int((self._whole_P & ~whole_P & ~frequent_P).sum()),
-            "frequent": int(frequent_P.sum()),
+            **{name: len(of) for name, of in self.left_out.items()},
             "n-grams": len(items.gram_U),
-            "frequent n-grams": len(np.unique(items.gram_E[~kept_E])),
-            "sampled documents": common.documents,
+            "frequent n-grams": len(np.unique(items.number_E[~kept_E])),
+            "sampled documents": int(common.counts[-1]),
         }
 
     def __call__(self, texts: Iterable[str]) -> Iterator[Hit]:
@@ -247,40 +236,36 @@ class Matcher:
     def _hits(
         self, words: _Words, texts: Sequence[str], first: int, at_N: np.ndarray, entry_N: np.ndarray
     ) -> Iterator[Hit]:
-        part_N = self._part_E[entry_N]
+        text_N, part_N = words.text_W[at_N], self._part_E[entry_N]
         shift_N = at_N - self._offset_E[entry_N]
-        good_N = ~self._whole_P[part_N]
-        ask = np.flatnonzero(~good_N)
-        good_N[ask] = _stands_whole(self._items, words, shift_N[ask], part_N[ask])
-        text_N, part_N, shift_N = words.text_W[at_N[good_N]], part_N[good_N], shift_N[good_N]
         order = np.lexsort((shift_N, part_N, text_N))
         text_N, part_N, shift_N = text_N[order], part_N[order], shift_N[order]
         # N-grams of a part, in one document, whose places there and in the part keep step.
-        step = (np.diff(text_N) != 0) | (np.diff(part_N) != 0) | (np.diff(shift_N) > _GAP)
-        first_C = np.flatnonzero(np.append(True, step)[: len(part_N)])
-        until_C = np.append(first_C[1:], len(part_N))
-        likely_C = (until_C - first_C) >= _SEEDS * self._size_P[part_N[first_C]]
+        apart = (np.diff(text_N) != 0) | (np.diff(part_N) != 0) | (np.diff(shift_N) > _GAP)
+        bound_C = np.concatenate(([0], np.flatnonzero(apart) + 1, [len(part_N)]))
+        likely_C = np.diff(bound_C) >= _SEEDS * self._size_P[part_N[bound_C[:-1]]]
         best: dict[tuple[int, int], tuple[float, int, int]] = {}
-        for c in np.flatnonzero(likely_C | self._whole_P[part_N[first_C]]).tolist():
-            text, part = int(text_N[first_C[c]]), int(part_N[first_C[c]])
-            begin, until = int(shift_N[first_C[c]]), int(shift_N[until_C[c] - 1] + self._items.length_P[part])
-            begin, until = max(begin, int(words.first_T[text])), min(until, int(words.first_T[text + 1]))
-            score = 1.0 if self._whole_P[part] else self._aligned(part, words.hash_W[begin:until])
-            best[text, part] = max(best.get((text, part), (0.0, 0, 0)), (score, -begin, until))
-        for (text, number), (score, begin, until) in best.items():
+        for lo, hi in zip(bound_C[:-1][likely_C], bound_C[1:][likely_C], strict=True):
+            key = text, part = int(text_N[lo]), int(part_N[lo])
+            ours_W = _Words([self._parts[part].text]).hash_W
+            begin = max(shift_N[lo], words.first_T[text])
+            until = min(shift_N[hi - 1] + len(ours_W), words.first_T[text + 1])
+            score = self._score(part, ours_W, words.hash_W[begin:until])
+            best[key] = max(best.get(key, (0.0, 0, 0)), (score, -begin, until))
+        for (text, part), (score, begin, until) in best.items():
             if score >= SHARE:
-                part_ = self._items.parts[number]
-                place = words.excerpt(texts[text], text, -begin, until)
-                yield Hit(first + text, part_.set, part_.item, part_.part, score, part_.text[:EXCERPT], place)
+                item = self._parts[part]
+                there = words.excerpt(texts[text], text, -begin, until)
+                yield Hit(first + text, item.set, item.item, item.part, score, item.text[:EXCERPT], there)
 
-    def _aligned(self, part: int, there_M: np.ndarray) -> float:
+    def _score(self, part: int, ours_W: np.ndarray, theirs_M: np.ndarray) -> float:
         """Share of a part's distinctive words that stand in a stretch of a document, in their order."""
-        hash_W = _Words([self._items.parts[part].text]).hash_W
+        matcher = SequenceMatcher(None, theirs_M.tolist(), ours_W.tolist(), autojunk=False)
+        if self._whole_P[part]:
+            return float(matcher.find_longest_match().size == len(ours_W))
         lo, hi = np.searchsorted(self._kept_part_E, [part, part + 1])
-        distinctive_W = np.zeros(len(hash_W), bool)
-        distinctive_W[(self._kept_offset_E[lo:hi, None] + np.arange(NGRAM)).ravel()] = True
-        found_W = np.zeros(len(hash_W), bool)
-        matcher = SequenceMatcher(None, there_M.tolist(), hash_W.tolist(), autojunk=False)
+        distinctive_W, found_W = np.zeros((2, len(ours_W)), bool)
+        distinctive_W[self._kept_offset_E[lo:hi, None] + np.arange(NGRAM)] = True
         for block in matcher.get_matching_blocks():
             found_W[block.b : block.b + block.size] = True
         return float(found_W[distinctive_W].mean())
@@ -328,7 +313,7 @@ class _Table:
 
     def __init__(self, gram_E: np.ndarray):
         self._gram_E = gram_E
-        bits = min(30, max(10, len(gram_E).bit_length() + 5))
+        bits = min(27, max(10, len(gram_E).bit_length() + 5))
         self._shift = np.uint64(64 - bits)
         # Most n-grams of a text are in no item, and one look-up tells.
         self._may = np.zeros(1 << bits, bool)
@@ -385,22 +370,3 @@ def _hashes(value_N: np.ndarray, begin_M: np.ndarray, end_M: np.ndarray) -> np.n
     hash_M = (before[end_M] - before[begin_M]) * inverse[begin_M]
     hash_M = (hash_M ^ (hash_M >> np.uint64(32))) * np.uint64(_MIX)
     return hash_M ^ (hash_M >> np.uint64(29))
-
-
-def _cover(group_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-    """Words that each n-gram covers before the next of its group begins. Sorted by group and offset."""
-    words_N = np.full(len(group_N), NGRAM)
-    same = group_N[1:] == group_N[:-1]
-    words_N[:-1][same] = np.minimum(np.diff(offset_N), NGRAM)[same]
-    return words_N
-
-
-def _stands_whole(items: Items, words: _Words, at_N: np.ndarray, part_N: np.ndarray) -> np.ndarray:
-    """Whether parts stand in the texts from these words on, word for word."""
-    until_N = at_N + items.length_P[part_N]
-    good_N = (at_N >= 0) & (until_N <= len(words.hash_W))
-    # Within one text: that of the first word is that of the last.
-    good_N[good_N] = words.text_W[at_N[good_N]] == words.text_W[until_N[good_N] - 1]
-    hash_M = _hashes(words.hash_W, at_N[good_N], until_N[good_N])
-    good_N[good_N] = hash_M == items.whole_P[part_N[good_N]]
-    return good_N
