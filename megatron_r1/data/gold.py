@@ -178,13 +178,14 @@ def prepare(
     """Write `output_dir`/NAME.{bin,idx,json} of each set: a document an item, without an end token.
 
     `tokenizer`: its fields of a sidecar, whose "gold" has those of `records.Gold`. `check`: only say what
-    would be written. ValueError as of `items`, and for a folder with sets of another request unless
-    `overwrite`.
+    would be written. ValueError as of `items`, and for a folder with sets of another request, or pairs of
+    another tool, unless `overwrite`.
     """
     folder, record = Path(output_dir), Path(output_dir, "manifest.json")
     sources = {name: sha256(_file_of(name)) for name in names}
     request = {"format": FORMAT, "sets": sources, **tokenizer}
-    if record.exists() and not overwrite:
+    pairs = [with_suffix(folder / name, ".bin") for name in names]
+    if not overwrite and any(path.exists() for path in (record, *pairs)):
         theirs = (read(record) or {}).get("request", {})
         way_out = "name another --output-dir, or replace the sets with --overwrite"
         standing(theirs, request, lambda: True, f"{record} is of another request", way_out)
@@ -193,9 +194,7 @@ def prepare(
         prefix, of_set = folder / name, items(name)
         tokens, prompt_tokens, seams = encode(of_set, batch)
         gold = Gold(name, sum(len(item.gold.encode()) for item in of_set), tuple(prompt_tokens))
-        size = (
-            f"{len(tokens):,} items, {sum(map(len, tokens)):,} tokens, {gold.bytes:,} bytes of gold answers"
-        )
+        size = f"{len(tokens):,} items, {sum(map(len, tokens)):,} tokens, {gold.bytes:,} bytes of gold"
         say(f"{prefix}: {size}, {seams:,} seams{', already done' if done else ''}")
         if done or check:
             continue

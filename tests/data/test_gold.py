@@ -155,6 +155,11 @@ def test_sets_are_made_once_and_not_replaced_unasked(
         gold.prepare(["humaneval", "mbpp"], sets, in_bytes, other)
     gold.prepare(["humaneval", "mbpp"], sets, in_bytes, other, overwrite=True)
     assert open_corpus("mbpp", sets / "mbpp").tokenizer_hash == "0" * 64
+    write_corpus(tmp_path / "others" / "mbpp", 3, seed=0)
+    with pytest.raises(
+        ValueError, match=r"manifest.json is of another request: format \(nothing there, 1 here"
+    ):
+        gold.prepare(["mbpp"], tmp_path / "others", in_bytes, TOKENIZER)
     gold.prepare(["mbpp"], tmp_path / "none", in_bytes, TOKENIZER, check=True)
     assert not (tmp_path / "none").exists()
 

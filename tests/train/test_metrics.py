@@ -51,6 +51,7 @@ def test_lines_that_cannot_be_read_are_said_and_the_others_stay(
     ['{"step": true}', '{"step": 2.0}', '{"step": 0}', '{"step": -3}', '{"step": 2, "loss": "x"}', '"2"',
      '{"step": 2, "seconds": null}', '{"step": 2, "ranks": "1"}', '{"step": 2, "phase": ["one"]}',
      '{"step": 2, "probe_nll": [1]}', '{"step": 2, "mix_actual": null}', f'{{"step": {10**30}}}',
+     '{"step": 2, "gold_bpb": 1.5}',
      '{"step": 2, "probe_nll": {"a": "b"}}', f'{{"step": 2, "loss": {"9" * 400}}}', "[" * 100_000],
 )  # fmt: skip
 def test_a_line_of_other_types_is_no_step(
