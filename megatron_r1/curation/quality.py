@@ -34,11 +34,11 @@ class Classifier(Pretrained):
         super().__init__(model, tokens, label=label)
         names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
         if (len(names) == 1) != (label is None) or names.count(label or names[0]) != 1:
-            fault = f"label={label}: {model} has the labels {shown(names)}{suggest(label or '', names)}"
+            fault = f"label={label}: {model} has the labels {shown(names)}{suggest(label or names[0], names)}"
             raise ValueError(f"{fault}; name one of several, whose probability is the score, and none of one")
         if (pad := getattr(self.config, "pad_token_id", None)) is None or pad < 0:
             raise ValueError(
-                f"{model}: config.json has no pad_token_id, so its batches would be ambiguous; add it"
+                f"{model}: its config.json has no pad_token_id, by which batches are read; add it"
             )
         self._label = None if label is None else names.index(label)
         # Labels of which several may hold have a probability each.
@@ -50,9 +50,7 @@ class Classifier(Pretrained):
 
         def forward(ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
             logits_BL = self.network(input_ids=ids_BS, attention_mask=mask_BS).logits.float()
-            if self._label is None:
-                return logits_BL[:, 0]
-            return self._probability(logits_BL)[:, self._label]
+            return logits_BL[:, 0] if self._label is None else self._probability(logits_BL)[:, self._label]
 
         return self.run(self.encode(texts), forward)
 
@@ -70,11 +68,7 @@ class Head:
 
     def __init__(self, model: str, labelled: str | Path, tokens: int):
         require("sklearn", "a quality head", "scikit-learn")
-        self.embed, self._labelled, self._examples = (
-            Embedder(model, tokens),
-            Path(labelled),
-            _read(Path(labelled)),
-        )
+        self.embed, self._labelled, self._examples = Embedder(model, tokens), labelled, _read(labelled)
         texts, scores = {text for text, _ in self._examples}, {score for _, score in self._examples}
         if len(texts) < FEWEST or len(scores) < 2:
             fault = f"{labelled} has {len(texts)} different texts and {len(scores)} different scores"
@@ -113,7 +107,7 @@ class Head:
         return self._fitted[0].predict(embedding_ND).astype(np.float32) if len(texts) else embedding_ND
 
 
-def _read(path: Path) -> list[tuple[str, float]]:
+def _read(path: str | Path) -> list[tuple[str, float]]:
     examples = []
     with open(path, "rb", opener=regular) as lines:
         for number, line in enumerate(lines, 1):

@@ -50,7 +50,12 @@ def plain(model: Any, ids: list[int], labels: tuple[int, ...]) -> float:
 def expected(
     folder: Path, some: list[str], tokens: int, before: str, after: str, labels: tuple[str, str]
 ) -> list[float]:
-    """By ids of the three parts, each encoded alone, and documents cut to `tokens`."""
+    """By ids of the three parts, each encoded alone, and documents cut to `tokens`.
+
+    The line break before a document belongs to it, as in a text that is encoded whole.
+    """
+    assert before.endswith(":\n")
+    before, some = before[:-1], [f"\n{text}" for text in some]
     fast = AutoTokenizer.from_pretrained(folder)
     head, tail = (fast(part, add_special_tokens=False)["input_ids"] for part in (before, after))
     last = tuple(fast.convert_tokens_to_ids(label) for label in labels)
@@ -70,6 +75,18 @@ def test_without_a_template_the_answer_follows_a_space(tmp_path: Path, begins: b
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.std(wanted) > 0.01
+
+
+def test_ids_are_those_of_the_whole_text(tmp_path: Path) -> None:
+    """Where words end at the parts' borders, as they do in the prompts that come along."""
+    fast, seen = byte_pairs(tmp_path, template=TEMPLATE), list[Any]()
+    llama(tmp_path, len(fast))
+    prompt, judge = "Keep books.\n\n{document}\n\nKeep it? 1 or 0.", Judge(str(tmp_path), 40)
+    judge.network.register_forward_pre_hook(lambda *a: seen.append(a[2]["input_ids"]), with_kwargs=True)
+    judge.judge(["a cat sat on the mat."], prompt)
+    turns = [{"role": "user", "content": prompt.replace("{document}", "a cat sat on the mat.")}]
+    whole = fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert torch.cat(seen, 1)[0].tolist() == whole
 
 
 def test_a_label_may_hold_the_space(tmp_path: Path) -> None:
@@ -119,6 +136,18 @@ def test_windows_of_attention_count_positions_as_without_a_cache(tmp_path: Path)
     np.testing.assert_allclose(Judge(str(tmp_path), 40).judge(some, PROMPT), wanted, atol=1e-5)
 
 
+def test_bf16_moves_scores_and_makes_none_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer's logits would be a multiple of 2^-7 of their size, and many scores the same."""
+    llama(tmp_path, len(byte_pairs(tmp_path)))
+    some = sorted({*texts(100)})
+    exact = Judge(str(tmp_path), 40).judge(some, PROMPT)
+    monkeypatch.setattr(backend, "fast_precision", lambda: "bf16")
+    found = Judge(str(tmp_path), 40).judge(some, PROMPT)
+    np.testing.assert_allclose(found, exact, atol=0.05)
+    assert not np.array_equal(found, exact)
+    assert len({*found}) == len(some)
+
+
 def test_prompts_of_a_judge_do_not_mix(tmp_path: Path) -> None:
     llama(tmp_path, len(byte_pairs(tmp_path)))
     judge, some, other = Judge(str(tmp_path), 40), texts(6), PROMPT.replace("books", "cats")
@@ -141,7 +170,7 @@ def test_a_document_cannot_write_control_tokens(tmp_path: Path, token: str) -> N
     asked, ids = judge._asked(PROMPT), seen[-1][0].tolist()
     document = ids[: -len(asked.after)]
     assert fast.convert_tokens_to_ids(token) not in document
-    assert fast.decode(document) == attack
+    assert fast.decode(document) == f"\n{attack}"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +246,7 @@ def test_operations_grow_with_the_prompt(tmp_path: Path) -> None:
     judge.network.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counter:
         judge.judge([text], PROMPT)
-    tokens = len(AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"])
+    tokens = len(AutoTokenizer.from_pretrained(tmp_path)(f"\n{text}")["input_ids"])
     assert judge.flops_of(tokens, PROMPT) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert judge.flops_of(tokens, PROMPT) > judge.flops(tokens)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -153,6 +154,23 @@ def test_models_that_are_not_there_or_not_safe(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"neither model.safetensors nor .* but pytorch_model.bin"):
         Embedder(str(tmp_path), 20)
+
+
+def test_a_name_on_the_hub_is_fetched_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert(tmp_path)
+    asked = []
+
+    def fetch(name: str, revision: str, allow_patterns: list[str]) -> str:
+        there = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
+        asked.append((name, revision, sorted(filter_repo_objects(there, allow_patterns=allow_patterns))))
+        return str(tmp_path)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    Embedder("org/name@abc", 20)
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert asked == [("org/name", "abc", files)]
 
 
 def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
