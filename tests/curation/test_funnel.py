@@ -293,9 +293,21 @@ def test_scores_of_another_model_are_never_mixed(tmp_path):
     fresh = made(tmp_path, output=str(tmp_path / "fresh"))
     curate(fresh, make=models("b" * 64))
     same, new = digests(tmp_path / "out"), digests(tmp_path / "fresh")
-    # These name the folder.
+    # Some files name the folder.
     assert {k for k in new if same[k] != new[k]} <= {"README.md", "curated.yaml", "manifest.json"}
     assert same.keys() == new.keys()
+
+
+def test_scores_of_another_prompt_are_never_mixed(tmp_path):
+    config = made(tmp_path)
+    curate(config, make=models())
+    (tmp_path / "prompts" / "code.txt").write_text("special, in other words: {document}")
+    with pytest.raises(ValueError, match=r"of another request: files\..*code\.txt"):
+        curate(config, make=models())
+    manifest = curate(config, make=(make := models()), overwrite=True)
+    # The prompt of source a's domain alone.
+    assert make.made["quality"].asked == 0
+    assert make.made["judge"].asked == stages(manifest, "a")["domain"]["in"]
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +318,9 @@ def small(tmp_path_factory):
     texts = {name: [row["text"] for row in of] for name, of in rows.items()}
     changes = {"documents": 30, "pilot": 50, "duplicates": {"near": 0.8, "semantic": "E", "threshold": 0.99}}
     config = made(folder, texts, **changes)
-    curate(config, make=models())
+    curate(config, make=(make := models()))
     results = digests(folder / "out")
-    return folder, config, results
+    return folder, config, results, sum(model.asked for model in make.made.values())
 
 
 @pytest.fixture
@@ -319,7 +331,7 @@ def anew(small):
 
 
 def test_shards_in_any_number_give_the_same_files(anew, monkeypatch):
-    folder, config, results = anew
+    folder, config, results, _ = anew
     monkeypatch.setattr("megatron_r1.curation.work.CHUNK", 20)
     out, log = folder / "out", []
     with pytest.raises(ValueError, match=r"waiting.json is not there: run with --merge first"):
@@ -349,9 +361,10 @@ def _on_rank(path: str) -> int:
 
 
 def test_ranks_give_the_same_files_and_share_the_work(anew):
-    folder, _, results = anew
+    folder, _, results, texts = anew
     asked = on_ranks(2, _on_rank, str(folder / "request.yaml"))
-    assert digests(folder / "out") == results and min(asked) > 0
+    assert digests(folder / "out") == results
+    assert min(asked) > 0 and sum(asked) == texts
 
 
 class Killed(BaseException):
@@ -359,7 +372,7 @@ class Killed(BaseException):
 
 
 def test_a_launch_killed_at_any_file_goes_on_to_the_same_files(anew, monkeypatch):
-    folder, config, results = anew
+    folder, config, results, _ = anew
     replace, left = os.replace, [0]
 
     def counted(source, target):
@@ -391,7 +404,7 @@ curate(load([sys.argv[1]]), make=models())
 
 
 def test_a_launch_that_gets_sigkill_goes_on_to_the_same_files(anew):
-    folder, _, results = anew
+    folder, _, results, _ = anew
     out, command = folder / "out", [sys.executable, "-c", _RUN, str(folder / "request.yaml")]
     for pattern in ("work/judge-*/*.npy",):
         child = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
