@@ -27,6 +27,7 @@ from pathlib import Path
 
 from megatron_r1.curation.probes import curate_probes
 from megatron_r1.curation.request import CurationConfig, load
+from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess.documents import open_inputs
 from megatron_r1.preprocess.shards import parse_shard
 from megatron_r1.system.terminal import count, number, positive, say, tool_parser, user_errors
@@ -44,8 +45,8 @@ _JUDGED = ("workers", "shard", "merge", "estimate", "tflops", "pass_rate")
 """Options without FILE.yaml, and with it alone."""
 _PARAMETERS = {"quality": 109e6, "judge": 8e9, "embed": 22.7e6}
 """Of a model that is not here: FineWeb-Edu's classifier, Llama 3.1 8B, MiniLM."""
-_EMBED_TOKENS, _BYTES = 256, 3000
-"""Tokens of an embedding, and bytes of a document, about."""
+_BYTES = 3000
+"""Of a document, about."""
 
 
 def pairs(option: str, arguments: list[str]) -> dict[str, str]:
@@ -129,14 +130,15 @@ def judge(args: argparse.Namespace) -> None:
 
 
 def describe(config: CurationConfig) -> None:
-    """Print what would be read, and which stages follow. Raises ValueError where an input lacks a key."""
+    """Print what would be read, and which stages follow. Raises ValueError, OSError for inputs and pairs."""
     for name, source in config.sources.items():
         inputs = open_inputs(source.inputs())
         for one in inputs:
             one.check(source.keys())
         size = sum(one.size for one in inputs)
         domains = ", ".join(source.domains) or "no domain, so it has a representative set alone"
-        print(f"{name}: {len(inputs)} inputs, {size:,} bytes; {domains}")
+        documents = len(read_provenance(source.prefix).hashes)
+        print(f"{name}: {len(inputs)} inputs, {size:,} bytes, a pair of {documents:,} documents; {domains}")
     for stage, line in stages(config).items():
         print(f"{stage}: {line}")
     for domain, members in config.domains().items():
@@ -180,7 +182,7 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
             "domain": ("judge", domain * left, asked.tokens),
         }
     if config.duplicates and config.duplicates.semantic:
-        work["embed"] = "embed", n * left, _EMBED_TOKENS
+        work["embed"] = "embed", n * left, config.duplicates.tokens
     size = f"{n * sample:,} documents, {sample:,} of each of {n} sources"
     names = {
         "quality": config.quality and config.quality.model,

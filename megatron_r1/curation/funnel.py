@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.outputs import STAGE, Outcome, write
+from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import Source, draw
@@ -54,7 +54,8 @@ Make = Callable[[str], Any]
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
     """Go through the stages. Raises Pending where scores are missing, ValueError as the stages do."""
     work = Path(config.output) / "work"
-    out = Outcome(_sample(config, make, work, workers), {})
+    pairs = open_pairs(config)
+    out = Outcome(pairs, _sample(config, make, work, workers, pairs), {})
     for kind in ("judge", "domain") if config.judge else ():
         _ask(config, make, work, kind, out.sources)
     if config.decontamination:
@@ -67,11 +68,15 @@ def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
     return out
 
 
-def _sample(config: CurationConfig, make: Make, work: Path, workers: int) -> dict[str, Source]:
+def _sample(
+    config: CurationConfig, make: Make, work: Path, workers: int, pairs: dict[str, Pair]
+) -> dict[str, Source]:
     """Sample and quality, in two rounds: the pilot, and the rest, as large as its pass rate asks for."""
     quality, needed, names = config.quality, config.needed(), list(config.sources)
     first = min(config.pilot if quality else needed, config.most)
     pilots = {name: draw(name, config, work, first, workers=workers) for name in names}
+    for name, pilot in pilots.items():
+        pairs[name].require(pilot)
     rounds = {name: [pilot] for name, pilot in pilots.items()}
     found = {name: [values] for name, values in _qualities(config, make, work, pilots).items()}
     more = {}
@@ -202,7 +207,7 @@ def _keep_first(
         for i, j, likeness in zip(pairs.first_P, pairs.second_P, pairs.likeness_P.tolist(), strict=True):
             ends = {"first": ids[i].decode(), "second": ids[j].decode()}
             of = {"first_source": str(names[i]), "second_source": str(names[j])}
-            out.pairs.append({"kind": kind, **of, **ends, "likeness": likeness})
+            out.alike.append({"kind": kind, **of, **ends, "likeness": likeness})
         out.facts.setdefault("pairs", {})[kind] = len(pairs.first_P)
     first = 0
     for source in sources:
@@ -217,8 +222,8 @@ def load_model(config: CurationConfig, kind: str) -> Any:
 
     if kind == "judge" and (asked := config.judge):
         return ask_llm.Judge(asked.model, asked.tokens)
-    if kind == "embed" and config.duplicates and config.duplicates.semantic:
-        return models.Embedder(config.duplicates.semantic)
+    if kind == "embed" and (same := config.duplicates) and same.semantic:
+        return models.Embedder(same.semantic, same.tokens)
     asked_of = config.quality
     assert asked_of is not None and asked_of.model is not None
     if asked_of.labelled:
@@ -262,6 +267,8 @@ def curate(
         log(f"{left}: {done} of {of} chunks are scored{'' if done < of else '; run with --merge'}")
         return None
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
+    if merge and ranks > 1:
+        raise ValueError("--merge goes with --shard; ranks of one launch go through all stages without it")
     with _meeting(work, rank, ranks) as meet:
         while True:
             manifest, jobs = None, list[Job]()
@@ -271,7 +278,8 @@ def curate(
                 jobs = pending.jobs
                 write_json(waiting, {"config": asked, "jobs": [vars(job) for job in jobs]})
                 if merge:
-                    log(f"{pending}: {pending.chunks()[1]} chunks; run --shard I/N for all, then --merge")
+                    done, of = pending.chunks()
+                    log(f"{pending}: {done} of {of} chunks are scored; run all --shard I/N, then --merge")
                     return None
             jobs = [Job(**job) for job in meet([vars(job) for job in jobs])]
             if not jobs:

@@ -1,8 +1,8 @@
 """The results of a funnel: R_g and P_c as indexed datasets, keep masks, tables, a dataset card, the manifest.
 
     representative_SOURCE   R_g, the best document first
-    probe_C, heldout_C      halves, by the documents' hash, of P_c: the R_g of all sources of domain C
-    keep/SOURCE-HASH.npz    the source's documents without R_g, in every copy, for `phases.NAME.keep`
+    probe_C, heldout_C      halves of P_c, the R_g of all sources of domain C: in turn by the documents' hash
+    keep/SOURCE-HASH.npz    the source's documents that are in no R_g, for `phases.NAME.keep`
     documents/SOURCE.parquet  R_g as text, in datatrove's form
     scores.parquet          every score of every document of the samples, and how many stages it passed
     pairs.parquet, hits.parquet  duplicates, evaluation items
@@ -30,7 +30,7 @@ import numpy as np
 from megatron_r1.curation.probes import SETS, PairSource, check_tokenizers, record, write_set
 from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import SCORES, Source
-from megatron_r1.curation.work import parquet_rows
+from megatron_r1.curation.work import ID, Documents, parquet_rows
 from megatron_r1.data.indexed import IndexedDataset, document_starts, open_corpus, with_suffix
 from megatron_r1.data.integrity import say_unchecked
 from megatron_r1.data.keep import documents_mask
@@ -45,55 +45,79 @@ from megatron_r1.system.yaml_io import format_yaml
 
 STAGE = "curate probes"
 """Name in the ledger."""
+_AT_ONCE = 1 << 16
+"""Documents of a pair whose hashes are compared at once."""
 
 
 @dataclass
 class Outcome:
-    """What the stages found. `hits` and `pairs`: rows of the tables of these names."""
+    """What the stages found. `hits` and `alike`: rows of hits.parquet and pairs.parquet."""
 
+    pairs: dict[str, Pair]
     sources: dict[str, Source]
     chosen: dict[str, np.ndarray]
     """Source -> rows of R_g, the best first."""
     hits: list[dict[str, Any]] = field(default_factory=list)
-    pairs: list[dict[str, Any]] = field(default_factory=list)
+    alike: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     """Of duplicates and decontamination, for the manifest."""
 
 
-class _Pair:
-    """A source's pair, and the place in it of each document of the sample."""
+class Pair:
+    """A source's pair, in which documents are found by the hash of their text."""
 
-    def __init__(self, source: Source, prefix: str):
-        self.corpus: Corpus = open_corpus(source.name, prefix)
+    def __init__(self, name: str, prefix: str):
+        self.corpus: Corpus = open_corpus(name, prefix)
         self.origins: Provenance = read_provenance(prefix)
         lengths = np.diff(document_starts(self.corpus))
         dataset, sidecar = IndexedDataset(prefix, share=None), read_sidecar(prefix) or {}
-        self.tokens = PairSource(source.name, source.name, dataset, sidecar, lengths, len(lengths))
-        self.hash_N = np.frombuffer(bytes.fromhex(source.ids_N.tobytes().decode()), "S16")
-        found_M = np.flatnonzero(self.origins.among(self.hash_N.tolist()))
+        self.tokens = PairSource(name, name, dataset, sidecar, lengths, len(lengths))
+
+    def require(self, sample: Documents) -> None:
+        """Raise ValueError where it holds no document of the sample. Right pairs are known by their first."""
+        ours, hashes_D16 = _raw(sample.column("id", ID)), self.origins.hashes
+        blocks = (hashes_D16[at : at + _AT_ONCE] for at in range(0, len(hashes_D16), _AT_ONCE))
+        if not any(np.isin(_hashes(block), ours).any() for block in blocks):
+            none = f"{self.corpus.prefix} holds none of {len(ours)} of its documents"
+            raise ValueError(
+                f"sources.{self.corpus.name}: {none}; name the pair that was made of these inputs"
+            )
+
+    def places(self, ids_N: np.ndarray) -> np.ndarray:
+        """The first document with each of these texts, [N] int64, -1 where there is none."""
+        hash_N, out_N = _raw(ids_N), np.full(len(ids_N), -1)
+        found_M = np.flatnonzero(self.origins.among(hash_N.tolist()))
         hash_M, first_M = np.unique(_hashes(self.origins.hashes[found_M]), return_index=True)
-        at_N = np.searchsorted(hash_M, self.hash_N).clip(max=max(0, len(hash_M) - 1))
-        there_N = hash_M[at_N] == self.hash_N if len(hash_M) else np.zeros(len(at_N), bool)
-        self.place_N = np.full(len(at_N), -1)
-        """First document of the pair with this text, -1 where there is none."""
-        self.place_N[there_N] = found_M[first_M[at_N[there_N]]]
+        there_N = np.isin(hash_N, hash_M)
+        out_N[there_N] = found_M[first_M[np.searchsorted(hash_M, hash_N[there_N])]]
+        return out_N
+
+
+def open_pairs(config: CurationConfig) -> dict[str, Pair]:
+    """Raises ValueError for pairs of two tokenizers and for damaged ones, OSError for missing ones."""
+    pairs = {name: Pair(name, source.prefix) for name, source in config.sources.items()}
+    check_tokenizers([pair.tokens for pair in pairs.values()], config.probes.end_documents)
+    return pairs
 
 
 def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes_D16).view("S16").ravel()
 
 
+def _raw(ids: np.ndarray) -> np.ndarray:
+    """Ids as 16 bytes each."""
+    return np.frombuffer(bytes.fromhex(ids.tobytes().decode()), "S16")
+
+
 def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict[str, Any]:
     """Write all results, the manifest last. Returns the manifest.
 
-    Raises ValueError for a pair that holds none of its source's text, for tokenizers that differ, and for a
-    domain of which nothing is left.
+    Raises ValueError for a domain of which nothing is left.
     """
-    folder, form = Path(config.output), config.probes
-    pairs = {name: _Pair(source, config.sources[name].prefix) for name, source in out.sources.items()}
+    folder, form, pairs = Path(config.output), config.probes, out.pairs
     say_unchecked([pair.corpus for pair in pairs.values()])
-    check_tokenizers([pair.tokens for pair in pairs.values()], form.end_documents)
-    chosen = {name: _in_pair(out, pair) for name, pair in pairs.items()}
+    place = {name: pair.places(out.sources[name].ids_N) for name, pair in pairs.items()}
+    chosen = {name: _in_pair(out, name, place[name]) for name in pairs}
     missing = {name: len(out.chosen[name]) - len(rows) for name, rows in chosen.items()}
     chosen = {name: rows for name, rows in chosen.items() if len(rows)}
     sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items()}
@@ -110,20 +134,24 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     _remove_earlier(folder)
     files = list[Path]()
     for set_name, of in sets.items():
-        stretches = _in_turn(of, out.sources, pairs, form.max_document_tokens)
+        stretches = _in_turn(of, out, place, form.max_document_tokens)
         first = next(iter(pairs.values())).tokens
         write_set(folder / set_name, stretches, first, form.end_documents, facts[set_name])
         files += [with_suffix(folder / set_name, suffix) for suffix in (".bin", ".idx")]
-    masks = {}
     for name, rows in chosen.items():
-        kept_D = ~pairs[name].origins.among(pairs[name].hash_N[rows].tolist())
-        mask = documents_mask(pairs[name].corpus, kept_D, form.seq_length)
-        masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
-        with replacing(masks[name]) as stream:
-            stream.write(mask)
-        parquet_rows(text := folder / "documents" / f"{name}.parquet", out.sources[name].with_scores(rows))
-        files += [masks[name], text]
-    _tables(folder, out, pairs)
+        files.append(folder / "documents" / f"{name}.parquet")
+        parquet_rows(files[-1], out.sources[name].with_scores(rows))
+    # A copy in another source would be trained on, too.
+    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
+    masks = {}
+    for name, pair in pairs.items():
+        if not (kept_D := ~pair.origins.among(aside)).all():
+            mask = documents_mask(pair.corpus, kept_D, form.seq_length)
+            masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
+            with replacing(masks[name]) as stream:
+                stream.write(mask)
+    files += masks.values()
+    _tables(folder, out, place)
     write_text(folder / "curated.yaml", _for_trainer(config, folder, masks))
     content: dict[str, Any] = {
         "models": request["models"],
@@ -150,32 +178,29 @@ def _remove_earlier(folder: Path) -> None:
     manifest.unlink(missing_ok=True)
 
 
-def _in_pair(out: Outcome, pair: _Pair) -> np.ndarray:
+def _in_pair(out: Outcome, name: str, place_N: np.ndarray) -> np.ndarray:
     """Rows of R_g that the pair has."""
-    rows, source = out.chosen[pair.corpus.name], out.sources[pair.corpus.name]
-    there = pair.place_N[rows] >= 0
+    rows, source = out.chosen[name], out.sources[name]
+    there = place_N[rows] >= 0
     if missing := int((~there).sum()):
         ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
-        fault = (
-            f"sources.{source.name}: {pair.corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
-        )
-        if missing == len(rows):
-            raise ValueError(f"{fault}; it was made of other texts: name the pair that was made of these")
+        lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
+        fault = f"sources.{name}: {lacks}"
         say(f"warning: {fault}; they are in no set")
     return rows[there]
 
 
 def _in_turn(
-    of: Mapping[str, np.ndarray], sources: Mapping[str, Source], pairs: Mapping[str, _Pair], most: int
+    of: Mapping[str, np.ndarray], out: Outcome, place: Mapping[str, np.ndarray], most: int
 ) -> Iterator[np.ndarray]:
     """Stretches of documents, one of each source in turn: a leading part serves as well as the whole."""
     for turn in zip_longest(*([(name, row) for row in rows] for name, rows in of.items())):
-        for name, row in (one for one in turn if one is not None):
-            digest = bytes.fromhex(sources[name].ids_N[row].decode())
-            yield pairs[name].tokens.stretch(int(pairs[name].place_N[row]), digest, most)
+        for name, row in filter(None, turn):
+            digest = bytes.fromhex(out.sources[name].ids_N[row].decode())
+            yield out.pairs[name].tokens.stretch(int(place[name][row]), digest, most)
 
 
-def _tables(folder: Path, out: Outcome, pairs: Mapping[str, _Pair]) -> None:
+def _tables(folder: Path, out: Outcome, place: Mapping[str, np.ndarray]) -> None:
     arrow, parquet = require("pyarrow", "curation"), require("pyarrow.parquet", "curation")
 
     def schema(texts: str, **numbers: Any) -> Any:
@@ -183,14 +208,14 @@ def _tables(folder: Path, out: Outcome, pairs: Mapping[str, _Pair]) -> None:
 
     hits = schema("source id set item part item_text document_text", score=arrow.float64())
     duplicates = schema("kind first_source first second_source second", likeness=arrow.float64())
-    for name, columns, rows in (("hits", hits, out.hits), ("pairs", duplicates, out.pairs)):
+    for name, columns, rows in (("hits", hits, out.hits), ("pairs", duplicates, out.alike)):
         with replacing(folder / f"{name}.parquet") as stream:
             parquet.write_table(arrow.Table.from_pylist(rows, columns), stream)
     kinds = dict.fromkeys(SCORES, arrow.float32())
     columns = schema("source id file", line=arrow.uint64(), **kinds, passed=arrow.int8())
     with replacing(folder / "scores.parquet") as stream, parquet.ParquetWriter(stream, columns) as writer:
         for name, source in out.sources.items():
-            place_N, origins = pairs[name].place_N, pairs[name].origins
+            place_N, origins = place[name], out.pairs[name].origins
             inputs = np.array([*origins.inputs, None], object)
             # Beyond all inputs where the pair lacks the document, or names no inputs.
             file_N = np.where(place_N < 0, len(inputs), origins.files[place_N])

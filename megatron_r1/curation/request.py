@@ -102,6 +102,8 @@ class Duplicates(Section):
     """Jaccard similarity of shingles of five words, from which two are near. None: not compared."""
     semantic: Text | None = None
     """Model of sentence embeddings. None: meanings are not compared."""
+    tokens: PositiveInt = 256
+    """Tokens that it reads of a document."""
     threshold: Share | None = None
     """Cosine from which two mean the same. None: calibrated on planted pairs."""
 
@@ -228,5 +230,8 @@ def _check_whole(config: CurationConfig) -> None:
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
     missing = [path for path in config.files() if not path.is_file()]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
+    for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
+        if (times := path.read_text().count("{document}")) != 1:
+            out.append(f"{path} has {{document}} {times} times; it stands once, where the text goes")
     if out:
         raise ConfigError(out)

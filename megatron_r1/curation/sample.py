@@ -14,6 +14,7 @@ Documents that come again, and documents of another language, are left out and c
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import shutil
 from collections import Counter
@@ -23,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ _TURN = 16
 _FIRST, _AT_ONCE = 4, 16
 """Parts that are read first, and parts that one task reads."""
 _MOST_REJECTS = 20
+_NOTHING: dict[str, Any] = {"parts": 0, "counts": {}, "rejects": []}
+"""Facts of no round."""
 _LANGUAGE_CHARACTERS = 4000
 SCORES = ("quality", "judge", "domain")
 SHOWN, CHARACTERS = 3, 300
@@ -126,47 +130,37 @@ def draw(
     if path.with_suffix(".json").is_file():
         shutil.rmtree(drawn, ignore_errors=True)
         return Documents(path)
-    parts = Parts(inputs, config.seed)
+    parts, earlier = Parts(inputs, config.seed), before.facts if before else _NOTHING
     known = {row["id"] for row in before.rows("id")} if before else set()
-    begin = end = before.facts["parts"] if before else 0
-    rate = len(before) / begin if before else 0.0
+    begin = end = earlier["parts"]
+    rate = len(known) / begin if begin else 0.0
     units, fresh = list[Documents](), set[str]()
     read = partial(_read, name, source, language)
     with _processes(workers) as shared, Progress(f"sample {name}", target, "documents") as bar:
         while len(fresh) < target and end < len(parts):
-            more = -(-(target - len(fresh)) // max(rate, 1e-3)) if end > begin or before else _FIRST
-            # One that is rare at first is not taken for rare everywhere.
-            more = min(int(more), 8 * max(end - begin, begin, _FIRST), len(parts) - end)
+            # Documents that are rare at first are not taken for rare everywhere.
+            most = min(8 * (end - begin) or 8 * begin or _FIRST, len(parts) - end)
+            more = min(math.ceil((target - len(fresh)) / rate), most) if rate else most
             tasks = parts.tasks(inputs, end, end + more)
             paths = [drawn / f"{end:08d}-{n:06d}.parquet" for n in range(len(tasks))]
             for _ in shared(read, tasks, paths):
                 pass
-            units += (some := [Documents(one) for one in paths])
-            had = len(fresh)
-            fresh |= {row["id"] for unit in some for row in unit.rows("id")} - known
-            bar.advance(len(fresh) - had)
-            end += more
+            some = [Documents(one) for one in paths]
+            found = {row["id"] for unit in some for row in unit.rows("id")} - known - fresh
+            bar.advance(len(found))
+            units, fresh, end = units + some, fresh | found, end + more
             rate = len(fresh) / (end - begin)
-    counts = sum(
-        (Counter(unit.facts["counts"]) for unit in units), Counter(before.facts["counts"] if before else {})
-    )
-    # Of too many, those of the smallest hashes: in all places of the inputs.
-    wanted = set(sorted(fresh)[: config.most - len(known)])
+    counts = sum((Counter(unit.facts["counts"]) for unit in units), Counter(earlier["counts"]))
     counts["repeated"] += sum(map(len, units)) - len(fresh)
-    rejects = [
-        *(before.facts["rejects"] if before else ()),
-        *(r for unit in units for r in unit.facts["rejects"]),
-    ]
+    rejects = [*earlier["rejects"], *chain.from_iterable(unit.facts["rejects"] for unit in units)]
     if not fresh and not known:
         dropped = ", ".join(f"{counts[of]} {of}" for of in ("rejected", "other_language"))
         first = f"; the first reject: {shown(rejects[0])}" if rejects else ""
         raise ValueError(f"sources.{name}: no document in {len(inputs)} inputs ({dropped}){first}")
-    facts = {
-        "parts": end,
-        "share": float(parts.bytes_P[:end].sum() / max(parts.bytes_P.sum(), 1)) if end < len(parts) else 1.0,
-        "counts": dict(+counts),
-        "rejects": rejects[:_MOST_REJECTS],
-    }
+    share = parts.bytes_P[:end].sum() / parts.bytes_P.sum() if end < len(parts) else 1
+    facts = {"parts": end, "share": float(share), "counts": dict(+counts), "rejects": rejects[:_MOST_REJECTS]}
+    # Of too many, those of the smallest hashes: they lie in all places of the inputs.
+    wanted = set(sorted(fresh)[: config.most - len(known)])
     write_documents(path, _once(units, wanted), lambda: facts)
     shutil.rmtree(drawn, ignore_errors=True)
     return Documents(path)
@@ -222,10 +216,11 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     inputs = _opened(source.inputs())
     classify = require("py3langid", "quality.language").classify if language else None
-    of_input, numbers, count = task
+    of_input, listed, count = task
+    numbers = set(listed)
     opened = inputs[of_input]
     packed, size = _is_packed(opened), opened.size
-    ranges = [(size * n // count, size * (n + 1) // count) for n in numbers]
+    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
     for lo, hi in [(0, size)] if packed else ranges:
         for piece in opened.pieces(of_input, source.keys(), lo, hi):
             for line, row in enumerate(piece.rows, piece.first):
@@ -313,8 +308,8 @@ class Source:
             yield {**row, "metadata": {**row["metadata"], "score": float(score_N[at])}}
 
     def halves(self, rows: np.ndarray) -> np.ndarray:
-        """0 or 1 for each of these rows, by the last bit of its id."""
-        return np.array([int(one[-1:], 16) % 2 for one in self.ids_N[rows]], int)
+        """0 or 1 for each of these rows, in turn in the order of their ids: halves that share nothing."""
+        return np.argsort(np.argsort(self.ids_N[rows])) % 2
 
     def file(self, work: Path) -> Path:
         """The documents that are left, as a file for the next model."""
@@ -340,18 +335,10 @@ class Source:
         """Documents at the top, in the middle and at the bottom of each end."""
         out = {}
         for name, rows in ends.items():
-            ranked = self.ranked(rows, score_N)
-            chosen = (
-                ranked[np.unique(np.linspace(0, len(ranked) - 1, SHOWN).astype(int))]
-                if len(ranked)
-                else ranked
-            )
-            texts = {row["id"].encode(): row["text"] for row in self.rows(np.sort(chosen), "id", "text")}
-            out[name] = [
-                {
-                    "text": texts[self.ids_N[row]][:CHARACTERS],
-                    "score": float(score_N[row]) if score_N is not None else None,
-                }
-                for row in chosen
-            ]
+            places = np.unique(np.linspace(0, max(0, len(rows) - 1), SHOWN).astype(int))
+            chosen = self.ranked(rows, score_N)[places[: len(rows)]]
+            text = {row["id"].encode(): row["text"] for row in self.rows(np.sort(chosen), "id", "text")}
+            score = [None] * len(chosen) if score_N is None else score_N[chosen].tolist()
+            shown_texts = [text[one][:CHARACTERS] for one in self.ids_N[chosen]]
+            out[name] = [{"text": t, "score": s} for t, s in zip(shown_texts, score, strict=True)]
         return out

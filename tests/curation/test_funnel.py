@@ -107,20 +107,21 @@ def test_each_stage_keeps_what_a_plain_loop_keeps(tmp_path):
 def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
     texts = {name: texts_of(name) for name in DOMAINS}
     config = made(tmp_path, documents=8)
-    pair = write_pair(tmp_path / "tokens" / "a", [*texts["a"], *texts["a"][:150]], seed=3)
+    # Copies in the same source, and of another one.
+    pair = write_pair(tmp_path / "tokens" / "a", [*texts["a"], *texts["a"][:150], *texts["b"]], seed=3)
     curate(config, make=models())
     out, chosen = tmp_path / "out", {}
     for name in DOMAINS:
         rows = pq.read_table(out / "documents" / f"{name}.parquet").to_pylist()
         chosen[name] = {row["id"]: row["text"] for row in rows}
     for domain, members in {"code": ["a", "b"], "math": ["b"]}.items():
-        union = {i: text for name in members for i, text in chosen[name].items()}
+        ranked = [(n, chosen[name][i]) for name in members for n, i in enumerate(sorted(chosen[name]))]
         halves = [stored(out / f"{kind}_{domain}") for kind in ("probe", "heldout")]
-        expected = [[t for i, t in union.items() if int(i[-1], 16) % 2 == half] for half in (0, 1)]
+        expected = [[text for n, text in ranked if n % 2 == half] for half in (0, 1)]
         for found, texts_of_half in zip(halves, expected, strict=True):
             assert len(found) == len(texts_of_half) > 0
             assert all(any(stretch in text for text in texts_of_half) for stretch in found)
-    corpus = open_corpus("a", pair)
+    corpus, aside = open_corpus("a", pair), {text for of in chosen.values() for text in of.values()}
     mask_path = next(path for path in (out / "keep").glob("a-*.npz"))
     mask = load_mask("a", corpus.windows(64), mask_path)
     dataset, kept = IndexedDataset(pair), np.zeros(corpus.tokens, bool)
@@ -129,7 +130,7 @@ def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
     for i in range(dataset.num_documents):
         text = bytes(dataset.document(i).astype(np.uint8)).decode()
         within = kept[dataset.tokens_before(i) : dataset.tokens_before(i + 1)]
-        assert within.all() if text not in chosen["a"].values() else not within.any()
+        assert within.all() if text not in aside else not within.any()
     curated = read_yaml(out / "curated.yaml").tree
     assert curated["data"]["sources"]["a"] == {"prefix": pair, "domain": "code"}
     assert curated["data"]["probes"]["math"] == str(out / "heldout_math")
@@ -292,9 +293,21 @@ def test_scores_of_another_model_are_never_mixed(tmp_path):
     fresh = made(tmp_path, output=str(tmp_path / "fresh"))
     curate(fresh, make=models("b" * 64))
     same, new = digests(tmp_path / "out"), digests(tmp_path / "fresh")
-    # These name the folder.
+    # Some files name the folder.
     assert {k for k in new if same[k] != new[k]} <= {"README.md", "curated.yaml", "manifest.json"}
     assert same.keys() == new.keys()
+
+
+def test_scores_of_another_prompt_are_never_mixed(tmp_path):
+    config = made(tmp_path)
+    curate(config, make=models())
+    (tmp_path / "prompts" / "code.txt").write_text("special, in other words: {document}")
+    with pytest.raises(ValueError, match=r"of another request: files\..*code\.txt"):
+        curate(config, make=models())
+    manifest = curate(config, make=(make := models()), overwrite=True)
+    # The prompt of source a's domain alone.
+    assert make.made["quality"].asked == 0
+    assert make.made["judge"].asked == stages(manifest, "a")["domain"]["in"]
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +318,9 @@ def small(tmp_path_factory):
     texts = {name: [row["text"] for row in of] for name, of in rows.items()}
     changes = {"documents": 30, "pilot": 50, "duplicates": {"near": 0.8, "semantic": "E", "threshold": 0.99}}
     config = made(folder, texts, **changes)
-    curate(config, make=models())
+    curate(config, make=(make := models()))
     results = digests(folder / "out")
-    return folder, config, results
+    return folder, config, results, sum(model.asked for model in make.made.values())
 
 
 @pytest.fixture
@@ -318,7 +331,7 @@ def anew(small):
 
 
 def test_shards_in_any_number_give_the_same_files(anew, monkeypatch):
-    folder, config, results = anew
+    folder, config, results, _ = anew
     monkeypatch.setattr("megatron_r1.curation.work.CHUNK", 20)
     out, log = folder / "out", []
     with pytest.raises(ValueError, match=r"waiting.json is not there: run with --merge first"):
@@ -326,7 +339,7 @@ def test_shards_in_any_number_give_the_same_files(anew, monkeypatch):
     turns = 0
     while (manifest := curate(config, make=models(), merge=True, log=log.append)) is None:
         turns += 1
-        assert "run --shard I/N for all, then --merge" in log[-1]
+        assert "run all --shard I/N, then --merge" in log[-1]
         # One is missing: no step forward.
         assert curate(config, make=models(), share=(0, 3), log=log.append) is None
         curate(config, make=models(), merge=True, log=log.append)
@@ -348,9 +361,10 @@ def _on_rank(path: str) -> int:
 
 
 def test_ranks_give_the_same_files_and_share_the_work(anew):
-    folder, _, results = anew
+    folder, _, results, texts = anew
     asked = on_ranks(2, _on_rank, str(folder / "request.yaml"))
-    assert digests(folder / "out") == results and min(asked) > 0
+    assert digests(folder / "out") == results
+    assert min(asked) > 0 and sum(asked) == texts
 
 
 class Killed(BaseException):
@@ -358,7 +372,7 @@ class Killed(BaseException):
 
 
 def test_a_launch_killed_at_any_file_goes_on_to_the_same_files(anew, monkeypatch):
-    folder, config, results = anew
+    folder, config, results, _ = anew
     replace, left = os.replace, [0]
 
     def counted(source, target):
@@ -369,7 +383,7 @@ def test_a_launch_killed_at_any_file_goes_on_to_the_same_files(anew, monkeypatch
 
     monkeypatch.setattr(os, "replace", counted)
     kills = 0
-    for steps in range(3, 1000):
+    for steps in range(3, 1000, 2):
         left[0] = steps
         try:
             curate(config, make=models())
@@ -377,7 +391,7 @@ def test_a_launch_killed_at_any_file_goes_on_to_the_same_files(anew, monkeypatch
         except Killed:
             kills += 1
     left[0] = -1
-    assert kills > 20 and digests(folder / "out") == results
+    assert kills > 10 and digests(folder / "out") == results
 
 
 _RUN = """
@@ -390,9 +404,9 @@ curate(load([sys.argv[1]]), make=models())
 
 
 def test_a_launch_that_gets_sigkill_goes_on_to_the_same_files(anew):
-    folder, _, results = anew
+    folder, _, results, _ = anew
     out, command = folder / "out", [sys.executable, "-c", _RUN, str(folder / "request.yaml")]
-    for pattern in ("work/quality-*/*.npy", "work/left-*.parquet", "work/domain-*/*.npy"):
+    for pattern in ("work/judge-*/*.npy",):
         child = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
         while child.poll() is None and not list(out.glob(pattern)):
             time.sleep(0.002)
@@ -422,8 +436,9 @@ def test_a_pair_of_other_texts_is_an_error_and_missing_documents_are_counted(tmp
     assert manifest["funnel"]["a"]["missing_in_pair"] == 3
     assert manifest["sets"]["representative_a"] == {"a": 7}
     write_pair(tmp_path / "tokens" / "a", ["quite", "another", "text"])
-    with pytest.raises(ValueError, match=r"sources\.a: .*lacks 10 of 10 documents .*name the pair"):
-        curate(config, make=models(), overwrite=True)
+    with pytest.raises(ValueError, match=r"sources\.a: .*holds none of 300 of its documents; name the pair"):
+        curate(config, make=(make := models()), overwrite=True)
+    assert "quality" not in make.made or make.made["quality"].asked == 0
 
 
 def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
@@ -437,6 +452,7 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
     [
         (["sources.a.domain=[x]"], r"sources\.a\.domain: unknown key; did you mean domains\?"),
         (["sources.a.domains=[x]"], r"prompts/x\.txt: no such file"),
+        (["sources.a.domains=[twice]"], r"prompts/twice\.txt has \{document\} 2 times"),
         (["sources.a.domains=[code,code]"], r"sources\.a\.domains: code stands there twice"),
         (["sources.a.domains=[loss]"], r"sources\.a\.domains: loss: the name of a column"),
         (["sources.b.prefix=same", "sources.a.prefix=same"], r"sources\.b\.prefix=same is that of a, too"),
@@ -453,6 +469,7 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
 )
 def test_mistakes_in_the_request_are_one_message(tmp_path, changes, message):
     made(tmp_path, {"a": texts_of("a")[:3], "b": texts_of("b")[:3]})
+    (tmp_path / "prompts" / "twice.txt").write_text("{document} {document}")
     with pytest.raises(ValueError, match=message):
         load([str(tmp_path / "request.yaml"), *changes])
 

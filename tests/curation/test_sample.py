@@ -131,7 +131,6 @@ def test_packed_files_take_turns(tmp_path):
 
 
 def test_repeated_documents_and_other_languages_are_left_out_and_counted(tmp_path):
-    pytest.importorskip("py3langid")
     english = "This is a sentence in English about the weather of the north, number"
     german = "Dies ist ein deutscher Satz \u00fcber das Wetter im Norden und die Nummer"
     rows = [{"text": f"{english} {i % 30}"} for i in range(50)]
