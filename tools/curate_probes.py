@@ -130,7 +130,12 @@ def judge(args: argparse.Namespace) -> None:
 
 
 def describe(config: CurationConfig) -> None:
-    """Print what would be read, and which stages follow. Raises ValueError, OSError for inputs and pairs."""
+    """Print what would be read, and which stages follow.
+
+    Raises ValueError, OSError for inputs, pairs and evaluation items.
+    """
+    from megatron_r1.curation.funnel import read_items
+
     for name, source in config.sources.items():
         inputs = open_inputs(source.inputs())
         for one in inputs:
@@ -141,6 +146,8 @@ def describe(config: CurationConfig) -> None:
         print(f"{name}: {len(inputs)} inputs, {size:,} bytes, a pair of {documents:,} documents; {domains}")
     for stage, line in stages(config).items():
         print(f"{stage}: {line}")
+    if items := read_items(config):
+        print(f"evaluation items: {len(items.parts):,} questions and answers")
     for domain, members in config.domains().items():
         print(f"{config.output}/probe_{domain}, heldout_{domain}: {', '.join(members)}")
 
@@ -194,7 +201,11 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
     for stage, (kind, documents, tokens) in work.items():
         # A model of the hub would be fetched for an estimate.
         here = Path(names[kind] or "").is_dir()
-        each = load_model(config, kind).flops(tokens) if here else 2 * _PARAMETERS[kind] * tokens
+        if here and kind == "judge":
+            judge, prompts = load_model(config, kind), [*config.prompts(stage).values()]
+            each = sum(judge.flops_of(tokens, prompt.read_text()) for prompt in prompts) / max(1, len(prompts))
+        else:
+            each = load_model(config, kind).flops(tokens) if here else 2 * _PARAMETERS[kind] * tokens
         by = "by the model's own shape" if here else f"by {_PARAMETERS[kind]:.3g} parameters: it is not here"
         flop = each * documents
         total += flop

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.curation.decontaminate import Common, Items, Matcher
 from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
@@ -48,7 +49,7 @@ from megatron_r1.system.terminal import say
 
 FORMAT = 1
 Make = Callable[[str], Any]
-"""Kind of a job -> its model (`models.Scorer`, for "judge" and "domain" `ask_llm.Judge`)."""
+"""Kind of a job -> its model (`models.Scorer`, for "judge" and "domain" `ask_llm.Judge`). "items": `Items`."""
 
 
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
@@ -59,7 +60,7 @@ def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
     for kind in ("judge", "domain") if config.judge else ():
         _ask(config, make, work, kind, out.sources)
     if config.decontamination:
-        _decontaminate(config, out)
+        _decontaminate(make("items"), out)
     _drop_duplicates(config, make, work, out)
     for name, source in out.sources.items():
         best = source.ranked(source.left)[: config.documents]
@@ -134,11 +135,7 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
         source.keep(kind, kept, score_N, threshold=reached)
 
 
-def _decontaminate(config: CurationConfig, out: Outcome) -> None:
-    from megatron_r1.curation.decontaminate import Common, Items, Matcher
-
-    assert config.decontamination is not None
-    items = Items.read(config.decontamination.items, config.decontamination.gold)
+def _decontaminate(items: Items, out: Outcome) -> None:
     # Frequent n-grams are those of the sources, not of what the stages have chosen.
     beginnings = (row["text"] for s in out.sources.values() for row in s.rounds[0].read(0, "text"))
     matcher = Matcher(items, Common(items, beginnings))
@@ -216,12 +213,22 @@ def _keep_first(
         first += len(ranked)
 
 
+def read_items(config: CurationConfig) -> Items | None:
+    """The evaluation items that no document may hold. Raises as `Items.read`."""
+    asked = config.decontamination
+    return Items.read(asked.items, asked.gold) if asked else None
+
+
 def load_model(config: CurationConfig, kind: str) -> Any:
     """The model of a kind of job. Its weights are read when they are first needed."""
     from megatron_r1.curation import ask_llm, models, quality
 
     if kind == "judge" and (asked := config.judge):
-        return ask_llm.Judge(asked.model, asked.tokens)
+        judge = ask_llm.Judge(asked.model, asked.tokens)
+        for path in {*config.prompts("judge").values(), *config.prompts("domain").values()}:
+            # A prompt that has no place, or a label that is no token, is told before any model has worked.
+            judge.flops_of(asked.tokens, path.read_text())
+        return judge
     if kind == "embed" and (same := config.duplicates) and same.semantic:
         return models.Embedder(same.semantic, same.tokens)
     asked_of = config.quality
@@ -255,6 +262,8 @@ def curate(
 
     @cache
     def model(kind: str) -> Any:
+        if kind == "items":
+            return read_items(config)
         return model("judge") if kind == "domain" else make(config, kind)
 
     if share is not None:
@@ -317,6 +326,8 @@ def _request(config: CurationConfig, model: Make) -> dict[str, Any]:
         "pairs": {source.prefix: identity_of(source.prefix) for source in config.sources.values()},
         "files": {str(path): sha256(path) for path in config.files()},
         "models": {kind: str(model(kind).identity) for kind in config.models()},
+        # Read here, so that a package that is missing is told before any model has worked.
+        "items": model("items").identity if config.decontamination else None,
     }
 
 

