@@ -24,7 +24,7 @@ from megatron_r1.config import (
     name_mistakes,
 )
 from megatron_r1.config_io import ConfigError, load_root
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import require, suggest_path
 
 Fraction = Annotated[float, limit(lambda v: 0 < v <= 1, "must be above 0 and at most 1")]
 SLACK = 1.25
@@ -206,7 +206,7 @@ def _cross_check(fields: dict[str, Any], legal: bool) -> list[str]:
             out.append(f"{path}.text: empty; name at least one input")
         if (first := prefixes.setdefault(source.prefix, name)) != name:
             out.append(f"{path}.prefix={source.prefix} is that of {first}, too; a source has its own pair")
-        wrong = name_mistakes(domains, RESERVED)
+        wrong = name_mistakes(dict.fromkeys(domains), RESERVED)
         out += [f"{path}.domains: {domain}: {why}" for domain, why in wrong.items()]
         out += [f"{path}.domains: {domain} stands there twice" for domain in _twice(domains)]
     if legal and (pilot := fields.get("pilot", 1)) > (most := fields.get("most", pilot)):
@@ -223,11 +223,18 @@ def _check_whole(config: CurationConfig) -> None:
     quality, out = config.quality, list[str]()
     for name, source in config.sources.items():
         if source.score and quality is None:
-            out.append(f"sources.{name}.score is compared with quality.threshold, and quality is left out")
+            out.append(
+                f"sources.{name}.score is compared with quality.threshold, and quality is left out; "
+                "add quality: {model: null, threshold: NUMBER}, or leave out the score"
+            )
         if quality and quality.model is None and source.score is None:
             out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
     if quality and quality.labelled and (quality.label or quality.model is None):
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
+    if quality and (language := quality.language):
+        # An unknown code would be found when all text has been read.
+        if language not in dict(require("py3langid", "quality.language").rank("")):
+            out.append(f"quality.language={language} is no code of py3langid, as en or de; write one")
     missing = [path for path in config.files() if not path.is_file()]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
     for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
