@@ -49,7 +49,7 @@ from megatron_r1.system.terminal import say
 
 FORMAT = 1
 Make = Callable[[str], Any]
-"""Kind of a job -> its model (`models.Scorer`, for "judge" and "domain" `ask_llm.Judge`). "items": `Items`."""
+"""Kind of a job -> `models.Scorer`, for "judge" and "domain" `ask_llm.Judge`, for "items" `Items`."""
 
 
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:

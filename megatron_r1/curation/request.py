@@ -218,6 +218,11 @@ def _twice(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
+def _languages() -> set[str]:
+    """Codes that a document may get. Another would be found wanting when all text has been read."""
+    return {code for code, _ in require("py3langid", "quality.language").rank("")}
+
+
 def _check_whole(config: CurationConfig) -> None:
     """Raise ConfigError for what only a whole configuration tells, and for files that are missing."""
     quality, out = config.quality, list[str]()
@@ -231,10 +236,8 @@ def _check_whole(config: CurationConfig) -> None:
             out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
     if quality and quality.labelled and (quality.label or quality.model is None):
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
-    if quality and (language := quality.language):
-        # An unknown code would be found when all text has been read.
-        if language not in dict(require("py3langid", "quality.language").rank("")):
-            out.append(f"quality.language={language} is no code of py3langid, as en or de; write one")
+    if (language := quality and quality.language) and language not in _languages():
+        out.append(f"quality.language={language} is no code of py3langid, as en or de; write one")
     missing = [path for path in config.files() if not path.is_file()]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
     for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
