@@ -237,13 +237,11 @@ def merge(job: Job, request: dict[str, Any], reject_limit: int) -> dict[str, Any
     with replacing(files[2]) as stream:
         stream.writelines(f"{one}\n".encode() for one in sorted(hashes))
     matcher = job.matcher()
-    left_out = {
-        reason: [f"{part.set}/{part.item}/{part.part}" for part in parts if part.part != "answer"]
-        for reason, parts in matcher.left_out.items()
-    }
     facts = {"documents": documents, "rejects": rejected, "texts": len(hashes), "items": matcher.counts}
     of_sets = dict(sorted(counts.items()))
-    return answer(job.output / "manifest.json", request, files, **facts, hits=of_sets, left_out=left_out)
+    return answer(
+        job.output / "manifest.json", request, files, **facts, hits=of_sets, left_out=matcher.passed_over()
+    )
 
 
 def mask(job: Job, prefix: str, seq_length: int) -> Path:

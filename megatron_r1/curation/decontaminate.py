@@ -225,6 +225,17 @@ class Matcher:
             "sampled documents": int(common.counts[-1]),
         }
 
+    def passed_over(self) -> dict[str, list[str]]:
+        """Reason -> questions and texts that are never looked for, as SET/ITEM/PART. A line says how many."""
+        out = {
+            reason: [f"{part.set}/{part.item}/{part.part}" for part in parts if part.part != "answer"]
+            for reason, parts in self.left_out.items()
+        }
+        if any(out.values()):
+            counts = ", ".join(f"{len(names)} too {reason}" for reason, names in out.items() if names)
+            say(f"warning: not looked for: {counts}; manifest.json names them")
+        return out
+
     def __call__(self, texts: Iterable[str]) -> Iterator[Hit]:
         """Hits in the order of the texts, at most one a text and part."""
         for first, some in _batches(texts):

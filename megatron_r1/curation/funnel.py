@@ -146,7 +146,8 @@ def _decontaminate(items: Items, out: Outcome) -> None:
             about = {"source": source.name, "id": source.ids_N[source.left[found.document]].decode()}
             out.hits.append(about | {k: v for k, v in vars(found).items() if k != "document"})
         source.keep("items", source.left[~hit])
-    out.facts["decontamination"] = {"items": items.identity, "hits": len(out.hits), **matcher.counts}
+    facts = {"items": items.identity, "hits": len(out.hits), **matcher.counts}
+    out.facts["decontamination"] = {**facts, "left_out": matcher.passed_over()}
 
 
 def _drop_duplicates(config: CurationConfig, make: Make, work: Path, out: Outcome) -> None:

@@ -219,6 +219,7 @@ def test_a_short_question_of_everyday_words_is_left_out_by_name() -> None:
     corpus = [f"{n} {SHORT}" for n in range(FREQUENT)]
     made = matcher(question(SHORT), texts=corpus)
     assert list(made(corpus)) == [] and made.left_out["frequent"] == [question(SHORT)]
+    assert made.passed_over() == {"short": [], "frequent": ["set/1/question"]}
     assert len(list(matcher(question(SHORT), texts=corpus[1:])(corpus))) == FREQUENT
 
 
