@@ -233,7 +233,7 @@ class Matcher:
         }
         if any(out.values()):
             counts = ", ".join(f"{len(names)} too {reason}" for reason, names in out.items() if names)
-            say(f"warning: not looked for: {counts}; manifest.json names them")
+            say(f"warning: evaluation items that are not looked for: {counts}; manifest.json names them")
         return out
 
     def __call__(self, texts: Iterable[str]) -> Iterator[Hit]:

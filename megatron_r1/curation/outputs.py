@@ -264,7 +264,8 @@ Made by tools/curate_probes.py. `manifest.json` has all numbers and examples.
 
 {funnel}
 
-In brackets: the lowest score that was kept, with * where too few passed the threshold.
+In brackets: the threshold, or the lowest score of the share that was kept, or, with *, of the best that
+were taken because too few passed the threshold.
 
 ## Sets
 

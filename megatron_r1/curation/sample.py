@@ -252,7 +252,8 @@ def _score(record: dict[str, Any], key: str) -> float:
     value: Any = record
     for name in [key] if key in record else key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    if type(value) not in (int, float) or not np.isfinite(value):
+    # Scores are kept in float32, in which a larger one is infinite.
+    if type(value) not in (int, float) or not abs(value) <= float(np.finfo(np.float32).max):
         raise ValueError(f"no score: {key!r} is {shown(value)}")
     return float(value)
 

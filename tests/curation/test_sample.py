@@ -145,14 +145,16 @@ def test_repeated_documents_and_other_languages_are_left_out_and_counted(tmp_pat
 def test_a_score_may_lie_deeper_and_must_be_a_number(tmp_path):
     rows = [{"text": f"t{i}", "about": {"edu": i / 7}} for i in range(9)]
     rows += [{"text": "x", "about": {"edu": "high"}}, {"text": "y"}, {"text": "z", "about": {"edu": True}}]
+    rows += [{"text": "u", "about": {"edu": 1e39}}]
     config = request(tmp_path, sources([write_lines(tmp_path / "in.jsonl", rows)], score="about.edu"))
     drawn = draw("a", config, tmp_path / "work", 1000)
     assert {r["text"]: r["metadata"]["score"] for r in drawn.rows()} == {f"t{i}": i / 7 for i in range(9)}
-    assert drawn.facts["counts"]["rejected"] == 3
+    assert drawn.facts["counts"]["rejected"] == 4
     assert [r["reason"] for r in drawn.facts["rejects"]] == [
         "no score: 'about.edu' is 'high'",
         "no score: 'about.edu' is None",
         "no score: 'about.edu' is True",
+        "no score: 'about.edu' is 1e+39",
     ]
 
 
