@@ -103,7 +103,7 @@ def main() -> None:
         f"--{n.replace('_', '-')}" for n in ("sources", "capabilities", "output_dir") if n not in given
     ]
     if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
+        parser.error(f"name a FILE.yaml, or, without it, give {', '.join(missing)}")
     with user_errors():
         split(args)
 

@@ -34,7 +34,8 @@ class Classifier(Pretrained):
         super().__init__(model, tokens, label=label)
         names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
         if (len(names) == 1) != (label is None) or names.count(label or names[0]) != 1:
-            fault = f"label={label}: {model} has the labels {shown(names)}{suggest(label, names) if label else ''}"
+            hint = suggest(label, names) if label else ""
+            fault = f"label={label}: {model} has the labels {shown(names)}{hint}"
             raise ValueError(f"{fault}; name one of several, whose probability is the score, and none of one")
         if (pad := getattr(self.config, "pad_token_id", None)) is None or pad < 0:
             raise ValueError(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.curation.ask_llm import Judge
+from tests.curation import tiny
 from tests.curation.made import documents, request, write_lines, write_pair
 from tests.launch import ROOT
 from tests.tools.test_check import call, files
@@ -31,16 +33,20 @@ def written(folder: Path, count: int = 1, **changes) -> Path:
 
 def test_check_says_what_would_be_done_without_torch(tmp_path):
     path = written(tmp_path, 2)
-    before = files(tmp_path)
     script = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'curate_probes.py'\n"
     script += "runpy.run_path('tools/curate_probes.py', run_name='__main__')"
     command = [sys.executable, "-c", script, path, "--check", "sources.s1.domains=[]"]
+    items = write_lines(
+        tmp_path / "items.jsonl", [{"question": "Why?"}, {"question": "How?", "answer": "So."}]
+    )
+    before, command = files(tmp_path), [*command, f"decontamination.items.mine={items}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     said = done.stdout
+    assert "evaluation items: 3 questions and answers" in said
     assert "s0: 1 inputs" in said and "bytes, a pair of 20 documents; code" in said
     assert "s1: 1 inputs" in said and "no domain, so it has a representative set alone" in said
-    assert "quality: above 4 by Q; of too few, the best 32" in said and "items: left out" in said
+    assert "quality: above 4 by Q; of too few, the best 32" in said and "items: mine" in said
     assert "out/probe_code, heldout_code: s0" in said
     assert files(tmp_path) == before
 
@@ -65,12 +71,28 @@ def test_estimate_gives_table_5_below_30_hours_of_an_h100(tmp_path):
     assert float(re.search(r"FLOP, ([\d.]+) hours of", half)[1]) == pytest.approx(hours / 2, abs=0.06)
 
 
+def test_estimate_counts_what_the_judge_here_computes_for_its_prompts(tmp_path):
+    tiny.llama(tmp_path / "llama", len(tiny.byte_pairs(tmp_path / "llama", template=tiny.TEMPLATE)))
+    judge = {"model": str(tmp_path / "llama"), "prompts": str(tmp_path / "prompts"), "tokens": 64}
+    path = written(tmp_path, judge=judge, quality=None)
+    said = call("curate_probes", path, "--estimate")
+    asks = Judge(judge["model"], 64)
+    # 10 documents x 1.25 / 0.1 reach the judge, and a tenth of them the domain's prompt.
+    for stage, prompt, count in (("judge", "reasoning", 125), ("domain", "code", 12)):
+        flop = count * asks.flops_of(64, (tmp_path / f"prompts/{prompt}.txt").read_text())
+        assert f"{stage}: {count} documents of 64 tokens, {flop:.3g} FLOP" in said
+    # Without a domain no document is asked about one.
+    assert "domain: 0 documents of 64 tokens, 0 FLOP" in call(
+        "curate_probes", path, "--estimate", "sources.s0.domains=[]"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{}", "--sources", "a=b"], "--sources is without FILE.yaml alone"),
         (["--merge", "--output-dir", "x"], "--merge is with FILE.yaml alone"),
-        (["--output-dir", "x"], "the following arguments are required: --sources, --capabilities"),
+        (["--output-dir", "x"], "name a FILE.yaml, or, without it, give --sources, --capabilities"),
         (["{}", "--shard", "0/2", "--merge"], "--shard scores, and --merge goes on"),
         (["{}", "--shard", "2/2"], "--shard 2/2: write I/N with I from 0 to N-1"),
         (["{}", "--shard", "0/2"], "waiting.json is not there: run with --merge first"),
