@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -174,7 +175,11 @@ def _remove_earlier(folder: Path) -> None:
     for name in listed if isinstance(listed, dict) else ():
         parts = name.split("/")
         if all(map(plain_name, parts)) and parts[0] != "keep":
-            folder.joinpath(*parts).unlink(missing_ok=True)
+            path = folder.joinpath(*parts)
+            path.unlink(missing_ok=True)
+            if path.suffix == ".bin":
+                path.with_name(f"{path.stem}.json").unlink(missing_ok=True)
+                shutil.rmtree(path.with_name(f"{path.stem}.side"), ignore_errors=True)
     manifest.unlink(missing_ok=True)
 
 

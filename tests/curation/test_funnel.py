@@ -281,6 +281,9 @@ def test_results_of_another_request_are_replaced_on_demand_alone(tmp_path):
     curate(other, make=(make := models()), overwrite=True)
     assert make.made["quality"].asked == 0
     assert len(stored(tmp_path / "out" / "representative_a")) == 5
+    curate(made(tmp_path, {"a": texts_of("a")}), make=models(), overwrite=True)
+    left = {path.name.split(".")[0] for path in (tmp_path / "out").iterdir()}
+    assert not left & {"probe_math", "heldout_math", "representative_b", "representative_c"}
     with pytest.raises(ValueError, match=r"models\.judge"):
         curate(other, make=models("b" * 64))
 
