@@ -69,7 +69,7 @@ def test_examples_are_text_on_the_page_and_short(run: Path) -> None:
     page = str(Report(reading).page)
     assert html.escape("kept </pre> \ufffd of sympy") in page and "kept </pre>" not in page
     assert "Too few documents passed" in page and page.count("Examples of ") == 5
-    assert "+4.5 [" not in page
+    assert "</b> 4.5</p>" in page and "+4.5" not in page
     reading.funnel.clear()
     # A figure of nothing is left out.
     assert (funnel.bars(reading), funnel.examples(reading)) == ([], {})
