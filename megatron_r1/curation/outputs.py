@@ -132,6 +132,13 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
                 raise ValueError(f"{fault}; raise documents or most, or lower a threshold of its sources")
             sets[f"{kind}_{domain}"] = of
             facts[f"{kind}_{domain}"] = {"capability": domain, "sources": members}
+    # A copy in another source would be trained on, too.
+    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
+    kept = {name: ~pair.origins.among(aside) for name, pair in pairs.items()}
+    for name, kept_D in kept.items():
+        if not kept_D.any():
+            fault = f"sources.{name}: all {len(kept_D)} documents of its pair are in a representative set"
+            raise ValueError(f"{fault}, and none is left to training; ask for fewer documents")
     _remove_earlier(folder)
     files = list[Path]()
     for set_name, of in sets.items():
@@ -142,11 +149,9 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     for name, rows in chosen.items():
         files.append(folder / "documents" / f"{name}.parquet")
         parquet_rows(files[-1], out.sources[name].with_scores(rows))
-    # A copy in another source would be trained on, too.
-    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
     masks = {}
     for name, pair in pairs.items():
-        if not (kept_D := ~pair.origins.among(aside)).all():
+        if not (kept_D := kept[name]).all():
             mask = documents_mask(pair.corpus, kept_D, form.seq_length)
             masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
             with replacing(masks[name]) as stream:

@@ -430,6 +430,13 @@ def test_an_empty_half_of_a_domain_is_an_error(tmp_path):
         curate(made(tmp_path, documents=1), make=models())
 
 
+def test_a_source_of_which_nothing_is_left_to_training_is_an_error(tmp_path):
+    config = made(tmp_path, {"a": texts_of("a")[:20]}, documents=100, quality=None, judge=None)
+    with pytest.raises(ValueError, match=r"sources\.a: all 20 documents .* ask for fewer documents"):
+        curate(config, make=models())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["work"]
+
+
 def test_a_pair_of_other_texts_is_an_error_and_missing_documents_are_counted(tmp_path):
     config = made(tmp_path)
     left = plain_funnel(texts_of("a"), ["code"], config.needed())
