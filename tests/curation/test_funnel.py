@@ -281,6 +281,9 @@ def test_results_of_another_request_are_replaced_on_demand_alone(tmp_path):
     curate(other, make=(make := models()), overwrite=True)
     assert make.made["quality"].asked == 0
     assert len(stored(tmp_path / "out" / "representative_a")) == 5
+    curate(load([str(tmp_path / "request.yaml"), "sources.b.domains=[code]"]), make=models(), overwrite=True)
+    assert not list((tmp_path / "out").glob("*_math.*")) and (tmp_path / "out" / "probe_code.bin").is_file()
+    curate(other, make=models(), overwrite=True)
     with pytest.raises(ValueError, match=r"models\.judge"):
         curate(other, make=models("b" * 64))
 
