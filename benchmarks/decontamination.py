@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_r1.curation.decontaminate import WHOLE, Common, Items, Matcher, Part
+from megatron_r1.curation.decontaminate import WHOLE, Items, Matcher, Part
 
 PLANTED = ("verbatim", "edited", "wrapped", "embedded", "copies")
 NEGATIVES = ("licence", "quote", "instruction", "formulas", "same template", "same subject")
@@ -387,7 +387,7 @@ def measure(seed: int, each: int = EACH, sampled: bool = True) -> dict[str, obje
     parts, documents = corpus(seed, each)
     items = Items(parts)
     texts = [document.text for document in documents]
-    matcher = Matcher(items, Common(items, texts if sampled else ()))
+    matcher = Matcher(items, items.count(texts if sampled else ()))
     pairs = {(hit.document, f"{hit.set}/{hit.item}") for hit in matcher(texts)}
     clean = [document.text[:2000] for document in documents if document.kind == "host"]
     clean = [text for text in clean if len(text) == 2000]

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.decontaminate import Common, Items, Matcher, Part
+from megatron_r1.curation.decontaminate import Items, Matcher, Part
 from megatron_r1.data.indexed import open_corpus
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.npy import read_array
@@ -88,7 +88,7 @@ class Job:
         path = self.output / "frequent.npy"
         with rewording(lambda error: f"{path}: {error}; remove it and run again"):
             counted = read_array(path, np.int64, (len(self.items.gram_U) + 1,))
-        return Matcher(self.items, Common(self.items, counted=counted))
+        return Matcher(self.items, counted)
 
     def path(self, part: int) -> Path:
         return self.output / "parts" / f"{part:06d}.json"
@@ -282,7 +282,7 @@ def probing_parts(path: Path) -> Iterator[Part]:
 def estimate(job: Job, workers: int, size: int) -> None:
     """Print what the job will take, from the pace of the sample on this machine."""
     texts = list(islice(sample(job), 8192))
-    matcher = Matcher(job.items, Common(job.items, texts))
+    matcher = Matcher(job.items, job.items.count(texts))
     start = time.process_time()
     found = sum(1 for _ in matcher(list(islice(sample(job), len(texts)))))
     pace = (time.process_time() - start) / max(1, sum(len(text.encode()) for text in texts))
@@ -370,9 +370,9 @@ def run(job: Job, request: dict[str, Any], shard: tuple[int, int] | None, args: 
     if theirs is None:
         write_json(asked, request)
     if not (output / "frequent.npy").exists():
-        common = Common(job.items, sample(job))
+        counts = job.items.count(sample(job))
         with replacing(output / "frequent.npy") as stream:
-            np.save(stream, common.counts)
+            np.save(stream, counts)
     manifest = answered(output / "manifest.json", request) if shard is None else None
     if manifest is None:
         index, of = shard or (0, 1)
