@@ -159,7 +159,7 @@ def _read(name: str, path: str | Path) -> list[tuple[str, str, str]]:
                 if not (question + answer).encode():
                     keys = ", ".join((*_QUESTION, *_ANSWER))
                     raise ValueError(f"no text under any of the keys {keys}, only {shown(list(record))}")
-                items.append((str(record.get("id", line)), question, answer))
+                items.append((_first(record, ("id",)) or str(line), question, answer))
     if not items:
         raise ValueError(f"items {path}: no item is in it; leave it out, or write JSON lines, an item each")
     if not any(answer for *_, answer in items):

@@ -254,7 +254,7 @@ def test_items_are_read_by_any_of_the_keys(tmp_path: Path) -> None:
     records = [
         {"id": "a", "question": "q1", "answer": 42},
         {"prompt": "q2", "gold": "g2", "answer": ""},
-        {"text": "t3"},
+        {"text": "t3", "id": None},
         {"answer": "a4"},
     ]
     path = write(tmp_path / "items.jsonl", *records)
