@@ -145,7 +145,7 @@ def test_every_hit_has_its_place_and_both_texts(data: Path, done: Path) -> None:
 def test_other_kinds_of_input_give_the_same_hits(data: Path, done: Path, tmp_path: Path, name: str) -> None:
     call(*request(data, name, tmp_path / "out", "--part-megabytes", 0.001))
     table = pq.read_metadata(tmp_path / "out" / "hits.parquet")
-    assert 0 < min(table.row_group(n).num_rows for n in range(table.num_row_groups))
+    assert min(table.row_group(n).num_rows for n in range(table.num_row_groups)) > 0
     ours, theirs = (pq.read_table(of / "hits.parquet").to_pylist() for of in (tmp_path / "out", done))
     for of in (ours, theirs):
         for row in of:
