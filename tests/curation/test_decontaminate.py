@@ -324,12 +324,12 @@ def load_benchmark():
 def test_the_labelled_benchmark_stays_above_its_bounds() -> None:
     """Of 400 planted documents and 480 hard negatives. Without sampled documents frequent text is hit."""
     benchmark = load_benchmark()
-    result = benchmark.measure(3, each=80)
+    result = benchmark.measure(3, each=80, repeats=1)
     assert sum(result["planted"].values()) >= 400 and len(result["planted"]) == 5
     negatives = {kind: of for kind, of in result["negatives"].items() if kind != "host"}
     assert sum(negatives.values()) >= 400 and set(negatives) == set(benchmark.NEGATIVES)
     assert result["recall"][1] >= 0.93 and result["precision"][1] >= 0.93
-    assert benchmark.measure(3, each=80, sampled=False)["precision"][2] < result["precision"][1]
+    assert benchmark.measure(3, each=40, sampled=False, repeats=1)["precision"][2] < result["precision"][1]
 
 
 def test_wilson_s_interval() -> None:
