@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.words import NGRAM, grams, hashed, words
+from megatron_r1.curation.words import ALONE, NGRAM, grams, hashed, words
 from megatron_r1.preprocess.documents import Lines, open_input
 from megatron_r1.preprocess.rows import parse
 from megatron_r1.system.errors import rewording, shown
@@ -52,7 +52,8 @@ _LONG = 4096
 EXCERPT = 1000
 """Characters of each text of a hit."""
 _QUESTION, _ANSWER = ("question", "prompt", "text"), ("answer", "gold")
-_CUT = re.compile(r"(?<![-\u00ad\u2010\u2011\s])(?=\s)")
+# Before a space, ASCII punctuation but the hyphen, or a character that is a word, and not behind a hyphen.
+_CUT = re.compile(rf"(?<![-\u00ad\u2010\u2011\ufe63\uff0d\s])(?=[\s!-,./:-@\[-^`{{-~]|(?=\w)[{ALONE}])")
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,10 @@ def _hashed(text: str) -> np.ndarray:
 
 
 def _excerpt(text: str, begin: int, until: int) -> str:
-    """What a text has from one word to before another, and what is joined to them."""
+    """What a text has from one word to before another."""
     pieces, end_N = _pieces(text)
-    lo, hi = np.searchsorted(end_N, [begin + 1, until]).tolist()
-    return "".join(pieces[lo : hi + 1]).strip()[:EXCERPT]
+    lo, hi = np.searchsorted(end_N, begin, "right"), np.searchsorted(end_N, until, "right")
+    return "".join(pieces[lo:hi]).strip()[:EXCERPT]
 
 
 @lru_cache(1)

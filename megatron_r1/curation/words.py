@@ -18,8 +18,8 @@ NGRAM = 5
 """Words of an n-gram."""
 _HYPHEN = re.compile(r"-(?<=\w-)(?:[ \t\r]*\n\s*)?(?=\w)")
 # Thai to Burmese, Khmer, kana, and Chinese characters.
-_ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"(?=\w)[{_ALONE}]|[^\W{_ALONE}]+")
+ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"(?=\w)[{ALONE}]|[^\W{ALONE}]+")
 # ASCII as the expression and casefold() take it.
 _ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
 

@@ -234,6 +234,29 @@ def test_a_long_text_with_edits_is_found_by_its_rare_words() -> None:
     assert 0.96 < hit.score < 0.995
 
 
+@pytest.mark.parametrize(
+    ("item", "filler"),
+    [
+        ("渡船从巴勒莫运送十七箱橘子到突尼斯，每箱有四十二个", "字"),
+        (QUESTION.replace(" ", ","), "a,"),
+        (QUESTION.replace(" ", "=").replace("-", ""), "[x]"),
+    ],
+    ids=["characters", "table", "code"],
+)
+def test_both_texts_of_a_hit_agree_where_no_space_is(item: str, filler: str) -> None:
+    (hit,) = hits(f"{filler * 3000}{item}{filler * 3000}", question(item))
+    assert item.strip("?.") in hit.document_text and len(hit.document_text) < len(item) + 9
+
+
+@given(st.text(st.sampled_from("aB é\u0301\u3099か漢ก็กำ-\u00ad\u2010\uff0d\n.,(1=\u0338ﬁ"), max_size=40))
+def test_the_pieces_of_a_text_have_its_words(text: str) -> None:
+    pieces, end_N = decontaminate._pieces(text)
+    assert "".join(pieces) == text
+    assert [word for piece in pieces for word in words(piece)] == words(text) and end_N[-1] == len(
+        words(text)
+    )
+
+
 def test_order_and_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{n} {QUESTION if n % 3 == 0 else SHORT} {n}" * (1 + n % 2) for n in range(40)]
     found = []
