@@ -135,13 +135,13 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
 
 
 def _decontaminate(config: CurationConfig, out: Outcome) -> None:
-    from megatron_r1.curation.decontaminate import Common, Items, Matcher
+    from megatron_r1.curation.decontaminate import Items, Matcher
 
     assert config.decontamination is not None
     items = Items.read(config.decontamination.items, config.decontamination.gold)
     # Frequent n-grams are those of the sources, not of what the stages have chosen.
     beginnings = (row["text"] for s in out.sources.values() for row in s.rounds[0].read(0, "text"))
-    matcher = Matcher(items, Common(items, beginnings))
+    matcher = Matcher(items, items.count(beginnings))
     for source in out.sources.values():
         hit = np.zeros(len(source.left), bool)
         for found in matcher(row["text"] for row in source.rows(source.left, "text")):

@@ -459,6 +459,7 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
         (["sources.a.domains=[code,code]"], r"sources\.a\.domains: code stands there twice"),
         (["sources.a.domains=[loss]"], r"sources\.a\.domains: loss: the name of a column"),
         (["sources.b.prefix=same", "sources.a.prefix=same"], r"sources\.b\.prefix=same is that of a, too"),
+        (["duplicates.near=0.01"], r"duplicates\.near=0\.01 must be within 0\.05 and 1"),
         (["judge.keep=0"], r"judge\.keep=0\.0 must be above 0 and at most 1"),
         (["pilot=5000"], r"pilot=5000 is above most=4000; raise most"),
         (["quality=null", "sources.a.score=own"], r"sources\.a\.score is compared with quality\.threshold"),
