@@ -81,15 +81,18 @@ class Judge(Pretrained):
 
     @cached_property
     def _head(self) -> _LabelHead:
-        head = _LabelHead(self.network.get_output_embeddings())
-        self.network.set_output_embeddings(head)
+        network = self.network
+        with self._fails_to("ask"):
+            head = _LabelHead(network.get_output_embeddings())
+            network.set_output_embeddings(head)
         return head
 
     def judge(self, texts: Sequence[str], prompt: str) -> np.ndarray:
         """P("1") / (P("1") + P("0")) of each text, [N] float32.
 
         ValueError for a prompt without an instruction and one `{document}`, for one that leaves no place for
-        `tokens`, and for a tokenizer by which a label is no single token there.
+        `tokens`, for a tokenizer by which a label is no single token there, and for a model whose layers are
+        not all of attention: it has no keys to be computed once.
         """
         asked = self._asked(prompt)
         documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
@@ -105,15 +108,12 @@ class Judge(Pretrained):
             keys.batch_repeat_interleave(len(ids_BS))
             head.last_B = mask_BS.sum(1) - 1
             # Nothing sees the padding, which comes after all: no mask is needed.
-            return self.network(input_ids=ids_BS, past_key_values=keys).logits.softmax(-1)[:, 0, 0]
+            logits_B1L = self.network(input_ids=ids_BS, past_key_values=keys).logits
+            assert logits_B1L.shape[1:] == (1, len(LABELS)), "its logits do not come from its last layer"
+            return logits_B1L.softmax(-1)[:, 0, 0]
 
         ids = [[*document[: self.tokens], *asked.after] for document in documents]
         return self.run(ids, forward, len(asked.before))
-
-    def flops_of(self, tokens: float, prompt: str) -> float:
-        """Operations for one document of so many tokens, with the prompt's question."""
-        asked = self._asked(prompt)
-        return self.flops(tokens, len(asked.before), len(asked.after))
 
     def _asked(self, prompt: str) -> _Prompt:
         if prompt in self._prompts:
@@ -124,7 +124,7 @@ class Judge(Pretrained):
             raise ValueError(f"{fault}; it stands once, after an instruction")
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}]
-            with self._reading():
+            with self._fails_to("prompt"):
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE)
             if text.count(DOCUMENT) != 1:
                 raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
