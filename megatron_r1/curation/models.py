@@ -72,6 +72,8 @@ class Pretrained:
         if not self.tokenizer.is_fast or len(self.tokenizer) > c.vocab_size:
             fault = f"{len(self.tokenizer)} tokens of {type(self.tokenizer).__name__}"
             raise ValueError(f"{model}: {fault} do not fit its vocabulary of {c.vocab_size}")
+        # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
+        self._pad = max(0, getattr(c, "pad_token_id", None) or 0)
         # Most tokens of a sequence.
         self.longest = min(getattr(c, "max_position_embeddings", math.inf), self.tokenizer.model_max_length)
         if not 0 < tokens <= self.longest:
@@ -125,11 +127,6 @@ class Pretrained:
         fast.no_padding()
         fast.enable_truncation(self.tokens)
         return [one.ids or [self._pad] for one in fast.encode_batch_fast(cut(texts, self.tokens))]
-
-    @property
-    def _pad(self) -> int:
-        # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
-        return max(0, getattr(self._sizes, "pad_token_id", None) or 0)
 
     def run(self, ids: Sequence[Sequence[int]], forward: Forward, before: int = 0) -> np.ndarray:
         """Results of `forward` for sequences of ids, float32, in their order. `before`: keys before each.
