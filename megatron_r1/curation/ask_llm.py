@@ -91,8 +91,9 @@ class Judge(Pretrained):
         """P("1") / (P("1") + P("0")) of each text, [N] float32.
 
         ValueError for a prompt without an instruction and one `{document}`, for one that leaves no place for
-        `tokens`, for a tokenizer by which a label is no single token there, and for a model whose layers are
-        not all of attention: it has no keys to be computed once.
+        `tokens`, for a tokenizer by which a label is no single token there, for a chat template that puts
+        something before the answer, and for a model whose layers are not all of attention: it has no keys to
+        be computed once.
         """
         asked = self._asked(prompt)
         documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
@@ -129,6 +130,9 @@ class Judge(Pretrained):
             if text.count(DOCUMENT) != 1:
                 raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
             instruction, _, question = text.partition(DOCUMENT)
+            if question.rstrip().endswith(("<think>", "<|start|>assistant")):
+                fault = "its chat template lets it think, or write a header, before the answer"
+                raise ValueError(f"{self.model}: {fault}; ask another model")
             answers = [(question, ""), (question, " ")]
         else:
             question = f"{question.rstrip()}\nAnswer:"

@@ -114,11 +114,13 @@ class Pretrained:
     def flops(self, tokens: float) -> float:
         """Operations of a dense model for a document of so many tokens."""
         c, tokens = self._sizes, min(tokens, self.tokens)
-        width = c.num_attention_heads * (getattr(c, "head_dim", 0) or c.hidden_size // c.num_attention_heads)
+        with self._fails_to("count"):
+            heads, layers = c.num_attention_heads, c.num_hidden_layers
+        width = heads * (getattr(c, "head_dim", 0) or c.hidden_size // heads)
         # Embeddings are looked up, and the logits of a vocabulary are not computed.
         shapes = [one.shape for name, one in self._stored.items() if "embed" not in name]
         products = sum(math.prod(s) for s in shapes if len(s) > 1 and c.vocab_size not in s)
-        return tokens * (2.0 * products + 4.0 * c.num_hidden_layers * width * tokens)
+        return tokens * (2.0 * products + 4.0 * layers * width * tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with the model's own tokens, at most `tokens` in all; of no text, padding."""

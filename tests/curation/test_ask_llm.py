@@ -237,12 +237,21 @@ def test_a_template_that_drops_the_prompt_is_named(tmp_path: Path) -> None:
         Judge(str(tmp_path), 40).judge(["a cat"], PROMPT)
 
 
+@pytest.mark.parametrize("begins", ["<think>\n", "<|start|>assistant"])
+def test_a_template_with_something_before_the_answer_is_refused(tmp_path: Path, begins: str) -> None:
+    """DeepSeek-R1's opens a thought, and gpt-oss writes the name of a channel first."""
+    llama(tmp_path, len(byte_pairs(tmp_path, template="{{ messages[0]['content'] }}" + begins)))
+    with pytest.raises(ValueError, match="think, or write a header, before the answer; ask another"):
+        Judge(str(tmp_path), 40).judge(["a cat"], PROMPT)
+
+
 def test_models_without_keys_of_a_causal_attention_are_one_error(tmp_path: Path) -> None:
     """A state of a recurrence, none at all, and a model that sees what follows."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"intermediate_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-    mixed = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
-    for kind, more in (("lfm2", mixed), ("rwkv", {}), ("bert", {})):
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    mixed = heads | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    for kind, more in (("lfm2", mixed), ("mamba", {}), ("rwkv", {}), ("bert", heads)):
         vocabulary = len(byte_pairs(tmp_path / kind))
         config = AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes, **more)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
@@ -250,6 +259,8 @@ def test_models_without_keys_of_a_causal_attention_are_one_error(tmp_path: Path)
             ValueError, match=rf"{kind}: transformers .* does not (run|ask) it so: .* another"
         ):
             Judge(str(tmp_path / kind), 40).judge(texts(3), PROMPT)
+    with pytest.raises(ValueError, match=r"mamba: transformers .* does not count it so"):
+        Judge(str(tmp_path / "mamba"), 40).flops(40)
 
 
 def test_a_document_of_any_form_is_judged_as_alone(tmp_path: Path) -> None:
