@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Judge(Pretrained):
         super().__init__(model, tokens)
         # It makes no added token from text, whether it is called special or not.
         self._text = HuggingFace(self._folder)
-        self._prompts = dict[str, _Prompt]()
+        self._asked = cache(self._prompt_of)
 
     @cached_property
     def _head(self) -> _LabelHead:
@@ -116,9 +116,7 @@ class Judge(Pretrained):
         ids = [[*document[: self.tokens], *asked.after] for document in documents]
         return self.run(ids, forward, len(asked.before))
 
-    def _asked(self, prompt: str) -> _Prompt:
-        if prompt in self._prompts:
-            return self._prompts[prompt]
+    def _prompt_of(self, prompt: str) -> _Prompt:
         instruction, _, question = prompt.partition(DOCUMENT)
         if prompt.count(DOCUMENT) != 1 or not instruction.strip():
             fault = f"the prompt {shown(prompt)} has {prompt.count(DOCUMENT)} times {DOCUMENT}"
@@ -145,8 +143,7 @@ class Judge(Pretrained):
             before = first + before
         if (room := self.longest - len(before) - len(after)) < self.tokens:
             raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
-        self._prompts[prompt] = _Prompt(before, after, labels, instruction[len(instruction.rstrip()) :])
-        return self._prompts[prompt]
+        return _Prompt(before, after, labels, space=instruction[len(instruction.rstrip()) :])
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
