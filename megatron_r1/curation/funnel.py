@@ -48,7 +48,7 @@ from megatron_r1.system.terminal import say
 
 FORMAT = 1
 Make = Callable[[str], Any]
-"""Kind of a job -> its model (`models.Scorer`, for "judge" and "domain" `ask_llm.Judge`)."""
+"""Kind of a job -> its model (of `models` and `quality`, for "judge" and "domain" `ask_llm.Judge`)."""
 
 
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
