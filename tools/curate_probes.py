@@ -201,13 +201,7 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
     for stage, (kind, documents, tokens) in work.items():
         # A model of the hub would be fetched for an estimate.
         here = Path(names[kind] or "").is_dir()
-        if here and kind == "judge":
-            judge, prompts = load_model(config, kind), [*config.prompts(stage).values()]
-            each = sum(judge.flops_of(tokens, prompt.read_text()) for prompt in prompts) / max(
-                1, len(prompts)
-            )
-        else:
-            each = load_model(config, kind).flops(tokens) if here else 2 * _PARAMETERS[kind] * tokens
+        each = load_model(config, kind).flops(tokens) if here else 2 * _PARAMETERS[kind] * tokens
         by = "by the model's own shape" if here else f"by {_PARAMETERS[kind]:.3g} parameters: it is not here"
         flop = each * documents
         total += flop

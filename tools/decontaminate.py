@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.decontaminate import Common, Items, Matcher, Part
+from megatron_r1.curation.decontaminate import Items, Matcher, Part
 from megatron_r1.data.indexed import open_corpus
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.npy import read_array
-from megatron_r1.data.provenance import read_provenance, text_hashes
+from megatron_r1.data.provenance import Provenance, read_provenance, text_hashes
 from megatron_r1.preprocess.documents import (
     MOST_BYTES,
     Input,
@@ -51,13 +51,14 @@ from megatron_r1.preprocess.documents import (
 from megatron_r1.preprocess.rows import check_keys, parse, reject, text_of
 from megatron_r1.preprocess.shards import parse_shard
 from megatron_r1.preprocess.workers import follow_parent
+from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish, standing
 from megatron_r1.system.errors import require, rewording
 from megatron_r1.system.files import make_folder, replacing, sha256, write_json
 from megatron_r1.system.json_io import mistake, read_object
 from megatron_r1.system.terminal import Progress, count, number, positive, say, tool_parser, user_errors
 
-FORMAT = 1
+FORMAT = 2
 RANGES, OF_RANGE = 256, 128
 """Places at which the inputs are sampled for frequent n-grams, and the documents taken at each."""
 MOST_PART = 1 << 30
@@ -88,7 +89,7 @@ class Job:
         path = self.output / "frequent.npy"
         with rewording(lambda error: f"{path}: {error}; remove it and run again"):
             counted = read_array(path, np.int64, (len(self.items.gram_U) + 1,))
-        return Matcher(self.items, Common(self.items, counted=counted))
+        return Matcher(self.items, counted)
 
     def path(self, part: int) -> Path:
         return self.output / "parts" / f"{part:06d}.json"
@@ -225,7 +226,9 @@ def merge(job: Job, request: dict[str, Any], reject_limit: int) -> dict[str, Any
     with replacing(files[0]) as table, replacing(files[1]) as rejects:
         with parquet.ParquetWriter(table, schema) as writer:
             for found in parts_of(job):
-                writer.write_table(arrow.Table.from_pylist(found["hits"], schema))
+                # An empty row group for each clean part would slow down every reader.
+                if found["hits"]:
+                    writer.write_table(arrow.Table.from_pylist(found["hits"], schema))
                 rejects.writelines(
                     json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in found["rejects"]
                 )
@@ -244,9 +247,9 @@ def merge(job: Job, request: dict[str, Any], reject_limit: int) -> dict[str, Any
     )
 
 
-def mask(job: Job, prefix: str, seq_length: int) -> Path:
+def mask(job: Job, prefix: str, pair: tuple[Corpus, Provenance], seq_length: int) -> Path:
     """Write the mask of a pair's documents that were not hit and are no probing documents themselves."""
-    corpus, origins = open_corpus(Path(prefix).name, prefix), read_provenance(prefix)
+    corpus, origins = pair
     # A probing document that is too short to be looked for is still known by its hash.
     probing = (part.item for part in job.items.parts if part.part == "text")
     dropped = [*map(bytes.fromhex, (*(job.output / "dropped.txt").read_text().split(), *probing))]
@@ -255,7 +258,7 @@ def mask(job: Job, prefix: str, seq_length: int) -> Path:
         fault = f"{prefix}: none of {len(looked_up)} texts that were looked up in it is there"
         raise ValueError(f"{fault}; name the pair that was made of --input and --json-keys")
     hit_D = origins.among(dropped)
-    path = job.output / f"{Path(prefix).name}.npz"
+    path = job.output / f"{corpus.name}.npz"
     save_documents(path, corpus, ~hit_D, seq_length)
     say(f"{path}: keeps {int((~hit_D).sum()):,} of {len(hit_D):,} documents", result=True)
     return path
@@ -280,7 +283,7 @@ def probing_parts(path: Path) -> Iterator[Part]:
 def estimate(job: Job, workers: int, size: int) -> None:
     """Print what the job will take, from the pace of the sample on this machine."""
     texts = list(islice(sample(job), 8192))
-    matcher = Matcher(job.items, Common(job.items, texts))
+    matcher = Matcher(job.items, job.items.count(texts))
     start = time.process_time()
     found = sum(1 for _ in matcher(list(islice(sample(job), len(texts)))))
     pace = (time.process_time() - start) / max(1, sum(len(text.encode()) for text in texts))
@@ -290,7 +293,8 @@ def estimate(job: Job, workers: int, size: int) -> None:
     took = f"{hours:.2f} processor hours, {hours / workers:.2f} h by {workers} workers"
     say(f"text: {size / 1e9:.3f} GB in {job.parts} parts: {took}; packed files take longer", result=True)
     megabytes = (200 * len(job.items.number_E) + sum(len(p.text) for p in job.items.parts)) / 1e6
-    say(f"memory: about {megabytes + 300:.0f} MB in each worker", result=True)
+    longest = "and 30 bytes for each byte of its longest document"
+    say(f"memory: about {megabytes + 300:.0f} MB in each worker, {longest}", result=True)
 
 
 def main() -> None:
@@ -339,6 +343,13 @@ def main() -> None:
         for source in sources:
             source.check(args.json_keys)
         size = sum(source.size for source in sources)
+        # What is wrong with a pair is said before the scan, which may take hours.
+        pairs = {name: (open_corpus(Path(name).name, name), read_provenance(name)) for name in args.prefix}
+        masks = Counter(f"{corpus.name}.npz" for corpus, _ in pairs.values())
+        if twice := [name for name, n in masks.items() if n > 1]:
+            raise ValueError(
+                f"--prefix: the masks of two pairs would be {twice[0]}; give each another --output"
+            )
         job = Job([source.name for source in sources], args.json_keys, most, items, args.output,
                   max(1, math.ceil(size / args.part_megabytes / 1e6)))  # fmt: skip
         if args.check:
@@ -352,13 +363,19 @@ def main() -> None:
             return
         request = {"format": FORMAT, "inputs": {s.name: identity(s) for s in sources}, "keys": args.json_keys,
                    "max_document_bytes": most, "items": items.identity, "parts": job.parts}  # fmt: skip
-        manifest = run(job, request, shard, args)
+        manifest = run(job, request, shard, pairs, args)
         if manifest is not None:
             of = f"{manifest['texts']:,} texts of {manifest['documents']:,} documents were hit"
             say(f"{args.output}: {of}; {manifest['hits']}", result=True)
 
 
-def run(job: Job, request: dict[str, Any], shard: tuple[int, int] | None, args: Any) -> dict[str, Any] | None:
+def run(
+    job: Job,
+    request: dict[str, Any],
+    shard: tuple[int, int] | None,
+    pairs: dict[str, tuple[Corpus, Provenance]],
+    args: Any,
+) -> dict[str, Any] | None:
     """Scan, and write the results where no other shard is to. Returns the manifest, if it is written."""
     output, asked = job.output, job.output / "request.json"
     make_folder(output / "parts")
@@ -368,9 +385,9 @@ def run(job: Job, request: dict[str, Any], shard: tuple[int, int] | None, args: 
     if theirs is None:
         write_json(asked, request)
     if not (output / "frequent.npy").exists():
-        common = Common(job.items, sample(job))
+        counts = job.items.count(sample(job))
         with replacing(output / "frequent.npy") as stream:
-            np.save(stream, common.counts)
+            np.save(stream, counts)
     manifest = answered(output / "manifest.json", request) if shard is None else None
     if manifest is None:
         index, of = shard or (0, 1)
@@ -382,7 +399,7 @@ def run(job: Job, request: dict[str, Any], shard: tuple[int, int] | None, args: 
             return None
         manifest = merge(job, request, args.reject_limit)
     files = [output / name for name in manifest["files"]]
-    files += [mask(job, prefix, args.seq_length) for prefix in args.prefix]
+    files += [mask(job, *pair, args.seq_length) for pair in pairs.items()]
     with ThreadPoolExecutor(args.workers) as pool:
         inputs = dict(zip(job.inputs, pool.map(digest, job.open()), strict=True))
     finish(output, "decontaminate", inputs=inputs, outputs={str(path): sha256(path) for path in files})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -77,21 +77,26 @@ class Judge(Pretrained):
         super().__init__(model, tokens)
         # It makes no added token from text, whether it is called special or not.
         self._text = HuggingFace(self._folder)
-        self._prompts = dict[str, _Prompt]()
+        self.asked = cache(self._prompt_of)
+        """Refuses a prompt, as `judge` does, before any weights are read."""
 
     @cached_property
     def _head(self) -> _LabelHead:
-        head = _LabelHead(self.network.get_output_embeddings())
-        self.network.set_output_embeddings(head)
+        network = self.network
+        with self._fails_to("ask"):
+            head = _LabelHead(network.get_output_embeddings())
+            network.set_output_embeddings(head)
         return head
 
     def judge(self, texts: Sequence[str], prompt: str) -> np.ndarray:
         """P("1") / (P("1") + P("0")) of each text, [N] float32.
 
         ValueError for a prompt without an instruction and one `{document}`, for one that leaves no place for
-        `tokens`, and for a tokenizer by which a label is no single token there.
+        `tokens`, for a tokenizer by which a label is no single token there, for a chat template that puts
+        something before the answer, and for a model whose layers are not all of attention: it has no keys to
+        be computed once.
         """
-        asked = self._asked(prompt)
+        asked = self.asked(prompt)
         documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
         head = self._head
         head.labels = asked.labels
@@ -105,30 +110,28 @@ class Judge(Pretrained):
             keys.batch_repeat_interleave(len(ids_BS))
             head.last_B = mask_BS.sum(1) - 1
             # Nothing sees the padding, which comes after all: no mask is needed.
-            return self.network(input_ids=ids_BS, past_key_values=keys).logits.softmax(-1)[:, 0, 0]
+            logits_B1L = self.network(input_ids=ids_BS, past_key_values=keys).logits
+            assert logits_B1L.shape[1:] == (1, len(LABELS)), "its logits do not come from its last layer"
+            return logits_B1L.softmax(-1)[:, 0, 0]
 
         ids = [[*document[: self.tokens], *asked.after] for document in documents]
         return self.run(ids, forward, len(asked.before))
 
-    def flops_of(self, tokens: float, prompt: str) -> float:
-        """Operations for one document of so many tokens, with the prompt's question."""
-        asked = self._asked(prompt)
-        return self.flops(tokens, len(asked.before), len(asked.after))
-
-    def _asked(self, prompt: str) -> _Prompt:
-        if prompt in self._prompts:
-            return self._prompts[prompt]
+    def _prompt_of(self, prompt: str) -> _Prompt:
         instruction, _, question = prompt.partition(DOCUMENT)
         if prompt.count(DOCUMENT) != 1 or not instruction.strip():
             fault = f"the prompt {shown(prompt)} has {prompt.count(DOCUMENT)} times {DOCUMENT}"
             raise ValueError(f"{fault}; it stands once, after an instruction")
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}]
-            with self._reading():
+            with self._fails_to("prompt"):
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE)
             if text.count(DOCUMENT) != 1:
                 raise ValueError(f"{self.model}: its chat template changes the prompt; take the template out")
             instruction, _, question = text.partition(DOCUMENT)
+            if question.rstrip().endswith(("<think>", "<|start|>assistant")):
+                fault = "its chat template lets it think, or write a header, before the answer"
+                raise ValueError(f"{self.model}: {fault}; ask another model")
             answers = [(question, ""), (question, " ")]
         else:
             question = f"{question.rstrip()}\nAnswer:"
@@ -141,8 +144,7 @@ class Judge(Pretrained):
             before = first + before
         if (room := self.longest - len(before) - len(after)) < self.tokens:
             raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
-        self._prompts[prompt] = _Prompt(before, after, labels, instruction[len(instruction.rstrip()) :])
-        return self._prompts[prompt]
+        return _Prompt(before, after, labels, space=instruction[len(instruction.rstrip()) :])
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]

@@ -1,10 +1,9 @@
 """Evaluation items within documents, by word n-grams: verbatim, wrapped anew, or with some words changed.
 
-A word is a run of letters, digits and underscores after NFKC and casefolding. A hyphen between two of them
-joins them, also where a line ends behind it. An item has a question, an answer or both, which are matched
-apart. A part's distinctive words are those in its distinctive 5-grams. A part is in a document where four
-fifths of its distinctive words stand there in their order, close together, with at least a twelfth of its
-distinctive 5-grams unbroken.
+words.py says what a word is. An item has a question, an answer or both, which are matched apart. A part's
+distinctive words are those in its distinctive 5-grams. A part is in a document where four fifths of its
+distinctive words stand there in their order, close together, with at least a twelfth of its distinctive
+5-grams unbroken.
 
 A 5-gram is distinctive unless it is frequent: in more than four of the items and sampled documents, and one
 more for each 10,000 of these. Licences, quotes, instructions and formulas thus drop out of an item that has
@@ -12,9 +11,10 @@ words of its own. Where the texts hold many copies of an item, all its 5-grams a
 therefore stays that is at most twice as frequent as the sixth rarest of its part, or as the one at a tenth
 of them if that is more frequent.
 
-A question of fewer than nine distinctive 5-grams, as 13 words have, must stand there whole. It is left out
-where all its 5-grams are frequent, or where it has fewer than five words. Such an answer is never matched:
-numbers and single words stand everywhere.
+A question of fewer than nine distinctive 5-grams, as 13 words have, must stand there whole, and so must a
+part that repeats itself: half of its 5-grams or more have been there before. It is left out where all its
+5-grams are frequent, or where it has fewer than five words. A short answer is never matched: numbers and
+single words stand everywhere.
 
 Of a text of more than 128 5-grams, as probing documents are, the 128 of smallest hash are looked up.
 """
@@ -23,36 +23,37 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_r1.curation.words import ALONE, NGRAM, grams, hashed, words
 from megatron_r1.preprocess.documents import Lines, open_input
 from megatron_r1.preprocess.rows import parse
 from megatron_r1.system.errors import rewording, shown
 from megatron_r1.system.files import json_bytes
 from megatron_r1.system.terminal import say
 
-NGRAM, WHOLE, SKETCH = 5, 13, 128
-"""Words of an n-gram, words below which a part must stand whole, n-grams of a text that are looked up."""
+WHOLE, SKETCH = 13, 128
+"""Words below which a part must stand whole, n-grams of a text that are looked up."""
 SHARE, FREQUENT, RARE = 0.8, 4, 5
 _SEEDS = 1 / 12
 _GAP = 10
 """Words that may be put in, or left out, between two n-grams of a part."""
 _BATCH = 1 << 16
 """Characters that are hashed at once: the arrays stay in the processor's cache."""
+_LONG = 4096
+"""Words of a part beyond which everyday words count only beside other ones, which bounds the time."""
 EXCERPT = 1000
 """Characters of each text of a hit."""
 _QUESTION, _ANSWER = ("question", "prompt", "text"), ("answer", "gold")
-_HYPHEN = re.compile(r"-(?<=\w-)(?:[ \t\r]*\n\s*)?(?=\w)")
-_CUT = re.compile(r"(?<![-\u00ad\u2010\u2011\s])(?=\s)")
-_BASE, _MIX = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+# Before a space, ASCII punctuation but the hyphen, or a character that is a word, and not behind a hyphen.
+_CUT = re.compile(rf"(?<![-\u00ad\u2010\u2011\ufe63\uff0d\s])(?=[\s!-,./:-@\[-^`{{-~]|(?=\w)[{ALONE}])")
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,29 @@ class Items:
         if not parts:
             raise ValueError("no evaluation items are given; name a file or a set of them")
         self.identity = hashlib.sha256(json_bytes([list(vars(part).values()) for part in parts])).hexdigest()
+        number: dict[tuple[str, str], int] = {}
+        item_P = [number.setdefault((part.set, part.item), len(number)) for part in parts]
+        self.items = len(number)
         of_batches = []
         for first, texts in _batches(part.text for part in parts):
-            words = _Words(texts)
-            at_N, gram_N = words.grams()
-            text_N = words.text_W[at_N]
+            hash_W, first_T = hashed([*map(words, texts)])
+            at_N, gram_N = grams(hash_W, first_T)
+            text_N = np.searchsorted(first_T, at_N, "right") - 1
             # Of each text its n-grams once, the smallest hashes, and these in the text's order again.
             order = np.lexsort((gram_N, text_N))
             again = (np.diff(text_N[order]) == 0) & (np.diff(gram_N[order]) == 0)
             order = np.delete(order, np.flatnonzero(again) + 1)
+            different_T, all_T = (np.bincount(of, minlength=len(texts)) for of in (text_N[order], text_N))
+            repeats_T = 2 * different_T <= all_T
             rank = np.arange(len(order)) - np.searchsorted(text_N[order], text_N[order])
             chosen = np.sort(order[rank < SKETCH])
             text_N, at_N = text_N[chosen], at_N[chosen]
-            of_batches.append((text_N + first, at_N - words.first_T[text_N], gram_N[chosen]))
+            of_batches.append((text_N + first, at_N - first_T[text_N], gram_N[chosen], repeats_T))
         # Each n-gram of a part is an entry, sorted by part and offset.
-        self.part_E, self.offset_E, gram_E = map(np.concatenate, zip(*of_batches, strict=True))
+        columns = map(np.concatenate, zip(*of_batches, strict=True))
+        self.part_E, self.offset_E, gram_E, self.repeats_P = columns
         self.gram_U, self.number_E = np.unique(gram_E, return_inverse=True)
+        self._of_items = _once(self.number_E, np.array(item_P)[self.part_E], len(self.gram_U))
 
     @classmethod
     def read(cls, files: Mapping[str, str | Path], gold: Sequence[str] = ()) -> Items:
@@ -128,6 +136,16 @@ class Items:
         ]
         return cls(parts)
 
+    def count(self, texts: Iterable[str]) -> np.ndarray:
+        """In how many items and texts each n-gram stands, and last how many texts: int64 [n-grams + 1]."""
+        counts, documents, table = self._of_items, 0, _Table(self.gram_U)
+        for first, some in _batches(texts):
+            hash_W, first_T = hashed([*map(words, some)])
+            at_N, number_N = table.find(hash_W, first_T)
+            counts = counts + _once(number_N, np.searchsorted(first_T, at_N, "right"), len(counts))
+            documents = first + len(some)
+        return np.append(counts, documents)
+
 
 def _read(name: str, path: str | Path) -> list[tuple[str, str, str]]:
     """Id, question and answer of each item of a file."""
@@ -142,7 +160,7 @@ def _read(name: str, path: str | Path) -> list[tuple[str, str, str]]:
                 if not (question + answer).encode():
                     keys = ", ".join((*_QUESTION, *_ANSWER))
                     raise ValueError(f"no text under any of the keys {keys}, only {shown(list(record))}")
-                items.append((str(record.get("id", line)), question, answer))
+                items.append((_first(record, ("id",)) or str(line), question, answer))
     if not items:
         raise ValueError(f"items {path}: no item is in it; leave it out, or write JSON lines, an item each")
     if not any(answer for *_, answer in items):
@@ -156,40 +174,19 @@ def _first(record: Mapping[str, Any], keys: Sequence[str]) -> str:
     return next(filter(str.strip, texts), "")
 
 
-class Common:
-    """In how many items, and documents of a sample, each n-gram of the items stands.
-
-    `counted`: what `counts` was elsewhere, for the same items. No texts are counted then.
-    """
-
-    def __init__(self, items: Items, texts: Iterable[str] = (), counted: np.ndarray | None = None):
-        self.counts = np.zeros(len(items.gram_U) + 1, np.int64) if counted is None else counted
-        """Of each n-gram, and at the end of the sample's documents: int64 [n-grams + 1]."""
-        number: dict[tuple[str, str], int] = {}
-        item_P = np.array([number.setdefault((p.set, p.item), len(number)) for p in items.parts])
-        table = _Table(items.gram_U)
-        if counted is None:
-            self._add(items.number_E, item_P[items.part_E])
-        for _, some in _batches(texts):
-            words = _Words(some)
-            at_N, number_N = table.find(words)
-            self._add(number_N, words.text_W[at_N])
-            self.counts[-1] += len(some)
-        self.most = FREQUENT + (int(self.counts[-1]) + len(number)) // 10_000
-        """Items and documents that may hold an n-gram that is not frequent."""
-
-    def _add(self, number_N: np.ndarray, text_N: np.ndarray) -> None:
-        """Count each n-gram once a text."""
-        once_M = np.unique(text_N * len(self.counts) + number_N) % len(self.counts)
-        self.counts += np.bincount(once_M, minlength=len(self.counts))
+def _once(number_N: np.ndarray, text_N: np.ndarray, numbers: int) -> np.ndarray:
+    """How often each number is there, counted once a text."""
+    return np.bincount(np.unique(text_N * numbers + number_N) % numbers, minlength=numbers)
 
 
 class Matcher:
-    """Finds items in texts. `common`: counted over a sample of these texts."""
+    """Finds items in texts. `counts`: `Items.count` of a sample of these texts."""
 
-    def __init__(self, items: Items, common: Common):
+    def __init__(self, items: Items, counts: np.ndarray):
         self._parts, parts = items.parts, len(items.parts)
-        count_E = common.counts[items.number_E]
+        # Items and documents that may hold an n-gram that is not frequent.
+        most = FREQUENT + (int(counts[-1]) + items.items) // 10_000
+        count_E = counts[items.number_E]
         size_P = np.bincount(items.part_E, minlength=parts)
         # The n-grams of each part from the rarest on.
         rare_E = np.lexsort((count_E, items.part_E))
@@ -198,23 +195,25 @@ class Matcher:
         low_P, least_P = np.zeros((2, parts), np.int64)
         low_P[has_P] = count_E[rare_E[(first_P + nth_P)[has_P]]]
         least_P[has_P] = count_E[rare_E[first_P[has_P]]]
-        kept_E = count_E <= np.maximum(common.most, 2 * low_P[items.part_E])
+        kept_E = count_E <= np.maximum(most, 2 * low_P[items.part_E])
         self._kept_part_E, self._kept_offset_E = items.part_E[kept_E], items.offset_E[kept_E]
-        self._size_P = np.bincount(self._kept_part_E, minlength=parts)
-        self._whole_P = self._size_P < WHOLE - NGRAM + 1
+        kept_P = np.bincount(self._kept_part_E, minlength=parts)
+        few_P = kept_P < WHOLE - NGRAM + 1
+        self._whole_P = few_P | items.repeats_P
+        self._seeds_P = np.where(self._whole_P, 1, _SEEDS * kept_P)
         question_P = np.array([part.part != "answer" for part in items.parts])
-        short_P = self._whole_P & ~(has_P & question_P)
+        short_P = few_P & ~(has_P & question_P)
         # Of a part of which not all n-grams are known none tells that it stands whole.
-        frequent_P = self._whole_P & ~short_P & ((least_P > common.most) | (size_P >= SKETCH))
+        frequent_P = self._whole_P & ~short_P & ((least_P > most) | (few_P & (size_P >= SKETCH)))
         whole_P = self._whole_P & ~short_P & ~frequent_P
-        used_E = np.flatnonzero(kept_E & ~self._whole_P[items.part_E])
         # A part that stands whole is found by its rarest n-gram.
+        used_E = np.flatnonzero(kept_E & ~self._whole_P[items.part_E])
         used_E = np.append(used_E, rare_E[first_P[whole_P]])
         used_E = used_E[np.argsort(items.number_E[used_E], kind="stable")]
         self._part_E, self._offset_E = items.part_E[used_E], items.offset_E[used_E]
         self._table = _Table(items.gram_U[items.number_E[used_E]])
-        self.left_out = {name: [items.parts[p] for p in np.flatnonzero(of)] for name, of in
-                         (("short", short_P), ("frequent", frequent_P))}  # fmt: skip
+        reasons = {"short": short_P, "frequent": frequent_P}
+        self.left_out = {name: [items.parts[p] for p in np.flatnonzero(of)] for name, of in reasons.items()}
         """Parts that are never matched, by the reason."""
         self.counts = {
             "parts": parts,
@@ -222,7 +221,7 @@ class Matcher:
             **{name: len(of) for name, of in self.left_out.items()},
             "n-grams": len(items.gram_U),
             "frequent n-grams": len(np.unique(items.number_E[~kept_E])),
-            "sampled documents": int(common.counts[-1]),
+            "sampled documents": int(counts[-1]),
         }
 
     def passed_over(self) -> dict[str, list[str]]:
@@ -239,41 +238,39 @@ class Matcher:
     def __call__(self, texts: Iterable[str]) -> Iterator[Hit]:
         """Hits in the order of the texts, at most one a text and part."""
         for first, some in _batches(texts):
-            words = _Words(some)
-            at_N, entry_N = self._table.find(words)
-            if len(at_N):
-                yield from self._hits(words, some, first, at_N, entry_N)
-
-    def _hits(
-        self, words: _Words, texts: Sequence[str], first: int, at_N: np.ndarray, entry_N: np.ndarray
-    ) -> Iterator[Hit]:
-        text_N, part_N = words.text_W[at_N], self._part_E[entry_N]
-        shift_N = at_N - self._offset_E[entry_N]
-        order = np.lexsort((shift_N, part_N, text_N))
-        text_N, part_N, shift_N = text_N[order], part_N[order], shift_N[order]
-        # N-grams of a part, in one document, whose places there and in the part keep step.
-        apart = (np.diff(text_N) != 0) | (np.diff(part_N) != 0) | (np.diff(shift_N) > _GAP)
-        bound_C = np.concatenate(([0], np.flatnonzero(apart) + 1, [len(part_N)]))
-        likely_C = np.diff(bound_C) >= _SEEDS * self._size_P[part_N[bound_C[:-1]]]
-        best: dict[tuple[int, int], tuple[float, int, int]] = {}
-        for lo, hi in zip(bound_C[:-1][likely_C], bound_C[1:][likely_C], strict=True):
-            key = text, part = int(text_N[lo]), int(part_N[lo])
-            ours_W = _Words([self._parts[part].text]).hash_W
-            begin = max(shift_N[lo], words.first_T[text])
-            until = min(shift_N[hi - 1] + len(ours_W), words.first_T[text + 1])
-            score = self._score(part, ours_W, words.hash_W[begin:until])
-            best[key] = max(best.get(key, (0.0, 0, 0)), (score, -begin, until))
-        for (text, part), (score, begin, until) in best.items():
-            if score >= SHARE:
-                item = self._parts[part]
-                there = words.excerpt(texts[text], text, -begin, until)
-                yield Hit(first + text, item.set, item.item, item.part, score, item.text[:EXCERPT], there)
+            hash_W, first_T = hashed([*map(words, some)])
+            at_N, entry_N = self._table.find(hash_W, first_T)
+            if not len(at_N):
+                continue
+            part_N, shift_N = self._part_E[entry_N], at_N - self._offset_E[entry_N]
+            text_N = np.searchsorted(first_T, at_N, "right") - 1
+            order = np.lexsort((shift_N, part_N, text_N))
+            text_N, part_N, shift_N = text_N[order], part_N[order], shift_N[order]
+            # N-grams of a part, in one document, whose places there and in the part keep step.
+            apart = (np.diff(text_N) != 0) | (np.diff(part_N) != 0) | (np.diff(shift_N) > _GAP)
+            bound_C = np.flatnonzero(np.concatenate(([True], apart, [True])))
+            likely_C = np.flatnonzero(np.diff(bound_C) >= self._seeds_P[part_N[bound_C[:-1]]])
+            best: dict[tuple[int, int], tuple[float, int, int]] = {}
+            for lo, hi in zip(bound_C[likely_C], bound_C[likely_C + 1], strict=True):
+                key = text, part = int(text_N[lo]), int(part_N[lo])
+                ours_W = _hashed(self._parts[part].text)
+                begin = max(shift_N[lo], first_T[text])
+                until = min(shift_N[hi - 1] + len(ours_W), first_T[text + 1])
+                score = self._score(part, ours_W, hash_W[begin:until])
+                place = (score, int(first_T[text] - begin), int(until - first_T[text]))
+                best[key] = max(best.get(key, (0.0, 0, 0)), place)
+            for (text, part), (score, before, until) in best.items():
+                if score >= SHARE:
+                    item, there = self._parts[part], _excerpt(some[text], -before, until)
+                    yield Hit(first + text, item.set, item.item, item.part, score, item.text[:EXCERPT], there)
 
     def _score(self, part: int, ours_W: np.ndarray, theirs_M: np.ndarray) -> float:
         """Share of a part's distinctive words that stand in a stretch of a document, in their order."""
-        matcher = SequenceMatcher(None, theirs_M.tolist(), ours_W.tolist(), autojunk=False)
-        if self._whole_P[part]:
-            return float(matcher.find_longest_match().size == len(ours_W))
+        # Words have 8 bytes. Others than whole ones are found next to never, and do not count.
+        theirs, ours = theirs_M.tobytes(), ours_W.tobytes()
+        if self._whole_P[part] or ours in theirs:
+            return float(ours in theirs)
+        matcher = SequenceMatcher(None, theirs_M.tolist(), ours_W.tolist(), autojunk=len(ours_W) > _LONG)
         lo, hi = np.searchsorted(self._kept_part_E, [part, part + 1])
         distinctive_W, found_W = np.zeros((2, len(ours_W)), bool)
         distinctive_W[self._kept_offset_E[lo:hi, None] + np.arange(NGRAM)] = True
@@ -282,41 +279,23 @@ class Matcher:
         return float(found_W[distinctive_W].mean())
 
 
-class _Words:
-    """The words of some texts: hashes [W], text of each [W], first word of each text [T + 1]."""
+@lru_cache(1)
+def _hashed(text: str) -> np.ndarray:
+    return hashed([words(text)])[0]
 
-    def __init__(self, texts: Sequence[str]):
-        folded = [_fold(text) for text in texts]
-        joined = "\n".join([*folded, ""]).encode("utf-32-le", "surrogatepass")
-        char_N = np.frombuffer(joined, np.uint32)
-        inside = np.zeros(len(char_N) + 1, bool)
-        inside[1:] = _in_words()[char_N]
-        edge = np.flatnonzero(inside[1:] != inside[:-1])
-        self.begin_W, self.end_W = edge[::2], edge[1::2]
-        self.start_T = np.cumsum([0, *(len(text) + 1 for text in folded)])
-        self.first_T = np.searchsorted(self.begin_W, self.start_T)
-        self.text_W = np.repeat(np.arange(len(texts)), np.diff(self.first_T))
-        self.hash_W = _hashes(char_N, self.begin_W, self.end_W)
 
-    def grams(self) -> tuple[np.ndarray, np.ndarray]:
-        """First word, and hash, of each n-gram within a text."""
-        last = max(0, len(self.hash_W) - NGRAM + 1)
-        at_N = np.flatnonzero(self.text_W[:last] == self.text_W[NGRAM - 1 :][:last])
-        return at_N, _hashes(self.hash_W, at_N, at_N + NGRAM)
-
-    def excerpt(self, text: str, number: int, begin: int, until: int) -> str:
-        """What text `number` has from one word to before another, and what is joined to them."""
-        pieces, end_N = _pieces(text)
-        first, last = np.array([self.begin_W[begin] + 1, self.end_W[until - 1]]) - self.start_T[number]
-        lo, hi = np.searchsorted(end_N, [first, last]).tolist()
-        return "".join(pieces[lo : hi + 1]).strip()[:EXCERPT]
+def _excerpt(text: str, begin: int, until: int) -> str:
+    """What a text has from one word to before another."""
+    pieces, end_N = _pieces(text)
+    lo, hi = np.searchsorted(end_N, begin, "right"), np.searchsorted(end_N, until, "right")
+    return "".join(pieces[lo:hi]).strip()[:EXCERPT]
 
 
 @lru_cache(1)
 def _pieces(text: str) -> tuple[list[str], np.ndarray]:
-    """A text cut where folding one piece does not depend on the next, and where each ends in the folded."""
+    """A text cut where no word depends on the next piece, and the words up to the end of each."""
     pieces = _CUT.split(text)
-    return pieces, np.cumsum([len(_fold(piece)) for piece in pieces])
+    return pieces, np.cumsum([len(words(piece)) for piece in pieces])
 
 
 class _Table:
@@ -330,20 +309,14 @@ class _Table:
         self._may = np.zeros(1 << bits, bool)
         self._may[gram_E >> self._shift] = True
 
-    def find(self, words: _Words) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, hash_W: np.ndarray, first_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each n-gram of the texts that is there: its first word, and its number, once for each number."""
-        at_N, gram_N = words.grams()
+        at_N, gram_N = grams(hash_W, first_T)
         maybe = np.flatnonzero(self._may[gram_N >> self._shift])
         lo, hi = (np.searchsorted(self._gram_E, gram_N[maybe], side) for side in ("left", "right"))
         count = hi - lo
         before = np.cumsum(count) - count
         return np.repeat(at_N[maybe], count), np.arange(count.sum()) + np.repeat(lo - before, count)
-
-
-def _fold(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold()
-    # With one character that it begins with, the pattern is found three times as fast.
-    return _HYPHEN.sub("", text.replace("\u00ad", "-").replace("\u2010", "-"))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -357,27 +330,3 @@ def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
             some, size, first = [], 0, first + len(some)
     if some:
         yield first, some
-
-
-@cache
-def _in_words() -> np.ndarray:
-    return np.array([char.isalnum() or char == "_" for char in map(chr, range(0x110000))])
-
-
-@lru_cache(2)
-def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    powers = [np.full(size, of, np.uint64) for of in (_BASE, pow(_BASE, -1, 1 << 64))]
-    for of in powers:
-        of[0] = 1
-        np.cumprod(of, out=of)
-    return powers[0], powers[1]
-
-
-def _hashes(value_N: np.ndarray, begin_M: np.ndarray, end_M: np.ndarray) -> np.ndarray:
-    """64 bits that tell values [begin, end), [M] uint64: sum of value_i B^(i - begin), mixed."""
-    power, inverse = _powers(1 << max(16, (len(value_N) + 1).bit_length()))
-    before = np.zeros(len(value_N) + 1, np.uint64)
-    np.cumsum(value_N * power[: len(value_N)], out=before[1:])
-    hash_M = (before[end_M] - before[begin_M]) * inverse[begin_M]
-    hash_M = (hash_M ^ (hash_M >> np.uint64(32))) * np.uint64(_MIX)
-    return hash_M ^ (hash_M >> np.uint64(29))

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,9 +27,8 @@ from xxhash import xxh3_64_intdigest
 
 from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
+from megatron_r1.curation.words import NGRAM, grams, hashed, mixed, words
 
-SHINGLE = 5
-"""Words of a shingle."""
 PERMUTATIONS = 128
 """Most numbers of a signature."""
 RECALL = 0.99
@@ -42,8 +41,6 @@ LEAST = 0.1
 """Least share of planted copies that a threshold must find to be of use."""
 
 _WORD = re.compile(r"(\w+)")
-# ASCII as `_WORD` and casefold() take it: letters, digits and the underline stay, all else separates.
-_ASCII = bytes(c if re.match(rb"\w", bytes([c])) else 32 for c in range(256)).lower()
 # Documents, or pairs of them, whose shingles are in memory together.
 _AT_ONCE = 256
 # Documents of a large bucket that are compared with all of it, up to twice as many.
@@ -75,10 +72,10 @@ class Calibration:
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
-    r"""Pairs of Jaccard similarity >= `threshold` that join each group of near duplicates.
+    """Pairs of Jaccard similarity >= `threshold` that join each group of near duplicates.
 
-    Words are runs of \w, casefolded. A text of fewer than 5 words is one shingle, and texts without words are
-    the same. Two shingles of one 64-bit hash count as one. ValueError for a threshold that no bands suit.
+    words.py says what a word is. A text of fewer than 5 words is one shingle, and texts without words are the
+    same. Two shingles of one 64-bit hash count as one. ValueError for a threshold that no bands suit.
 
     Beside the texts, memory holds 8 bytes a document and band, 80 a document, and the shingles of 256 texts
     or of one bucket. Time grows with the square of a bucket's documents that are not in its largest group.
@@ -96,7 +93,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
         least = np.stack([np.minimum.reduceat(hashes * odd + added, starts) for odd, added in draw_PE])
         key = np.zeros((bands, 1), dtype=np.uint64)
         for row in least.reshape(bands, rows, -1).swapaxes(0, 1):
-            key = _mixed(key) + row
+            key = mixed(key) + row
         keys_BN[:, some] = key
     # Documents of the same words in the same order need no comparison. The first stands for them.
     _, first, which = np.unique(whole_N, return_index=True, return_inverse=True)
@@ -205,32 +202,11 @@ _NONE = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Hashes of the shingles of all texts, where each text's begin, and a hash of each text's words."""
-    words = [_words(text) for text in texts]
-    length_N = np.array([len(of) for of in words])
-    hash_W = np.fromiter(map(xxh3_64_intdigest, chain.from_iterable(words)), np.uint64, length_N.sum())
-    shingle_W = hash_W
-    for following in range(1, SHINGLE):
-        shingle_W = _mixed(shingle_W[:-1]) + hash_W[following:]
-    # The last 4 words of a text begin shingles that reach into the next one.
-    inside = np.ones(len(hash_W), dtype=bool)
-    inside[np.subtract.outer(np.cumsum(length_N), np.arange(1, SHINGLE))] = False
-    starts = np.cumsum(length_N - SHINGLE + 1) - (length_N - SHINGLE + 1)
-    whole = [xxh3_64_intdigest(b" ".join(of)) for of in words]
-    return _mixed(shingle_W[inside[: len(shingle_W)]]), starts, whole
-
-
-def _words(text: str) -> list[bytes]:
-    """Words in UTF-8, and empty ones up to the length of a shingle."""
-    if text.isascii():
-        words = text.encode().translate(_ASCII).split()
-    else:
-        words = [word.encode() for word in _WORD.findall(text.casefold())]
-    return words + [b""] * (SHINGLE - len(words))
-
-
-def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Other numbers of 64 bits, one to one. Every bit reaches the highest 32."""
-    return (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+    # A text of fewer words than a shingle is one shingle, with empty words at its end.
+    padded = [[*of, *[b""] * (NGRAM - len(of))] for of in map(words, texts)]
+    hash_W, first_T = hashed(padded)
+    starts = first_T[:-1] - (NGRAM - 1) * np.arange(len(texts))
+    return grams(hash_W, first_T)[1], starts, [xxh3_64_intdigest(b" ".join(of)) for of in padded]
 
 
 def _alike(

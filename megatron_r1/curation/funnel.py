@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.decontaminate import Common, Items, Matcher
+from megatron_r1.curation.decontaminate import Items, Matcher
 from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
 from megatron_r1.curation.request import CurationConfig
@@ -49,7 +49,7 @@ from megatron_r1.system.terminal import say
 
 FORMAT = 1
 Make = Callable[[str], Any]
-"""Kind of a job -> `models.Scorer`, for "judge" and "domain" `ask_llm.Judge`, for "items" `Items`."""
+"""Kind of a job -> its model (of `models`, `quality`, `ask_llm`). "items" -> `decontaminate.Items`."""
 
 
 def advance(config: CurationConfig, make: Make, workers: int = 1) -> Outcome:
@@ -138,7 +138,7 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
 def _decontaminate(items: Items, out: Outcome) -> None:
     # Frequent n-grams are those of the sources, not of what the stages have chosen.
     beginnings = (row["text"] for s in out.sources.values() for row in s.rounds[0].read(0, "text"))
-    matcher = Matcher(items, Common(items, beginnings))
+    matcher = Matcher(items, items.count(beginnings))
     for source in out.sources.values():
         hit = np.zeros(len(source.left), bool)
         for found in matcher(row["text"] for row in source.rows(source.left, "text")):
@@ -228,7 +228,7 @@ def load_model(config: CurationConfig, kind: str) -> Any:
         judge = ask_llm.Judge(asked.model, asked.tokens)
         for path in {*config.prompts("judge").values(), *config.prompts("domain").values()}:
             # A prompt that has no place, or a label that is no token, is told before any model has worked.
-            judge.flops_of(asked.tokens, path.read_text())
+            judge.asked(path.read_text())
         return judge
     if kind == "embed" and (same := config.duplicates) and same.semantic:
         return models.Embedder(same.semantic, same.tokens)

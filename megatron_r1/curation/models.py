@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from megatron_r1.export.folder import MOST_JSON, identity, stored_tensors
 from megatron_r1.export.origin import tokenizer_of
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.system.errors import hub_name, require, rewording, shown, some
-from megatron_r1.system.json_io import read_json, read_object
+from megatron_r1.system.json_io import mistake, read_json, read_object
 from megatron_r1.system.process import launch_number
 
 CHARACTERS = 8
@@ -36,24 +36,11 @@ BATCH_TOKENS = 8192
 """Tokens of a batch, padding and the instruction's keys counted."""
 _FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _SETTINGS = {".json", ".jinja", ".txt", ".model"}
-_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODULES = {"Transformer", "Pooling", "Normalize"}
 _TAKES_FIRST = {"mean": False, "mean_tokens": False, "cls": True, "cls_token": True}
 """Way of pooling -> whether it takes the first token. sentence-transformers has written either name."""
-
-
-class Scorer(Protocol):
-    """Gives each text a score."""
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 over all that decides a score, but precision and device."""
-
-    def flops(self, tokens: float) -> float:
-        """Operations for one document of so many tokens."""
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Scores, [N] float32, in the order of the texts."""
+_READ_PADDING = {"convbert", "fnet"}
+"""Kinds of models that mix a text with its padding, so that its result depends on the texts beside it."""
 
 
 class Pretrained:
@@ -61,7 +48,7 @@ class Pretrained:
 
     `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. Weights and
     activations have `backend.fast_precision()`. Raises FileNotFoundError for no model, and ValueError for one
-    that the hub does not give, that is damaged, takes fewer tokens, or comes with code.
+    that the hub does not give, that is damaged, takes fewer tokens, reads padding, or comes with code.
     """
 
     automatic = "AutoModel"
@@ -73,11 +60,11 @@ class Pretrained:
         self._library = require("transformers", "a model that judges text", "-e '.[hf]'")
         self._library.utils.logging.disable_progress_bar()
         self.model, self.tokens, self._settings = model, tokens, {**settings, "tokens": tokens}
-        self.precision = backend.fast_precision()
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[backend.fast_precision()]
         # A temporary folder lives as long as this object.
         self._folder, self._held = _folder_of(model)
         self._stored = stored_tensors(self._folder)
-        with self._reading():
+        with self._fails_to("load"):
             self.config = self._from_folder("AutoConfig")
             self.tokenizer = self._from_folder("AutoTokenizer")
         # A model of text and images has one of its own for text.
@@ -85,25 +72,31 @@ class Pretrained:
         if not self.tokenizer.is_fast or len(self.tokenizer) > c.vocab_size:
             fault = f"{len(self.tokenizer)} tokens of {type(self.tokenizer).__name__}"
             raise ValueError(f"{model}: {fault} do not fit its vocabulary of {c.vocab_size}")
+        # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
+        self._pad = max(0, getattr(c, "pad_token_id", None) or 0)
         # Most tokens of a sequence.
         self.longest = min(getattr(c, "max_position_embeddings", math.inf), self.tokenizer.model_max_length)
         if not 0 < tokens <= self.longest:
             raise ValueError(f"tokens={tokens}: {model} takes 1 to {self.longest}")
+        if c.model_type in _READ_PADDING:
+            raise ValueError(
+                f"{model}: scores of {c.model_type} depend on the texts beside; take another model"
+            )
 
     def _from_folder(self, name: str, **more: Any) -> Any:
         maker = getattr(self._library, name)
         return maker.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False, **more)
 
-    def _reading(self) -> AbstractContextManager[None]:
-        cannot = f"{self.model}: transformers {self._library.__version__} does not load it"
-        return rewording(lambda error: f"{cannot}: {first_line(error)}", Exception)
+    def _fails_to(self, act: str) -> AbstractContextManager[None]:
+        cannot = f"{self.model}: transformers {self._library.__version__} does not {act} it so"
+        return rewording(lambda error: f"{cannot}: {first_line(error)}; take another model", Exception)
 
     @cached_property
     def network(self) -> Any:
         """The module, in eval mode."""
-        dtype, how = _DTYPE[self.precision], {"use_safetensors": True, "output_loading_info": True}
-        with self._reading():
-            network, report = self._from_folder(self.automatic, dtype=dtype, **how)
+        how = {"use_safetensors": True, "output_loading_info": True}
+        with self._fails_to("load"):
+            network, report = self._from_folder(self.automatic, dtype=self._dtype, **how)
         # transformers would draw them at random.
         if absent := sorted(n for n in report["missing_keys"] if not n.startswith(self.unused)):
             fault = f"its files lack {some(absent, most=2)} of {type(network).__name__}"
@@ -118,42 +111,44 @@ class Pretrained:
         settings = json.dumps([type(self).__name__, self._settings], sort_keys=True)
         return hashlib.sha256(f"{content} {settings}".encode()).hexdigest()
 
-    def flops(self, tokens: float, before: int = 0, after: int = 0) -> float:
-        """Operations of a dense model for a document of so many tokens, with keys before and tokens after."""
-        c, tokens = self._sizes, min(tokens, self.tokens) + after
-        width = c.num_attention_heads * (getattr(c, "head_dim", 0) or c.hidden_size // c.num_attention_heads)
+    def flops(self, tokens: float) -> float:
+        """Operations of a dense model for a document of so many tokens."""
+        c, tokens = self._sizes, min(tokens, self.tokens)
+        with self._fails_to("count"):
+            heads, layers = c.num_attention_heads, c.num_hidden_layers
+        width = heads * (getattr(c, "head_dim", 0) or c.hidden_size // heads)
         # Embeddings are looked up, and the logits of a vocabulary are not computed.
         shapes = [one.shape for name, one in self._stored.items() if "embed" not in name]
         products = sum(math.prod(s) for s in shapes if len(s) > 1 and c.vocab_size not in s)
-        return tokens * (2.0 * products + 4.0 * c.num_hidden_layers * width * (before + tokens))
+        return tokens * (2.0 * products + 4.0 * layers * width * tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with the model's own tokens, at most `tokens` in all."""
+        """Ids of each text with the model's own tokens, at most `tokens` in all; of no text, padding."""
         fast = self.tokenizer.backend_tokenizer
         fast.encode_special_tokens = True
         fast.no_padding()
         fast.enable_truncation(self.tokens)
-        return [one.ids for one in fast.encode_batch_fast(cut(texts, self.tokens))]
+        return [one.ids or [self._pad] for one in fast.encode_batch_fast(cut(texts, self.tokens))]
 
     def run(self, ids: Sequence[Sequence[int]], forward: Forward, before: int = 0) -> np.ndarray:
         """Results of `forward` for sequences of ids, float32, in their order. `before`: keys before each.
 
-        ValueError for results that are not finite.
+        ValueError for a model that cannot be run so, and for results that are not finite.
         """
         length_N, results = np.array([len(one) for one in ids], dtype=np.int64), list[torch.Tensor]()
         order = list(batches(length_N, BATCH_TOKENS, before))
-        # RoBERTa counts positions by it, and classifiers of decoders find a sequence's end.
-        pad = max(0, getattr(self._sizes, "pad_token_id", None) or 0)
-        with torch.inference_mode():
+        # Loaded outside: its errors name themselves.
+        assert self.network is not None
+        with torch.inference_mode(), self._fails_to("run"):
             for batch in order:
                 mask_BS = np.arange(length_N[batch[0]]) < length_N[batch, None]
-                ids_BS = np.full(mask_BS.shape, pad, dtype=np.int64)
+                ids_BS = np.full(mask_BS.shape, self._pad, dtype=np.int64)
                 ids_BS[mask_BS] = np.concatenate([ids[n] for n in batch])
                 both = (torch.from_numpy(array).to(backend.device()) for array in (ids_BS, mask_BS))
                 results.append(forward(*both).float())
         found = torch.cat(results).cpu().numpy() if results else np.zeros(0, np.float32)
         if not np.isfinite(found).all():
-            fault = f"results in {self.precision} for {len(found)} texts are not all finite"
+            fault = f"results in {self._dtype} for {len(found)} texts are not all finite"
             raise ValueError(f"{self.model}: {fault}; its weights are damaged, or too large for it")
         # The place of each text among the batches.
         return found[np.argsort(np.concatenate(order))] if results else found
@@ -215,9 +210,11 @@ class Embedder(Pretrained):
         modules, pooling = self._folder / "modules.json", self._folder / "1_Pooling" / "config.json"
         listed = read_json(modules, MOST_JSON) if modules.is_file() else []
         said = read_object(pooling, MOST_JSON) if pooling.is_file() else {"pooling_mode": "mean"}
+        if wrong := mistake(listed, [{"type": str}]):
+            raise ValueError(f"{modules}: a module{wrong}; take another model")
         modes = [key.partition("mode_")[2] for key, value in said.items() if value is True and "mode_" in key]
-        mode = said.get("pooling_mode") or ", ".join(modes)
-        kinds = {str(one.get("type")).split(".")[-1] for one in listed}
+        mode = str(said.get("pooling_mode") or ", ".join(modes))
+        kinds = {one["type"].split(".")[-1] for one in listed}
         if kinds - _MODULES or mode not in _TAKES_FIRST:
             fault = f"{self.model}: modules {sorted(kinds)}, pooling by {shown(mode)}"
             raise ValueError(f"{fault}; a transformer with pooling by mean or cls is read")

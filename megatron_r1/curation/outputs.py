@@ -41,6 +41,7 @@ from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, read
 from megatron_r1.system.errors import require, some
 from megatron_r1.system.files import plain_name, replacing, write_text
+from megatron_r1.system.json_io import mistake
 from megatron_r1.system.terminal import say
 from megatron_r1.system.yaml_io import format_yaml
 
@@ -174,17 +175,17 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Remove what an earlier manifest lists, which comes last. Its masks stay: a phase may name them."""
+    """Remove what an earlier manifest of ours lists, which comes last. Masks stay: a phase may name them."""
     manifest = folder / "manifest.json"
-    listed = (read(manifest) or {}).get("files")
-    for name in listed if isinstance(listed, dict) else ():
+    earlier = read(manifest) or {}
+    ours = not mistake(earlier, {"request": {"curation": dict}, "files": {str: str}})
+    for name in earlier["files"] if ours else ():
         parts = name.split("/")
         if all(map(plain_name, parts)) and parts[0] != "keep":
-            path = folder.joinpath(*parts)
-            path.unlink(missing_ok=True)
+            (path := folder.joinpath(*parts)).unlink(missing_ok=True)
             if path.suffix == ".bin":
-                path.with_name(f"{path.stem}.json").unlink(missing_ok=True)
-                shutil.rmtree(path.with_name(f"{path.stem}.side"), ignore_errors=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
+                shutil.rmtree(path.with_suffix(".side"), ignore_errors=True)
     manifest.unlink(missing_ok=True)
 
 
@@ -266,35 +267,6 @@ _CURATED = """# Written by tools/curate_probes.py; paths are relative to where i
 # phases:
 #   NAME:
 {keep}"""
-_CARD = """# Representative and probing sets
-
-Made by tools/curate_probes.py. `manifest.json` has all numbers and examples.
-
-## Documents
-
-{funnel}
-
-In brackets: the threshold, or the lowest score of the share that was kept, or, with *, of the best that
-were taken because too few passed the threshold.
-
-## Sets
-
-{sets}
-
-## Models
-
-{models}
-
-## Request
-
-{request}
-{prompts}
-## Licence and personal data
-
-The texts have the licences of their sources. Name these here before you publish a set.
-
-Personal data is not looked for. Remove it from the sources beforehand.
-"""
 
 
 def _card(config: CurationConfig, content: Mapping[str, Any]) -> str:
@@ -308,7 +280,8 @@ def _card(config: CurationConfig, content: Mapping[str, Any]) -> str:
         rows.append([name, f"{of['read']:,}", share, *(by_stage.get(stage, "") for stage in stages)])
     counts = [[name, ", ".join(f"{n} {k:,}" for n, k in of.items())] for name, of in sets.items()]
     prompts = dict.fromkeys([*config.prompts("judge").values(), *config.prompts("domain").values()])
-    return _CARD.format(
+    template = Path(__file__).with_name("card.md").read_text()
+    return template.format(
         funnel=_markdown(rows),
         sets=_markdown([["set", "documents of each source"], *counts]),
         models="\n".join(f"- {kind}: {identity}" for kind, identity in content["models"].items()) or "None.",

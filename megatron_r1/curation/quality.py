@@ -32,10 +32,9 @@ class Classifier(Pretrained):
 
     def __init__(self, model: str, tokens: int, label: str | None = None):
         super().__init__(model, tokens, label=label)
-        names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
+        names = [str(name) for _, name in sorted(self.config.id2label.items())]
         if (len(names) == 1) != (label is None) or names.count(label or names[0]) != 1:
-            hint = suggest(label, names) if label else ""
-            fault = f"label={label}: {model} has the labels {shown(names)}{hint}"
+            fault = f"label={label}: {model} has the labels {shown(names)}{suggest(label or '', names)}"
             raise ValueError(f"{fault}; name one of several, whose probability is the score, and none of one")
         if (pad := getattr(self.config, "pad_token_id", None)) is None or pad < 0:
             raise ValueError(
@@ -56,8 +55,8 @@ class Classifier(Pretrained):
         return self.run(self.encode(texts), forward)
 
 
-FEWEST = 8
-"""Labelled texts that a head is trained on, at least."""
+FEWEST, _MOST = 8, 1e9
+"""Labelled texts that a head is trained on, at least; the largest score of one."""
 
 
 class Head:
@@ -116,5 +115,7 @@ def _read(path: str | Path) -> list[tuple[str, float]]:
                 if (record := parse(refused_line(line, len(line), MOST_BYTES))) is not None:
                     if wrong := mistake(record, {"text": str, "score": float}):
                         raise ValueError(f"its object{wrong}; a line has a text and a number as its score")
+                    if not abs(record["score"]) <= _MOST:
+                        raise ValueError(f"its score is {record['score']}; name one within {_MOST:g}")
                     examples.append((text_of(record, "text")[0], float(record["score"])))
     return examples

@@ -98,7 +98,7 @@ class Asked(Section):
 class Duplicates(Section):
     """Which documents of all sources count as the same. Equal ones always do."""
 
-    near: Fraction | None = 0.8
+    near: Annotated[float, limit(lambda v: 0.05 <= v <= 1, "must be within 0.05 and 1")] | None = 0.8
     """Jaccard similarity of shingles of five words, from which two are near. None: not compared."""
     semantic: Text | None = None
     """Model of sentence embeddings. None: meanings are not compared."""

@@ -38,8 +38,6 @@ from megatron_r1.system.terminal import say
 
 FORMAT = 1
 """Goes up when the same packages and tokenizer would give other bytes."""
-_MOST_BYTES = 64 << 20
-"""Of a package's unpacked file. The largest that is read has 9 MB."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,9 @@ def items(name: str) -> list[Item]:
     path, (count, make, _, _, fields) = _file_of(name), _SETS[name]
     broken = OSError, EOFError, zlib.error
     with rewording(lambda error: f"{path}: {error}; {_GET}", *broken), gzip.open(path) as file:
-        content = file.read(_MOST_BYTES + 1)
+        lines = file.read().splitlines()
     out: list[Item] = []
-    for number, line in enumerate(filter(None, content[:_MOST_BYTES].split(b"\n")), 1):
+    for number, line in enumerate(lines, 1):
         record = parse_json(line, f"{path} line {number}")
         record = record.get("doc", record) if isinstance(record, dict) else record
         if wrong := mistake(record, fields):

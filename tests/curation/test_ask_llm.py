@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint.save import save_checkpoint
@@ -116,7 +116,7 @@ def test_with_a_template_the_answer_begins_the_assistant_s_turn(tmp_path: Path, 
 def test_a_beginning_that_the_template_forgets_is_there_once(tmp_path: Path) -> None:
     template = TEMPLATE.replace("{{ bos_token }}", "")
     llama(tmp_path, len(byte_pairs(tmp_path, template=template, begins=True)))
-    asked = Judge(str(tmp_path), 40)._asked(PROMPT)
+    asked = Judge(str(tmp_path), 40).asked(PROMPT)
     assert asked.before[0] == 0
     assert asked.before.count(0) == 1
 
@@ -167,7 +167,7 @@ def test_a_document_cannot_write_control_tokens(tmp_path: Path, token: str) -> N
     judge = Judge(str(tmp_path), 80)
     judge.network.register_forward_pre_hook(lambda *a: seen.append(a[2]["input_ids"]), with_kwargs=True)
     judge.judge([attack], PROMPT)
-    asked, ids = judge._asked(PROMPT), seen[-1][0].tolist()
+    asked, ids = judge.asked(PROMPT), seen[-1][0].tolist()
     document = ids[: -len(asked.after)]
     assert fast.convert_tokens_to_ids(token) not in document
     assert fast.decode(document) == f"\n{attack}"
@@ -237,18 +237,40 @@ def test_a_template_that_drops_the_prompt_is_named(tmp_path: Path) -> None:
         Judge(str(tmp_path), 40).judge(["a cat"], PROMPT)
 
 
-def test_operations_grow_with_the_prompt(tmp_path: Path) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize("begins", ["<think>\n", "<|start|>assistant"])
+def test_a_template_with_something_before_the_answer_is_refused(tmp_path: Path, begins: str) -> None:
+    """DeepSeek-R1's opens a thought, and gpt-oss writes the name of a channel first."""
+    llama(tmp_path, len(byte_pairs(tmp_path, template="{{ messages[0]['content'] }}" + begins)))
+    with pytest.raises(ValueError, match="think, or write a header, before the answer; ask another"):
+        Judge(str(tmp_path), 40).judge(["a cat"], PROMPT)
 
+
+def test_models_without_keys_of_a_causal_attention_are_one_error(tmp_path: Path) -> None:
+    """A state of a recurrence, none at all, and a model that sees what follows."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    mixed = heads | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    for kind, more in (("lfm2", mixed), ("mamba", {}), ("rwkv", {}), ("bert", heads)):
+        vocabulary = len(byte_pairs(tmp_path / kind))
+        config = AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes, **more)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        with pytest.raises(
+            ValueError, match=rf"{kind}: transformers .* does not (run|ask) it so: .* another"
+        ):
+            Judge(str(tmp_path / kind), 40).judge(texts(3), PROMPT)
+    with pytest.raises(ValueError, match=r"mamba: transformers .* does not count it so"):
+        Judge(str(tmp_path / "mamba"), 40).flops(40)
+
+
+def test_a_document_of_any_form_is_judged_as_alone(tmp_path: Path) -> None:
+    """Also an empty one, and one that is cut within a character."""
     llama(tmp_path, len(byte_pairs(tmp_path)))
-    judge, (text,) = Judge(str(tmp_path), 60), texts(1, most=3)
-    judge.judge([text], PROMPT)
-    judge.network.config._attn_implementation = "eager"
-    with FlopCounterMode(display=False) as counter:
-        judge.judge([text], PROMPT)
-    tokens = len(AutoTokenizer.from_pretrained(tmp_path)(f"\n{text}")["input_ids"])
-    assert judge.flops_of(tokens, PROMPT) == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert judge.flops_of(tokens, PROMPT) > judge.flops(tokens)
+    some = ["", "x", " ", "\n", "\u6f22\U0001f642" * 40, *texts(5)]
+    judge, (before, after) = Judge(str(tmp_path), 40), PROMPT.split("{document}")
+    wanted = expected(tmp_path, some, 40, before, after.rstrip() + "\nAnswer: ", ("1", "0"))
+    np.testing.assert_allclose(judge.judge(some, PROMPT), wanted, atol=1e-5)
+    np.testing.assert_allclose([judge.judge([one], PROMPT)[0] for one in some], wanted, atol=1e-5)
 
 
 def test_the_prompts_that_come_along_are_read(tmp_path: Path) -> None:
@@ -258,7 +280,7 @@ def test_the_prompts_that_come_along_are_read(tmp_path: Path) -> None:
     judge = Judge(str(tmp_path), 40)
     judge.longest = 10_000
     for path in paths:
-        asked = judge._asked(path.read_text())
+        asked = judge.asked(path.read_text())
         assert len(asked.before) > 5 * len(asked.after) > 0
 
 

@@ -281,9 +281,9 @@ def test_results_of_another_request_are_replaced_on_demand_alone(tmp_path):
     curate(other, make=(make := models()), overwrite=True)
     assert make.made["quality"].asked == 0
     assert len(stored(tmp_path / "out" / "representative_a")) == 5
-    curate(made(tmp_path, {"a": texts_of("a")}), make=models(), overwrite=True)
-    left = {path.name.split(".")[0] for path in (tmp_path / "out").iterdir()}
-    assert not left & {"probe_math", "heldout_math", "representative_b", "representative_c"}
+    curate(load([str(tmp_path / "request.yaml"), "sources.b.domains=[code]"]), make=models(), overwrite=True)
+    assert not list((tmp_path / "out").glob("*_math.*")) and (tmp_path / "out" / "probe_code.bin").is_file()
+    curate(other, make=models(), overwrite=True)
     with pytest.raises(ValueError, match=r"models\.judge"):
         curate(other, make=models("b" * 64))
 
@@ -469,6 +469,7 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
         ),
         (["sources.a.domains=[loss]"], r"sources\.a\.domains: loss: the name of a column"),
         (["sources.b.prefix=same", "sources.a.prefix=same"], r"sources\.b\.prefix=same is that of a, too"),
+        (["duplicates.near=0.01"], r"duplicates\.near=0\.01 must be within 0\.05 and 1"),
         (["judge.keep=0"], r"judge\.keep=0\.0 must be above 0 and at most 1"),
         (["pilot=5000"], r"pilot=5000 is above most=4000; raise most"),
         (["quality=null", "sources.a.score=own"], r"sources\.a\.score is compared with quality\.threshold"),

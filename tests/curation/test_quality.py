@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_r1 import backend
 from megatron_r1.curation import models
 from megatron_r1.curation.models import Embedder, batches
 from megatron_r1.curation.quality import Classifier, Head
-from tests.curation.tiny import bert, texts
+from tests.curation.tiny import bert, byte_pairs, texts, word_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,15 @@ def test_the_first_token_s_embedding_where_the_folder_says_so(tmp_path: Path, sa
 
 def test_other_poolings_and_modules_are_refused(tmp_path: Path) -> None:
     bert(tmp_path)
+    for content in ('{"type": 1}', '["Pooling"]', "3", '[{"type": ["Pooling"]}]'):
+        (tmp_path / "modules.json").write_text(content)
+        with pytest.raises(ValueError, match=r"modules\.json: a module.* is .*; take another model"):
+            Embedder(str(tmp_path), 20)
+    (tmp_path / "modules.json").unlink()
     (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": ["mean"]}')
+    with pytest.raises(ValueError, match="pooling by"):
+        Embedder(str(tmp_path), 20)
     (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(
         ValueError, match="pooling by 'max_tokens'; a transformer with pooling by mean or cls"
@@ -121,6 +130,42 @@ def test_control_tokens_in_a_text_stay_text(tmp_path: Path) -> None:
     assert ids[0] == 2
     assert ids[-1] == 3
     assert ids.count(3) == 1
+
+
+def test_models_whose_scores_depend_on_the_texts_beside_are_refused(tmp_path: Path) -> None:
+    vocabulary = len(word_pieces(tmp_path))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("fnet", vocab_size=vocabulary, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.tensor([[2, 7, 8, 3]])
+    padded = model(torch.nn.functional.pad(ids, (0, 9)), attention_mask=torch.arange(13)[None] < 4)
+    assert not torch.allclose(padded.logits, model(ids).logits, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    for kind in (Classifier, Embedder):
+        with pytest.raises(ValueError, match="scores of fnet depend on the texts beside"):
+            kind(str(tmp_path), 20)
+
+
+def test_a_model_that_does_not_run_is_one_error(tmp_path: Path) -> None:
+    """A position more than the model has: the file of its tokenizer says nothing of them."""
+    vocabulary = len(word_pieces(tmp_path))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        "roberta", vocab_size=vocabulary, pad_token_id=1, max_position_embeddings=48, **sizes
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert Embedder(str(tmp_path), 46)([" ".join(texts(9))]).shape == (1, 32)
+    with pytest.raises(ValueError, match=r"transformers .* does not run it so: index 48 is out"):
+        Embedder(str(tmp_path), 48)([" ".join(texts(9))])
+
+
+def test_a_text_without_tokens_has_a_score_of_its_own(tmp_path: Path) -> None:
+    vocabulary = len(byte_pairs(tmp_path))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("llama", vocab_size=vocabulary, pad_token_id=1, num_labels=1, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    score = Classifier(str(tmp_path), 20)
+    np.testing.assert_allclose(score(["", "a cat on the mat"])[0], score([""])[0], atol=1e-6)
 
 
 def test_a_text_is_cut_to_its_first_tokens(tmp_path: Path) -> None:
@@ -187,7 +232,7 @@ def test_scores_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     model = bert(tmp_path)
     model.classifier.bias.data[0] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="in fp32 for 2 texts are not all finite"):
+    with pytest.raises(ValueError, match=r"in torch\.float32 for 2 texts are not all finite"):
         Classifier(str(tmp_path), 20)(["a cat", "a mat"])
 
 
@@ -279,6 +324,8 @@ def test_a_text_does_not_predict_itself(tmp_path: Path) -> None:
         ([{"text": t, "score": 3} for t in texts(20)], "1 different scores; label at least 8"),
         ([{"text": "a", "score": 1}, {"text": "b"}], "line 2: its object lacks score"),
         ([{"text": "a", "score": True}], r"line 1: its object\.score is True"),
+        ([{"text": "a", "score": math.nan}], "line 1: its score is nan; name one within"),
+        ([{"text": "a", "score": -1e300}], r"line 1: its score is -1e\+300"),
         ([{"text": "", "score": 1}], "line 1: empty document"),
         (["a"], "line 1: bad JSON|line 1: .*object"),
         ([], "0 different texts"),

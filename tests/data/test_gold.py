@@ -216,6 +216,20 @@ def test_gold_answers_are_measured_alone(sets: Path, tmp_path: Path, use: Use, w
     )
 
 
+def test_gold_answers_of_another_tokenizer_are_refused(sets: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", 20, seed=0)
+    corpus = open_corpus("a", tmp_path / "a")
+    made = {"documents": corpus.documents, "tokens": corpus.tokens, "dtype": corpus.dtype}
+    made["tokenizer_type"] = "Bytes"
+    for fingerprint, fits in (("f" * 64, True), ("0" * 64, False)):
+        (tmp_path / "a.json").write_text(json.dumps({**made, "tokenizer_fingerprint": fingerprint}))
+        if fits:
+            assert used(tmp_path, "train", f"data.gold.mbpp={sets}/mbpp").gold
+            continue
+        with pytest.raises(ConfigError, match="tokenizer"):
+            used(tmp_path, "train", f"data.gold.mbpp={sets}/mbpp")
+
+
 def test_gold_answers_are_no_source_of_probing_sets(sets: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source b: .* has the gold answers of 'mbpp'"):
         curate_probes({"b": sets / "mbpp"}, {"code": ["b"]}, tmp_path / "probes", tokens_per_source=64)

@@ -60,7 +60,7 @@ class Windows(Examples):
         self.seq_length, self._window_NS = SEQ, window_NS
         self.length_N = self._labels_P = np.full(n, SEQ)
         self._example_P, self._first_N1 = np.arange(n), np.arange(n + 1)
-        self._set_P = np.zeros(n, np.int64)
+        self._set_P = self._skipped_P = np.zeros(n, np.int64)
 
     def rows(self, piece_B: np.ndarray) -> np.ndarray:
         return self._window_NS[piece_B]

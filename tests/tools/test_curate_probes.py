@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.curation.ask_llm import Judge
-from tests.curation import tiny
 from tests.curation.made import documents, request, write_lines, write_pair
 from tests.launch import ROOT
 from tests.tools.test_check import call, files
@@ -69,22 +67,6 @@ def test_estimate_gives_table_5_below_30_hours_of_an_h100(tmp_path):
     assert "sample: 17,500,000 documents, 1,250,000 of each of 14 sources" in said
     half = call("curate_probes", path, "--estimate", "--tflops", 0.8 * 989)
     assert float(re.search(r"FLOP, ([\d.]+) hours of", half)[1]) == pytest.approx(hours / 2, abs=0.06)
-
-
-def test_estimate_counts_what_the_judge_here_computes_for_its_prompts(tmp_path):
-    tiny.llama(tmp_path / "llama", len(tiny.byte_pairs(tmp_path / "llama", template=tiny.TEMPLATE)))
-    judge = {"model": str(tmp_path / "llama"), "prompts": str(tmp_path / "prompts"), "tokens": 64}
-    path = written(tmp_path, judge=judge, quality=None)
-    said = call("curate_probes", path, "--estimate")
-    asks = Judge(judge["model"], 64)
-    # 10 documents x 1.25 / 0.1 reach the judge, and a tenth of them the domain's prompt.
-    for stage, prompt, count in (("judge", "reasoning", 125), ("domain", "code", 12)):
-        flop = count * asks.flops_of(64, (tmp_path / f"prompts/{prompt}.txt").read_text())
-        assert f"{stage}: {count} documents of 64 tokens, {flop:.3g} FLOP" in said
-    # Without a domain no document is asked about one.
-    assert "domain: 0 documents of 64 tokens, 0 FLOP" in call(
-        "curate_probes", path, "--estimate", "sources.s0.domains=[]"
-    )
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def test_every_hit_has_its_place_and_both_texts(data: Path, done: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "b.parquet"])
 def test_other_kinds_of_input_give_the_same_hits(data: Path, done: Path, tmp_path: Path, name: str) -> None:
-    call(*request(data, name, tmp_path / "out"))
+    call(*request(data, name, tmp_path / "out", "--part-megabytes", 0.001))
+    table = pq.read_metadata(tmp_path / "out" / "hits.parquet")
+    assert min(table.row_group(n).num_rows for n in range(table.num_row_groups)) > 0
     ours, theirs = (pq.read_table(of / "hits.parquet").to_pylist() for of in (tmp_path / "out", done))
     for of in (ours, theirs):
         for row in of:
@@ -222,6 +224,10 @@ def test_the_mask_drops_what_was_hit(data: Path, done: Path, tmp_path: Path) -> 
     other = f"{tmp_path / 'o'}_text_document"
     message = mistake(*request(data, "a.jsonl", output, "--prefix", other, "--seq-length", 64))
     assert "none of" in message and "name the pair that was made of --input" in message
+    (tmp_path / "again").symlink_to(tmp_path)
+    again = tmp_path / "again" / "a_text_document"
+    message = mistake(*request(data, "a.jsonl", output, "--prefix", pair, again, "--seq-length", 64))
+    assert "the masks of two pairs would be a_text_document.npz" in message
 
 
 def test_check_and_estimate_write_nothing(data: Path, tmp_path: Path) -> None:
@@ -243,6 +249,7 @@ def test_check_and_estimate_write_nothing(data: Path, tmp_path: Path) -> None:
         (["--json-keys", "body"], "no column 'body'"),
         (["--shard", "3/3"], "write I/N"),
         (["--seq-length", "8"], "go together"),
+        (["--seq-length", "8", "--prefix", "{missing}"], "missing.idx does not exist"),
         (["--reject-limit", "-1"], "must be an integer at least 0"),
     ],
 )
