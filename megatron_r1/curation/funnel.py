@@ -1,7 +1,7 @@
 """Hierarchical rejection sampling (section 2.1.1): the order of the stages, and what each of them keeps.
 
     sample      a random part of each source, as large as the pilot's pass rate asks for (sample.py)
-    quality     a score above the threshold; of too few such documents, the best `needed`
+    quality     a score above the threshold; of fewer than `needed`, the best `needed`
     judge       the best `judge.keep` of each source by the general prompt
     domain      the best `judge.domain_keep` by the prompt of the source's domain, or the combined one
     items       documents without evaluation items (decontaminate.py)
@@ -34,7 +34,7 @@ import numpy as np
 
 from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
-from megatron_r1.curation.request import CurationConfig
+from megatron_r1.curation.request import SLACK, CurationConfig, exact
 from megatron_r1.curation.sample import Source, draw
 from megatron_r1.curation.work import ID, Documents, Job, Pending, key_of, score, scores
 from megatron_r1.data.indexed import identity_of
@@ -72,8 +72,8 @@ def _sample(
     config: CurationConfig, make: Make, work: Path, workers: int, pairs: dict[str, Pair]
 ) -> dict[str, Source]:
     """Sample and quality, in two rounds: the pilot, and the rest, as large as its pass rate asks for."""
-    quality, needed, names = config.quality, config.needed(), list(config.sources)
-    first = min(config.pilot if quality else needed, config.most)
+    quality, aim, names = config.quality, config.needed(SLACK), list(config.sources)
+    first = min(config.pilot if quality else aim, config.most)
     pilots = {name: draw(name, config, work, first, workers=workers) for name in names}
     for name, pilot in pilots.items():
         pairs[name].require(pilot)
@@ -85,7 +85,7 @@ def _sample(
         size, rate = len(pilot), passed / max(1, len(pilot))
         # Two standard deviations below what the pilot says: too few at the threshold would lower it.
         rate -= 2 * math.sqrt(rate * (1 - rate) / max(1, size))
-        want = min(config.most - size, math.ceil((needed - passed) / max(rate, 1e-9)))
+        want = min(config.most - size, math.ceil((aim - passed) / max(rate, 1e-9)))
         if want > 0 and pilot.facts["share"] < 1:
             more[name] = draw(name, config, work, want, pilot, workers)
             rounds[name].append(more[name])
@@ -96,8 +96,8 @@ def _sample(
         assert quality is not None
         source.scores["quality"] = score_N = np.concatenate(found[name])
         passed_M = np.flatnonzero(score_N > quality.threshold)
-        fallback = len(passed_M) < needed and len(passed_M) < len(score_N)
-        kept = source.ranked(source.left)[:needed] if fallback else passed_M
+        fallback = len(passed_M) < min(config.needed(), len(score_N))
+        kept = source.ranked(source.left)[: config.needed()] if fallback else passed_M
         reached = float(score_N[kept].min()) if fallback else quality.threshold
         source.keep("quality", kept, score_N, threshold=reached, fallback=fallback)
     return sources
@@ -128,7 +128,7 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
     for name, values in scores(jobs).items():
         source = sources[name]
         source.scores[kind][source.left] = values
-        kept = source.ranked(source.left)[: math.ceil(share * len(source.left))]
+        kept = source.ranked(source.left)[: math.ceil(exact(share) * len(source.left))]
         score_N = source.scores[kind]
         reached = float(score_N[kept].min()) if len(kept) else None
         source.keep(kind, kept, score_N, threshold=reached)

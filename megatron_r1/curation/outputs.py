@@ -39,7 +39,7 @@ from megatron_r1.data.provenance import Provenance, read_provenance
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, read
-from megatron_r1.system.errors import require, some
+from megatron_r1.system.errors import require, rewording, some
 from megatron_r1.system.files import plain_name, replacing, write_text
 from megatron_r1.system.json_io import mistake
 from megatron_r1.system.terminal import say
@@ -121,7 +121,9 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     place = {name: pair.places(out.sources[name].ids_N) for name, pair in pairs.items()}
     chosen = {name: _in_pair(out, name, place[name]) for name in pairs}
     missing = {name: len(out.chosen[name]) - len(rows) for name, rows in chosen.items()}
-    chosen = {name: rows for name, rows in chosen.items() if len(rows)}
+    for name in [name for name, rows in chosen.items() if not len(rows)]:
+        say(f"warning: sources.{name}: none of its documents is left, so it has no representative set")
+        del chosen[name]
     sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items()}
     facts: dict[str, Any] = {set_name: {"sources": [*of]} for set_name, of in sets.items()}
     for domain, members in config.domains().items():
@@ -133,6 +135,7 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
                 raise ValueError(f"{fault}; raise documents or most, or lower a threshold of its sources")
             sets[f"{kind}_{domain}"] = of
             facts[f"{kind}_{domain}"] = {"capability": domain, "sources": members}
+    masks = _masks(out, chosen, form.seq_length)
     _remove_earlier(folder)
     files = list[Path]()
     for set_name, of in sets.items():
@@ -143,18 +146,14 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     for name, rows in chosen.items():
         files.append(folder / "documents" / f"{name}.parquet")
         parquet_rows(files[-1], out.sources[name].with_scores(rows))
-    # A copy in another source would be trained on, too.
-    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
-    masks = {}
-    for name, pair in pairs.items():
-        if not (kept_D := ~pair.origins.among(aside)).all():
-            mask = documents_mask(pair.corpus, kept_D, form.seq_length)
-            masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
-            with replacing(masks[name]) as stream:
-                stream.write(mask)
-    files += masks.values()
+    kept = dict[str, Path]()
+    for name, mask in masks.items():
+        kept[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
+        with replacing(kept[name]) as stream:
+            stream.write(mask)
+    files += kept.values()
     _tables(folder, out, place)
-    write_text(folder / "curated.yaml", _for_trainer(config, folder, masks))
+    write_text(folder / "curated.yaml", _for_trainer(config, folder, kept))
     content: dict[str, Any] = {
         "models": request["models"],
         "funnel": {name: _funnel(source, missing[name]) for name, source in out.sources.items()},
@@ -167,6 +166,21 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     manifest = answer(folder / "manifest.json", request, files, **content)
     record(manifest, folder, STAGE, request["pairs"])
     return manifest
+
+
+def _masks(out: Outcome, chosen: Mapping[str, np.ndarray], seq_length: int) -> dict[str, bytes]:
+    """Keep masks without the documents chosen. A copy in another source would be trained on, too.
+
+    Raises ValueError where a source has nothing left to train on.
+    """
+    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
+    masks = {}
+    for name, pair in out.pairs.items():
+        kept_D = ~pair.origins.among(aside)
+        with rewording(lambda error: f"{error}, or ask for fewer documents than its {len(kept_D)}"):  # noqa: B023
+            if not kept_D.all():
+                masks[name] = documents_mask(pair.corpus, kept_D, seq_length)
+    return masks
 
 
 def _remove_earlier(folder: Path) -> None:

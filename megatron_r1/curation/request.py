@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction as Ratio
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +26,16 @@ from megatron_r1.config import (
     name_mistakes,
 )
 from megatron_r1.config_io import ConfigError, load_root
-from megatron_r1.system.errors import suggest_path
+from megatron_r1.system.errors import require, rewording, suggest_path
 
 Fraction = Annotated[float, limit(lambda v: 0 < v <= 1, "must be above 0 and at most 1")]
 SLACK = 1.25
-"""Documents that reach the last stages, as a multiple of those asked for. Duplicates drop out there."""
+"""Documents that the sample is drawn for, as a multiple of those needed. Duplicates drop out later."""
+
+
+def exact(share: float) -> Ratio:
+    """A share as it is written: 0.07 of 100 documents are 7, where 0.07 * 100 is above 7."""
+    return Ratio(str(share))
 
 
 @dataclass(frozen=True)
@@ -151,10 +158,10 @@ class CurationConfig(Section):
     decontamination: Decontamination | None = None
     probes: ProbeSets = field(default_factory=ProbeSets)
 
-    def needed(self) -> int:
-        """Documents of a source that the quality stage must hand on."""
-        shares = self.judge.keep * self.judge.domain_keep if self.judge else 1.0
-        return math.ceil(self.documents * SLACK / shares)
+    def needed(self, slack: float = 1.0) -> int:
+        """Documents of a source that the quality stage hands on at least, ten times `documents` by default."""
+        shares = exact(self.judge.keep) * exact(self.judge.domain_keep) if self.judge else 1
+        return math.ceil(self.documents * exact(slack) / shares)
 
     def domains(self) -> dict[str, list[str]]:
         """Capability -> its sources."""
@@ -204,7 +211,7 @@ def _cross_check(fields: dict[str, Any], legal: bool) -> list[str]:
         path, domains = f"sources.{name}", source.domains
         if not source.text:
             out.append(f"{path}.text: empty; name at least one input")
-        if (first := prefixes.setdefault(source.prefix, name)) != name:
+        if (first := prefixes.setdefault(os.path.realpath(source.prefix), name)) != name:
             out.append(f"{path}.prefix={source.prefix} is that of {first}, too; a source has its own pair")
         wrong = name_mistakes(domains, RESERVED)
         out += [f"{path}.domains: {domain}: {why}" for domain, why in wrong.items()]
@@ -228,10 +235,20 @@ def _check_whole(config: CurationConfig) -> None:
             out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
     if quality and quality.labelled and (quality.label or quality.model is None):
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
-    missing = [path for path in config.files() if not path.is_file()]
+    items, language = config.decontamination, quality.language if quality else None
+    if items and not (items.items or items.gold):
+        out.append("decontamination names neither items nor gold; name some, or leave the section out")
+    if language:
+        known = sorted(code for code, _ in require("py3langid", "quality.language").rank(""))
+        if language not in known:
+            out.append(f"quality.language={language} is none of {', '.join(known)}")
+    # os.path's answers are no errors, however long the name.
+    missing = [path for path in config.files() if not os.path.isfile(path)]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
     for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
-        if (times := path.read_text().count("{document}")) != 1:
+        with rewording(lambda error: f"{path} is not UTF-8: {error}", UnicodeDecodeError):  # noqa: B023
+            times = path.read_text().count("{document}")
+        if times != 1:
             out.append(f"{path} has {{document}} {times} times; it stands once, where the text goes")
     if out:
         raise ConfigError(out)

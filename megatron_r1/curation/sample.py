@@ -3,6 +3,7 @@
 All inputs of a source are cut into parts of equal bytes, and the parts are put into a random order. The first
 of them are read, until enough documents are there. A document belongs to the part that holds its first byte.
 So each document is in the sample with the same probability, and inputs of any size are read in part only.
+Reading ends with the part that has enough documents: a sample of a few parts favours long documents a little.
 
 A packed file cannot be read from its middle. Its parts are its documents by their hash, and for each round
 the file is read whole. Packed files therefore take turns: the parts of 16 are in random order together, and
@@ -52,6 +53,7 @@ _MOST_REJECTS = 20
 _NOTHING: dict[str, Any] = {"parts": 0, "counts": {}, "rejects": []}
 """Facts of no round."""
 _LANGUAGE_CHARACTERS = 4000
+_LARGEST = float(np.finfo(np.float32).max)
 SCORES = ("quality", "judge", "domain")
 SHOWN, CHARACTERS = 3, 300
 """Examples of a stage that the manifest shows, and their characters."""
@@ -127,7 +129,7 @@ def draw(
         seed=config.seed, target=target, most=config.most, before=before and before.path.name,
     )  # fmt: skip
     path, drawn = work / f"sample-{name}-{key}.parquet", work / f"draw-{name}-{key}"
-    if path.with_suffix(".json").is_file():
+    if Documents.there(path):
         shutil.rmtree(drawn, ignore_errors=True)
         return Documents(path)
     parts, earlier = Parts(inputs, config.seed), before.facts if before else _NOTHING
@@ -252,7 +254,8 @@ def _score(record: dict[str, Any], key: str) -> float:
     value: Any = record
     for name in [key] if key in record else key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    if type(value) not in (int, float) or not np.isfinite(value):
+    # Scores are float32 from here on.
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         raise ValueError(f"no score: {key!r} is {shown(value)}")
     return float(value)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,26 @@ class Documents:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.facts = read_object(self.path.with_suffix(".json"))
-        self.chunks: list[int] = self.facts["chunks"]
+        with self._reading(self.path.with_suffix(".json")):
+            self.facts = read_object(self.path.with_suffix(".json"))
+            self.chunks: list[int] = self.facts["chunks"]
         """Documents of each chunk."""
 
     def __len__(self) -> int:
         return sum(self.chunks)
 
+    @staticmethod
+    def there(path: Path) -> bool:
+        return path.is_file() and path.with_suffix(".json").is_file()
+
+    @staticmethod
+    def _reading(path: Path) -> AbstractContextManager[None]:
+        way_out = "remove it, and run the same command again"
+        return rewording(lambda error: f"{path} is damaged ({error!s:.200}); {way_out}", Exception)
+
     def read(self, chunk: int, *columns: str) -> list[dict[str, Any]]:
         """The rows of a chunk. ValueError for a damaged file."""
-        way_out = "remove it, and run the same command again"
-        with (
-            rewording(lambda error: f"{self.path} is damaged ({error!s:.200}); {way_out}", Exception),
-            open_parquet(self.path) as file,
-        ):
+        with self._reading(self.path), open_parquet(self.path) as file:
             return file.read_row_group(chunk, list(columns) or None).to_pylist()
 
     def column(self, name: str, dtype: Any) -> np.ndarray:
@@ -84,7 +91,7 @@ def write_documents(
 
     A file whose facts are there is whole, and is left as it is.
     """
-    if not path.with_suffix(".json").is_file():
+    if not Documents.there(path):
         make_folder(path.parent)
         chunks = parquet_rows(path, rows)
         write_json(path.with_suffix(".json"), {**facts(), "chunks": chunks})

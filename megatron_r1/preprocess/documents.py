@@ -339,7 +339,7 @@ class Parquet(_Table):
 
     def _open(self) -> tuple[Any, int]:
         with self._reading(), open_parquet(self.name) as file:
-            return file.schema_arrow, file.metadata.num_rows
+            return _with_fields(file.schema_arrow), file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         at = 0
@@ -364,7 +364,7 @@ class Parquet(_Table):
                     done += batch.num_rows
                     if done > lo:
                         before = done - batch.num_rows
-                        yield batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before))
+                        yield _flat(batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before)), keys)
         if at < end:
             raise InputError(f"{self.name} is damaged: {at} of its {end} rows are in row groups; mend it")
 
@@ -377,19 +377,38 @@ class Dataset(_Table):
         self._dataset = dataset
 
     def _open(self) -> tuple[Any, int]:
-        return self._dataset.data.schema, len(self._dataset)
+        return _with_fields(self._dataset.data.schema), len(self._dataset)
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
-        dataset = self._dataset.select_columns(list(keys)).with_format("arrow")
+        there = self._dataset.column_names
+        columns = dict.fromkeys(key if key in there else key.split(".")[0] for key in keys)
+        dataset = self._dataset.select_columns([*columns]).with_format("arrow")
         for lo in range(start, end, _ROWS_AT_ONCE):
             with self._reading(lambda: f" after row {lo}"):  # noqa: B023
-                table = dataset[lo : min(end, lo + _ROWS_AT_ONCE)]
+                table = _flat(dataset[lo : min(end, lo + _ROWS_AT_ONCE)], keys)
                 # It is mapped, so a wrong place of a text would be one anywhere in memory.
                 table.validate()
                 for column in table.columns:
                     texts = text_bytes(column)
                     (column if texts is None else texts).validate(full=True)
             yield table
+
+
+def _with_fields(schema: Any) -> Any:
+    """A table's schema, and `a.b` for each field of a struct `a`."""
+    for field in schema.empty_table().flatten().schema:
+        schema = schema if field.name in schema.names else schema.append(field)
+    return schema
+
+
+def _flat(rows: Any, keys: Sequence[str]) -> Any:
+    """The columns `keys` of an Arrow table or batch, of which some may be fields of structs."""
+    if all(key in rows.schema.names for key in keys):
+        return rows
+    arrow = require("pyarrow", "reading a table")
+    rows = arrow.Table.from_batches([rows]) if isinstance(rows, arrow.RecordBatch) else rows
+    fields = rows.flatten()
+    return arrow.table({key: (rows if key in rows.schema.names else fields)[key] for key in keys})
 
 
 def _load_saved(path: Path) -> Any:

@@ -40,7 +40,7 @@ def test_check_says_what_would_be_done_without_torch(tmp_path):
     said = done.stdout
     assert "s0: 1 inputs" in said and "bytes, a pair of 20 documents; code" in said
     assert "s1: 1 inputs" in said and "no domain, so it has a representative set alone" in said
-    assert "quality: above 4 by Q; of too few, the best 32" in said and "items: left out" in said
+    assert "quality: above 4 by Q; of too few, the best 25" in said and "items: left out" in said
     assert "out/probe_code, heldout_code: s0" in said
     assert files(tmp_path) == before
 
