@@ -133,7 +133,7 @@ def judge(args: argparse.Namespace) -> None:
 def describe(config: CurationConfig) -> None:
     """Print what would be read, and which stages follow. Raises ValueError, OSError for inputs and pairs."""
     for name, source in config.sources.items():
-        inputs = open_inputs(source.inputs())
+        inputs = open_inputs(source.text)
         for one in inputs:
             one.check(source.keys())
         size = sum(one.size for one in inputs)

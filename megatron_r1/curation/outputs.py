@@ -47,8 +47,6 @@ from megatron_r1.system.yaml_io import format_yaml
 
 STAGE = "curate probes"
 """Name in the ledger."""
-_AT_ONCE = 1 << 16
-"""Documents of a pair whose hashes are compared at once."""
 
 
 @dataclass
@@ -76,11 +74,9 @@ class Pair:
         self.tokens = PairSource(name, name, dataset, sidecar, lengths, len(lengths))
 
     def require(self, sample: Documents) -> None:
-        """Raise ValueError where it holds no document of the sample. Right pairs are known by their first."""
-        ours, hashes_D16 = _raw(sample.column("id", ID)), self.origins.hashes
-        blocks = (hashes_D16[at : at + _AT_ONCE] for at in range(0, len(hashes_D16), _AT_ONCE))
-        if not any(np.isin(_hashes(block), ours).any() for block in blocks):
-            none = f"{self.corpus.prefix} holds none of {len(ours)} of its documents"
+        """Raise ValueError where it holds no document of the sample."""
+        if not self.origins.among(_raw(sample.column("id", ID)).tolist()).any():
+            none = f"{self.corpus.prefix} holds none of {len(sample)} of its documents"
             raise ValueError(
                 f"sources.{self.corpus.name}: {none}; name the pair that was made of these inputs"
             )
@@ -89,7 +85,8 @@ class Pair:
         """The first document with each of these texts, [N] int64, -1 where there is none."""
         hash_N, out_N = _raw(ids_N), np.full(len(ids_N), -1)
         found_M = np.flatnonzero(self.origins.among(hash_N.tolist()))
-        hash_M, first_M = np.unique(_hashes(self.origins.hashes[found_M]), return_index=True)
+        found_M16 = np.ascontiguousarray(self.origins.hashes[found_M])
+        hash_M, first_M = np.unique(found_M16.view("S16").ravel(), return_index=True)
         there_N = np.isin(hash_N, hash_M)
         out_N[there_N] = found_M[first_M[np.searchsorted(hash_M, hash_N[there_N])]]
         return out_N
@@ -100,10 +97,6 @@ def open_pairs(config: CurationConfig) -> dict[str, Pair]:
     pairs = {name: Pair(name, source.prefix) for name, source in config.sources.items()}
     check_tokenizers([pair.tokens for pair in pairs.values()], config.probes.end_documents)
     return pairs
-
-
-def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(hashes_D16).view("S16").ravel()
 
 
 def _raw(ids: np.ndarray) -> np.ndarray:
@@ -205,8 +198,7 @@ def _in_pair(out: Outcome, name: str, place_N: np.ndarray) -> np.ndarray:
     if missing := int((~there).sum()):
         ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
         lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
-        fault = f"sources.{name}: {lacks}"
-        say(f"warning: {fault}; they are in no set")
+        say(f"warning: sources.{name}: {lacks}; they are in no set")
     return rows[there]
 
 
@@ -288,14 +280,15 @@ def _card(config: CurationConfig, content: Mapping[str, Any]) -> str:
         share = f"{of['documents']:,} ({of['share_read']:.2%})"
         rows.append([name, f"{of['read']:,}", share, *(by_stage.get(stage, "") for stage in stages)])
     counts = [[name, ", ".join(f"{n} {k:,}" for n, k in of.items())] for name, of in sets.items()]
-    prompts = dict.fromkeys([*config.prompts("judge").values(), *config.prompts("domain").values()])
     template = Path(__file__).with_name("card.md").read_text()
     return template.format(
         funnel=_markdown(rows),
         sets=_markdown([["set", "documents of each source"], *counts]),
         models="\n".join(f"- {kind}: {identity}" for kind, identity in content["models"].items()) or "None.",
         request=indent(format_yaml(dataclasses.asdict(config)), "    ", lambda line: True),
-        prompts="".join(f"\n## Prompt {p.stem}\n\n{indent(p.read_text(), '    ')}\n" for p in prompts),
+        prompts="".join(
+            f"\n## Prompt {p.stem}\n\n{indent(p.read_text(), '    ')}\n" for p in config.prompt_files()
+        ),
     )
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction as Ratio
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +42,7 @@ class TextSource(Section):
     """A training source as text, and the pair that was made of it."""
 
     text: list[Text]
-    """Inputs as tools/preprocess_data.py reads them. One with *, ? or [ stands for all files that match."""
+    """Inputs as tools/preprocess_data.py reads them. `*` in a name stands for files."""
     prefix: Text
     """The source's pair, without `.bin` / `.idx`. Documents are found in it by the hash of their text."""
     key: Text = "text"
@@ -55,16 +54,6 @@ class TextSource(Section):
 
     def keys(self) -> list[str]:
         return [self.key, *([self.score] if self.score else [])]
-
-    def inputs(self) -> tuple[str, ...]:
-        """The names of its inputs. Raises FileNotFoundError for a pattern that no file matches."""
-        found = list[str]()
-        for name in self.text:
-            matches = [name] if Path(name).exists() or not has_magic(name) else sorted(glob(name))
-            if not matches:
-                raise FileNotFoundError(f"input {name}: no file matches")
-            found += matches
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ class CurationConfig(Section):
     probes: ProbeSets = field(default_factory=ProbeSets)
 
     def needed(self, slack: float = 1.0) -> int:
-        """Documents of a source that the quality stage hands on at least, ten times `documents` by default."""
+        """Documents of a source that quality hands on at least: ten times `documents` by default."""
         shares = exact(self.judge.keep) * exact(self.judge.domain_keep) if self.judge else 1
         return math.ceil(self.documents * exact(slack) / shares)
 
@@ -179,10 +168,13 @@ class CurationConfig(Section):
 
     def files(self) -> list[Path]:
         """Prompts, labelled texts and evaluation items."""
-        named = [*self.prompts("judge").values(), *self.prompts("domain").values()]
+        named = self.prompt_files()
         named += [Path(self.quality.labelled)] if self.quality and self.quality.labelled else []
         named += map(Path, self.decontamination.items.values() if self.decontamination else ())
         return list(dict.fromkeys(named))
+
+    def prompt_files(self) -> list[Path]:
+        return list(dict.fromkeys([*self.prompts("judge").values(), *self.prompts("domain").values()]))
 
     def prompts(self, kind: str) -> dict[str, Path]:
         """Source -> file of its prompt, "judge": the general one, "domain": that of its domains."""
@@ -215,14 +207,11 @@ def _cross_check(fields: dict[str, Any], legal: bool) -> list[str]:
             out.append(f"{path}.prefix={source.prefix} is that of {first}, too; a source has its own pair")
         wrong = name_mistakes(domains, RESERVED)
         out += [f"{path}.domains: {domain}: {why}" for domain, why in wrong.items()]
-        out += [f"{path}.domains: {domain} stands there twice" for domain in _twice(domains)]
+        twice = [domain for domain, times in Counter(domains).items() if times > 1]
+        out += [f"{path}.domains: {domain} stands there twice" for domain in twice]
     if legal and (pilot := fields.get("pilot", 1)) > (most := fields.get("most", pilot)):
         out.append(f"pilot={pilot} is above most={most}; raise most")
     return out
-
-
-def _twice(names: list[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _check_whole(config: CurationConfig) -> None:
@@ -245,7 +234,7 @@ def _check_whole(config: CurationConfig) -> None:
     # os.path's answers are no errors, however long the name.
     missing = [path for path in config.files() if not os.path.isfile(path)]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
-    for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
+    for path in (path for path in config.prompt_files() if path not in missing):
         with rewording(lambda error: f"{path} is not UTF-8: {error}", UnicodeDecodeError):  # noqa: B023
             times = path.read_text().count("{document}")
         if times != 1:

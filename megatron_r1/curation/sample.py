@@ -34,8 +34,8 @@ import xxhash
 
 from megatron_r1.curation.request import CurationConfig, TextSource
 from megatron_r1.curation.work import ID, Documents, key_of, write_documents
-from megatron_r1.preprocess.documents import Input, Lines, identity, open_inputs
-from megatron_r1.preprocess.rows import parse, reject, text_of
+from megatron_r1.preprocess.documents import Input, Lines, Piece, identity, open_inputs
+from megatron_r1.preprocess.rows import Row, parse, reject, text_of
 from megatron_r1.preprocess.workers import follow_parent
 from megatron_r1.system.errors import require, shown
 from megatron_r1.system.terminal import Progress
@@ -54,6 +54,8 @@ _NOTHING: dict[str, Any] = {"parts": 0, "counts": {}, "rejects": []}
 """Facts of no round."""
 _LANGUAGE_CHARACTERS = 4000
 _LARGEST = float(np.finfo(np.float32).max)
+_STAGE: dict[str, Any] = {"threshold": None, "fallback": False, "examples": {"kept": [], "dropped": []}}
+"""Facts of a stage that are the same for most."""
 SCORES = ("quality", "judge", "domain")
 SHOWN, CHARACTERS = 3, 300
 """Examples of a stage that the manifest shows, and their characters."""
@@ -121,7 +123,7 @@ def draw(
     """
     source = config.sources[name]
     language = config.quality.language if config.quality else None
-    inputs = open_inputs(source.inputs())
+    inputs = open_inputs(source.text)
     for one in inputs:
         one.check(source.keys())
     key = key_of(
@@ -197,56 +199,49 @@ def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
 
 def _read(name: str, source: TextSource, language: str | None, task: Task, path: Path) -> None:
     """Write the documents of some parts."""
-    counts: Counter[str] = Counter()
-    rejects: list[dict[str, Any]] = []
-    rows = _rows(name, source, language, task, counts, rejects)
-    write_documents(path, rows, lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]})
+    counts, rejects = Counter[str](), list[dict[str, Any]]()
+    number, listed, count = task
+    opened, numbers = _opened(tuple(source.text))[number], set(listed)
+    packed, size = _is_packed(opened), opened.size
+    classify = require("py3langid", "quality.language").classify if language else None
+
+    def document(piece: Piece, line: int, row: Row, within: bool) -> dict[str, Any] | None:
+        try:
+            if (record := parse(row)) is None:
+                return None
+            text, utf8 = text_of(record, source.key)
+            digest = xxhash.xxh3_128_digest(utf8)
+            if packed and int.from_bytes(digest[8:], "big") % count not in numbers:
+                return None
+            score = _score(record, source.score) if source.score else None
+        except ValueError as error:
+            # Without a text a packed file's line has no hash.
+            if not packed or line % count in numbers:
+                counts.update(read=1, rejected=1)
+                rejects.append(reject(piece.path, 0 if within else line, str(error), row))
+            return None
+        counts["read"] += 1
+        if classify and classify(text[:_LANGUAGE_CHARACTERS])[0] != language:
+            counts["other_language"] += 1
+            return None
+        metadata = {"source": name, "file": opened.name, "score": score}
+        return {"text": text, "id": digest.hex(), "metadata": metadata}
+
+    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
+    rows = (
+        document(piece, line, row, lo > 0)
+        for lo, hi in ([(0, size)] if packed else ranges)
+        for piece in opened.pieces(number, source.keys(), lo, hi)
+        for line, row in enumerate(piece.rows, piece.first)
+    )
+    write_documents(
+        path, filter(None, rows), lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]}
+    )
 
 
 @cache
 def _opened(names: tuple[str, ...]) -> list[Input]:
     return open_inputs(names)
-
-
-def _rows(
-    name: str,
-    source: TextSource,
-    language: str | None,
-    task: Task,
-    counts: Counter[str],
-    rejects: list[dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    inputs = _opened(source.inputs())
-    classify = require("py3langid", "quality.language").classify if language else None
-    of_input, listed, count = task
-    numbers = set(listed)
-    opened = inputs[of_input]
-    packed, size = _is_packed(opened), opened.size
-    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
-    for lo, hi in [(0, size)] if packed else ranges:
-        for piece in opened.pieces(of_input, source.keys(), lo, hi):
-            for line, row in enumerate(piece.rows, piece.first):
-                try:
-                    if (record := parse(row)) is None:
-                        continue
-                    text, utf8 = text_of(record, source.key)
-                    digest = xxhash.xxh3_128_digest(utf8)
-                    if packed and int.from_bytes(digest[8:], "big") % count not in numbers:
-                        continue
-                    score = _score(record, source.score) if source.score else None
-                except ValueError as error:
-                    # Without a text a packed file's line has no hash.
-                    if not packed or line % count in numbers:
-                        counts["read"] += 1
-                        counts["rejected"] += 1
-                        rejects.append(reject(piece.path, line if not lo else 0, str(error), row))
-                    continue
-                counts["read"] += 1
-                if classify and classify(text[:_LANGUAGE_CHARACTERS])[0] != language:
-                    counts["other_language"] += 1
-                    continue
-                metadata = {"source": name, "file": opened.name, "score": score}
-                yield {"text": text, "id": digest.hex(), "metadata": metadata}
 
 
 def _score(record: dict[str, Any], key: str) -> float:
@@ -281,7 +276,7 @@ class Source:
         facts, n = rounds[-1].facts, len(ids_N)
         empty = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
         out = cls(name, rounds, ids_N, np.arange(n), empty, last_N=np.zeros(n, np.int8))
-        out._record("sample", facts["counts"]["read"], n)
+        out.stages.append({"stage": "sample", "in": facts["counts"]["read"], "kept": n, **_STAGE})
         return out
 
     @property
@@ -327,12 +322,8 @@ class Source:
         before, self.left = self.left, np.sort(kept)
         self.last_N[self.left] += 1
         ends = {"kept": self.left, "dropped": np.setdiff1d(before, self.left)}
-        self._record(stage, len(before), len(self.left), self._examples(ends, score_N), **facts)
-
-    def _record(self, stage: str, into: int, kept: int, examples: Any = None, **facts: Any) -> None:
-        facts = {"threshold": None, "fallback": False, **facts}
-        examples = examples or {"kept": [], "dropped": []}
-        self.stages.append({"stage": stage, "in": into, "kept": kept, **facts, "examples": examples})
+        facts = {**_STAGE, **facts, "examples": self._examples(ends, score_N)}
+        self.stages.append({"stage": stage, "in": len(before), "kept": len(self.left), **facts})
 
     def _examples(self, ends: dict[str, np.ndarray], score_N: np.ndarray | None) -> dict[str, Any]:
         """Documents at the top, in the middle and at the bottom of each end."""
