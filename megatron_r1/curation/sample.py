@@ -18,11 +18,10 @@ import hashlib
 import math
 import multiprocessing
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
@@ -37,7 +36,7 @@ from megatron_r1.curation.work import ID, Documents, key_of, write_documents
 from megatron_r1.preprocess.documents import Input, Lines, Piece, identity, open_inputs
 from megatron_r1.preprocess.rows import Row, parse, reject, text_of
 from megatron_r1.preprocess.workers import follow_parent
-from megatron_r1.system.errors import require, shown
+from megatron_r1.system.errors import require, rewording, shown
 from megatron_r1.system.terminal import Progress
 
 FORMAT = 1
@@ -140,15 +139,21 @@ def draw(
     rate = len(known) / begin if begin else 0.0
     units, fresh = list[Documents](), set[str]()
     read = partial(_read, name, source, language)
-    with _processes(workers) as shared, Progress(f"sample {name}", target, "documents") as bar:
+    # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
+    died = "a worker process died, most often for want of memory; run again with fewer --workers to go on"
+    with (
+        rewording(lambda _: died, BrokenProcessPool),
+        pool,
+        Progress(f"sample {name}", target, "documents") as bar,
+    ):
         while len(fresh) < target and end < len(parts):
             # Documents that are rare at first are not taken for rare everywhere.
             most = min(8 * (end - begin) or 8 * begin or _FIRST, len(parts) - end)
             more = min(math.ceil((target - len(fresh)) / rate), most) if rate else most
             tasks = parts.tasks(inputs, end, end + more)
             paths = [drawn / f"{end:08d}-{n:06d}.parquet" for n in range(len(tasks))]
-            for _ in shared(read, tasks, paths):
-                pass
+            deque((pool.map if workers > 1 else map)(read, tasks, paths), 0)
             some = [Documents(one) for one in paths]
             found = {row["id"] for unit in some for row in unit.rows("id")} - known - fresh
             bar.advance(len(found))
@@ -177,24 +182,6 @@ def _once(units: Sequence[Documents], wanted: set[str]) -> Iterator[dict[str, An
             if row["id"] in wanted:
                 wanted.remove(row["id"])
                 yield row
-
-
-@contextmanager
-def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
-    """A `map` that so many processes share."""
-    if workers == 1:
-        yield map
-        return
-    # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, follow_parent)
-    try:
-        yield pool.map
-    except BrokenProcessPool:
-        way_out = "run again with fewer --workers to go on"
-        raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read(name: str, source: TextSource, language: str | None, task: Task, path: Path) -> None:
