@@ -109,12 +109,9 @@ def _qualities(
     if config.quality is None:
         return {name: np.zeros(len(file), np.float32) for name, file in files.items()}
     own = {name: file for name, file in files.items() if config.sources[name].score}
-    jobs = [
-        Job.of("quality", name, file.path, work, make("quality").identity)
-        for name, file in files.items()
-        if name not in own
-    ]
     out = {name: file.column("score", np.float32) for name, file in own.items()}
+    asked = {name: str(file.path) for name, file in files.items() if name not in own}
+    jobs = [Job("quality", name, path, str(work), make("quality").identity) for name, path in asked.items()]
     return out | scores(jobs)
 
 
@@ -122,7 +119,7 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
     assert config.judge is not None
     prompts, share = config.prompts(kind), config.judge.keep if kind == "judge" else config.judge.domain_keep
     jobs = [
-        Job.of(kind, name, sources[name].file(work), work, make(kind).identity, prompt.read_text())
+        Job(kind, name, str(sources[name].file(work)), str(work), make(kind).identity, prompt.read_text())
         for name, prompt in prompts.items()
     ]
     for name, values in scores(jobs).items():
@@ -171,7 +168,7 @@ def _drop_duplicates(config: CurationConfig, make: Make, work: Path, out: Outcom
     if asked is None or asked.semantic is None:
         return
     embed = make("embed")
-    jobs = [Job.of("embed", s.name, s.file(work), work, embed.identity) for s in sources]
+    jobs = [Job("embed", s.name, str(s.file(work)), str(work), embed.identity) for s in sources]
     embedded = scores(jobs, None)
     E_ND = np.concatenate(
         [embedded[s.name][np.searchsorted(s.left, s.ranked(s.left))] for s in sources if len(s.left)]

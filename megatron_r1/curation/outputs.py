@@ -112,11 +112,7 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     folder, form, pairs = Path(config.output), config.probes, out.pairs
     say_unchecked([pair.corpus for pair in pairs.values()])
     place = {name: pair.places(out.sources[name].ids_N) for name, pair in pairs.items()}
-    chosen = {name: _in_pair(out, name, place[name]) for name in pairs}
-    missing = {name: len(out.chosen[name]) - len(rows) for name, rows in chosen.items()}
-    for name in [name for name, rows in chosen.items() if not len(rows)]:
-        say(f"warning: sources.{name}: none of its documents is left, so it has no representative set")
-        del chosen[name]
+    chosen = _in_pairs(out, place)
     sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items()}
     facts: dict[str, Any] = {set_name: {"sources": [*of]} for set_name, of in sets.items()}
     for domain, members in config.domains().items():
@@ -149,7 +145,9 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     write_text(folder / "curated.yaml", _for_trainer(config, folder, kept))
     content: dict[str, Any] = {
         "models": request["models"],
-        "funnel": {name: _funnel(source, missing[name]) for name, source in out.sources.items()},
+        "funnel": {
+            n: _funnel(of, len(out.chosen[n]) - len(chosen.get(n, ()))) for n, of in out.sources.items()
+        },
         **out.facts,
         "sets": {set_name: {n: len(rows) for n, rows in of.items()} for set_name, of in sets.items()},
     }
@@ -191,15 +189,20 @@ def _remove_earlier(folder: Path) -> None:
     manifest.unlink(missing_ok=True)
 
 
-def _in_pair(out: Outcome, name: str, place_N: np.ndarray) -> np.ndarray:
-    """Rows of R_g that the pair has."""
-    rows, source = out.chosen[name], out.sources[name]
-    there = place_N[rows] >= 0
-    if missing := int((~there).sum()):
-        ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
-        lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
-        say(f"warning: sources.{name}: {lacks}; they are in no set")
-    return rows[there]
+def _in_pairs(out: Outcome, place: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Source -> rows of R_g that the pair has. Sources without any are left out."""
+    chosen = {}
+    for name, rows in out.chosen.items():
+        there = place[name][rows] >= 0
+        if missing := int((~there).sum()):
+            ids = some([one.decode() for one in out.sources[name].ids_N[rows[~there]]], most=3)
+            lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
+            say(f"warning: sources.{name}: {lacks}; they are in no set")
+        if there.any():
+            chosen[name] = rows[there]
+        else:
+            say(f"warning: sources.{name}: none of its documents is left, so it has no representative set")
+    return chosen
 
 
 def _in_turn(

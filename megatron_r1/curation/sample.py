@@ -32,7 +32,7 @@ import numpy as np
 import xxhash
 
 from megatron_r1.curation.request import CurationConfig, TextSource
-from megatron_r1.curation.work import ID, Documents, key_of, write_documents
+from megatron_r1.curation.work import ID, Documents, key_of, parted, write_documents
 from megatron_r1.preprocess.documents import Input, Lines, Piece, identity, open_inputs
 from megatron_r1.preprocess.rows import Row, parse, reject, text_of
 from megatron_r1.preprocess.workers import follow_parent
@@ -67,25 +67,19 @@ class Parts:
     """The parts of a source's inputs, in seeded order: `input_P`, `number_P`, and `bytes_P` [P]."""
 
     def __init__(self, inputs: Sequence[Input], seed: int):
-        rng = np.random.default_rng(seed)
-        size = min(max(sum(source.size for source in inputs) // PARTS, LEAST_PART), MOST_PART)
-        packed = [_is_packed(source) for source in inputs]
-        turns = iter(rng.permutation(sum(packed)) // _TURN)
-        count_I = [
-            max(1, -(-source.size * (_PACKED if is_packed else 1) // size))
-            for source, is_packed in zip(inputs, packed, strict=True)
-        ]
+        rng, size_I = np.random.default_rng(seed), np.array([source.size for source in inputs])
+        packed_I = np.array([_is_packed(source) for source in inputs])
+        size, packed = min(max(int(size_I.sum()) // PARTS, LEAST_PART), MOST_PART), int(packed_I.sum())
+        turn_I = np.zeros(len(inputs))
+        turn_I[packed_I] = rng.permutation(packed) // _TURN
+        self.count_I = np.maximum(1, -(-size_I * np.where(packed_I, _PACKED, 1) // size))
+        input_P = np.repeat(np.arange(len(inputs)), self.count_I)
         # Turns of packed files are spread over [0, 1), where all other parts lie at random.
-        last = -(-sum(packed) // _TURN)
-        place_P = [
-            (next(turns) + rng.random(count)) / last if is_packed else rng.random(count)
-            for count, is_packed in zip(count_I, packed, strict=True)
-        ]
-        order = np.argsort(np.concatenate(place_P), kind="stable")
-        self.count_I = np.array(count_I)
-        self.input_P = np.repeat(np.arange(len(inputs)), count_I)[order]
-        self.number_P = np.concatenate([np.arange(count) for count in count_I])[order]
-        self.bytes_P = (np.array([source.size for source in inputs]) / self.count_I)[self.input_P]
+        turns_I = np.where(packed_I, -(-packed // _TURN), 1)
+        order = np.argsort((turn_I[input_P] + rng.random(len(input_P))) / turns_I[input_P], kind="stable")
+        self.input_P = input_P[order]
+        self.number_P = np.concatenate([np.arange(count) for count in self.count_I])[order]
+        self.bytes_P = (size_I / self.count_I)[self.input_P]
 
     def __len__(self) -> int:
         return len(self.input_P)
@@ -275,10 +269,8 @@ class Source:
         return out
 
     def rows(self, among: np.ndarray, *columns: str) -> Iterator[dict[str, Any]]:
-        first = 0
-        for one in self.rounds:
-            yield from one.rows(*columns, among=among[(among >= first) & (among < first + len(one))] - first)
-            first += len(one)
+        for one, some in zip(self.rounds, parted(among, [*map(len, self.rounds)]), strict=True):
+            yield from one.rows(*columns, among=some)
 
     def ranked(self, rows: np.ndarray, score_N: np.ndarray | None = None) -> np.ndarray:
         """Rows from the best score down."""

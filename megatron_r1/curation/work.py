@@ -73,15 +73,17 @@ class Documents:
 
     def rows(self, *columns: str, among: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
         """All rows, or those whose numbers are `among`, ascending."""
-        first = 0
-        for chunk, count in enumerate(self.chunks):
-            wanted = (
-                range(count) if among is None else among[(among >= first) & (among < first + count)] - first
-            )
+        for chunk, wanted in enumerate(parted(np.arange(len(self)) if among is None else among, self.chunks)):
             if len(wanted):
                 rows = self.read(chunk, *columns)
                 yield from (rows[i] for i in wanted)
-            first += count
+
+
+def parted(among: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Ascending numbers of rows of consecutive parts, as numbers within each part."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    parts = np.split(among, np.searchsorted(among, ends)[:-1])
+    return [part - end + count for part, end, count in zip(parts, ends, counts, strict=False)]
 
 
 def write_documents(
@@ -131,21 +133,20 @@ class Job:
     kind: str
     source: str
     documents: str
-    folder: str
-    """Where the chunks' scores are. The name follows from the request."""
+    work: str
     identity: str
     prompt: str | None = None
 
-    @classmethod
-    def of(
-        cls, kind: str, source: str, documents: Path, work: Path, identity: str, prompt: str | None = None
-    ) -> Job:
-        key = key_of(documents=documents.name, identity=identity, prompt=prompt)
-        return cls(kind, source, str(documents), str(work / f"{kind}-{source}-{key}"), identity, prompt)
+    @property
+    def folder(self) -> Path:
+        """Where the chunks' scores are. The name follows from the request."""
+        key = key_of(documents=Path(self.documents).name, identity=self.identity, prompt=self.prompt)
+        return Path(self.work) / f"{self.kind}-{self.source}-{key}"
 
     def files(self) -> list[Path]:
         """The file of each chunk's scores."""
-        return [Path(self.folder) / f"{i:06d}.npy" for i in range(len(Documents(self.documents).chunks))]
+        folder = self.folder
+        return [folder / f"{i:06d}.npy" for i in range(len(Documents(self.documents).chunks))]
 
 
 class Pending(Exception):

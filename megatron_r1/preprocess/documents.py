@@ -33,11 +33,13 @@ from megatron_r1.system.arrow_io import (
     BoundError,
     beginning,
     check_stream,
+    flat,
     largest_page,
     open_parquet,
     slices,
     stand_in,
     text_bytes,
+    with_fields,
 )
 from megatron_r1.system.errors import hub_name, require, require_utf8, shown, suggest_path
 from megatron_r1.system.files import beside, plain_name, sha256
@@ -339,7 +341,7 @@ class Parquet(_Table):
 
     def _open(self) -> tuple[Any, int]:
         with self._reading(), open_parquet(self.name) as file:
-            return _with_fields(file.schema_arrow), file.metadata.num_rows
+            return with_fields(file.schema_arrow), file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         at = 0
@@ -364,7 +366,7 @@ class Parquet(_Table):
                     done += batch.num_rows
                     if done > lo:
                         before = done - batch.num_rows
-                        yield _flat(batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before)), keys)
+                        yield flat(batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before)), keys)
         if at < end:
             raise InputError(f"{self.name} is damaged: {at} of its {end} rows are in row groups; mend it")
 
@@ -377,38 +379,20 @@ class Dataset(_Table):
         self._dataset = dataset
 
     def _open(self) -> tuple[Any, int]:
-        return _with_fields(self._dataset.data.schema), len(self._dataset)
+        return with_fields(self._dataset.data.schema), len(self._dataset)
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
-        there = self._dataset.column_names
-        columns = dict.fromkeys(key if key in there else key.split(".")[0] for key in keys)
-        dataset = self._dataset.select_columns([*columns]).with_format("arrow")
+        roots = (key if key in self._dataset.column_names else key.split(".")[0] for key in keys)
+        dataset = self._dataset.select_columns([*dict.fromkeys(roots)]).with_format("arrow")
         for lo in range(start, end, _ROWS_AT_ONCE):
             with self._reading(lambda: f" after row {lo}"):  # noqa: B023
-                table = _flat(dataset[lo : min(end, lo + _ROWS_AT_ONCE)], keys)
+                table = flat(dataset[lo : min(end, lo + _ROWS_AT_ONCE)], keys)
                 # It is mapped, so a wrong place of a text would be one anywhere in memory.
                 table.validate()
                 for column in table.columns:
                     texts = text_bytes(column)
                     (column if texts is None else texts).validate(full=True)
             yield table
-
-
-def _with_fields(schema: Any) -> Any:
-    """A table's schema, and `a.b` for each field of a struct `a`."""
-    for field in schema.empty_table().flatten().schema:
-        schema = schema if field.name in schema.names else schema.append(field)
-    return schema
-
-
-def _flat(rows: Any, keys: Sequence[str]) -> Any:
-    """The columns `keys` of an Arrow table or batch, of which some may be fields of structs."""
-    if all(key in rows.schema.names for key in keys):
-        return rows
-    arrow = require("pyarrow", "reading a table")
-    rows = arrow.Table.from_batches([rows]) if isinstance(rows, arrow.RecordBatch) else rows
-    fields = rows.flatten()
-    return arrow.table({key: (rows if key in rows.schema.names else fields)[key] for key in keys})
 
 
 def _load_saved(path: Path) -> Any:
@@ -441,9 +425,8 @@ def _load_dataset(name: str) -> Any:
         return _load_saved(saved / parts[1])
     configuration = parts[1] if len(parts) == 3 else None
     split = parts[-1] if len(parts) > 1 else "train"
-    where, revision = (
-        (parts[0], None) if saved.exists() else hub_name(parts[0], f"input {name}: no dataset at")
-    )
+    missing = f"input {name}: no dataset at"
+    where, revision = (parts[0], None) if saved.exists() else hub_name(parts[0], missing)
     return _loaded("load_dataset", name, where, configuration, split=split, revision=revision)
 
 
