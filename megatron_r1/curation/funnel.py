@@ -78,7 +78,10 @@ def _sample(
     rounds: dict[str, list[Documents]] = {name: [] for name in want}
     found: dict[str, list[np.ndarray]] = {name: [] for name in want}
     for _ in ("the pilot", "the rest"):
-        new = {name: draw(name, config, work, n, *rounds[name], workers=workers) for name, n in want.items()}
+        new = {
+            name: draw(name, config, work, n, next(iter(rounds[name]), None), workers)
+            for name, n in want.items()
+        }
         for name in new if not any(rounds.values()) else ():
             pairs[name].require(new[name])
         want = {}
