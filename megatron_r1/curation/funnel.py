@@ -95,7 +95,7 @@ def _sample(
             n = min(config.most - size, math.ceil((aim - passed) / max(rate, 1e-9)))
             if n > 0 and new[name].facts["share"] < 1:
                 want[name] = n
-    sources = {name: Source.of(name, of) for name, of in rounds.items()}
+    sources = {name: Source(name, of) for name, of in rounds.items()}
     for name, source in sources.items() if quality else ():
         source.scores["quality"] = score_N = np.concatenate(found[name])
         passed_M = np.flatnonzero(score_N > threshold)

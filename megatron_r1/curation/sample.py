@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -236,29 +235,20 @@ def _score(record: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-@dataclass
 class Source:
-    """A source's sample, and how far its documents came. Rows are numbered over both rounds, N in all."""
+    """A source's sample, and how far its documents came. Rows are numbered over both rounds, N in all.
 
-    name: str
-    rounds: list[Documents]
-    ids_N: np.ndarray
-    left: np.ndarray
-    """Rows that passed all stages so far, ascending."""
-    scores: dict[str, np.ndarray]
-    """Kind -> float32 [N], NaN where it was not asked for."""
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    last_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
-    """Stages that each row passed."""
+    `left`: rows that passed all stages so far, ascending. `scores`: kind -> float32 [N], NaN where it was not
+    asked for. `last_N`: stages that each row passed.
+    """
 
-    @classmethod
-    def of(cls, name: str, rounds: list[Documents]) -> Source:
-        ids_N = np.concatenate([one.column("id", ID) for one in rounds])
-        facts, n = rounds[-1].facts, len(ids_N)
-        empty = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
-        out = cls(name, rounds, ids_N, np.arange(n), empty, last_N=np.zeros(n, np.int8))
-        out.stages.append({"stage": "sample", "in": facts["counts"]["read"], "kept": n, **_STAGE})
-        return out
+    def __init__(self, name: str, rounds: list[Documents]):
+        self.name, self.rounds = name, rounds
+        self.ids_N = np.concatenate([one.column("id", ID) for one in rounds])
+        n, read = len(self.ids_N), rounds[-1].facts["counts"]["read"]
+        self.left, self.last_N = np.arange(n), np.zeros(n, np.int8)
+        self.scores = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
+        self.stages: list[dict[str, Any]] = [{"stage": "sample", "in": read, "kept": n, **_STAGE}]
 
     @property
     def score_N(self) -> np.ndarray:
