@@ -46,13 +46,14 @@ class Documents:
         with self._reading(self.path.with_suffix(".json")):
             self.facts = read_object(self.path.with_suffix(".json"))
             self.chunks: list[int] = self.facts["chunks"]
-        """Documents of each chunk."""
+            """Documents of each chunk."""
 
     def __len__(self) -> int:
         return sum(self.chunks)
 
     @staticmethod
     def there(path: Path) -> bool:
+        """Whether both files are there. The second is written last, so the first is whole."""
         return path.is_file() and path.with_suffix(".json").is_file()
 
     @staticmethod
