@@ -132,8 +132,8 @@ def test_curation_resolves_with_its_prompts(name: str, monkeypatch: pytest.Monke
     # A name on the hub is one that is asked for: with its revision.
     models = [config.quality.model, config.judge.model, config.duplicates.semantic]
     assert all(hub_name(str(m), "") if "table5" in name else str(m).startswith("models/") for m in models)
-    # Ten per cent of what reaches the judge are the documents, and a quarter more.
-    assert name != CURATION[0] or config.needed() == 125_000
+    # Ten per cent of what reaches the judge are the documents.
+    assert name != CURATION[0] or config.needed() == 100_000
 
 
 def test_a_corpus_is_streamed_into_a_dataset(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ python tools/curate_probes.py --output-dir data/probes \\
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_r1.curation.probes import curate_probes
-from megatron_r1.curation.request import CurationConfig, load
+from megatron_r1.curation.request import SLACK, CurationConfig, exact, load
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.preprocess.documents import open_inputs
 from megatron_r1.preprocess.shards import parse_shard
@@ -137,7 +138,7 @@ def describe(config: CurationConfig) -> None:
     from megatron_r1.curation.funnel import read_items
 
     for name, source in config.sources.items():
-        inputs = open_inputs(source.inputs())
+        inputs = open_inputs(source.text)
         for one in inputs:
             one.check(source.keys())
         size = sum(one.size for one in inputs)
@@ -175,11 +176,11 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
     """Print documents, FLOP and hours of each stage of a model, disk and memory."""
     from megatron_r1.curation.funnel import load_model
 
-    needed, n = config.needed(), len(config.sources)
-    sample = min(config.most, max(config.pilot, round(needed / pass_rate))) if config.quality else needed
+    aim, n = config.needed(SLACK), len(config.sources)
+    sample = min(config.most, max(config.pilot, round(aim / pass_rate)) if config.quality else aim)
     asked, domain = config.judge, sum(bool(s.domains) for s in config.sources.values())
-    judged = min(needed, sample)
-    left = round(judged * asked.keep) if asked else judged
+    judged = max(round(sample * pass_rate), min(config.needed(), sample)) if config.quality else sample
+    left = math.ceil(exact(asked.keep) * judged) if asked else judged
     work: dict[str, tuple[str, int, int]] = {}
     if config.quality and (own := sum(s.score is None for s in config.sources.values())):
         work["quality"] = "quality", own * sample, config.quality.tokens

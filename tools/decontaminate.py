@@ -58,7 +58,7 @@ from megatron_r1.system.files import make_folder, replacing, sha256, write_json
 from megatron_r1.system.json_io import mistake, read_object
 from megatron_r1.system.terminal import Progress, count, number, positive, say, tool_parser, user_errors
 
-FORMAT = 2
+FORMAT = 1
 RANGES, OF_RANGE = 256, 128
 """Places at which the inputs are sampled for frequent n-grams, and the documents taken at each."""
 MOST_PART = 1 << 30

@@ -1,7 +1,7 @@
 """Hierarchical rejection sampling (section 2.1.1): the order of the stages, and what each of them keeps.
 
     sample      a random part of each source, as large as the pilot's pass rate asks for (sample.py)
-    quality     a score above the threshold; of too few such documents, the best `needed`
+    quality     a score above the threshold; of fewer than `needed`, the best `needed`
     judge       the best `judge.keep` of each source by the general prompt
     domain      the best `judge.domain_keep` by the prompt of the source's domain, or the combined one
     items       documents without evaluation items (decontaminate.py)
@@ -35,7 +35,7 @@ import numpy as np
 from megatron_r1.curation.decontaminate import Items, Matcher
 from megatron_r1.curation.outputs import STAGE, Outcome, Pair, open_pairs, write
 from megatron_r1.curation.probes import record
-from megatron_r1.curation.request import CurationConfig
+from megatron_r1.curation.request import SLACK, CurationConfig, exact
 from megatron_r1.curation.sample import Source, draw
 from megatron_r1.curation.work import ID, Documents, Job, Pending, key_of, score, scores
 from megatron_r1.data.indexed import identity_of
@@ -73,33 +73,36 @@ def _sample(
     config: CurationConfig, make: Make, work: Path, workers: int, pairs: dict[str, Pair]
 ) -> dict[str, Source]:
     """Sample and quality, in two rounds: the pilot, and the rest, as large as its pass rate asks for."""
-    quality, needed, names = config.quality, config.needed(), list(config.sources)
-    first = min(config.pilot if quality else needed, config.most)
-    pilots = {name: draw(name, config, work, first, workers=workers) for name in names}
-    for name, pilot in pilots.items():
-        pairs[name].require(pilot)
-    rounds = {name: [pilot] for name, pilot in pilots.items()}
-    found = {name: [values] for name, values in _qualities(config, make, work, pilots).items()}
-    more = {}
-    for name, pilot in pilots.items():
-        passed = int((found[name][0] > quality.threshold).sum()) if quality else len(pilot)
-        size, rate = len(pilot), passed / max(1, len(pilot))
-        # Two standard deviations below what the pilot says: too few at the threshold would lower it.
-        rate -= 2 * math.sqrt(rate * (1 - rate) / max(1, size))
-        want = min(config.most - size, math.ceil((needed - passed) / max(rate, 1e-9)))
-        if want > 0 and pilot.facts["share"] < 1:
-            more[name] = draw(name, config, work, want, pilot, workers)
-            rounds[name].append(more[name])
-    for name, values in _qualities(config, make, work, more).items():
-        found[name].append(values)
-    sources = {name: Source.of(name, rounds[name]) for name in names}
+    quality, aim = config.quality, config.needed(SLACK)
+    threshold = quality.threshold if quality else -math.inf
+    want = dict.fromkeys(config.sources, min(config.pilot if quality else aim, config.most))
+    rounds: dict[str, list[Documents]] = {name: [] for name in want}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in want}
+    for _ in ("the pilot", "the rest"):
+        new = {
+            name: draw(name, config, work, n, next(iter(rounds[name]), None), workers)
+            for name, n in want.items()
+        }
+        for name in new if not any(rounds.values()) else ():
+            pairs[name].require(new[name])
+        want = {}
+        for name, values in _qualities(config, make, work, new).items():
+            rounds[name].append(new[name])
+            found[name].append(values)
+            size, passed = len(values), int((values > threshold).sum())
+            rate = passed / max(1, size)
+            # Two standard deviations below what the pilot says: too few at the threshold would lower it.
+            rate -= 2 * math.sqrt(rate * (1 - rate) / max(1, size))
+            n = min(config.most - size, math.ceil((aim - passed) / max(rate, 1e-9)))
+            if n > 0 and new[name].facts["share"] < 1:
+                want[name] = n
+    sources = {name: Source(name, of) for name, of in rounds.items()}
     for name, source in sources.items() if quality else ():
-        assert quality is not None
         source.scores["quality"] = score_N = np.concatenate(found[name])
-        passed_M = np.flatnonzero(score_N > quality.threshold)
-        fallback = len(passed_M) < needed and len(passed_M) < len(score_N)
-        kept = source.ranked(source.left)[:needed] if fallback else passed_M
-        reached = float(score_N[kept].min()) if fallback else quality.threshold
+        passed_M = np.flatnonzero(score_N > threshold)
+        fallback = len(passed_M) < min(config.needed(), len(score_N))
+        kept = source.ranked(source.left)[: config.needed()] if fallback else passed_M
+        reached = float(score_N[kept].min()) if fallback else threshold
         source.keep("quality", kept, score_N, threshold=reached, fallback=fallback)
     return sources
 
@@ -110,12 +113,9 @@ def _qualities(
     if config.quality is None:
         return {name: np.zeros(len(file), np.float32) for name, file in files.items()}
     own = {name: file for name, file in files.items() if config.sources[name].score}
-    jobs = [
-        Job.of("quality", name, file.path, work, make("quality").identity)
-        for name, file in files.items()
-        if name not in own
-    ]
     out = {name: file.column("score", np.float32) for name, file in own.items()}
+    asked = {name: str(file.path) for name, file in files.items() if name not in own}
+    jobs = [Job("quality", name, path, str(work), make("quality").identity) for name, path in asked.items()]
     return out | scores(jobs)
 
 
@@ -123,13 +123,13 @@ def _ask(config: CurationConfig, make: Make, work: Path, kind: str, sources: dic
     assert config.judge is not None
     prompts, share = config.prompts(kind), config.judge.keep if kind == "judge" else config.judge.domain_keep
     jobs = [
-        Job.of(kind, name, sources[name].file(work), work, make(kind).identity, prompt.read_text())
+        Job(kind, name, str(sources[name].file(work)), str(work), make(kind).identity, prompt.read_text())
         for name, prompt in prompts.items()
     ]
     for name, values in scores(jobs).items():
         source = sources[name]
         source.scores[kind][source.left] = values
-        kept = source.ranked(source.left)[: math.ceil(share * len(source.left))]
+        kept = source.ranked(source.left)[: math.ceil(exact(share) * len(source.left))]
         score_N = source.scores[kind]
         reached = float(score_N[kept].min()) if len(kept) else None
         source.keep(kind, kept, score_N, threshold=reached)
@@ -165,21 +165,21 @@ def _drop_duplicates(config: CurationConfig, make: Make, work: Path, out: Outcom
     found = {"exact": Pairs(first_N[copy], copy, np.ones(len(copy), np.float32))}
     if asked and asked.near is not None:
         found["near"] = near_pairs(texts, asked.near)
-    _keep_first("near", sources, found, out)
+    _keep_first("near", sources, ids, found, out)
     if asked is None or asked.semantic is None:
         return
     embed = make("embed")
-    jobs = [Job.of("embed", s.name, s.file(work), work, embed.identity) for s in sources]
+    jobs = [Job("embed", s.name, str(s.file(work)), str(work), embed.identity) for s in sources]
     embedded = scores(jobs, None)
     E_ND = np.concatenate(
         [embedded[s.name][np.searchsorted(s.left, s.ranked(s.left))] for s in sources if len(s.left)]
     )
-    texts, _ = _in_order(sources)
+    texts, ids = _in_order(sources)
     if (threshold := asked.threshold) is None:
         calibration = calibrate(embed, texts, config.seed)
         threshold, out.facts["calibration"] = calibration.threshold, vars(calibration)
     found = {"semantic": semantic_pairs(E_ND, threshold)}
-    _keep_first("semantic", sources, found, out, threshold)
+    _keep_first("semantic", sources, ids, found, out, threshold)
 
 
 def _in_order(sources: list[Source]) -> tuple[list[str], np.ndarray]:
@@ -193,12 +193,16 @@ def _in_order(sources: list[Source]) -> tuple[list[str], np.ndarray]:
 
 
 def _keep_first(
-    stage: str, sources: list[Source], found: dict[str, Any], out: Outcome, threshold: float | None = None
+    stage: str,
+    sources: list[Source],
+    ids: np.ndarray,
+    found: dict[str, Any],
+    out: Outcome,
+    threshold: float | None = None,
 ) -> None:
     """Leave the first of each group that pairs of the documents, as of `_in_order`, join."""
     from megatron_r1.curation.dedup import first_of_each
 
-    ids = np.concatenate([np.zeros(0, ID), *(s.ids_N[s.ranked(s.left)] for s in sources)])
     kept_N = first_of_each(len(ids), *found.values())
     names = np.repeat([s.name for s in sources], [len(s.left) for s in sources])
     for kind, pairs in found.items():
@@ -207,11 +211,10 @@ def _keep_first(
             of = {"first_source": str(names[i]), "second_source": str(names[j])}
             out.alike.append({"kind": kind, **of, **ends, "likeness": likeness})
         out.facts.setdefault("pairs", {})[kind] = len(pairs.first_P)
-    first = 0
     for source in sources:
         ranked = source.ranked(source.left)
-        source.keep(stage, ranked[kept_N[first : first + len(ranked)]], threshold=threshold)
-        first += len(ranked)
+        source.keep(stage, ranked[kept_N[: len(ranked)]], threshold=threshold)
+        kept_N = kept_N[len(ranked) :]
 
 
 def read_items(config: CurationConfig) -> Items | None:
@@ -319,7 +322,7 @@ def _finish(
 
 def _request(config: CurationConfig, model: Make) -> dict[str, Any]:
     """All that decides the results."""
-    inputs = {name: open_inputs(source.inputs()) for name, source in config.sources.items()}
+    inputs = {name: open_inputs(source.text) for name, source in config.sources.items()}
     return {
         "format": FORMAT,
         "curation": {k: v for k, v in dataclasses.asdict(config).items() if k != "output"},

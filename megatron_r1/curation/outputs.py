@@ -39,7 +39,7 @@ from megatron_r1.data.provenance import Provenance, read_provenance
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, read
-from megatron_r1.system.errors import require, some
+from megatron_r1.system.errors import require, rewording, some
 from megatron_r1.system.files import plain_name, replacing, write_text
 from megatron_r1.system.json_io import mistake
 from megatron_r1.system.terminal import say
@@ -47,8 +47,6 @@ from megatron_r1.system.yaml_io import format_yaml
 
 STAGE = "curate probes"
 """Name in the ledger."""
-_AT_ONCE = 1 << 16
-"""Documents of a pair whose hashes are compared at once."""
 
 
 @dataclass
@@ -76,11 +74,9 @@ class Pair:
         self.tokens = PairSource(name, name, dataset, sidecar, lengths, len(lengths))
 
     def require(self, sample: Documents) -> None:
-        """Raise ValueError where it holds no document of the sample. Right pairs are known by their first."""
-        ours, hashes_D16 = _raw(sample.column("id", ID)), self.origins.hashes
-        blocks = (hashes_D16[at : at + _AT_ONCE] for at in range(0, len(hashes_D16), _AT_ONCE))
-        if not any(np.isin(_hashes(block), ours).any() for block in blocks):
-            none = f"{self.corpus.prefix} holds none of {len(ours)} of its documents"
+        """Raise ValueError where it holds no document of the sample."""
+        if not self.origins.among(_raw(sample.column("id", ID)).tolist()).any():
+            none = f"{self.corpus.prefix} holds none of {len(sample)} of its documents"
             raise ValueError(
                 f"sources.{self.corpus.name}: {none}; name the pair that was made of these inputs"
             )
@@ -89,7 +85,8 @@ class Pair:
         """The first document with each of these texts, [N] int64, -1 where there is none."""
         hash_N, out_N = _raw(ids_N), np.full(len(ids_N), -1)
         found_M = np.flatnonzero(self.origins.among(hash_N.tolist()))
-        hash_M, first_M = np.unique(_hashes(self.origins.hashes[found_M]), return_index=True)
+        found_M16 = np.ascontiguousarray(self.origins.hashes[found_M])
+        hash_M, first_M = np.unique(found_M16.view("S16").ravel(), return_index=True)
         there_N = np.isin(hash_N, hash_M)
         out_N[there_N] = found_M[first_M[np.searchsorted(hash_M, hash_N[there_N])]]
         return out_N
@@ -100,10 +97,6 @@ def open_pairs(config: CurationConfig) -> dict[str, Pair]:
     pairs = {name: Pair(name, source.prefix) for name, source in config.sources.items()}
     check_tokenizers([pair.tokens for pair in pairs.values()], config.probes.end_documents)
     return pairs
-
-
-def _hashes(hashes_D16: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(hashes_D16).view("S16").ravel()
 
 
 def _raw(ids: np.ndarray) -> np.ndarray:
@@ -119,9 +112,7 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     folder, form, pairs = Path(config.output), config.probes, out.pairs
     say_unchecked([pair.corpus for pair in pairs.values()])
     place = {name: pair.places(out.sources[name].ids_N) for name, pair in pairs.items()}
-    chosen = {name: _in_pair(out, name, place[name]) for name in pairs}
-    missing = {name: len(out.chosen[name]) - len(rows) for name, rows in chosen.items()}
-    chosen = {name: rows for name, rows in chosen.items() if len(rows)}
+    chosen = _in_pairs(out, place)
     sets = {f"representative_{name}": {name: rows} for name, rows in chosen.items()}
     facts: dict[str, Any] = {set_name: {"sources": [*of]} for set_name, of in sets.items()}
     for domain, members in config.domains().items():
@@ -133,13 +124,7 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
                 raise ValueError(f"{fault}; raise documents or most, or lower a threshold of its sources")
             sets[f"{kind}_{domain}"] = of
             facts[f"{kind}_{domain}"] = {"capability": domain, "sources": members}
-    # A copy in another source would be trained on, too.
-    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
-    kept = {name: ~pair.origins.among(aside) for name, pair in pairs.items()}
-    for name, kept_D in kept.items():
-        if not kept_D.any():
-            fault = f"sources.{name}: all {len(kept_D)} documents of its pair are in a representative set"
-            raise ValueError(f"{fault}, and none is left to training; ask for fewer documents")
+    masks = _masks(out, chosen, form.seq_length)
     _remove_earlier(folder)
     files = list[Path]()
     for set_name, of in sets.items():
@@ -150,19 +135,19 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     for name, rows in chosen.items():
         files.append(folder / "documents" / f"{name}.parquet")
         parquet_rows(files[-1], out.sources[name].with_scores(rows))
-    masks = {}
-    for name, pair in pairs.items():
-        if not (kept_D := kept[name]).all():
-            mask = documents_mask(pair.corpus, kept_D, form.seq_length)
-            masks[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
-            with replacing(masks[name]) as stream:
-                stream.write(mask)
-    files += masks.values()
+    kept = dict[str, Path]()
+    for name, mask in masks.items():
+        kept[name] = folder / "keep" / f"{name}-{hashlib.sha256(mask).hexdigest()[:16]}.npz"
+        with replacing(kept[name]) as stream:
+            stream.write(mask)
+    files += kept.values()
     _tables(folder, out, place)
-    write_text(folder / "curated.yaml", _for_trainer(config, folder, masks))
+    write_text(folder / "curated.yaml", _for_trainer(config, folder, kept))
     content: dict[str, Any] = {
         "models": request["models"],
-        "funnel": {name: _funnel(source, missing[name]) for name, source in out.sources.items()},
+        "funnel": {
+            n: _funnel(of, len(out.chosen[n]) - len(chosen.get(n, ()))) for n, of in out.sources.items()
+        },
         **out.facts,
         "sets": {set_name: {n: len(rows) for n, rows in of.items()} for set_name, of in sets.items()},
     }
@@ -172,6 +157,21 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     manifest = answer(folder / "manifest.json", request, files, **content)
     record(manifest, folder, STAGE, request["pairs"])
     return manifest
+
+
+def _masks(out: Outcome, chosen: Mapping[str, np.ndarray], seq_length: int) -> dict[str, bytes]:
+    """Keep masks without the documents chosen. A copy in another source would be trained on, too.
+
+    Raises ValueError where a source has nothing left to train on.
+    """
+    aside = [h for name, rows in chosen.items() for h in _raw(out.sources[name].ids_N[rows]).tolist()]
+    masks = {}
+    for name, pair in out.pairs.items():
+        kept_D = ~pair.origins.among(aside)
+        with rewording(lambda error: f"{error}, or ask for fewer documents than its {len(kept_D)}"):  # noqa: B023
+            if not kept_D.all():
+                masks[name] = documents_mask(pair.corpus, kept_D, seq_length)
+    return masks
 
 
 def _remove_earlier(folder: Path) -> None:
@@ -189,16 +189,20 @@ def _remove_earlier(folder: Path) -> None:
     manifest.unlink(missing_ok=True)
 
 
-def _in_pair(out: Outcome, name: str, place_N: np.ndarray) -> np.ndarray:
-    """Rows of R_g that the pair has."""
-    rows, source = out.chosen[name], out.sources[name]
-    there = place_N[rows] >= 0
-    if missing := int((~there).sum()):
-        ids = some([one.decode() for one in source.ids_N[rows[~there]]], most=3)
-        lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
-        fault = f"sources.{name}: {lacks}"
-        say(f"warning: {fault}; they are in no set")
-    return rows[there]
+def _in_pairs(out: Outcome, place: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Source -> rows of R_g that the pair has. Sources without any are left out."""
+    chosen = {}
+    for name, rows in out.chosen.items():
+        there = place[name][rows] >= 0
+        if missing := int((~there).sum()):
+            ids = some([one.decode() for one in out.sources[name].ids_N[rows[~there]]], most=3)
+            lacks = f"{out.pairs[name].corpus.prefix} lacks {missing} of {len(rows)} documents ({ids})"
+            say(f"warning: sources.{name}: {lacks}; they are in no set")
+        if there.any():
+            chosen[name] = rows[there]
+        else:
+            say(f"warning: sources.{name}: none of its documents is left, so it has no representative set")
+    return chosen
 
 
 def _in_turn(
@@ -279,14 +283,15 @@ def _card(config: CurationConfig, content: Mapping[str, Any]) -> str:
         share = f"{of['documents']:,} ({of['share_read']:.2%})"
         rows.append([name, f"{of['read']:,}", share, *(by_stage.get(stage, "") for stage in stages)])
     counts = [[name, ", ".join(f"{n} {k:,}" for n, k in of.items())] for name, of in sets.items()]
-    prompts = dict.fromkeys([*config.prompts("judge").values(), *config.prompts("domain").values()])
     template = Path(__file__).with_name("card.md").read_text()
     return template.format(
         funnel=_markdown(rows),
         sets=_markdown([["set", "documents of each source"], *counts]),
         models="\n".join(f"- {kind}: {identity}" for kind, identity in content["models"].items()) or "None.",
         request=indent(format_yaml(dataclasses.asdict(config)), "    ", lambda line: True),
-        prompts="".join(f"\n## Prompt {p.stem}\n\n{indent(p.read_text(), '    ')}\n" for p in prompts),
+        prompts="".join(
+            f"\n## Prompt {p.stem}\n\n{indent(p.read_text(), '    ')}\n" for p in config.prompt_files()
+        ),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from fractions import Fraction as Ratio
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,11 +25,16 @@ from megatron_r1.config import (
     name_mistakes,
 )
 from megatron_r1.config_io import ConfigError, load_root
-from megatron_r1.system.errors import require, suggest_path
+from megatron_r1.system.errors import require, rewording, suggest_path
 
 Fraction = Annotated[float, limit(lambda v: 0 < v <= 1, "must be above 0 and at most 1")]
 SLACK = 1.25
-"""Documents that reach the last stages, as a multiple of those asked for. Duplicates drop out there."""
+"""Documents that the sample is drawn for, as a multiple of those needed. Duplicates drop out later."""
+
+
+def exact(share: float) -> Ratio:
+    """A share as it is written: 0.07 of 100 documents are 7, where 0.07 * 100 is above 7."""
+    return Ratio(str(share))
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class TextSource(Section):
     """A training source as text, and the pair that was made of it."""
 
     text: list[Text]
-    """Inputs as tools/preprocess_data.py reads them. One with *, ? or [ stands for all files that match."""
+    """Inputs as tools/preprocess_data.py reads them. `*` in a name stands for files."""
     prefix: Text
     """The source's pair, without `.bin` / `.idx`. Documents are found in it by the hash of their text."""
     key: Text = "text"
@@ -48,16 +54,6 @@ class TextSource(Section):
 
     def keys(self) -> list[str]:
         return [self.key, *([self.score] if self.score else [])]
-
-    def inputs(self) -> tuple[str, ...]:
-        """The names of its inputs. Raises FileNotFoundError for a pattern that no file matches."""
-        found = list[str]()
-        for name in self.text:
-            matches = [name] if Path(name).exists() or not has_magic(name) else sorted(glob(name))
-            if not matches:
-                raise FileNotFoundError(f"input {name}: no file matches")
-            found += matches
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -151,10 +147,10 @@ class CurationConfig(Section):
     decontamination: Decontamination | None = None
     probes: ProbeSets = field(default_factory=ProbeSets)
 
-    def needed(self) -> int:
-        """Documents of a source that the quality stage must hand on."""
-        shares = self.judge.keep * self.judge.domain_keep if self.judge else 1.0
-        return math.ceil(self.documents * SLACK / shares)
+    def needed(self, slack: float = 1.0) -> int:
+        """Documents of a source that quality hands on at least: ten times `documents` by default."""
+        shares = exact(self.judge.keep) * exact(self.judge.domain_keep) if self.judge else 1
+        return math.ceil(self.documents * exact(slack) / shares)
 
     def domains(self) -> dict[str, list[str]]:
         """Capability -> its sources."""
@@ -172,10 +168,13 @@ class CurationConfig(Section):
 
     def files(self) -> list[Path]:
         """Prompts, labelled texts and evaluation items."""
-        named = [*self.prompts("judge").values(), *self.prompts("domain").values()]
+        named = self.prompt_files()
         named += [Path(self.quality.labelled)] if self.quality and self.quality.labelled else []
         named += map(Path, self.decontamination.items.values() if self.decontamination else ())
         return list(dict.fromkeys(named))
+
+    def prompt_files(self) -> list[Path]:
+        return list(dict.fromkeys([*self.prompts("judge").values(), *self.prompts("domain").values()]))
 
     def prompts(self, kind: str) -> dict[str, Path]:
         """Source -> file of its prompt, "judge": the general one, "domain": that of its domains."""
@@ -204,23 +203,15 @@ def _cross_check(fields: dict[str, Any], legal: bool) -> list[str]:
         path, domains = f"sources.{name}", source.domains
         if not source.text:
             out.append(f"{path}.text: empty; name at least one input")
-        if (first := prefixes.setdefault(source.prefix, name)) != name:
+        if (first := prefixes.setdefault(os.path.realpath(source.prefix), name)) != name:
             out.append(f"{path}.prefix={source.prefix} is that of {first}, too; a source has its own pair")
         wrong = name_mistakes(dict.fromkeys(domains), RESERVED)
         out += [f"{path}.domains: {domain}: {why}" for domain, why in wrong.items()]
-        out += [f"{path}.domains: {domain} stands there twice" for domain in _twice(domains)]
+        twice = [domain for domain, times in Counter(domains).items() if times > 1]
+        out += [f"{path}.domains: {domain} stands there twice" for domain in twice]
     if legal and (pilot := fields.get("pilot", 1)) > (most := fields.get("most", pilot)):
         out.append(f"pilot={pilot} is above most={most}; raise most")
     return out
-
-
-def _twice(names: list[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _languages() -> set[str]:
-    """Codes that a document may get. Another would be found wanting when all text has been read."""
-    return {code for code, _ in require("py3langid", "quality.language").rank("")}
 
 
 def _check_whole(config: CurationConfig) -> None:
@@ -236,12 +227,20 @@ def _check_whole(config: CurationConfig) -> None:
             out.append(f"quality.model is null, and sources.{name} has no score; give one of the two")
     if quality and quality.labelled and (quality.label or quality.model is None):
         out.append("quality.labelled trains a head on the embeddings of quality.model, without a label")
-    if (language := quality and quality.language) and language not in _languages():
-        out.append(f"quality.language={language} is no code of py3langid, as en or de; write one")
-    missing = [path for path in config.files() if not path.is_file()]
+    items, language = config.decontamination, quality.language if quality else None
+    if items and not (items.items or items.gold):
+        out.append("decontamination names neither items nor gold; name some, or leave the section out")
+    if language:
+        known = sorted(code for code, _ in require("py3langid", "quality.language").rank(""))
+        if language not in known:
+            out.append(f"quality.language={language} is none of {', '.join(known)}")
+    # os.path's answers are no errors, however long the name.
+    missing = [path for path in config.files() if not os.path.isfile(path)]
     out += [f"{path}: no such file{suggest_path(path)}" for path in missing]
-    for path in {*config.prompts("judge").values(), *config.prompts("domain").values()} - {*missing}:
-        if (times := path.read_text().count("{document}")) != 1:
+    for path in (path for path in config.prompt_files() if path not in missing):
+        with rewording(lambda error: f"{path} is not UTF-8: {error}", UnicodeDecodeError):  # noqa: B023
+            times = path.read_text().count("{document}")
+        if times != 1:
             out.append(f"{path} has {{document}} {times} times; it stands once, where the text goes")
     if out:
         raise ConfigError(out)

@@ -3,6 +3,7 @@
 All inputs of a source are cut into parts of equal bytes, and the parts are put into a random order. The first
 of them are read, until enough documents are there. A document belongs to the part that holds its first byte.
 So each document is in the sample with the same probability, and inputs of any size are read in part only.
+Reading ends with the part that has enough documents: a sample of a few parts favours long documents a little.
 
 A packed file cannot be read from its middle. Its parts are its documents by their hash, and for each round
 the file is read whole. Packed files therefore take turns: the parts of 16 are in random order together, and
@@ -17,12 +18,10 @@ import hashlib
 import math
 import multiprocessing
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -32,11 +31,11 @@ import numpy as np
 import xxhash
 
 from megatron_r1.curation.request import CurationConfig, TextSource
-from megatron_r1.curation.work import ID, Documents, key_of, write_documents
-from megatron_r1.preprocess.documents import Input, Lines, identity, open_inputs
-from megatron_r1.preprocess.rows import parse, reject, text_of
+from megatron_r1.curation.work import ID, Documents, key_of, parted, write_documents
+from megatron_r1.preprocess.documents import Input, Lines, Piece, identity, open_inputs
+from megatron_r1.preprocess.rows import Row, parse, reject, text_of
 from megatron_r1.preprocess.workers import follow_parent
-from megatron_r1.system.errors import require, shown
+from megatron_r1.system.errors import require, rewording, shown
 from megatron_r1.system.terminal import Progress
 
 FORMAT = 1
@@ -52,6 +51,9 @@ _MOST_REJECTS = 20
 _NOTHING: dict[str, Any] = {"parts": 0, "counts": {}, "rejects": []}
 """Facts of no round."""
 _LANGUAGE_CHARACTERS = 4000
+_LARGEST = float(np.finfo(np.float32).max)
+_STAGE: dict[str, Any] = {"threshold": None, "fallback": False, "examples": {"kept": [], "dropped": []}}
+"""Facts of a stage that are the same for most."""
 SCORES = ("quality", "judge", "domain")
 SHOWN, CHARACTERS = 3, 300
 """Examples of a stage that the manifest shows, and their characters."""
@@ -64,25 +66,19 @@ class Parts:
     """The parts of a source's inputs, in seeded order: `input_P`, `number_P`, and `bytes_P` [P]."""
 
     def __init__(self, inputs: Sequence[Input], seed: int):
-        rng = np.random.default_rng(seed)
-        size = min(max(sum(source.size for source in inputs) // PARTS, LEAST_PART), MOST_PART)
-        packed = [_is_packed(source) for source in inputs]
-        turns = iter(rng.permutation(sum(packed)) // _TURN)
-        count_I = [
-            max(1, -(-source.size * (_PACKED if is_packed else 1) // size))
-            for source, is_packed in zip(inputs, packed, strict=True)
-        ]
+        rng, size_I = np.random.default_rng(seed), np.array([source.size for source in inputs])
+        packed_I = np.array([_is_packed(source) for source in inputs])
+        size, packed = min(max(int(size_I.sum()) // PARTS, LEAST_PART), MOST_PART), int(packed_I.sum())
+        turn_I = np.zeros(len(inputs))
+        turn_I[packed_I] = rng.permutation(packed) // _TURN
+        self.count_I = np.maximum(1, -(-size_I * np.where(packed_I, _PACKED, 1) // size))
+        input_P = np.repeat(np.arange(len(inputs)), self.count_I)
         # Turns of packed files are spread over [0, 1), where all other parts lie at random.
-        last = -(-sum(packed) // _TURN)
-        place_P = [
-            (next(turns) + rng.random(count)) / last if is_packed else rng.random(count)
-            for count, is_packed in zip(count_I, packed, strict=True)
-        ]
-        order = np.argsort(np.concatenate(place_P), kind="stable")
-        self.count_I = np.array(count_I)
-        self.input_P = np.repeat(np.arange(len(inputs)), count_I)[order]
-        self.number_P = np.concatenate([np.arange(count) for count in count_I])[order]
-        self.bytes_P = (np.array([source.size for source in inputs]) / self.count_I)[self.input_P]
+        turns_I = np.where(packed_I, -(-packed // _TURN), 1)
+        order = np.argsort((turn_I[input_P] + rng.random(len(input_P))) / turns_I[input_P], kind="stable")
+        self.input_P = input_P[order]
+        self.number_P = np.concatenate([np.arange(count) for count in self.count_I])[order]
+        self.bytes_P = (size_I / self.count_I)[self.input_P]
 
     def __len__(self) -> int:
         return len(self.input_P)
@@ -119,7 +115,7 @@ def draw(
     """
     source = config.sources[name]
     language = config.quality.language if config.quality else None
-    inputs = open_inputs(source.inputs())
+    inputs = open_inputs(source.text)
     for one in inputs:
         one.check(source.keys())
     key = key_of(
@@ -127,7 +123,7 @@ def draw(
         seed=config.seed, target=target, most=config.most, before=before and before.path.name,
     )  # fmt: skip
     path, drawn = work / f"sample-{name}-{key}.parquet", work / f"draw-{name}-{key}"
-    if path.with_suffix(".json").is_file():
+    if Documents.there(path):
         shutil.rmtree(drawn, ignore_errors=True)
         return Documents(path)
     parts, earlier = Parts(inputs, config.seed), before.facts if before else _NOTHING
@@ -136,15 +132,21 @@ def draw(
     rate = len(known) / begin if begin else 0.0
     units, fresh = list[Documents](), set[str]()
     read = partial(_read, name, source, language)
-    with _processes(workers) as shared, Progress(f"sample {name}", target, "documents") as bar:
+    # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
+    died = "a worker process died, most often for want of memory; run again with fewer --workers to go on"
+    with (
+        rewording(lambda _: died, BrokenProcessPool),
+        pool,
+        Progress(f"sample {name}", target, "documents") as bar,
+    ):
         while len(fresh) < target and end < len(parts):
             # Documents that are rare at first are not taken for rare everywhere.
             most = min(8 * (end - begin) or 8 * begin or _FIRST, len(parts) - end)
             more = min(math.ceil((target - len(fresh)) / rate), most) if rate else most
             tasks = parts.tasks(inputs, end, end + more)
             paths = [drawn / f"{end:08d}-{n:06d}.parquet" for n in range(len(tasks))]
-            for _ in shared(read, tasks, paths):
-                pass
+            deque((pool.map if workers > 1 else map)(read, tasks, paths), 0)
             some = [Documents(one) for one in paths]
             found = {row["id"] for unit in some for row in unit.rows("id")} - known - fresh
             bar.advance(len(found))
@@ -175,30 +177,46 @@ def _once(units: Sequence[Documents], wanted: set[str]) -> Iterator[dict[str, An
                 yield row
 
 
-@contextmanager
-def _processes(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
-    """A `map` that so many processes share."""
-    if workers == 1:
-        yield map
-        return
-    # Spawned, not forked: the caller may hold threads or a device. These processes import no torch.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, follow_parent)
-    try:
-        yield pool.map
-    except BrokenProcessPool:
-        way_out = "run again with fewer --workers to go on"
-        raise ChildProcessError(f"a worker process died, most often for want of memory; {way_out}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _read(name: str, source: TextSource, language: str | None, task: Task, path: Path) -> None:
     """Write the documents of some parts."""
-    counts: Counter[str] = Counter()
-    rejects: list[dict[str, Any]] = []
-    rows = _rows(name, source, language, task, counts, rejects)
-    write_documents(path, rows, lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]})
+    counts, rejects = Counter[str](), list[dict[str, Any]]()
+    number, listed, count = task
+    opened, numbers = _opened(tuple(source.text))[number], set(listed)
+    packed, size = _is_packed(opened), opened.size
+    classify = require("py3langid", "quality.language").classify if language else None
+
+    def document(piece: Piece, line: int, row: Row, within: bool) -> dict[str, Any] | None:
+        try:
+            if (record := parse(row)) is None:
+                return None
+            text, utf8 = text_of(record, source.key)
+            digest = xxhash.xxh3_128_digest(utf8)
+            if packed and int.from_bytes(digest[8:], "big") % count not in numbers:
+                return None
+            score = _score(record, source.score) if source.score else None
+        except ValueError as error:
+            # Without a text a packed file's line has no hash.
+            if not packed or line % count in numbers:
+                counts.update(read=1, rejected=1)
+                rejects.append(reject(piece.path, 0 if within else line, str(error), row))
+            return None
+        counts["read"] += 1
+        if classify and classify(text[:_LANGUAGE_CHARACTERS])[0] != language:
+            counts["other_language"] += 1
+            return None
+        metadata = {"source": name, "file": opened.name, "score": score}
+        return {"text": text, "id": digest.hex(), "metadata": metadata}
+
+    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
+    rows = (
+        document(piece, line, row, lo > 0)
+        for lo, hi in ([(0, size)] if packed else ranges)
+        for piece in opened.pieces(number, source.keys(), lo, hi)
+        for line, row in enumerate(piece.rows, piece.first)
+    )
+    write_documents(
+        path, filter(None, rows), lambda: {"counts": dict(counts), "rejects": rejects[:_MOST_REJECTS]}
+    )
 
 
 @cache
@@ -206,81 +224,31 @@ def _opened(names: tuple[str, ...]) -> list[Input]:
     return open_inputs(names)
 
 
-def _rows(
-    name: str,
-    source: TextSource,
-    language: str | None,
-    task: Task,
-    counts: Counter[str],
-    rejects: list[dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    inputs = _opened(source.inputs())
-    classify = require("py3langid", "quality.language").classify if language else None
-    of_input, listed, count = task
-    numbers = set(listed)
-    opened = inputs[of_input]
-    packed, size = _is_packed(opened), opened.size
-    ranges = [(size * n // count, size * (n + 1) // count) for n in listed]
-    for lo, hi in [(0, size)] if packed else ranges:
-        for piece in opened.pieces(of_input, source.keys(), lo, hi):
-            for line, row in enumerate(piece.rows, piece.first):
-                try:
-                    if (record := parse(row)) is None:
-                        continue
-                    text, utf8 = text_of(record, source.key)
-                    digest = xxhash.xxh3_128_digest(utf8)
-                    if packed and int.from_bytes(digest[8:], "big") % count not in numbers:
-                        continue
-                    score = _score(record, source.score) if source.score else None
-                except ValueError as error:
-                    # Without a text a packed file's line has no hash.
-                    if not packed or line % count in numbers:
-                        counts["read"] += 1
-                        counts["rejected"] += 1
-                        rejects.append(reject(piece.path, line if not lo else 0, str(error), row))
-                    continue
-                counts["read"] += 1
-                if classify and classify(text[:_LANGUAGE_CHARACTERS])[0] != language:
-                    counts["other_language"] += 1
-                    continue
-                metadata = {"source": name, "file": opened.name, "score": score}
-                yield {"text": text, "id": digest.hex(), "metadata": metadata}
-
-
 def _score(record: dict[str, Any], key: str) -> float:
     """The number under a key, `a.b` within `a`. Raises ValueError that says why there is none."""
     value: Any = record
     for name in [key] if key in record else key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    # Scores are kept in float32, in which a larger one is infinite.
-    if type(value) not in (int, float) or not abs(value) <= float(np.finfo(np.float32).max):
+    # Scores are float32 from here on.
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         raise ValueError(f"no score: {key!r} is {shown(value)}")
     return float(value)
 
 
-@dataclass
 class Source:
-    """A source's sample, and how far its documents came. Rows are numbered over both rounds, N in all."""
+    """A source's sample, and how far its documents came. Rows are numbered over both rounds, N in all.
 
-    name: str
-    rounds: list[Documents]
-    ids_N: np.ndarray
-    left: np.ndarray
-    """Rows that passed all stages so far, ascending."""
-    scores: dict[str, np.ndarray]
-    """Kind -> float32 [N], NaN where it was not asked for."""
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    last_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
-    """Stages that each row passed."""
+    `left`: rows that passed all stages so far, ascending. `scores`: kind -> float32 [N], NaN where it was not
+    asked for. `last_N`: stages that each row passed.
+    """
 
-    @classmethod
-    def of(cls, name: str, rounds: list[Documents]) -> Source:
-        ids_N = np.concatenate([one.column("id", ID) for one in rounds])
-        facts, n = rounds[-1].facts, len(ids_N)
-        empty = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
-        out = cls(name, rounds, ids_N, np.arange(n), empty, last_N=np.zeros(n, np.int8))
-        out._record("sample", facts["counts"]["read"], n)
-        return out
+    def __init__(self, name: str, rounds: list[Documents]):
+        self.name, self.rounds = name, rounds
+        self.ids_N = np.concatenate([one.column("id", ID) for one in rounds])
+        n, read = len(self.ids_N), rounds[-1].facts["counts"]["read"]
+        self.left, self.last_N = np.arange(n), np.zeros(n, np.int8)
+        self.scores = {kind: np.full(n, np.nan, np.float32) for kind in SCORES}
+        self.stages: list[dict[str, Any]] = [{"stage": "sample", "in": read, "kept": n, **_STAGE}]
 
     @property
     def score_N(self) -> np.ndarray:
@@ -291,10 +259,8 @@ class Source:
         return out
 
     def rows(self, among: np.ndarray, *columns: str) -> Iterator[dict[str, Any]]:
-        first = 0
-        for one in self.rounds:
-            yield from one.rows(*columns, among=among[(among >= first) & (among < first + len(one))] - first)
-            first += len(one)
+        for one, some in zip(self.rounds, parted(among, [*map(len, self.rounds)]), strict=True):
+            yield from one.rows(*columns, among=some)
 
     def ranked(self, rows: np.ndarray, score_N: np.ndarray | None = None) -> np.ndarray:
         """Rows from the best score down."""
@@ -325,12 +291,8 @@ class Source:
         before, self.left = self.left, np.sort(kept)
         self.last_N[self.left] += 1
         ends = {"kept": self.left, "dropped": np.setdiff1d(before, self.left)}
-        self._record(stage, len(before), len(self.left), self._examples(ends, score_N), **facts)
-
-    def _record(self, stage: str, into: int, kept: int, examples: Any = None, **facts: Any) -> None:
-        facts = {"threshold": None, "fallback": False, **facts}
-        examples = examples or {"kept": [], "dropped": []}
-        self.stages.append({"stage": stage, "in": into, "kept": kept, **facts, "examples": examples})
+        facts = {**_STAGE, **facts, "examples": self._examples(ends, score_N)}
+        self.stages.append({"stage": stage, "in": len(before), "kept": len(self.left), **facts})
 
     def _examples(self, ends: dict[str, np.ndarray], score_N: np.ndarray | None) -> dict[str, Any]:
         """Documents at the top, in the middle and at the bottom of each end."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,27 @@ class Documents:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.facts = read_object(self.path.with_suffix(".json"))
-        self.chunks: list[int] = self.facts["chunks"]
-        """Documents of each chunk."""
+        with self._reading(self.path.with_suffix(".json")):
+            self.facts = read_object(self.path.with_suffix(".json"))
+            self.chunks: list[int] = self.facts["chunks"]
+            """Documents of each chunk."""
 
     def __len__(self) -> int:
         return sum(self.chunks)
 
+    @staticmethod
+    def there(path: Path) -> bool:
+        """Whether both files are there. The second is written last, so the first is whole."""
+        return path.is_file() and path.with_suffix(".json").is_file()
+
+    @staticmethod
+    def _reading(path: Path) -> AbstractContextManager[None]:
+        way_out = "remove it, and run the same command again"
+        return rewording(lambda error: f"{path} is damaged ({error!s:.200}); {way_out}", Exception)
+
     def read(self, chunk: int, *columns: str) -> list[dict[str, Any]]:
         """The rows of a chunk. ValueError for a damaged file."""
-        way_out = "remove it, and run the same command again"
-        with (
-            rewording(lambda error: f"{self.path} is damaged ({error!s:.200}); {way_out}", Exception),
-            open_parquet(self.path) as file,
-        ):
+        with self._reading(self.path), open_parquet(self.path) as file:
             return file.read_row_group(chunk, list(columns) or None).to_pylist()
 
     def column(self, name: str, dtype: Any) -> np.ndarray:
@@ -66,15 +74,17 @@ class Documents:
 
     def rows(self, *columns: str, among: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
         """All rows, or those whose numbers are `among`, ascending."""
-        first = 0
-        for chunk, count in enumerate(self.chunks):
-            wanted = (
-                range(count) if among is None else among[(among >= first) & (among < first + count)] - first
-            )
+        for chunk, wanted in enumerate(parted(np.arange(len(self)) if among is None else among, self.chunks)):
             if len(wanted):
                 rows = self.read(chunk, *columns)
                 yield from (rows[i] for i in wanted)
-            first += count
+
+
+def parted(among: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Ascending numbers of rows of consecutive parts, as numbers within each part."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    parts = np.split(among, np.searchsorted(among, ends)[:-1])
+    return [part - end + count for part, end, count in zip(parts, ends, counts, strict=False)]
 
 
 def write_documents(
@@ -84,7 +94,7 @@ def write_documents(
 
     A file whose facts are there is whole, and is left as it is.
     """
-    if not path.with_suffix(".json").is_file():
+    if not Documents.there(path):
         make_folder(path.parent)
         chunks = parquet_rows(path, rows)
         write_json(path.with_suffix(".json"), {**facts(), "chunks": chunks})
@@ -124,21 +134,20 @@ class Job:
     kind: str
     source: str
     documents: str
-    folder: str
-    """Where the chunks' scores are. The name follows from the request."""
+    work: str
     identity: str
     prompt: str | None = None
 
-    @classmethod
-    def of(
-        cls, kind: str, source: str, documents: Path, work: Path, identity: str, prompt: str | None = None
-    ) -> Job:
-        key = key_of(documents=documents.name, identity=identity, prompt=prompt)
-        return cls(kind, source, str(documents), str(work / f"{kind}-{source}-{key}"), identity, prompt)
+    @property
+    def folder(self) -> Path:
+        """Where the chunks' scores are. The name follows from the request."""
+        key = key_of(documents=Path(self.documents).name, identity=self.identity, prompt=self.prompt)
+        return Path(self.work) / f"{self.kind}-{self.source}-{key}"
 
     def files(self) -> list[Path]:
         """The file of each chunk's scores."""
-        return [Path(self.folder) / f"{i:06d}.npy" for i in range(len(Documents(self.documents).chunks))]
+        folder = self.folder
+        return [folder / f"{i:06d}.npy" for i in range(len(Documents(self.documents).chunks))]
 
 
 class Pending(Exception):

@@ -77,7 +77,7 @@ def _mbpp(of: dict[str, Any]) -> Item:
 
 
 def _math500(of: dict[str, Any]) -> Item:
-    # `answer` of the package is damaged in 18 items: "\left" became "\le", and matrices lost "\\".
+    # `answer` of the package is damaged in some items: "\left" became "\le", and matrices lost "\\".
     prompt, solution = f"Problem:\n{of['problem']}\n\nSolution:", of["solution"]
     return Item(f"math500/{of['index']}", of["problem"], prompt, f" {solution}", boxed(solution))
 

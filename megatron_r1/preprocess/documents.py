@@ -33,11 +33,13 @@ from megatron_r1.system.arrow_io import (
     BoundError,
     beginning,
     check_stream,
+    flat,
     largest_page,
     open_parquet,
     slices,
     stand_in,
     text_bytes,
+    with_fields,
 )
 from megatron_r1.system.errors import hub_name, require, require_utf8, shown, suggest_path
 from megatron_r1.system.files import beside, plain_name, sha256
@@ -339,7 +341,7 @@ class Parquet(_Table):
 
     def _open(self) -> tuple[Any, int]:
         with self._reading(), open_parquet(self.name) as file:
-            return file.schema_arrow, file.metadata.num_rows
+            return with_fields(file.schema_arrow), file.metadata.num_rows
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
         at = 0
@@ -364,7 +366,7 @@ class Parquet(_Table):
                     done += batch.num_rows
                     if done > lo:
                         before = done - batch.num_rows
-                        yield batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before))
+                        yield flat(batch.slice(max(lo - before, 0), min(hi, done) - max(lo, before)), keys)
         if at < end:
             raise InputError(f"{self.name} is damaged: {at} of its {end} rows are in row groups; mend it")
 
@@ -377,13 +379,14 @@ class Dataset(_Table):
         self._dataset = dataset
 
     def _open(self) -> tuple[Any, int]:
-        return self._dataset.data.schema, len(self._dataset)
+        return with_fields(self._dataset.data.schema), len(self._dataset)
 
     def _tables(self, keys: Sequence[str], start: int, end: int) -> Iterator[Any]:
-        dataset = self._dataset.select_columns(list(keys)).with_format("arrow")
+        roots = (key if key in self._dataset.column_names else key.split(".")[0] for key in keys)
+        dataset = self._dataset.select_columns([*dict.fromkeys(roots)]).with_format("arrow")
         for lo in range(start, end, _ROWS_AT_ONCE):
             with self._reading(lambda: f" after row {lo}"):  # noqa: B023
-                table = dataset[lo : min(end, lo + _ROWS_AT_ONCE)]
+                table = flat(dataset[lo : min(end, lo + _ROWS_AT_ONCE)], keys)
                 # It is mapped, so a wrong place of a text would be one anywhere in memory.
                 table.validate()
                 for column in table.columns:
@@ -422,9 +425,8 @@ def _load_dataset(name: str) -> Any:
         return _load_saved(saved / parts[1])
     configuration = parts[1] if len(parts) == 3 else None
     split = parts[-1] if len(parts) > 1 else "train"
-    where, revision = (
-        (parts[0], None) if saved.exists() else hub_name(parts[0], f"input {name}: no dataset at")
-    )
+    missing = f"input {name}: no dataset at"
+    where, revision = (parts[0], None) if saved.exists() else hub_name(parts[0], missing)
     return _loaded("load_dataset", name, where, configuration, split=split, revision=revision)
 
 

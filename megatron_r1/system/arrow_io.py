@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +46,23 @@ def _stored(kind: Any) -> Any:
     arrow, types = require("pyarrow", "reading a table"), require("pyarrow.types", "reading a table")
     kind = kind.storage_type if isinstance(kind, arrow.BaseExtensionType) else kind
     return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def with_fields(schema: Any) -> Any:
+    """A table's schema, and `a.b` for each field of a struct `a`."""
+    for field in schema.empty_table().flatten().schema:
+        schema = schema if field.name in schema.names else schema.append(field)
+    return schema
+
+
+def flat(rows: Any, keys: Sequence[str]) -> Any:
+    """The columns `keys` of an Arrow table or batch, of which some may be fields of structs."""
+    if all(key in rows.schema.names for key in keys):
+        return rows
+    arrow = require("pyarrow", "reading a table")
+    rows = arrow.Table.from_batches([rows]) if isinstance(rows, arrow.RecordBatch) else rows
+    fields = rows.flatten()
+    return arrow.table({key: (rows if key in rows.schema.names else fields)[key] for key in keys})
 
 
 def slices(table: Any, most: int) -> Iterator[tuple[Any, int]]:

@@ -155,7 +155,7 @@ def test_too_few_above_the_threshold_are_filled_up_and_said(tmp_path):
     for name in DOMAINS:
         stage = stages(manifest, name)["quality"]
         chosen = best(texts_of(name), "q", config.needed())
-        assert stage["fallback"] and stage["kept"] == config.needed() == 32
+        assert stage["fallback"] and stage["kept"] == config.needed() == 25
         assert stage["threshold"] == pytest.approx(said(chosen[-1], "q"))
         assert len(stage["examples"]["kept"]) == len(stage["examples"]["dropped"]) == 3
         assert stage["examples"]["kept"][0]["text"] == chosen[0]
@@ -167,7 +167,7 @@ def test_too_few_above_the_threshold_are_filled_up_and_said(tmp_path):
 
 
 def test_the_sample_is_as_large_as_the_pilot_asks_for(tmp_path):
-    """20 % pass: 32 documents need some 160, and two deviations of the pilot's rate more."""
+    """20 % pass: 1.25 x 25 documents need some 160, and two deviations of the pilot's rate more."""
     rows = {"a": [row["text"] for row in documents(5, 5000, "a")]}
     manifest = curate(made(tmp_path, rows, pilot=100), make=(make := models()))
     quality = stages(manifest, "a")["quality"]
@@ -430,11 +430,30 @@ def test_an_empty_half_of_a_domain_is_an_error(tmp_path):
         curate(made(tmp_path, documents=1), make=models())
 
 
-def test_a_source_of_which_nothing_is_left_to_training_is_an_error(tmp_path):
-    config = made(tmp_path, {"a": texts_of("a")[:20]}, documents=100, quality=None, judge=None)
-    with pytest.raises(ValueError, match=r"sources\.a: all 20 documents .* ask for fewer documents"):
-        curate(config, make=models())
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["work"]
+def test_shares_are_those_that_are_written(tmp_path):
+    """0.07 * 100 is above 7, and 0.7 * 0.1 below 0.07."""
+    judge = {"model": "J", "prompts": str(tmp_path / "prompts"), "keep": 0.07, "domain_keep": 0.7}
+    texts = {"a": texts_of("a")[:100]}
+    config = made(tmp_path, texts, documents=7, quality=None, judge=judge)
+    assert config.needed() == 143 and config.needed(1.25) == 179
+    manifest = curate(config, make=models())
+    assert [stages(manifest, "a")[kind]["kept"] for kind in ("judge", "domain")] == [7, 5]
+
+
+def test_a_source_that_r_g_takes_whole_is_an_error_before_any_file(tmp_path):
+    curate(config := made(tmp_path), make=models())
+    before = digests(tmp_path / "out")
+    config = made(tmp_path, {"a": texts_of("a")[:20], "c": texts_of("c")[:1]})
+    with pytest.raises(ValueError, match=r"mask of source 'c' leaves no label .* fewer documents than its 1"):
+        curate(config, make=models(), overwrite=True)
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_source_of_copies_alone_is_named(tmp_path, capsys):
+    manifest = curate(made(tmp_path, {n: texts_of("a") for n in "ac"}, judge=None), make=models())
+    assert "representative_c" not in manifest["sets"] and stages(manifest, "c")["near"]["kept"] == 0
+    said_so = "warning: sources.c: none of its documents is left, so it has no representative set"
+    assert said_so in capsys.readouterr().err
 
 
 def test_a_pair_of_other_texts_is_an_error_and_missing_documents_are_counted(tmp_path):
@@ -470,12 +489,16 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
         (["sources.a.domains=[loss]"], r"sources\.a\.domains: loss: the name of a column"),
         (["sources.b.prefix=same", "sources.a.prefix=same"], r"sources\.b\.prefix=same is that of a, too"),
         (["duplicates.near=0.01"], r"duplicates\.near=0\.01 must be within 0\.05 and 1"),
+        (["sources.b.prefix=x/../same", "sources.a.prefix=same"], r"sources\.b\.prefix=.* is that of a, too"),
+        (["quality.language=english"], r"quality\.language=english is none of .* de, .*, en, "),
+        (["decontamination={}"], r"decontamination names neither items nor gold"),
+        (["sources.a.domains=[latin]"], r"prompts/latin\.txt is not UTF-8"),
+        ([f"sources.a.domains=[{'x' * 300}]"], r"a name has at most 100 bytes"),
         (["judge.keep=0"], r"judge\.keep=0\.0 must be above 0 and at most 1"),
         (["pilot=5000"], r"pilot=5000 is above most=4000; raise most"),
         (["quality=null", "sources.a.score=own"], r"sources\.a\.score is compared with quality\.threshold"),
         (["quality.model=null"], r"quality\.model is null, and sources\.a has no score"),
         (["quality.labelled=none.jsonl"], r"none\.jsonl: no such file"),
-        (["quality.language=english"], r"quality\.language=english is no code of py3langid"),
         (["documents=many"], r"documents='many' must be an integer"),
         (["decontamination.gold=[gsm9k]"], r"decontamination\.gold\.0='gsm9k' must be"),
         (["judges=null"], r"judges: unknown section; did you mean judge\?"),
@@ -485,6 +508,7 @@ def test_a_model_that_gives_no_number_is_an_error(tmp_path, monkeypatch):
 def test_mistakes_in_the_request_are_one_message(tmp_path, changes, message):
     made(tmp_path, {"a": texts_of("a")[:3], "b": texts_of("b")[:3]})
     (tmp_path / "prompts" / "twice.txt").write_text("{document} {document}")
+    (tmp_path / "prompts" / "latin.txt").write_bytes("\u00e9 {document}".encode("latin1"))
     with pytest.raises(ValueError, match=message):
         load([str(tmp_path / "request.yaml"), *changes])
 

@@ -145,7 +145,7 @@ def test_repeated_documents_and_other_languages_are_left_out_and_counted(tmp_pat
 def test_a_score_may_lie_deeper_and_must_be_a_number(tmp_path):
     rows = [{"text": f"t{i}", "about": {"edu": i / 7}} for i in range(9)]
     rows += [{"text": "x", "about": {"edu": "high"}}, {"text": "y"}, {"text": "z", "about": {"edu": True}}]
-    rows += [{"text": "u", "about": {"edu": 1e39}}]
+    rows += [{"text": "v", "about": {"edu": 1e39}}]
     config = request(tmp_path, sources([write_lines(tmp_path / "in.jsonl", rows)], score="about.edu"))
     drawn = draw("a", config, tmp_path / "work", 1000)
     assert {r["text"]: r["metadata"]["score"] for r in drawn.rows()} == {f"t{i}": i / 7 for i in range(9)}
@@ -156,6 +156,37 @@ def test_a_score_may_lie_deeper_and_must_be_a_number(tmp_path):
         "no score: 'about.edu' is True",
         "no score: 'about.edu' is 1e+39",
     ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_score_in_a_struct_of_a_table_is_read(tmp_path, kind):
+    """datatrove's form."""
+    rows = [{"text": f"t{i}", "metadata": {"edu": i / 7, "url": "u"}} for i in range(9)]
+    rows += [{"text": "none", "metadata": None}, {"text": "null", "metadata": {"edu": None, "url": "u"}}]
+    if kind == "parquet":
+        path = write_as("parquet", tmp_path, rows)
+    else:
+        datasets, path = pytest.importorskip("datasets"), str(tmp_path / "saved")
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    drawn = draw("a", request(tmp_path, sources([path], score="metadata.edu")), tmp_path / "work", 1000)
+    assert {r["text"]: r["metadata"]["score"] for r in drawn.rows()} == {f"t{i}": i / 7 for i in range(9)}
+    assert drawn.facts["counts"] == {"read": 11, "rejected": 2}
+    with pytest.raises(ValueError, match=r"no column 'metadata\.edy'; it has text, metadata, metadata\.edu"):
+        draw("a", request(tmp_path, sources([path], score="metadata.edy")), tmp_path / "work", 10)
+
+
+def test_a_damaged_sample_is_made_again_once_it_is_removed(tmp_path):
+    config = request(tmp_path, sources([write_lines(tmp_path / "in.jsonl", documents(0, 50))]))
+    drawn = draw("a", config, tmp_path / "work", 10)
+    whole = drawn.path.read_bytes()
+    drawn.path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"sample-a-\w+\.parquet is damaged .*; remove it, and run"):
+        list(draw("a", config, tmp_path / "work", 10).rows())
+    drawn.path.unlink()
+    assert draw("a", config, tmp_path / "work", 10).path.read_bytes() == whole
+    drawn.path.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"sample-a-\w+\.json is damaged .*; remove it, and run"):
+        draw("a", config, tmp_path / "work", 10)
 
 
 def test_inputs_without_the_key_are_one_error(tmp_path):
