@@ -172,6 +172,12 @@ def stages(config: CurationConfig) -> dict[str, str]:
     return {stage: line or "left out" for stage, line in lines.items()}
 
 
+def question(config: CurationConfig, kind: str) -> int:
+    """Tokens behind the document in the longest prompt, about: four characters are one."""
+    prompts = (path.read_text() for path in config.prompts(kind).values())
+    return max((len(prompt.partition("{document}")[2]) // 4 for prompt in prompts), default=0)
+
+
 def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
     """Print documents, FLOP and hours of each stage of a model, disk and memory."""
     from megatron_r1.curation.funnel import load_model
@@ -186,8 +192,8 @@ def estimate(config: CurationConfig, tflops: float, pass_rate: float) -> None:
         work["quality"] = "quality", own * sample, config.quality.tokens
     if asked:
         work |= {
-            "judge": ("judge", n * judged, asked.tokens),
-            "domain": ("judge", domain * left, asked.tokens),
+            "judge": ("judge", n * judged, asked.tokens + question(config, "judge")),
+            "domain": ("judge", domain * left, asked.tokens + question(config, "domain")),
         }
     if config.duplicates and config.duplicates.semantic:
         work["embed"] = "embed", n * left, config.duplicates.tokens
