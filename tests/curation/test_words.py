@@ -57,8 +57,13 @@ def test_words_are(text: str, expected: str) -> None:
     assert ours(text).split() == [word.encode() for word in expected.split()]
 
 
-# Of 7 to 25 bytes, alike but for one byte.
-ALIKE = ["ab", *(f"{'x' * n}{end}" for n in (7, 8, 15, 16, 24) for end in ("", "y", "z"))]
+# Of 7 to 25 bytes, alike but for one byte, or with two that changed places.
+ALIKE = [
+    "ab",
+    "axxxxxxxb",
+    "bxxxxxxxa",
+    *(f"{'x' * n}{end}" for n in (7, 8, 15, 16, 24) for end in ("", "y", "z")),
+]
 
 
 @given(st.lists(st.lists(st.sampled_from(ALIKE), max_size=9), max_size=6), st.sampled_from([" ", "  "]))
