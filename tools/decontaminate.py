@@ -295,7 +295,7 @@ def estimate(job: Job, workers: int, size: int) -> None:
     took = f"{hours:.2f} processor hours, {hours / workers:.2f} h by {workers} workers"
     say(f"text: {size / 1e9:.3f} GB in {job.parts} parts: {took}; packed files take longer", result=True)
     megabytes = (200 * len(job.items.number_E) + sum(len(p.text) for p in job.items.parts)) / 1e6
-    longest = "and 30 bytes for each byte of its longest document"
+    longest = "and 35 bytes for each byte of its longest document"
     say(f"memory: about {megabytes + 300:.0f} MB in each worker, {longest}", result=True)
 
 
