@@ -187,10 +187,8 @@ def scan_all(job: Job, parts: Sequence[int], workers: int, reject_limit: int) ->
                 if rejected > reject_limit:
                     raise ValueError(f"{rejected} rejects, more than {reject_limit}: {MEND}")
         except BrokenProcessPool:
-            way_out = "run again with fewer --workers to go on"
-            raise ChildProcessError(
-                f"a worker process died, most often for want of memory; {way_out}"
-            ) from None
+            died = "a worker process died, most often for want of memory"
+            raise ChildProcessError(f"{died}; run again with fewer --workers to go on") from None
         finally:
             if workers > 1 and len(missing) > 1:
                 pool.shutdown(cancel_futures=True)
@@ -237,6 +235,10 @@ def merge(job: Job, request: dict[str, Any], reject_limit: int) -> dict[str, Any
                 documents, rejected = documents + found["documents"], rejected + len(found["rejects"])
         if rejected > reject_limit:
             raise ValueError(f"{rejected} rejects in all, more than {reject_limit}: {MEND}")
+        if not documents:
+            rows = (row for found in parts_of(job) for row in found["rejects"])
+            why = next((f"; {row['file']}:{row['line']}: {row['reason']}" for row in rows), "")
+            raise ValueError(f"no document in {', '.join(job.inputs)}{why}; name other inputs or --json-keys")
     with replacing(files[2]) as stream:
         stream.writelines(f"{one}\n".encode() for one in sorted(hashes))
     matcher = job.matcher()
@@ -293,7 +295,7 @@ def estimate(job: Job, workers: int, size: int) -> None:
     took = f"{hours:.2f} processor hours, {hours / workers:.2f} h by {workers} workers"
     say(f"text: {size / 1e9:.3f} GB in {job.parts} parts: {took}; packed files take longer", result=True)
     megabytes = (200 * len(job.items.number_E) + sum(len(p.text) for p in job.items.parts)) / 1e6
-    longest = "and 30 bytes for each byte of its longest document"
+    longest = "and 35 bytes for each byte of its longest document"
     say(f"memory: about {megabytes + 300:.0f} MB in each worker, {longest}", result=True)
 
 
@@ -347,9 +349,7 @@ def main() -> None:
         pairs = {name: (open_corpus(Path(name).name, name), read_provenance(name)) for name in args.prefix}
         masks = Counter(f"{corpus.name}.npz" for corpus, _ in pairs.values())
         if twice := [name for name, n in masks.items() if n > 1]:
-            raise ValueError(
-                f"--prefix: the masks of two pairs would be {twice[0]}; give each another --output"
-            )
+            raise ValueError(f"--prefix: two masks would be {twice[0]}; give each pair another --output")
         job = Job([source.name for source in sources], args.json_keys, most, items, args.output,
                   max(1, math.ceil(size / args.part_megabytes / 1e6)))  # fmt: skip
         if args.check:

@@ -295,7 +295,7 @@ def _excerpt(text: str, begin: int, until: int) -> str:
 def _pieces(text: str) -> tuple[list[str], np.ndarray]:
     """A text cut where no word depends on the next piece, and the words up to the end of each."""
     pieces = _CUT.split(text)
-    return pieces, np.cumsum([len(words(piece)) for piece in pieces])
+    return pieces, np.cumsum([len(words(piece).split()) for piece in pieces])
 
 
 class _Table:

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -202,11 +202,12 @@ _NONE = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Hashes of the shingles of all texts, where each text's begin, and a hash of each text's words."""
-    # A text of fewer words than a shingle is one shingle, with empty words at its end.
-    padded = [[*of, *[b""] * (NGRAM - len(of))] for of in map(words, texts)]
+    # A text of fewer words than a shingle is one shingle, with what is no word at its end.
+    padded = [of + b" -" * (NGRAM - len(of.split(None, NGRAM - 1))) for of in map(words, texts)]
     hash_W, first_T = hashed(padded)
     starts = first_T[:-1] - (NGRAM - 1) * np.arange(len(texts))
-    return grams(hash_W, first_T)[1], starts, [xxh3_64_intdigest(b" ".join(of)) for of in padded]
+    whole = [xxh3_64_intdigest(hash_W[a:b].tobytes()) for a, b in pairwise(first_T)]
+    return grams(hash_W, first_T)[1], starts, whole
 
 
 def _alike(

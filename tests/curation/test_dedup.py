@@ -195,7 +195,8 @@ def test_copies_by_the_thousand_are_compared_a_few_times(compared: list[int]) ->
     pairs = near_pairs(texts, 0.8)
     assert first_of_each(len(texts), pairs).nonzero()[0].tolist() == [0, 1, 2]
     assert len(pairs.first_P) == len(texts) - 3
-    assert sum(compared) < 50_000
+    # 29,000 to 55,000 over seeds of the permutations. Each with each would be a million and more.
+    assert sum(compared) < 100_000
 
 
 @pytest.mark.parametrize(("bands", "rows"), [(4, 6), (2, 3), (21, 6)])

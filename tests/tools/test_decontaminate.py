@@ -227,7 +227,7 @@ def test_the_mask_drops_what_was_hit(data: Path, done: Path, tmp_path: Path) -> 
     (tmp_path / "again").symlink_to(tmp_path)
     again = tmp_path / "again" / "a_text_document"
     message = mistake(*request(data, "a.jsonl", output, "--prefix", pair, again, "--seq-length", 64))
-    assert "the masks of two pairs would be a_text_document.npz" in message
+    assert "two masks would be a_text_document.npz" in message
 
 
 def test_check_and_estimate_write_nothing(data: Path, tmp_path: Path) -> None:
@@ -264,6 +264,24 @@ def test_rejects_stop_the_scan(data: Path, tmp_path: Path) -> None:
     assert "1 rejects, more than 0" in mistake(
         *request(data, "a.jsonl", tmp_path / "out", "--reject-limit", 0)
     )
+
+
+def test_inputs_without_a_document_are_a_mistake(data: Path, tmp_path: Path) -> None:
+    """One of several may be empty, and so may a shard."""
+    (tmp_path / "none.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text('{"text": 7}\n\n{"text": ""}\n')
+    more = ["--items", f"mine={data / 'items.jsonl'}", "--output"]
+    for name, why in (("none.jsonl", "; "), ("bad.jsonl", "/bad.jsonl:1: ")):
+        words = ["--input", tmp_path / name, *more, tmp_path / f"of {name}"]
+        call(*words, "--shard", "0/2")
+        call(*words, "--shard", "1/2")
+        for last in ((), ("--merge",)):
+            message = mistake(*words, *last)
+            assert f"no document in {tmp_path / name}{'; ' * (why != '; ')}" in message and why in message
+            assert message.rstrip().endswith("; name other inputs or --json-keys")
+        assert not (tmp_path / f"of {name}" / "manifest.json").exists()
+    inputs = [tmp_path / "none.jsonl", data / "a.jsonl"]
+    assert f"of {DOCUMENTS} documents were hit" in call("--input", *inputs, *more, tmp_path / "out")
 
 
 def test_another_request_is_refused(data: Path, done: Path) -> None:
