@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.curation.words import ALONE, NGRAM, grams, hashed, words
 from megatron_r1.preprocess.documents import Lines, open_input
 from megatron_r1.preprocess.rows import parse
 from megatron_r1.system.errors import rewording, shown
 from megatron_r1.system.files import json_bytes
 from megatron_r1.system.terminal import say
+from megatron_r1.system.words import ALONE, NGRAM, grams, hashed, words
 
 WHOLE, SKETCH = 13, 128
 """Words below which a part must stand whole, n-grams of a text that are looked up."""

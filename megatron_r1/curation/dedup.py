@@ -27,7 +27,7 @@ from xxhash import xxh3_64_intdigest
 
 from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
-from megatron_r1.curation.words import NGRAM, grams, hashed, mixed, words
+from megatron_r1.system.words import NGRAM, grams, hashed, mixed, words
 
 PERMUTATIONS = 128
 """Most numbers of a signature."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_r1 import data
 from megatron_r1.curation import decontaminate
 from megatron_r1.curation.decontaminate import FREQUENT, SHARE, SKETCH, Hit, Items, Matcher, Part
-from megatron_r1.curation.words import NGRAM
+from megatron_r1.system.words import NGRAM
 from tests.curation.test_words import words
 from tests.launch import ROOT
 

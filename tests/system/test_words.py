@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_r1.curation.words import NGRAM, grams, hashed
-from megatron_r1.curation.words import words as ours
+from megatron_r1.system.words import NGRAM, grams, hashed
+from megatron_r1.system.words import words as ours
 
 ALONE = ("\u0e00\u109f", "\u1780\u17ff", "\u3040\u30ff", "\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff",
          "\U00020000\U0003ffff")  # fmt: skip
