@@ -51,7 +51,7 @@ RECIPES = [
     ),
 ]
 LAUNCHERS = [f"launch/{name}" for name in ("torchrun_21x8.sh", "slurm_21x8.sbatch", "one_machine.sh")]
-LAUNCHERS.append("launch/curate.sbatch")
+LAUNCHERS += ["launch/curate.sbatch", "launch/decontaminate.sbatch"]
 CURATION = ["curation/table5.yaml", "curation/small.yaml"]
 sys.path.insert(0, str(EXAMPLES / "corpora"))
 import fetch_corpus  # noqa: E402
@@ -349,3 +349,26 @@ def test_slurm_curates_by_torchrun_and_goes_on_in_the_next_job(tmp_path: Path) -
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     words = (tmp_path / "words").read_text().split()
     assert words[-2:] == ["tools/curate_probes.py", "a.yaml"] and words[words.index("--nnodes") + 1] == "21"
+
+
+def test_an_array_of_jobs_finds_what_one_run_finds(tmp_path: Path) -> None:
+    item = "How many apples has Ann left if she gives four of her nine apples to her brother Tom on a Monday?"
+    texts = [{"text": f"Line {n}. " + (item if n % 40 == 7 else "Nothing is asked.")} for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"question": item}) + "\n")
+    words = [
+        "--input",
+        tmp_path / "a.jsonl",
+        "--items",
+        f"mine={tmp_path}/items.jsonl",
+        "--part-megabytes",
+        "0.002",
+    ]
+    words += ["--output", tmp_path / "clean"]
+    for task in ("0", "1", "2"):
+        slurm = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_CPUS_PER_TASK": "1"}
+        slurm |= {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_STEP": "1"}
+        environment = {**os.environ, **slurm, "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
+        subprocess.run([EXAMPLES / "launch/decontaminate.sbatch", *words], env=environment, check=True)
+    subprocess.run([sys.executable, "tools/decontaminate.py", *words, "--merge"], cwd=ROOT, check=True)
+    assert len((tmp_path / "clean/dropped.txt").read_text().split()) == 5
