@@ -17,7 +17,7 @@ its range.
     judge, keys the same, and the bare module sees the instruction's keys, which lie ready for each batch.
 
 Documents are first paragraphs (60 to 300 tokens) and Python files (cut to 512 tokens), in turn. The judge
-reads every sixth.
+reads every sixth, which are paragraphs.
 
 precision. How much bf16 moves cosines and scores from those of fp32.
 
@@ -178,7 +178,7 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
     judge.judge(some[:1], prompt)
     ids = [one["input_ids"] for one in seen_by(judge, lambda: judge.judge(some, prompt))]
     plain: Any = Judge(str(args.smollm2), 512).network
-    asked = judge._asked(prompt)
+    asked = judge.asked(prompt)
     parts = f"instruction {len(asked.before)} tokens, question {len(asked.after)}"
     print(f"judge: {len(some)} documents in {len(ids)} batches, {parts}", flush=True)
     keys = [copy.deepcopy(asked.keys) for _ in ids]
