@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -33,9 +33,10 @@ from megatron_r1.curation.request import CurationConfig
 from megatron_r1.curation.sample import SCORES, Source
 from megatron_r1.curation.work import ID, Documents, parquet_rows
 from megatron_r1.data.indexed import IndexedDataset, document_starts, open_corpus, with_suffix
-from megatron_r1.data.integrity import say_unchecked
+from megatron_r1.data.integrity import say_unchecked, side_file
 from megatron_r1.data.keep import documents_mask
-from megatron_r1.data.provenance import Provenance, read_provenance
+from megatron_r1.data.npy import write_array
+from megatron_r1.data.provenance import ORIGIN, Provenance, read_provenance
 from megatron_r1.data.sidecar import read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, read
@@ -128,10 +129,21 @@ def write(config: CurationConfig, out: Outcome, request: dict[str, Any]) -> dict
     _remove_earlier(folder)
     files = list[Path]()
     for set_name, of in sets.items():
-        stretches = _in_turn(of, out, place, form.max_document_tokens)
+        turns, prefix = list(_in_turn(of)), folder / set_name
+        digests = ((n, row, bytes.fromhex(out.sources[n].ids_N[row].decode())) for n, row in turns)
+        stretches = (
+            pairs[n].tokens.stretch(int(place[n][row]), digest, form.max_document_tokens)
+            for n, row, digest in digests
+        )
+        origins, inputs = _origins([(pairs[n], int(place[n][row])) for n, row in turns])
         first = next(iter(pairs.values())).tokens
-        write_set(folder / set_name, stretches, first, form.end_documents, facts[set_name])
-        files += [with_suffix(folder / set_name, suffix) for suffix in (".bin", ".idx")]
+        write_set(prefix, stretches, first, form.end_documents, facts[set_name] | {"inputs": inputs})
+        files += [
+            *(with_suffix(prefix, suffix) for suffix in (".bin", ".idx")),
+            side_file(prefix, "docs.npy"),
+        ]
+        with replacing(files[-1]) as stream:
+            write_array(stream, origins)
     for name, rows in chosen.items():
         files.append(folder / "documents" / f"{name}.parquet")
         parquet_rows(files[-1], out.sources[name].with_scores(rows))
@@ -205,14 +217,25 @@ def _in_pairs(out: Outcome, place: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return chosen
 
 
-def _in_turn(
-    of: Mapping[str, np.ndarray], out: Outcome, place: Mapping[str, np.ndarray], most: int
-) -> Iterator[np.ndarray]:
-    """Stretches of documents, one of each source in turn: a leading part serves as well as the whole."""
-    for turn in zip_longest(*([(name, row) for row in rows] for name, rows in of.items())):
-        for name, row in filter(None, turn):
-            digest = bytes.fromhex(out.sources[name].ids_N[row].decode())
-            yield out.pairs[name].tokens.stretch(int(place[name][row]), digest, most)
+def _in_turn(of: Mapping[str, np.ndarray]) -> Iterator[tuple[str, int]]:
+    """Documents, one of each source in turn: a leading part of a set serves as well as the whole."""
+    for turn in zip_longest(*([(name, int(row)) for row in rows] for name, rows in of.items())):
+        yield from filter(None, turn)
+
+
+def _origins(documents: Sequence[tuple[Pair, int]]) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """Origins of documents of pairs, [documents] of ORIGIN, and the inputs that these number."""
+    inputs, first = list[str](), dict[str, int]()
+    for name, pair in {pair.corpus.name: pair for pair, _ in documents}.items():
+        first[name] = len(inputs)
+        # A pair may name no inputs.
+        inputs += pair.origins.inputs or [f"{pair.corpus.prefix}"] * (int(pair.origins.files.max()) + 1)
+    origin_D = np.empty(len(documents), ORIGIN)
+    for origin, (pair, at) in zip(origin_D, documents, strict=True):
+        of = pair.origins
+        origin["hash"], origin["line"] = of.hashes[at], of.lines[at]
+        origin["file"] = first[pair.corpus.name] + of.files[at]
+    return origin_D, [{"path": path} for path in inputs]
 
 
 def _tables(folder: Path, out: Outcome, place: Mapping[str, np.ndarray]) -> None:

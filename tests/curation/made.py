@@ -46,7 +46,7 @@ def write_pair(prefix: Path, texts: list[str], seed: int = 0) -> str:
             writer.add_document(np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
     about = {"tokenizer_type": "T", "tokenizer_fingerprint": "f", "vocab_size": 300, "eod": 299, "seed": 1}
     about |= {"dtype": "uint16", "documents": writer.num_documents, "tokens": writer.num_tokens}
-    about |= {"append_eod": True, "inputs": [{"path": "in.jsonl"}], "bin_sha256": writer.sha256}
+    about |= {"append_eod": True, "inputs": [{"path": f"{prefix.name}.jsonl"}], "bin_sha256": writer.sha256}
     write_json(f"{prefix}.json", about)
     origins = np.zeros(len(texts), ORIGIN)
     origins["hash"], origins["line"] = text_hashes(text.encode() for text in texts), order + 1

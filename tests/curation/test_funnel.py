@@ -24,6 +24,7 @@ from megatron_r1.curation.quality import Classifier
 from megatron_r1.curation.request import load
 from megatron_r1.data.indexed import IndexedDataset, open_corpus
 from megatron_r1.data.keep import load_mask
+from megatron_r1.data.provenance import read_provenance
 from megatron_r1.run import ledger
 from megatron_r1.system.yaml_io import read_yaml
 from tests.curation import tiny
@@ -138,6 +139,24 @@ def test_sets_are_halves_of_the_domains_and_masks_set_r_g_aside(tmp_path):
     assert str(mask_path) in (out / "curated.yaml").read_text()
 
 
+def test_each_document_of_a_set_has_its_origin(tmp_path):
+    curate(made(tmp_path, documents=8), make=models())
+    text_of = {}
+    for name in DOMAINS:
+        for row in pq.read_table(tmp_path / "out" / "documents" / f"{name}.parquet").to_pylist():
+            text_of[bytes.fromhex(row["id"])] = row["text"]
+    for name in ("probe_code", "representative_b"):
+        prefix = tmp_path / "out" / name
+        origins, found = read_provenance(prefix), stored(prefix)
+        assert len(origins.hashes) == len(found) > 0
+        for hash_, file, line, stretch in zip(
+            origins.hashes, origins.files, origins.lines, found, strict=True
+        ):
+            text = text_of[hash_.tobytes()]
+            assert stretch in text
+            assert texts_of(Path(origins.inputs[file]).stem)[line - 1] == text
+
+
 def test_the_trainer_reads_what_is_written(tmp_path):
     curate(made(tmp_path), make=models())
     keep = (tmp_path / "out" / "curated.yaml").read_text().split("#   NAME:\n")[1].replace("# ", "")
@@ -238,7 +257,7 @@ def test_all_scores_are_kept_with_the_place_of_each_document(tmp_path):
              enumerate(zip(hex_of(texts_of(name)), texts_of(name), strict=True), 1)}  # fmt: skip
     for row in table:
         name, line, text = texts[row["id"]]
-        assert (row["source"], row["line"], row["file"]) == (name, line, "in.jsonl")
+        assert (row["source"], row["line"], row["file"]) == (name, line, f"{name}.jsonl")
         assert row["quality"] == said(text, "q") and row["judge"] in (None, said(text, "j"))
         assert (row["judge"] is None) == (row["passed"] == 0)
     assert {row["domain"] for row in table if row["source"] == "c"} == {None}
