@@ -19,8 +19,8 @@ from megatron_r1 import data
 from megatron_r1.curation import decontaminate
 from megatron_r1.curation.decontaminate import FREQUENT, SHARE, SKETCH, Hit, Items, Matcher, Part
 from megatron_r1.system.words import NGRAM
-from tests.curation.test_words import words
 from tests.launch import ROOT
+from tests.system.test_words import words
 
 QUESTION = (
     "A ferry carries seventeen crates of oranges from Palermo to Tunis. Each crate holds “forty-two” "

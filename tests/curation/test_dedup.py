@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_r1.curation import dedup
 from megatron_r1.curation.dedup import Pairs, calibrate, first_of_each, near_pairs, semantic_pairs
-from tests.curation.test_words import words as rule
+from tests.system.test_words import words as rule
 
 
 def sentences(n: int, words: int, seed: int) -> list[list[str]]:
