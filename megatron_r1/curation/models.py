@@ -209,11 +209,11 @@ class Embedder(Pretrained):
         super().__init__(model, tokens)
         modules, pooling = self._folder / "modules.json", self._folder / "1_Pooling" / "config.json"
         listed = read_json(modules, MOST_JSON) if modules.is_file() else []
-        said = read_object(pooling, MOST_JSON) if pooling.is_file() else {"pooling_mode": "mean"}
+        form = read_object(pooling, MOST_JSON) if pooling.is_file() else {"pooling_mode": "mean"}
         if wrong := mistake(listed, [{"type": str}]):
             raise ValueError(f"{modules}: a module{wrong}; take another model")
-        modes = [key.partition("mode_")[2] for key, value in said.items() if value is True and "mode_" in key]
-        mode = str(said.get("pooling_mode") or ", ".join(modes))
+        modes = [key.partition("mode_")[2] for key, value in form.items() if value is True and "mode_" in key]
+        mode = str(form.get("pooling_mode") or ", ".join(modes))
         kinds = {one["type"].split(".")[-1] for one in listed}
         if kinds - _MODULES or mode not in _TAKES_FIRST:
             fault = f"{self.model}: modules {sorted(kinds)}, pooling by {shown(mode)}"

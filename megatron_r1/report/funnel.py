@@ -62,8 +62,8 @@ def fallbacks(reading: Reading) -> str:
         for s in of["stages"]
         if s.get("fallback")
     ]
-    said = f"Too few documents passed the threshold, so the best were taken, in {some(fallen)}."
-    return said if fallen else ""
+    sentence = f"Too few documents passed the threshold, so the best were taken, in {some(fallen)}."
+    return sentence if fallen else ""
 
 
 def examples(reading: Reading) -> dict[str, list[Extremes]]:
