@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1.curation.models import Pretrained, cut
+from megatron_r1.export.pretrained import Pretrained, cut
 from megatron_r1.preprocess.tokenizer import HuggingFace
 from megatron_r1.system.errors import shown
 
