@@ -70,6 +70,8 @@ class Teacher(Pretrained):
         # A model may have neither, or call them otherwise.
         with suppress(AttributeError, TypeError, NotImplementedError, RuntimeError):
             layer, self._trunk = self.network.get_output_embeddings(), self.network.get_decoder()
+            # Llama 4 names another attribute as its trunk.
+            self._trunk = self.network.model if self._trunk is self.network else self._trunk
             hidden_SD, bias_V = self._hidden(ids_1S)[0], getattr(layer, "bias", None)
             head = DenseTarget(
                 hidden_SD,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_r1.config import ParallelConfig
+from megatron_r1 import backend
+from megatron_r1.checkpoint.files import identity
+from megatron_r1.checkpoint.save import save_checkpoint
+from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.export import pretrained
+from megatron_r1.export.pretrained import convert
+from megatron_r1.model.gpt import build_model
 from megatron_r1.parallel import cut_to_rank, process_groups
-from tests.curation.tiny import byte_pairs, llama
+from megatron_r1.preprocess.preprocess import preprocess
+from megatron_r1.preprocess.tokenizer import HuggingFace
+from megatron_r1.records import TrainState
+from tests.curation.tiny import byte_pairs, llama, texts
 from tests.distributed import on_ranks
 
 EOD, BOS = 1, 0
@@ -135,7 +145,25 @@ def test_targets_are_those_of_each_document(
     assert (theirs_BSV - other_BSV).abs().max() > 0.1
 
 
-def _on_a_rank(folder: Path, token_BS: np.ndarray) -> tuple[int, int, np.ndarray, np.ndarray, float]:
+def checkpoint(folder: Path) -> Path:
+    """A checkpoint of a run, whose data was made with byte pairs. `folder`/hf: the same for transformers."""
+    fast = byte_pairs(folder / "tokenizer")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(9)))
+    preprocess([folder / "text.jsonl"], folder / "data", HuggingFace.kind, folder / "tokenizer")
+    size = ModelConfig(2, 32, 64, 4, 2, len(fast) + 3, head_dim=8, init_std=0.3)
+    with process_groups(ParallelConfig()):
+        backend.seed_model_parallel(1)
+        gpt = build_model(size, ParallelConfig(), "fp32", 1)
+        at = folder / "run" / "checkpoints"
+        path = save_checkpoint(at, gpt, None, TrainState(), size, "phase", plan="{}").path
+    sources = {"a": {"prefix": str(folder / "data_text_document")}}
+    run = {"data": {"seq_length": 256, "sources": sources}}
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(run))
+    convert(path, folder / "hf")
+    return path
+
+
+def _on_a_rank(folder: Path, own: Path, token_BS: np.ndarray) -> tuple[Any, ...]:
     with process_groups(ParallelConfig(tensor=2, context=2)) as context:
         seen = list[int]()
         forward = Teacher._hidden
@@ -145,27 +173,38 @@ def _on_a_rank(folder: Path, token_BS: np.ndarray) -> tuple[int, int, np.ndarray
             return forward(self, ids_BS)
 
         Teacher._hidden = counted  # type: ignore[method-assign]
-        ours_BSV = target_logits(folder, token_BS, EOD, bos=BOS)
+        ours_BSV = target_logits(folder, token_BS, EOD, bos=BOS).numpy()
+        work = sum(seen[1:])
+        own_BSV = target_logits(own, token_BS, EOD, together=True).numpy()
         number_BS = cut_to_rank({"n": torch.arange(token_BS.size).view(token_BS.shape)})["n"].numpy()
-        return context.tensor_rank, len(seen), number_BS, ours_BSV.numpy(), sum(seen[1:])
+        return context.tensor_rank, number_BS, work, ours_BSV, own_BSV
 
 
 def test_ranks_share_sequences_and_keep_their_part(tmp_path: Path) -> None:
+    """Also those of a checkpoint, which a process of its own converts for all ranks of the machine."""
     token_BS = rows(2, 48)
-    vocabulary = Described(str(model(tmp_path))).tokens
-    theirs_BSV = wanted(tmp_path, token_BS, EOD, BOS).flatten(0, 1)
-    found = on_ranks(4, partial(_on_a_rank, tmp_path, token_BS))
-    shard = -(-vocabulary // 2) + 3
-    for tensor_rank, _, number_BS, ours_BSV, _ in found:
-        theirs = theirs_BSV[torch.from_numpy(number_BS)][..., :vocabulary].split(shard, -1)[tensor_rank]
-        assert ours_BSV.shape == theirs.shape
-        assert np.abs(ours_BSV - theirs.numpy()).max() < 1e-5 * theirs.abs().max()
-    assert sorted({n for _, _, number_BS, _, _ in found for n in number_BS.ravel().tolist()}) == list(
-        range(token_BS.size)
-    )
+    folder, own = model(tmp_path / "a"), checkpoint(tmp_path / "b")
+    tokens = Described(str(folder)).tokens
+    assert tokens == Described(str(own)).tokens
+    theirs = [wanted(folder, token_BS, EOD, BOS), wanted(tmp_path / "b" / "hf", token_BS, EOD, None)]
+    found = on_ranks(4, partial(_on_a_rank, folder, own, token_BS))
+    shard = -(-tokens // 2) + 3
+    for tensor_rank, number_BS, _, *both in found:
+        for ours_BSV, theirs_BSV in zip(both, theirs, strict=True):
+            part_BSV = theirs_BSV.flatten(0, 1)[torch.from_numpy(number_BS)][..., :tokens]
+            part_BSV = part_BSV.split(shard, -1)[tensor_rank]
+            assert ours_BSV.shape == part_BSV.shape
+            assert np.abs(ours_BSV - part_BSV.numpy()).max() < 1e-5 * part_BSV.abs().max()
+    kept = {n for _, number_BS, *_ in found for n in number_BS.ravel().tolist()}
+    assert kept == set(range(token_BS.size))
     # Each does part of the work: documents, their first token and padding.
     whole = token_BS.size + sum(len(documents(row, EOD)) for row in token_BS)
-    assert all(0.2 * whole < tokens < 0.75 * whole for *_, tokens in found), found
+    assert all(0.2 * whole < work < 0.75 * whole for _, _, work, *_ in found), found
+    said = Described(str(own))
+    assert (said.bos, said.longest, said.identity) == (None, 256, identity(own))
+    hf = Described(str(tmp_path / "b" / "hf"))
+    assert (said.parameters, said.vocabulary) == (hf.parameters, hf.vocabulary)
+    assert said.flops_per_token(64) == pytest.approx(hf.flops_per_token(64), rel=1e-2)
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode(tmp_path: Path) -> None:
