@@ -1,4 +1,4 @@
-"""Phases under KL from a teacher: loss, layouts, resume, reports, refusals. The oracle is torch's own kl_div."""
+"""Phases under KL from a teacher: loss, layouts, resume, reports, refusals. Oracle: torch's own kl_div."""
 
 from __future__ import annotations
 
