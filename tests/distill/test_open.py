@@ -72,8 +72,8 @@ def test_a_teacher_that_fits_is_described(root: Path) -> None:
     flops = said.flops_per_token(SEQ)
     assert mistakes == []
     assert lines == [
-        f"phase one: 0.25 cross-entropy + 0.75 KL at temperature 2 from {root}/teacher, token 0 before each "
-        "document",
+        f"phase one: 0.25 cross-entropy + 0.75 KL at temperature 2 from {root}/teacher, with token 0 before "
+        "each document",
         f"  {said.parameters:,} parameters, {4 * said.parameters:,} B (fp32) on each rank",
         f"  {flops:.4g} FLOP a token: a step takes {1 + flops / own:.1f} times the student's own",
     ]
@@ -95,8 +95,8 @@ def test_a_teacher_that_fits_is_described(root: Path) -> None:
             "teacher: '{root}/teacher'",
             ["data.seq_length=2048", "data.sources.a.documents=null"],
             "ab",
-            "the context of {root}/teacher is 2,048 tokens, and it would read data.seq_length=2,048 behind "
-            "one before each text; lower it to 2,047, or take another teacher",
+            "the context of {root}/teacher has 2,048 tokens, and data.seq_length=2048 with token 0 before a "
+            "document has 2,049; lower it, or take another teacher",
         ),
     ],
 )
