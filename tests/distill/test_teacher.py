@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +23,7 @@ from megatron_r1.checkpoint.files import identity
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
 from megatron_r1.distill.describe import Described
-from megatron_r1.distill.teacher import Teacher
+from megatron_r1.distill.teacher import Teacher, _batches
 from megatron_r1.export import pretrained
 from megatron_r1.export.pretrained import convert
 from megatron_r1.model.gpt import build_model
@@ -205,6 +207,21 @@ def test_ranks_share_sequences_and_keep_their_part(tmp_path: Path) -> None:
     hf = Described(str(tmp_path / "b" / "hf"))
     assert (said.parameters, said.vocabulary) == (hf.parameters, hf.vocabulary)
     assert said.flops_per_token(64) == pytest.approx(hf.flops_per_token(64), rel=1e-2)
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_batches_hold_each_sequence_once_with_little_padding(lengths: list[int], budget: int) -> None:
+    length_N = np.array(lengths, np.int64)
+    found = list(_batches(length_N, budget))
+    assert sorted(n for batch in found for n in batch) == list(range(len(lengths)))
+    for batch in found:
+        size = len(batch) * length_N[batch].max()
+        assert length_N[batch[0]] == length_N[batch].max()
+        assert size <= budget or len(batch) == 1
+        assert size - length_N[batch].sum() <= 64 + size / 10
+    # Of one length, as few as the budget allows.
+    of_one = list(_batches(np.full(7, 10), 30))
+    assert [len(batch) for batch in of_one] == [3, 3, 1]
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode(tmp_path: Path) -> None:
