@@ -22,7 +22,7 @@ FLOOR = {
         3: ("data", "checkpoint"),
         4: ("preprocess", "train", "influence"),
         5: ("mixture", "launch", "export"),
-        6: ("curation",),
+        6: ("curation", "distill"),
         7: ("report",),
     }.items()
     for room in rooms
