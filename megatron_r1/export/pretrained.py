@@ -10,6 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,18 +28,17 @@ import torch.distributed as dist
 
 from megatron_r1 import backend
 from megatron_r1.checkpoint.files import META
-from megatron_r1.export.folder import identity, stored_tensors
+from megatron_r1.export.folder import content, local_folder, stored_tensors
 from megatron_r1.export.origin import tokenizer_of
+from megatron_r1.parallel import gather_objects
 from megatron_r1.preprocess.auto_tokenizer import first_line
-from megatron_r1.system.errors import hub_name, require, rewording, some
+from megatron_r1.system.errors import require, rewording, some
 from megatron_r1.system.process import launch_number
 
 CHARACTERS = 8
 """A document is cut to so many characters for each token that is read, before it is tokenized."""
 BATCH_TOKENS = 8192
 """Tokens of a batch, padding and the instruction's keys counted."""
-_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-_SETTINGS = {".json", ".jinja", ".txt", ".model"}
 _READ_PADDING = {"convbert", "fnet"}
 """Kinds of models that mix a text with its padding, so that its result depends on the texts beside it."""
 
@@ -42,8 +46,9 @@ _READ_PADDING = {"convbert", "fnet"}
 class Pretrained:
     """A model on this rank's device, with its tokenizer. Its weights are read when they are first needed.
 
-    `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. Weights and
-    activations have `backend.fast_precision()`. Raises FileNotFoundError for no model, and ValueError for one
+    `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. `precision`:
+    of weights and activations; None: `backend.fast_precision()`. `together`: every rank of the launch makes
+    this one now, so that a checkpoint is converted once a machine. Raises FileNotFoundError for no model, and ValueError for one
     that the hub does not give, that is damaged, takes fewer tokens, reads padding, or comes with code.
     """
 
@@ -52,13 +57,13 @@ class Pretrained:
     unused: tuple[str, ...] = ()
     """How the names of weights begin that the files may lack."""
 
-    def __init__(self, model: str, tokens: int, **settings: Any):
+    def __init__(self, model: str, tokens: int, *, precision: str | None = None, together: bool = False, **settings: Any):
         self._library = require("transformers", "a model that judges text", "-e '.[hf]'")
         self._library.utils.logging.disable_progress_bar()
-        self.model, self.tokens, self._settings = model, tokens, {**settings, "tokens": tokens}
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[backend.fast_precision()]
+        self.model, self.reads, self._settings = model, tokens, {**settings, "tokens": tokens}
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision or backend.fast_precision()]
         # A temporary folder lives as long as this object.
-        self._folder, self._held = _folder_of(model)
+        self._folder, self._held = _folder_of(model, together)
         self._stored = stored_tensors(self._folder)
         with self._fails_to("load"):
             self.config = self._from_folder("AutoConfig")
@@ -102,14 +107,13 @@ class Pretrained:
     @cached_property
     def identity(self) -> str:
         """SHA-256 over weights, configuration, tokenizer and settings."""
-        files = [p for p in self._folder.rglob("*") if p.suffix in _SETTINGS and p.is_file()]
-        (content,) = identity(self._folder, self._stored.values(), files).values()
         settings = json.dumps([type(self).__name__, self._settings], sort_keys=True)
-        return hashlib.sha256(f"{content} {settings}".encode()).hexdigest()
+        whole = f"{content(self._folder, self._stored)} {settings}"
+        return hashlib.sha256(whole.encode()).hexdigest()
 
     def flops(self, tokens: float) -> float:
         """Operations of a dense model for a document of so many tokens."""
-        c, tokens = self._sizes, min(tokens, self.tokens)
+        c, tokens = self._sizes, min(tokens, self.reads)
         with self._fails_to("count"):
             heads, layers = c.num_attention_heads, c.num_hidden_layers
         width = heads * (getattr(c, "head_dim", 0) or c.hidden_size // heads)
@@ -119,12 +123,12 @@ class Pretrained:
         return tokens * (2.0 * products + 4.0 * layers * width * tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with the model's own tokens, at most `tokens` in all; of no text, padding."""
+        """Ids of each text with the model's own tokens, at most `reads` in all; of no text, padding."""
         fast = self.tokenizer.backend_tokenizer
         fast.encode_special_tokens = True
         fast.no_padding()
-        fast.enable_truncation(self.tokens)
-        return [one.ids or [self._pad] for one in fast.encode_batch_fast(cut(texts, self.tokens))]
+        fast.enable_truncation(self.reads)
+        return [one.ids or [self._pad] for one in fast.encode_batch_fast(cut(texts, self.reads))]
 
     def run(self, ids: Sequence[Sequence[int]], forward: Forward, before: int = 0) -> np.ndarray:
         """Results of `forward` for sequences of ids, float32, in their order. `before`: keys before each.
@@ -171,26 +175,55 @@ def batches(length_N: np.ndarray, budget: int, before: int = 0) -> Iterator[np.n
         order = order[rows:]
 
 
-def _folder_of(model: str) -> tuple[Path, object]:
-    """The folder with a model's files, and the object that it lives as long as."""
-    path = Path(model)
-    if (path / META).is_file():
-        if dist.is_initialized() or launch_number("WORLD_SIZE", 1) > 1:
-            way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {path} FOLDER"
-            raise ValueError(f"{path} is a checkpoint, which a launch of ranks does not convert; {way_out}")
-        # These need megatron-core, whose import takes seconds.
-        from megatron_r1.export.convert import to_hf
-        from megatron_r1.export.tokenizer import tokenizer_files
+def convert(checkpoint: Path, target: Path) -> None:
+    """Write a checkpoint with the tokenizer of its run's data as a folder of Hugging Face."""
+    # These need megatron-core, whose import takes seconds.
+    from megatron_r1.export.convert import to_hf
+    from megatron_r1.export.tokenizer import tokenizer_files
 
-        held = tempfile.TemporaryDirectory(prefix="checkpoint-")
-        target, tokenizer = Path(held.name, "hf"), tokenizer_files(*tokenizer_of(path))
-        to_hf(path, target, tokenizer=tokenizer)
+    to_hf(checkpoint, target, tokenizer=tokenizer_files(*tokenizer_of(checkpoint)))
+
+
+def _folder_of(model: str, together: bool) -> tuple[Path, object]:
+    """The folder with a model's files, and the object that it lives as long as.
+
+    `together`: every rank calls this. The folder then lives as long as the object of the machine's first one.
+    """
+    path = Path(model)
+    if not (path / META).is_file():
+        return local_folder(model), None
+    launched = dist.is_initialized() or launch_number("WORLD_SIZE", 1) > 1
+    if launched and not together:
+        way_out = f"convert it beforehand by tools/convert_checkpoint.py --to hf {path} FOLDER"
+        raise ValueError(f"{path} is a checkpoint, which a launch of ranks does not convert; {way_out}")
+    held = tempfile.TemporaryDirectory(prefix="checkpoint-")
+    target = Path(held.name, "hf")
+    if not launched:
+        convert(path, target)
         return target, held
-    if path.is_dir():
-        return path, None
-    repository, revision = hub_name(model, "no model at")
-    hub = require("huggingface_hub", "a model of the hub")
-    absent = f"{model} is no folder here, and the hub did not give it"
-    way_out = f"fetch it by: hf download {repository} --revision {revision}"
-    with rewording(lambda error: f"{absent}: {first_line(error)}; {way_out}", OSError, ValueError):
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=_FILES)), None
+    mine = {"machine": socket.gethostname(), "folder": "", "error": ""}
+    if launch_number("LOCAL_RANK", 0) == 0:
+        mine |= {"folder": str(target), "error": _converted_by_child(path, target)}
+    every = gather_objects(mine)
+    for one in every:
+        if one["error"]:
+            raise ValueError(one["error"])
+    (folder,) = (one["folder"] for one in every if one["folder"] and one["machine"] == mine["machine"])
+    return Path(folder), held
+
+
+_LAUNCH = re.compile("RANK|WORLD_SIZE|LOCAL_.*|MASTER_.*|GROUP_.*|ROLE_.*|TORCHELASTIC_.*")
+"""Variables of torchrun, by which a process takes itself for a rank."""
+
+
+def _converted_by_child(checkpoint: Path, target: Path) -> str:
+    """`convert` in a process of its own, which may have process groups of its own. Returns its error."""
+    root = str(Path(__file__).parents[2])
+    others = {name: value for name, value in os.environ.items() if not _LAUNCH.fullmatch(name)}
+    others["PYTHONPATH"] = os.pathsep.join([root, others.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    call = f"from pathlib import Path; from {__name__} import convert; import sys"
+    code = f"{call}; convert(*map(Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(checkpoint), str(target)]
+    done = subprocess.run(command, env=others, capture_output=True, text=True)
+    last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return f"{checkpoint} is not converted: {last.removeprefix('ValueError: ')}" if done.returncode else ""
