@@ -14,6 +14,7 @@ HEADERS = [
     "greedy",
     "plan",
     "gather",
+    "records",
 ]
 HEADERS += ["arguments"]
 
