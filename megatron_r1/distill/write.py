@@ -1,11 +1,8 @@
-"""Writing a teacher's cache: which documents, which of them by which writer, in parts that appear whole.
+"""Writing a teacher's cache: records of documents, in parts that appear whole.
 
-A document is written once, however many sources have it, by the writer that its hash names. A writer passes over
-documents that are in the folder, so a launch that was killed loses the part under way and no more. What is
-written for a document depends neither on the number of writers nor on the documents beside it, up to the
-rounding of the teacher's own products.
-
-This file imports no torch before a teacher runs.
+A writer passes over documents that are in the folder, so a launch that was killed loses the part under way and
+no more. The records of a document depend neither on the number of writers nor on the documents beside it, up to
+the rounding of the teacher's own products. This file imports torch only to draw.
 """
 
 from __future__ import annotations
@@ -13,20 +10,20 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.config import Config
-from megatron_r1.data.indexed import IndexedDataset, document_starts
-from megatron_r1.data.open import OpenData
-from megatron_r1.data.provenance import load_origins
-from megatron_r1.distill.cache import BLOCK, Cache, Drawn, Header, draw, pack, write_part
-from megatron_r1.records import Corpus
-from megatron_r1.system.errors import rewording, shown
-from megatron_r1.system.terminal import Progress
+from megatron_r1.config import ObjectiveConfig
+from megatron_r1.data.indexed import identity_of
+from megatron_r1.distill.cache import BLOCK, Cache, Drawn, Header, draw, merge, pack, write_part
+from megatron_r1.distill.describe import Described
+from megatron_r1.distill.documents import Documents
+from megatron_r1.distill.vocabulary import identity
+from megatron_r1.run import ledger, stage
+from megatron_r1.system.errors import rewording
+from megatron_r1.system.terminal import Progress, say
 
 if TYPE_CHECKING:
     from megatron_r1.distill.teacher import Teacher
@@ -35,129 +32,8 @@ PART = 1 << 17
 """Tokens of a part, about. A longer document is a part by itself."""
 BYTES = 46
 """Of a token's record of 50 draws, at most about, before any is measured."""
-_PLANNED_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Documents of some sources, each once. Axis D: documents."""
-
-    corpora: list[Corpus]
-    source_D: np.ndarray
-    """Number of the corpus."""
-    start_D: np.ndarray
-    """First token in the corpus's stream."""
-    length_D: np.ndarray
-    hash_D16: np.ndarray
-    """uint8, as data/provenance.py has it."""
-
-    def __len__(self) -> int:
-        return len(self.length_D)
-
-    @property
-    def total(self) -> int:
-        """Tokens."""
-        return int(self.length_D.sum())
-
-    def only(self, chosen: np.ndarray) -> Documents:
-        """Those of a mask or of numbers."""
-        arrays = {name: value[chosen] for name, value in vars(self).items() if name != "corpora"}
-        return replace(self, **arrays)
-
-    def of_writer(self, writer: int, writers: int) -> Documents:
-        """Those that writer `writer` of `writers` writes: by the hash."""
-        return self.only(self.hash_D16.view("<u8")[:, 0] % np.uint64(writers) == writer)
-
-    def by_source(self, value_D: np.ndarray) -> dict[str, int]:
-        """Sums over the documents of each source that has any."""
-        there = np.unique(self.source_D).tolist()
-        return {self.corpora[k].name: int(value_D[self.source_D == k].sum()) for k in there}
-
-    def tokens(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
-        """The tokens of some documents, memory-mapped."""
-        streams: dict[int, np.ndarray] = {}
-        for d in numbers.tolist():
-            k, start = int(self.source_D[d]), int(self.start_D[d])
-            if k not in streams:
-                streams[k] = IndexedDataset(self.corpora[k].prefix, share=None).tokens
-            yield streams[k][start : start + int(self.length_D[d])]
-
-    def name(self, d: int) -> str:
-        """Document and source, for an error."""
-        source = self.corpora[int(self.source_D[d])]
-        number = int(np.searchsorted(document_starts(source), self.start_D[d], side="right")) - 1
-        return f"document {number} of source '{source.name}' ({source.prefix})"
-
-
-def choose(
-    config: Config, data: OpenData, phase: str, sources: list[str] | None = None, planned: bool = False
-) -> Documents:
-    """The documents that a phase may draw from, in the order of the sources and of their streams.
-
-    These are all documents of the sources with weight. A document of which a keep mask leaves no label, or no
-    window, is left out. sources: of these alone. planned: only documents of windows that the data plan draws
-    in this phase.
-
-    Raises FileNotFoundError for a pair without provenance, and ValueError for an unknown source, for no
-    document, and for one text that two sources store with different numbers of tokens.
-    """
-    weight, at = config.phase_weights(phase), data.plan.phases[list(config.phases).index(phase)]
-    if unknown := [name for name in sources or () if not weight.get(name)]:
-        having = ", ".join(name for name, of in weight.items() if of)
-        raise ValueError(f"--sources {shown(unknown[0])}: phases.{phase} gives weight to {having}")
-    names = [name for name, of in weight.items() if of and name in (sources or weight)]
-    drawn = _drawn(config, data, at.start, config.phase_steps(phase)) if planned else None
-    found, seq_length = list[Documents](), config.data.seq_length
-    for k, corpus in enumerate(data.corpora):
-        if corpus.name not in names:
-            continue
-        stored = IndexedDataset(corpus.prefix, share=None).num_documents
-        hash_D16 = load_origins(corpus.prefix, stored)["hash"][: corpus.documents]
-        start_D, mask = document_starts(corpus), at.keep.get(corpus.name)
-        start_D, end_D, windows = start_D[:-1], start_D[1:], corpus.windows(seq_length)
-        # Windows that are wanted, and what lies behind the last one, which another sequence length may draw.
-        wanted_W = np.ones(windows + 1, bool)
-        if drawn is not None:
-            wanted_W = drawn[k]
-        elif mask is not None:
-            wanted_W = np.append(np.unpackbits(mask.packed, count=windows, bitorder="little"), 0)
-        before_W = np.concatenate(([0], np.cumsum(wanted_W)))
-        first_D, last_D = (np.minimum(token_D // seq_length, windows) for token_D in (start_D, end_D - 1))
-        kept_D = (end_D > start_D) & (before_W[last_D + 1] > before_W[first_D])
-        if mask is not None and mask.stretch_N2 is not None and len(mask.stretch_N2):
-            begin_N, end_N = mask.stretch_N2.T
-            at_D = np.minimum(np.searchsorted(end_N, start_D, side="right"), len(end_N) - 1)
-            kept_D &= (begin_N[at_D] <= start_D) & (start_D < end_N[at_D])
-        start_D, length_D = start_D[kept_D], (end_D - start_D)[kept_D]
-        source_D = np.full(len(start_D), k)
-        found.append(Documents(data.corpora, source_D, start_D, length_D, np.array(hash_D16[kept_D])))
-    arrays = (np.concatenate(part) for part in zip(*(list(vars(of).values())[1:] for of in found), strict=True))
-    return _once(Documents(data.corpora, *arrays), phase)
-
-
-def _drawn(config: Config, data: OpenData, start: int, steps: int) -> list[np.ndarray]:
-    """Of each corpus, the windows that a phase draws, bool [windows + 1]; the last one is none."""
-    out = [np.zeros(corpus.windows(config.data.seq_length) + 1, bool) for corpus in data.corpora]
-    end = start + steps * config.train.global_batch
-    for lo in range(start, end, _PLANNED_AT_ONCE):
-        source_N, _, window_N = data.plan.locate_range(lo, min(_PLANNED_AT_ONCE, end - lo))
-        for k, wanted_W in enumerate(out):
-            wanted_W[window_N[source_N == k]] = True
-    return out
-
-
-def _once(documents: Documents, phase: str) -> Documents:
-    """The first of the documents of each text. Raises ValueError as `choose`."""
-    if not len(documents):
-        raise ValueError(f"phases.{phase} leaves no document to write; check its keep masks and --sources")
-    # As strings, which NumPy can sort: of equal length, so that zeros at their end tell nothing apart.
-    text_D = documents.hash_D16.view("S16").ravel()
-    _, first_U, same_D = np.unique(text_D, return_index=True, return_inverse=True)
-    first_D = first_U[same_D]
-    if len(other := np.flatnonzero(documents.length_D != documents.length_D[first_D])):
-        two = [f"{documents.name(d)} has {documents.length_D[d]} tokens" for d in (first_D[other[0]], other[0])]
-        raise ValueError(f"{', and '.join(two)}, where the text is the same; preprocess both in the same way")
-    return documents.only(np.sort(first_U))
+CONTEXT = 8192
+"""Of a cache, tokens, where the teacher's is longer."""
 
 
 def pieces(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -177,7 +53,8 @@ def pieces(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 def groups(length_D: np.ndarray) -> Iterator[np.ndarray]:
     """Numbers of the documents of each part, in order: whole documents that begin within `PART` tokens."""
     part_D = (np.cumsum(length_D) - length_D) // PART
-    yield from np.split(np.arange(len(length_D)), np.flatnonzero(np.diff(part_D)) + 1)
+    if len(part_D):
+        yield from np.split(np.arange(len(part_D)), np.flatnonzero(np.diff(part_D)) + 1)
 
 
 def records(
@@ -195,12 +72,11 @@ def records(
         d, begin, first, _ = parts[n]
         at += begin
         lo, hi = max(first, at), at + len(logits_NV)
-        with rewording(lambda error: f"{documents.name(d)}: {error}"):  # noqa: B023  (called within this turn)
+        with rewording(lambda error, d=d: f"{documents.name(d)}: {error}"):
             while lo < hi:
-                block = lo // BLOCK
-                to = min(hi, (block + 1) * BLOCK)
-                hash = documents.hash_D16[d].tobytes()
-                found[d, block][lo] = draw(logits_NV[lo - at : to - at], header, hash, lo)
+                to = min(hi, (lo // BLOCK + 1) * BLOCK)
+                key = documents.hash_D16[d].tobytes()
+                found[d, lo // BLOCK][lo] = draw(logits_NV[lo - at : to - at], header, key, lo)
                 lo = to
     for (d, block), drawn in sorted(found.items()):
         joined = Drawn(*(np.concatenate(of) for of in zip(*(drawn[lo] for lo in sorted(drawn)), strict=True)))
@@ -217,9 +93,9 @@ def require_space(folder: Path, tokens: int, each: float) -> None:
         raise OSError(f"{fault}; make room and run this again, name another folder, or take fewer --draws")
 
 
-def expected(header: Header) -> float:
+def expected(draws: int | None, top_k: int | None) -> float:
     """Bytes of a token's record before any is measured: at most about."""
-    return BYTES * header.draws / 50 if header.draws else 2 + 4.2 * header.most
+    return BYTES * draws / 50 if draws else 2 + 4.2 * (top_k or 0)
 
 
 def write(
@@ -231,7 +107,7 @@ def write(
     is begun, and ValueError as `records`; the parts before stay.
     """
     left = documents.only(~covered(Cache(folder), documents))
-    size, each = 0, expected(header)
+    size, each = 0, expected(header.draws, header.top_k)
     with Progress("teacher cache", documents.total, "tokens", documents.total - left.total, show) as progress:
         done = 0
         for numbers in groups(left.length_D):
@@ -246,3 +122,49 @@ def write(
 def covered(cache: Cache, documents: Documents) -> np.ndarray:
     """Whether all records of each document are there, bool [D]."""
     return cache.has(documents.hash_D16, documents.length_D) >= documents.length_D
+
+
+def header_of(
+    teacher: Described, asked: ObjectiveConfig, draws: int | None, top_k: int | None, seed: int, context: int | None
+) -> Header:
+    """The header of a cache of this teacher. context: None is the teacher's, at most `CONTEXT`.
+
+    ValueError for a context that the teacher has not.
+    """
+    longest = teacher.longest - (teacher.bos is not None)
+    if context is not None and context > longest:
+        fault = f"--context {context:,}: the context of {teacher.model} is {teacher.longest:,} tokens"
+        lead = ", one of them before each text" if teacher.bos is not None else ""
+        raise ValueError(f"{fault}{lead}; lower it to {longest:,}, or leave it out")
+    context = context or int(min(CONTEXT, longest))
+    vocabulary = identity(teacher.vocabulary)
+    return Header(teacher.identity, vocabulary, teacher.tokens, asked.temperature, draws, top_k, seed, teacher.bos, context)
+
+
+def finish(
+    documents: Documents, model: str, folder: Path, tokens: int, devices: int, shard: tuple[int, int] | None
+) -> None:
+    """Say which of the documents are covered, and add the launch's line to the folder's ledger.
+
+    Without `shard`, one index is written first, and the shards' lines are inputs of this one. tokens: written
+    by this launch. model: the teacher's name.
+    """
+    if shard is None:
+        merge(folder)
+    cache = Cache(folder)
+    there_D = covered(cache, documents)
+    lacking = documents.only(~there_D).by_source()
+    for name, of in documents.by_source().items():
+        say(f"{name}: {of - lacking.get(name, 0):,} of {of:,} tokens are covered", result=True)
+    there = documents.only(there_D)
+    say(f"{folder}: records of {there.total:,} of {documents.total:,} tokens, {len(there):,} documents", result=True)
+    pairs = [documents.corpora[k].prefix for k in np.unique(documents.source_D)]
+    inputs = {model: cache.header.teacher} | {str(prefix): identity_of(prefix) for prefix in pairs}
+    outputs, name = {str(folder): cache.identity}, "cache teacher"
+    if shard is not None:
+        outputs, name = {f"{folder} {shard[0]}/{shard[1]}": cache.identity}, "cache teacher shard"
+    else:
+        shards = (line for line in ledger.read(folder) if line["stage"] == "cache teacher shard")
+        inputs |= {path: value for line in shards for path, value in line["outputs"].items()}
+    if tokens or shard is None:
+        stage.finish(folder, name, inputs=inputs, outputs=outputs, tokens=tokens, devices=devices)
