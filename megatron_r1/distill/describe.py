@@ -20,6 +20,7 @@ from megatron_r1.system.json_io import read_object
 
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Keys of config.json for the context, by kind of model."""
+_WIDTHS = ("num_attention_heads", "n_head"), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -90,7 +91,10 @@ class Described:
                 expert = "experts" in name and "shared" not in name
                 products += numbers * (c.get("num_experts_per_tok", 1) / routed if expert else 1)
         heads = c.get("num_attention_heads") or c.get("n_head") or 0
-        hidden, layers = c.get("hidden_size") or c.get("n_embd") or 0, c.get("num_hidden_layers", c.get("n_layer", 0))
+        hidden, layers = (
+            c.get("hidden_size") or c.get("n_embd") or 0,
+            c.get("num_hidden_layers", c.get("n_layer", 0)),
+        )
         width = heads * (c.get("head_dim") or hidden // max(1, heads))
         return 2.0 * (products + head) + 2.0 * layers * width * seq_length
 

@@ -6,10 +6,9 @@ like length share a batch, padded on the right. Nothing sees the padding, becaus
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,30 +25,9 @@ from megatron_r1.parallel import cut_to_rank
 from megatron_r1.records import Batch
 
 _LOGITS = 256 << 20
-"""Bytes of float32 logits that `Teacher.logits` makes at a time; a model's own forward may take one sequence's."""
+"""Bytes of float32 logits that `Teacher.logits` makes at a time, or more for one long sequence."""
 _TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Of the largest logit, between trunk and head apart and the model's own forward."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = scale * softcap(hidden @ weight^T + bias), softcap(x) = cap * tanh(x / cap)."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
-        if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV * self.scale if self.scale != 1 else logits_NV
-
-    def target(self, hidden_ND: Tensor, first: int, last: int) -> DenseTarget:
-        """Of the tokens from `first` to before `last`."""
-        bias_V = None if self.bias_V is None else self.bias_V[first:last]
-        return DenseTarget(hidden_ND, self.weight_VD[first:last], bias_V, self.softcap, self.scale)
 
 
 class Teacher(Pretrained):
@@ -67,14 +45,17 @@ class Teacher(Pretrained):
         super().__init__(model, 1, precision=precision, together=together)
         self.tokens, self.bos, self.longest = said.tokens, said.bos, said.longest
         self.parameters, self.flops_per_token = said.parameters, said.flops_per_token
-        self._tolerance = _TOLERANCE[precision]
         self.network.requires_grad_(False)
         ids_1S = (torch.arange(16)[None] * 7919 % self.tokens).to(backend.device())
-        self._own_SV = self._forward(ids_1S)[0, :, : self.tokens].float()
-        if not self._own_SV.isfinite().all():
+        own_SV = self._forward(ids_1S)[0, :, : self.tokens].float()
+        self._near = _TOLERANCE[precision] * own_SV.abs().max()
+        if not own_SV.isfinite().all():
             raise ValueError(f"{model}: its logits are not finite; its weights are damaged")
+        before_SV = self._forward(ids_1S[:, :8])[0, :, : self.tokens].float()
+        if not (before_SV - own_SV[:8]).abs().max() <= self._near:
+            raise ValueError(f"{model}: its logits depend on the tokens behind; take a causal model")
         self._trunk: Any = None
-        self.head = self._find_head(ids_1S)
+        self._head = self._find_head(ids_1S, own_SV)
         if together and dist.is_initialized():
             # The files of a converted checkpoint go with the first rank's object.
             dist.barrier()
@@ -83,21 +64,26 @@ class Teacher(Pretrained):
     def identity(self) -> str:  # type: ignore[override]
         return self.described.identity
 
-    def _find_head(self, ids_1S: Tensor) -> Head | None:
-        """The head, where it and the trunk give the model's own logits; else None."""
+    def _find_head(self, ids_1S: Tensor, own_SV: Tensor) -> DenseTarget | None:
+        """The head, without hidden states. None: it and the trunk do not give the model's own logits."""
         c = self._sizes
         # A model may have neither, or call them otherwise.
         with suppress(AttributeError, TypeError, NotImplementedError, RuntimeError):
             layer, self._trunk = self.network.get_output_embeddings(), self.network.get_decoder()
-            scale = getattr(c, "logit_scale", 1.0) / getattr(c, "logits_scaling", 1.0)
-            scale *= getattr(c, "lm_head_multiplier", 1.0)
-            bias_V = getattr(layer, "bias", None)
-            bias_V = None if bias_V is None else bias_V[: self.tokens]
-            head = Head(layer.weight[: self.tokens], bias_V, getattr(c, "final_logit_softcapping", None), scale)
-            apart_SV = head(self._hidden(ids_1S)[0]).float()
-            worst, largest = (apart_SV - self._own_SV).abs().max(), self._own_SV.abs().max()
-            if worst <= self._tolerance * largest:
-                return head
+            # Llama 4 names another attribute as its trunk.
+            self._trunk = self.network.model if self._trunk is self.network else self._trunk
+            hidden_SD, bias_V = self._hidden(ids_1S)[0], getattr(layer, "bias", None)
+            head = DenseTarget(
+                hidden_SD,
+                layer.weight[: self.tokens],
+                None if bias_V is None else bias_V[: self.tokens],
+                getattr(c, "final_logit_softcapping", None),
+                getattr(c, "logit_scale", 1.0)
+                / getattr(c, "logits_scaling", 1.0)
+                * getattr(c, "lm_head_multiplier", 1.0),
+            )
+            if (head.logits(slice(None)).float() - own_SV).abs().max() <= self._near:
+                return dataclasses.replace(head, hidden_ND=hidden_SD[:0])
         return None
 
     @torch.no_grad()
@@ -130,39 +116,40 @@ class Teacher(Pretrained):
         and with `bos` at most `longest`. Logits may be views; they are not looked at, and may be NaN.
         """
         rows = max(1, _LOGITS // (4 * self.tokens))
-        head = self.head
-        forward, budget = (self._hidden, pretrained.BATCH_TOKENS) if head else (self._forward, rows)
+        forward, budget = (self._hidden, pretrained.BATCH_TOKENS) if self._head else (self._forward, rows)
         for batch, lead_B, out_BSX in self._passes(sequences, forward, budget):
             for n, lead, out_SX in zip(batch.tolist(), lead_B.tolist(), out_BSX, strict=True):
                 own_SX = out_SX[lead : lead + len(sequences[n])]
                 for first in range(0, len(own_SX), rows):
                     part_NX = own_SX[first : first + rows]
-                    yield n, first, head(part_NX) if head else part_NX[:, : self.tokens]
+                    head = self._head and dataclasses.replace(self._head, hidden_ND=part_NX)
+                    yield n, first, head.logits(slice(None)) if head else part_NX[:, : self.tokens]
 
     def targets(self, eod: int | None, rows: int) -> Callable[[Batch], DenseTarget]:
-        """Batch -> what the student's distributions are compared with, the student's order of rows s * B + b.
+        """Batch -> what the student's distributions are compared with, in the order s * B + b of its rows.
 
-        `eod`: the token that ends a document; None: a row is one sequence. `rows`: this tensor-parallel rank's
-        rows of the student's vocabulary. The ranks of a tensor-parallel group share the sequences, each
-        context-parallel rank runs whole rows. Hidden states that are not finite raise ValueError on a CPU. A
-        GPU is not waited for: there the loss becomes NaN, and the step is left out.
+        `eod`: the token that ends a document; None: a row is one sequence. `rows`: the student's rows of the
+        vocabulary on a tensor-parallel rank. The ranks of a tensor-parallel group share the sequences. A
+        context-parallel rank runs whole rows, as far as its tokens see them. Hidden states that are not
+        finite raise ValueError on a CPU. A GPU is not waited for: there the loss becomes NaN, and the step is
+        left out.
 
         ValueError where trunk and head are not the model's own forward.
         """
-        if self.head is None:
+        if self._head is None:
             way_out = "write a cache with it instead (tools/cache_teacher.py)"
             raise ValueError(f"{self.model}: its layers and its head apart do not give its logits; {way_out}")
-        return _Online(self, self.head, eod, rows)
+        return _Online(self, self._head, eod, rows)
 
 
 class _Online:
-    def __init__(self, teacher: Teacher, head: Head, eod: int | None, rows: int):
+    def __init__(self, teacher: Teacher, head: DenseTarget, eod: int | None, rows: int):
         from megatron.core import parallel_state as ps
 
         self._teacher, self._head, self._eod = teacher, head, eod
         self._group = ps.get_tensor_model_parallel_group()
         self._rank, self._ranks = self._group.rank(), self._group.size()
-        self._shard = rows * self._rank, min(rows * (self._rank + 1), teacher.tokens)
+        self._shard = slice(rows * self._rank, rows * (self._rank + 1))
 
     def __call__(self, batch: Batch) -> DenseTarget:
         assert batch.whole_BS is not None, "parallel.on_device sets it"
@@ -172,8 +159,9 @@ class _Online:
         number_BS = cut_to_rank({"number": torch.arange(b * s).view(b, s)})["number"].numpy()
         to_N = np.full(b * s, -1)
         to_N[number_BS.T.ravel()] = np.arange(number_BS.size)
-        first_M = self._first_of_sequences(token_BS)
-        parts = np.split(np.arange(b * s), first_M[1:])
+        every = np.split(np.arange(b * s), self._first_of_sequences(token_BS)[1:])
+        # Of a sequence only what this rank's tokens see.
+        parts = [part[: own[-1] + 1] for part in every if len(own := np.flatnonzero(to_N[part] >= 0))]
         flat_N, mine = token_BS.ravel(), self._mine([len(part) for part in parts])
         hidden_ND = self._head.weight_VD.new_zeros(number_BS.size, self._head.weight_VD.shape[1])
         sequences = [flat_N[parts[m]] for m in mine]
@@ -183,16 +171,19 @@ class _Online:
             to = [to_N[parts[mine[n]]] for n in order]
             begin_B = np.arange(len(order)) * width + lead_B
             of = [begin + np.arange(len(one)) for begin, one in zip(begin_B, to, strict=True)]
-            to_K, of_K = np.concatenate(to), np.concatenate(of)
-            to_K, of_K = (on_device(one[to_K >= 0]) for one in (to_K, of_K))
-            hidden_ND.index_copy_(0, to_K, out_BSD.flatten(0, 1).index_select(0, of_K))
+            to_K = np.concatenate(to)
+            from_K = on_device(np.concatenate(of)[to_K >= 0])
+            part_KD = out_BSD.flatten(0, 1).index_select(0, from_K)
+            hidden_ND.index_copy_(0, on_device(to_K[to_K >= 0]), part_KD)
         if self._ranks > 1:
             # A gather: where one rank has a row, the others have zeros.
             dist.all_reduce(hidden_ND, group=self._group)
         if not backend.HAS_CUDA and not (whole_N := hidden_ND.isfinite().all(1)).all():
             row = int(torch.argmin(whole_N.int())) % b
-            raise ValueError(f"{self._teacher.model}: its hidden states of row {row} of a batch are not finite")
-        return self._head.target(hidden_ND, *self._shard)
+            raise ValueError(f"{self._teacher.model}: hidden states of row {row} of a batch are not finite")
+        weight_VD, bias_V = self._head.weight_VD[self._shard], self._head.bias_V
+        bias_V = None if bias_V is None else bias_V[self._shard]
+        return dataclasses.replace(self._head, hidden_ND=hidden_ND, weight_VD=weight_VD, bias_V=bias_V)
 
     def _first_of_sequences(self, token_BS: np.ndarray) -> np.ndarray:
         """Number of the first token of each sequence."""
@@ -203,7 +194,7 @@ class _Online:
         return np.flatnonzero(first_BS)
 
     def _mine(self, lengths: list[int]) -> list[int]:
-        """This rank's share of the sequences: from the longest on, each to the rank with the fewest tokens."""
+        """This rank's share of sequences: from the longest on, each to the rank with the fewest tokens."""
         held, mine = [0] * self._ranks, list[int]()
         for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
             rank = held.index(min(held))

@@ -39,6 +39,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     spec = parse_json(model.to_str(), "tokenizer.json")
     pieces = _pieces_of(spec)
     vocabulary: Vocabulary = {i: pieces(word) for word, i in model.get_vocab(with_added_tokens=True).items()}
+    unknown = model.token_to_id(spec["model"].get("unk_token") or "")
+    vocabulary |= {} if unknown is None else {unknown: None}
     for token in spec.get("added_tokens") or ():
         # Some vocabularies have runs of spaces as added tokens.
         blank = pieces(token["content"]).isspace()
@@ -90,7 +92,7 @@ def _words(piece: str, is_byte: bool) -> bytes:
 
 
 def _alphabet() -> dict[str, int]:
-    """Letter -> byte, as byte-level BPE spells bytes: printable ones of Latin-1 themselves, others from 256 on."""
+    """Letter -> byte, as byte-level BPE spells bytes: printable ones of Latin-1, others from 256 on."""
     plain, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, count(256)
     return {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
 

@@ -48,8 +48,10 @@ class Pretrained:
 
     `tokens`: the first tokens of a document that are read, with the model's own, such as [CLS]. `precision`:
     of weights and activations; None: `backend.fast_precision()`. `together`: every rank of the launch makes
-    this one now, so that a checkpoint is converted once a machine. Raises FileNotFoundError for no model, and ValueError for one
-    that the hub does not give, that is damaged, takes fewer tokens, reads padding, or comes with code.
+    this one now, and a checkpoint is converted once a machine.
+
+    Raises FileNotFoundError for no model, and ValueError for one that the hub does not give, that is damaged,
+    takes fewer tokens, reads padding, or comes with code.
     """
 
     automatic = "AutoModel"
@@ -57,7 +59,15 @@ class Pretrained:
     unused: tuple[str, ...] = ()
     """How the names of weights begin that the files may lack."""
 
-    def __init__(self, model: str, tokens: int, *, precision: str | None = None, together: bool = False, **settings: Any):
+    def __init__(
+        self,
+        model: str,
+        tokens: int,
+        *,
+        precision: str | None = None,
+        together: bool = False,
+        **settings: Any,
+    ):
         self._library = require("transformers", "a model that judges text", "-e '.[hf]'")
         self._library.utils.logging.disable_progress_bar()
         self.model, self.reads, self._settings = model, tokens, {**settings, "tokens": tokens}
