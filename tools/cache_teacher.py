@@ -46,7 +46,12 @@ def main() -> None:
     add("--planned", action="store_true", help="only documents that the phase's data plan draws")
     kind = parser.add_mutually_exclusive_group().add_argument
     kind("--draws", type=number(int, 1, 256), default=50, help="tokens drawn for a record (default: 50)")
-    kind("--top-k", type=number(int, 1, 256), metavar="K", help="the K likeliest tokens in place of draws: biased, see docs")
+    kind(
+        "--top-k",
+        type=number(int, 1, 256),
+        metavar="K",
+        help="the K likeliest tokens in place of draws: biased, see docs",
+    )
     add("--seed", type=number(int, 0, 2**63 - 1), default=1234, help="of the draws (default: 1234)")
     add("--context", type=count, metavar="TOKENS", help="a longer document is cut into pieces (default: the "
         "teacher's, at most 8192)")  # fmt: skip
@@ -65,8 +70,8 @@ def main() -> None:
         run(options)
 
 
-H100 = 0.4 * 989
-"""TFLOP/s of a device that is not here: an H100 at 40 %."""
+H100 = 0.4 * 989e12
+"""FLOP/s, where neither --tflops nor the teacher is there: an H100 at 40 %."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,7 +83,9 @@ def run(options: argparse.Namespace) -> None:
     shard = parse_shard(options.shard, others, folder / "shard") if options.shard else None
     alone = options.merge or options.estimate or options.judge
     if alone and (ranks > 1 or shard):
-        raise ValueError("--merge, --estimate and --judge are for one process and all shards; start it by itself")
+        raise ValueError(
+            "--merge, --estimate and --judge are for one process and all shards; start it by itself"
+        )
     documents = choose(config, data, options.phase, options.sources, options.planned)
     documents = documents.of_writer(*shard or (0, 1))
     if options.merge:
@@ -114,14 +121,38 @@ def run(options: argparse.Namespace) -> None:
         say(text(result), result=True)
         return
     if options.estimate:
-        ...
+        measured = {}
+        if teacher and header:
+            loaded = Teacher(model, config.train.precision, asked.bos)
+            measured = estimate(documents, loaded, header, options.sample, options.seed)
+        elif asked.parameters is None:
+            raise ValueError(f"{model} is not here; say phases.{options.phase}.objective.parameters=N")
+        flop = teacher.flops_per_token(config.data.seq_length) if teacher else 2.0 * (asked.parameters or 0)
+        computed = flop / (flops or H100) if flops or not teacher else None
+        size, hours = 0.0, 0.0
+        for name, tokens in missing.by_source().items():
+            bytes_each, seconds = measured.get(name, (each, 0.0))
+            seconds = seconds if computed is None else computed
+            size, hours = size + tokens * bytes_each, hours + tokens * seconds / 3600
+            gb, needs = tokens * bytes_each / 1e9, tokens * seconds / 3600
+            say(
+                f"{name}: {tokens:,} tokens, {bytes_each:.1f} bytes each, {gb:.3g} GB, {needs:.3g} hours",
+                result=True,
+            )
+        how = (
+            "timed on this one" if computed is None else f"at {computed and flop / computed / 1e12:g} TFLOP/s"
+        )
+        here = "measured" if measured else f"not measured, because {model} is not here"
+        say(f"{folder}: {size / 1e9:.3g} GB ({here}), {hours:.3g} hours of a device, {how}", result=True)
+        return
     with meeting(folder / "writers" / "-".join(map(str, shard or (0, 1))), rank, ranks) as meet:
         if header:
             require_space(folder, missing.total, each)
             header.write(folder)
         header = Header(**meet(header and asdict(header)))
         writer, writers = shard or (0, 1)
-        mine = documents.of_writer(writer * ranks + rank, writers * ranks)
+        # Modulo `writers` it is the shard's number.
+        mine = documents.of_writer(rank * writers + writer, ranks * writers)
         write(mine, Teacher(model, config.train.precision, asked.bos), header, folder, ranks, rank == 0)
         meet(None)
         if rank == 0:

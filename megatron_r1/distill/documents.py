@@ -1,11 +1,10 @@
-"""The documents that a phase may draw, each text once, and which of several writers a document belongs to.
+"""The documents that a phase may draw, each text once, and the writer of a cache that each belongs to.
 
 This file imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from megatron_r1.records import Corpus
 from megatron_r1.system.errors import shown
 
 _PLANNED_AT_ONCE = 1 << 20
+"""Samples."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of some sources, each once. Axis D: documents."""
+    """Documents of some sources. Axis D: documents."""
 
     corpora: list[Corpus]
     source_D: np.ndarray
@@ -32,8 +32,8 @@ class Documents:
     start_D: np.ndarray
     """First token in the corpus's stream."""
     length_D: np.ndarray
-    hash_D16: np.ndarray
-    """uint8, as data/provenance.py has it."""
+    hash_DH: np.ndarray
+    """uint8 [D, 16], as data/provenance.py has it."""
 
     def __len__(self) -> int:
         return len(self.length_D)
@@ -44,43 +44,40 @@ class Documents:
         return int(self.length_D.sum())
 
     def only(self, chosen: np.ndarray) -> Documents:
-        """Those of a mask or of numbers."""
-        arrays = {name: value[chosen] for name, value in vars(self).items() if name != "corpora"}
-        return replace(self, **arrays)
+        """Those of a mask, or of numbers in their order."""
+        return replace(self, **{name: of[chosen] for name, of in vars(self).items() if name != "corpora"})
 
     def of_writer(self, writer: int, writers: int) -> Documents:
-        """Those that writer `writer` of `writers` writes: by the hash."""
-        return self.only(self.hash_D16.view("<u8")[:, 0] % np.uint64(writers) == writer)
+        """Those whose hash names this one of so many writers."""
+        return self.only(self.hash_DH.view("<u8")[:, 0] % np.uint64(writers) == writer)
 
     def by_source(self, value_D: np.ndarray | None = None) -> dict[str, Any]:
         """Sums over the documents of each source that has any; of their tokens, where no values are given."""
-        value_D, there = self.length_D if value_D is None else value_D, np.unique(self.source_D).tolist()
-        return {self.corpora[k].name: value_D[self.source_D == k].sum().item() for k in there}
+        value_D = self.length_D if value_D is None else value_D
+        numbers = np.unique(self.source_D).tolist()
+        return {self.corpora[k].name: value_D[self.source_D == k].sum().item() for k in numbers}
 
-    def tokens(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+    def tokens(self, numbers: np.ndarray) -> list[np.ndarray]:
         """The tokens of some documents, memory-mapped."""
-        streams: dict[int, np.ndarray] = {}
-        for d in numbers.tolist():
-            k, start = int(self.source_D[d]), int(self.start_D[d])
-            if k not in streams:
-                streams[k] = IndexedDataset(self.corpora[k].prefix, share=None).tokens
-            yield streams[k][start : start + int(self.length_D[d])]
+        at = self.only(numbers)
+        of = {k: IndexedDataset(self.corpora[k].prefix, None).tokens for k in np.unique(at.source_D).tolist()}
+        spans = zip(*(array.tolist() for array in (at.source_D, at.start_D, at.length_D)), strict=True)
+        return [of[k][start : start + length] for k, start, length in spans]
 
     def name(self, d: int) -> str:
-        """Document and source, for an error."""
-        source = self.corpora[int(self.source_D[d])]
-        number = int(np.searchsorted(document_starts(source), self.start_D[d], side="right")) - 1
-        return f"document {number} of source '{source.name}' ({source.prefix})"
+        """A document and its source, for an error."""
+        corpus = self.corpora[self.source_D[d]]
+        number = int(np.searchsorted(document_starts(corpus), self.start_D[d], side="right")) - 1
+        return f"document {number} of source '{corpus.name}' ({corpus.prefix})"
 
 
 def objective_of(config: Config, phase: str) -> tuple[ObjectiveConfig, str, Path]:
-    """A phase's objective, its teacher and the folder of its cache. ValueError where it has not all of them."""
+    """A phase's objective, its teacher and its cache's folder. ValueError where it has not all of them."""
     if phase not in config.phases:
         raise ValueError(f"--phase {shown(phase)}: the phases are {', '.join(config.phases)}")
     asked = config.phases[phase].objective
     if asked is None or asked.teacher is None or asked.cache is None:
-        lacking = "teacher and cache" if asked is None else "teacher" if asked.teacher is None else "cache"
-        raise ValueError(f"phases.{phase}.objective names no {lacking}; a cache is written from teacher to cache")
+        raise ValueError(f"phases.{phase}.objective must name a teacher and the folder of its cache")
     if config.data.cross_documents:
         fault = "data.cross_documents=true, and a cache's records are of documents apart"
         raise ValueError(f"{fault}; set it to false, and preprocess with --append-eod")
@@ -90,69 +87,71 @@ def objective_of(config: Config, phase: str) -> tuple[ObjectiveConfig, str, Path
 def choose(
     config: Config, data: OpenData, phase: str, sources: list[str] | None = None, planned: bool = False
 ) -> Documents:
-    """The documents that a phase may draw from, in the order of the sources and of their streams.
+    """The documents that a phase may draw, each text once, in the order of sources and streams.
 
-    These are all documents of the sources with weight. A document of which a keep mask leaves no label, or no
-    window, is left out. sources: of these alone. planned: only documents of windows that the data plan draws
-    in this phase.
+    These are all documents of the sources with weight, but for those of which a keep mask leaves no window or
+    no token. sources: of these alone. planned: only documents in windows that the data plan draws.
 
     Raises FileNotFoundError for a pair without provenance, and ValueError for an unknown source, for no
-    document, and for one text that two sources store with different numbers of tokens.
+    document, and for a text of which two sources store different numbers of tokens.
     """
-    weight, at = config.phase_weights(phase), data.plan.phases[list(config.phases).index(phase)]
-    if unknown := [name for name in sources or () if not weight.get(name)]:
-        having = ", ".join(name for name, of in weight.items() if of)
-        raise ValueError(f"--sources {shown(unknown[0])}: phases.{phase} gives weight to {having}")
-    names = [name for name, of in weight.items() if of and name in (sources or weight)]
-    drawn = _drawn(config, data, at.start, config.phase_steps(phase)) if planned else None
-    found, seq_length = list[Documents](), config.data.seq_length
+    weights, at = config.phase_weights(phase), data.plan.phases[list(config.phases).index(phase)]
+    names = [name for name, weight in weights.items() if weight]
+    if unknown := [name for name in sources or () if name not in names]:
+        raise ValueError(f"--sources {shown(unknown[0])}: phases.{phase} draws from {', '.join(names)}")
+    wanted, found = _windows(config, data, phase, planned), list[Documents]()
     for k, corpus in enumerate(data.corpora):
-        if corpus.name not in names:
-            continue
-        stored = IndexedDataset(corpus.prefix, share=None).num_documents
-        hash_D16 = load_origins(corpus.prefix, stored)["hash"][: corpus.documents]
-        start_D, mask = document_starts(corpus), at.keep.get(corpus.name)
-        start_D, end_D, windows = start_D[:-1], start_D[1:], corpus.windows(seq_length)
-        # Windows that are wanted, and what lies behind the last one, which another sequence length may draw.
-        wanted_W = np.ones(windows + 1, bool)
-        if drawn is not None:
-            wanted_W = drawn[k]
-        elif mask is not None:
-            wanted_W = np.append(np.unpackbits(mask.packed, count=windows, bitorder="little"), 0)
-        before_W = np.concatenate(([0], np.cumsum(wanted_W)))
-        first_D, last_D = (np.minimum(token_D // seq_length, windows) for token_D in (start_D, end_D - 1))
-        kept_D = (end_D > start_D) & (before_W[last_D + 1] > before_W[first_D])
-        if mask is not None and mask.stretch_N2 is not None and len(mask.stretch_N2):
-            begin_N, end_N = mask.stretch_N2.T
-            at_D = np.minimum(np.searchsorted(end_N, start_D, side="right"), len(end_N) - 1)
-            kept_D &= (begin_N[at_D] <= start_D) & (start_D < end_N[at_D])
-        start_D, length_D = start_D[kept_D], (end_D - start_D)[kept_D]
-        source_D = np.full(len(start_D), k)
-        found.append(Documents(data.corpora, source_D, start_D, length_D, np.array(hash_D16[kept_D])))
-    arrays = (np.concatenate(part) for part in zip(*(list(vars(of).values())[1:] for of in found), strict=True))
-    return _once(Documents(data.corpora, *arrays), phase)
+        if corpus.name in names and corpus.name in (sources or names):
+            stored = IndexedDataset(corpus.prefix, None).num_documents
+            hash_DH, start_D = load_origins(corpus.prefix, stored)["hash"], document_starts(corpus)
+            start_D, end_D, mask = start_D[:-1], start_D[1:], at.keep.get(corpus.name)
+            before_W = np.concatenate(([0], np.cumsum(wanted[k])))
+            first_D, last_D = (
+                np.clip(token_D // config.data.seq_length, 0, len(wanted[k]) - 1)
+                for token_D in (start_D, end_D - 1)
+            )
+            kept_D = (end_D > start_D) & (before_W[last_D + 1] > before_W[first_D])
+            if mask is not None and mask.stretch_N2 is not None:
+                # Edges of stretches ascend: a token in one has an odd number of them at or before it.
+                kept_D &= np.searchsorted(mask.stretch_N2.ravel(), start_D, side="right") % 2 == 1
+            kept = np.flatnonzero(kept_D)
+            length_D, source_D = (end_D - start_D)[kept], np.full(len(kept), k)
+            found.append(Documents(data.corpora, source_D, start_D[kept], length_D, np.array(hash_DH[kept])))
+    columns = zip(*(list(vars(one).values())[1:] for one in found), strict=True)
+    return _once(Documents(data.corpora, *map(np.concatenate, columns)), phase)
 
 
-def _drawn(config: Config, data: OpenData, start: int, steps: int) -> list[np.ndarray]:
-    """Of each corpus, the windows that a phase draws, bool [windows + 1]; the last one is none."""
-    out = [np.zeros(corpus.windows(config.data.seq_length) + 1, bool) for corpus in data.corpora]
-    end = start + steps * config.train.global_batch
-    for lo in range(start, end, _PLANNED_AT_ONCE):
-        source_N, _, window_N = data.plan.locate_range(lo, min(_PLANNED_AT_ONCE, end - lo))
-        for k, wanted_W in enumerate(out):
+def _windows(config: Config, data: OpenData, phase: str, planned: bool) -> list[np.ndarray]:
+    """Which windows of each corpus a phase may draw, or, `planned`, does: bool [windows + 1].
+
+    The last one is what lies behind the windows, which another sequence length may draw.
+    """
+    at, seq_length = data.plan.phases[list(config.phases).index(phase)], config.data.seq_length
+    wanted = [np.ones(corpus.windows(seq_length) + 1, bool) for corpus in data.corpora]
+    for corpus, wanted_W in zip(data.corpora, wanted, strict=True):
+        if planned or corpus.name in at.keep:
+            wanted_W[:] = False
+        if corpus.name in at.keep and not planned:
+            packed, windows = at.keep[corpus.name].packed, len(wanted_W) - 1
+            wanted_W[:-1] = np.unpackbits(packed, count=windows, bitorder="little")
+    end = at.start + config.phase_steps(phase) * config.train.global_batch
+    for first in range(at.start, end, _PLANNED_AT_ONCE) if planned else ():
+        source_N, _, window_N = data.plan.locate_range(first, min(_PLANNED_AT_ONCE, end - first))
+        for k, wanted_W in enumerate(wanted):
             wanted_W[window_N[source_N == k]] = True
-    return out
+    return wanted
 
 
 def _once(documents: Documents, phase: str) -> Documents:
     """The first of the documents of each text. Raises ValueError as `choose`."""
     if not len(documents):
-        raise ValueError(f"phases.{phase} leaves no document to write; check its keep masks and --sources")
+        raise ValueError(f"phases.{phase} leaves no document; see its keep masks, and --sources")
     # As strings, which NumPy can sort: of equal length, so that zeros at their end tell nothing apart.
-    text_D = documents.hash_D16.view("S16").ravel()
+    text_D = documents.hash_DH.view("S16").ravel()
     _, first_U, same_D = np.unique(text_D, return_index=True, return_inverse=True)
-    first_D = first_U[same_D]
-    if len(other := np.flatnonzero(documents.length_D != documents.length_D[first_D])):
-        two = [f"{documents.name(d)} has {documents.length_D[d]} tokens" for d in (first_D[other[0]], other[0])]
-        raise ValueError(f"{', and '.join(two)}, where the text is the same; preprocess both in the same way")
+    first_D, length_D = first_U[same_D], documents.length_D
+    if len(other := np.flatnonzero(length_D != length_D[first_D])):
+        pair = (first_D[other[0]], other[0])
+        has = " and ".join(f"{documents.name(d)} has {length_D[d]:,}" for d in pair)
+        raise ValueError(f"one text has two numbers of tokens: {has}; preprocess both in the same way")
     return documents.only(np.sort(first_U))

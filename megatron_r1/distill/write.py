@@ -1,8 +1,8 @@
 """Writing a teacher's cache: records of documents, in parts that appear whole.
 
-A writer passes over documents that are in the folder, so a launch that was killed loses the part under way and
-no more. The records of a document depend neither on the number of writers nor on the documents beside it, up to
-the rounding of the teacher's own products. This file imports torch only to draw.
+A writer passes over documents that are in the folder, so a launch that was killed loses the part under way
+and no more. The records of a document depend neither on the number of writers nor on the documents beside
+it, up to the rounding of the teacher's own products. This file imports torch only to draw.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,29 @@ BYTES = 46
 """Of a token's record of 50 draws, at most about, before any is measured."""
 CONTEXT = 8192
 """Of a cache, tokens, where the teacher's is longer."""
+_SHARD = "cache teacher shard"
+
+
+def header_of(
+    teacher: Described,
+    asked: ObjectiveConfig,
+    draws: int | None,
+    top_k: int | None,
+    seed: int,
+    context: int | None,
+) -> Header:
+    """The header of a cache of this teacher. context: None is the teacher's, at most `CONTEXT`.
+
+    ValueError for a context that the teacher has not.
+    """
+    longest = teacher.longest - (teacher.bos is not None)
+    if context is not None and context > longest:
+        lead = ", one of them before each text" if teacher.bos is not None else ""
+        fault = f"--context {context}: the context of {teacher.model} is {teacher.longest} tokens{lead}"
+        raise ValueError(f"{fault}; lower it to {longest}, or leave it out")
+    context, words = context or int(min(CONTEXT, longest)), identity(teacher.vocabulary)
+    kind = (asked.temperature, draws, top_k, seed, teacher.bos, context)
+    return Header(teacher.identity, words, teacher.tokens, *kind)
 
 
 def pieces(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -64,38 +88,43 @@ def records(
 
     ValueError, which names document and source, for logits that are not finite.
     """
-    length = documents.length_D
-    parts = [(d, *piece) for d in numbers.tolist() for piece in pieces(int(length[d]), header.context)]
-    streams = dict(zip(numbers.tolist(), documents.tokens(numbers), strict=True))
     found: dict[tuple[int, int], dict[int, Drawn]] = defaultdict(dict)
-    for n, at, logits_NV in teacher.logits([streams[d][begin:end] for d, begin, _, end in parts]):
+    whole = dict(zip(numbers.tolist(), documents.tokens(numbers), strict=True))
+    parts = [(d, *piece) for d in whole for piece in pieces(len(whole[d]), header.context)]
+    for n, offset, logits_NV in teacher.logits([whole[d][begin:end] for d, begin, _, end in parts]):
         d, begin, first, _ = parts[n]
-        at += begin
-        lo, hi = max(first, at), at + len(logits_NV)
-        with rewording(lambda error, d=d: f"{documents.name(d)}: {error}"):
-            while lo < hi:
-                to = min(hi, (lo // BLOCK + 1) * BLOCK)
-                key = documents.hash_D16[d].tobytes()
-                found[d, lo // BLOCK][lo] = draw(logits_NV[lo - at : to - at], header, key, lo)
-                lo = to
+        lo, hi = begin + offset, begin + offset + len(logits_NV)
+        # A block's records come together, whatever the pieces and the teacher's batches.
+        edges = [max(first, lo), *range(max(first, lo) // BLOCK * BLOCK + BLOCK, hi, BLOCK), hi]
+        for at, to in pairwise(edges):
+            if at < to:
+                rows = logits_NV[at - lo : to - lo]
+                with rewording(lambda error: f"{documents.name(d)}: {error}", ValueError):  # noqa: B023
+                    found[d, at // BLOCK][at] = draw(rows, header, documents.hash_DH[d].tobytes(), at)
     for (d, block), drawn in sorted(found.items()):
-        joined = Drawn(*(np.concatenate(of) for of in zip(*(drawn[lo] for lo in sorted(drawn)), strict=True)))
-        yield documents.hash_D16[d].tobytes(), block * BLOCK, int(length[d]), pack(header, joined)
-
-
-def require_space(folder: Path, tokens: int, each: float) -> None:
-    """OSError where the disk of a folder has no room for the records of so many tokens, of `each` bytes."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    status = os.statvfs(there)
-    needed, free = tokens * each / 1e9, status.f_bavail * status.f_frsize / 1e9
-    if free < needed:
-        fault = f"{folder}: {tokens:,} tokens of {each:.1f} bytes need {needed:.4g} GB, and {free:.4g} GB are free"
-        raise OSError(f"{fault}; make room and run this again, name another folder, or take fewer --draws")
+        joined = Drawn(*map(np.concatenate, zip(*(drawn[at] for at in sorted(drawn)), strict=True)))
+        yield documents.hash_DH[d].tobytes(), block * BLOCK, len(whole[d]), pack(header, joined)
 
 
 def expected(draws: int | None, top_k: int | None) -> float:
     """Bytes of a token's record before any is measured: at most about."""
     return BYTES * draws / 50 if draws else 2 + 4.2 * (top_k or 0)
+
+
+def require_space(folder: Path, tokens: int, each: float) -> None:
+    """OSError where the disk of a folder has no room for the records of so many tokens, of `each` bytes."""
+    status = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    needed, free = tokens * each / 1e9, status.f_bavail * status.f_frsize / 1e9
+    if free < needed:
+        fault = f"{tokens:,} tokens of {each:.1f} bytes take {needed:.4g} GB, and {free:.4g} GB are free"
+        raise OSError(f"{folder}: {fault}; make room and go on, name another folder, or take fewer --draws")
+
+
+def covered(folder: Path, documents: Documents) -> np.ndarray:
+    """Whether all records of each document are there, bool [D]. Raises as `Cache` and `Cache.has`."""
+    if not (folder / "header.json").exists():
+        return np.zeros(len(documents), bool)
+    return Cache(folder).has(documents.hash_DH, documents.length_D) >= documents.length_D
 
 
 def write(
@@ -104,41 +133,16 @@ def write(
     """Write the records of this writer's documents that the folder lacks, part by part.
 
     ranks: writers of this launch, for the space that is needed. Raises OSError for a full disk before a part
-    is begun, and ValueError as `records`; the parts before stay.
+    is begun, and ValueError as `records`. The parts before stay.
     """
-    left = documents.only(~covered(Cache(folder), documents))
-    size, each = 0, expected(header.draws, header.top_k)
-    with Progress("teacher cache", documents.total, "tokens", documents.total - left.total, show) as progress:
-        done = 0
+    left, size, done = documents.only(~covered(folder, documents)), 0, 0
+    with Progress("teacher cache", left.total, "tokens", show=show) as progress:
         for numbers in groups(left.length_D):
+            each = size / done if done else expected(header.draws, header.top_k)
             require_space(folder, (left.total - done) * ranks, each)
-            path = write_part(folder, header, records(teacher, header, left, numbers))
-            tokens = int(left.length_D[numbers].sum())
-            done, size = done + tokens, size + path.stat().st_size
-            each = size / done
-            progress.advance(tokens, f"{each:.1f} bytes a token")
-
-
-def covered(cache: Cache, documents: Documents) -> np.ndarray:
-    """Whether all records of each document are there, bool [D]."""
-    return cache.has(documents.hash_D16, documents.length_D) >= documents.length_D
-
-
-def header_of(
-    teacher: Described, asked: ObjectiveConfig, draws: int | None, top_k: int | None, seed: int, context: int | None
-) -> Header:
-    """The header of a cache of this teacher. context: None is the teacher's, at most `CONTEXT`.
-
-    ValueError for a context that the teacher has not.
-    """
-    longest = teacher.longest - (teacher.bos is not None)
-    if context is not None and context > longest:
-        fault = f"--context {context:,}: the context of {teacher.model} is {teacher.longest:,} tokens"
-        lead = ", one of them before each text" if teacher.bos is not None else ""
-        raise ValueError(f"{fault}{lead}; lower it to {longest:,}, or leave it out")
-    context = context or int(min(CONTEXT, longest))
-    vocabulary = identity(teacher.vocabulary)
-    return Header(teacher.identity, vocabulary, teacher.tokens, asked.temperature, draws, top_k, seed, teacher.bos, context)
+            size += write_part(folder, header, records(teacher, header, left, numbers)).stat().st_size
+            done += (tokens := int(left.length_D[numbers].sum()))
+            progress.advance(tokens, f"{size / done:.1f} bytes a token")
 
 
 def finish(
@@ -146,25 +150,19 @@ def finish(
 ) -> None:
     """Say which of the documents are covered, and add the launch's line to the folder's ledger.
 
-    Without `shard`, one index is written first, and the shards' lines are inputs of this one. tokens: written
-    by this launch. model: the teacher's name.
+    Without `shard` one index is written first, and the outputs of the shards' lines are inputs of this one.
+    tokens: written by this launch. model: the teacher's name.
     """
     if shard is None:
         merge(folder)
-    cache = Cache(folder)
-    there_D = covered(cache, documents)
-    lacking = documents.only(~there_D).by_source()
-    for name, of in documents.by_source().items():
-        say(f"{name}: {of - lacking.get(name, 0):,} of {of:,} tokens are covered", result=True)
-    there = documents.only(there_D)
-    say(f"{folder}: records of {there.total:,} of {documents.total:,} tokens, {len(there):,} documents", result=True)
+    cache, there_D, wanted = Cache(folder), covered(folder, documents), documents.by_source()
+    for name, there in documents.by_source(documents.length_D * there_D).items():
+        say(f"{name}: records of {there:,} of {wanted[name]:,} tokens", result=True)
+    say(f"{folder}: records of {int(there_D.sum()):,} of {len(documents):,} documents", result=True)
     pairs = [documents.corpora[k].prefix for k in np.unique(documents.source_D)]
     inputs = {model: cache.header.teacher} | {str(prefix): identity_of(prefix) for prefix in pairs}
-    outputs, name = {str(folder): cache.identity}, "cache teacher"
-    if shard is not None:
-        outputs, name = {f"{folder} {shard[0]}/{shard[1]}": cache.identity}, "cache teacher shard"
-    else:
-        shards = (line for line in ledger.read(folder) if line["stage"] == "cache teacher shard")
-        inputs |= {path: value for line in shards for path, value in line["outputs"].items()}
-    if tokens or shard is None:
-        stage.finish(folder, name, inputs=inputs, outputs=outputs, tokens=tokens, devices=devices)
+    name, output = ("cache teacher", f"{folder}") if shard is None else (_SHARD, f"{folder} {shard}")
+    for line in ledger.read(folder) if shard is None else ():
+        inputs |= line["outputs"] if line["stage"] == _SHARD else {}
+    made = {output: cache.identity}
+    stage.finish(folder, name, inputs=inputs, outputs=made, tokens=tokens, devices=devices)

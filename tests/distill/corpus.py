@@ -35,7 +35,13 @@ def written(root: Path) -> Path:
 def pair(root: Path, text: str, name: str, append_eod: bool = True) -> str:
     kind, teacher = "HuggingFaceTokenizer", root / "teacher"
     made = preprocess(
-        [root / f"{text}.jsonl"], root / name, kind, teacher, append_eod=append_eod, seed=None, log=lambda line: None
+        [root / f"{text}.jsonl"],
+        root / name,
+        kind,
+        teacher,
+        append_eod=append_eod,
+        seed=None,
+        log=lambda line: None,
     )
     return str(next(iter(made)))
 
