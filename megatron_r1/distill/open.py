@@ -8,14 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_r1.config import Config, ObjectiveConfig
+from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.open import OpenData
+from megatron_r1.data.provenance import load_origins
+from megatron_r1.distill.cache import Cache
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.vocabulary import identity, vocabulary_of_pair
+from megatron_r1.records import Batch, Corpus
+from megatron_r1.run.stage import differences
 
 if TYPE_CHECKING:
+    from megatron_r1.data.loader import Records
     from megatron_r1.parallel import ParallelContext
     from megatron_r1.train.objective import PhaseTeacher, Targets
 
@@ -59,7 +67,7 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
 def teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
     """Phase -> its teacher, opened and not yet loaded."""
     return {
-        name: _Cached(objective, data) if objective.cache else _Online(config, data, objective)
+        name: _Cached(config, data, objective) if objective.cache else _Online(config, data, objective)
         for name, objective in _objectives(config)
     }
 
@@ -89,7 +97,7 @@ class _Check:
     def run(self) -> None:
         teacher = self._teacher()
         if self._objective.cache:
-            self._cache(Path(self._objective.cache), teacher)
+            self._cache(Cache(Path(self._objective.cache)), teacher)
         elif teacher:
             self._online(teacher)
             self._vocabulary(teacher, identity(teacher.vocabulary), teacher.tokens)
@@ -122,6 +130,41 @@ class _Check:
             f"  {teacher.parameters:,} parameters, {size:,} B ({config.train.precision}) on each rank",
             f"  {flops:.4g} FLOP a token: a step takes {(flops + own) / own:.1f} times the student's own",
         ]
+
+    def _cache(self, cache: Cache, teacher: Described | None) -> None:
+        asked, header = self._objective, cache.header
+        here: dict[str, Any] = {"temperature": asked.temperature}
+        if teacher:
+            here |= {"teacher": teacher.identity, "bos": teacher.bos}
+        elif asked.bos != "auto":
+            here["bos"] = None if asked.bos == "none" else asked.bos
+        if changed := differences({name: getattr(header, name) for name in here}, here):
+            fault = f"the cache {cache.folder} is another one: {', '.join(changed)}"
+            self.mistakes.append(f"{fault}; restore these, or write a cache of its own")
+        record = f"the {header.top_k} largest" if header.top_k else f"{header.draws} draws of"
+        token = "no token" if header.bos is None else f"token {header.bos}"
+        self.lines += [
+            f"{self._loss()} from the cache {cache.folder}, which holds {record} probabilities a token",
+            f"  teacher {header.teacher[:12]}, {token} before each document, {header.tokens:,} ids, context "
+            f"{header.context:,}",
+        ]
+        for corpus in self._drawn:
+            share = self._covered(cache, corpus)
+            self.lines.append(f"  {corpus.name}: {share:.1%} of its tokens have a record")
+            if not share:
+                way_out = "write them with tools/cache_teacher.py, or take its weight away"
+                self.mistakes.append(f"{cache.folder} has no record of data.sources.{corpus.name}; {way_out}")
+        self._vocabulary(teacher, header.vocabulary, header.tokens)
+
+    def _covered(self, cache: Cache, corpus: Corpus) -> float:
+        """Share of a source's tokens that have a record, by a sample of its documents, or by all."""
+        hash_DH = load_origins(corpus.prefix, IndexedDataset(corpus.prefix, share=None).num_documents)["hash"]
+        length_D = np.diff(document_starts(corpus))
+        for step in sorted({max(1, len(length_D) // _SAMPLE), 1}, reverse=True):
+            known_D = cache.has(hash_DH[: len(length_D) : step], length_D[::step])
+            if known_D.any():
+                return float(known_D.sum() / length_D[::step].sum())
+        return 0.0
 
     def _loss(self) -> str:
         asked = self._objective
@@ -167,3 +210,39 @@ class _Online:
         precision, rows = self._config.train.precision, self._config.model.vocab_size // context.tensor_size
         teacher = Teacher(self._said.model, precision, self._objective.bos, together=True)
         return teacher.targets(self._eod, rows)
+
+
+class _Cached:
+    """A teacher's records."""
+
+    def __init__(self, config: Config, data: OpenData, objective: ObjectiveConfig):
+        from megatron_r1.distill.records import WindowRecords
+
+        assert objective.cache is not None
+        self._cache, self._objective = Cache(Path(objective.cache)), objective
+        self.tokens = self._cache.header.tokens
+        sources = [corpus.name for corpus in data.corpora]
+        self.records: Records | None = WindowRecords(
+            self._cache, data.corpora, sources, config.data.seq_length
+        )
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        asked, theirs = self._objective, self._cache.header.teacher
+        return {str(self._cache.folder): self._cache.identity} | (
+            {asked.teacher: theirs} if asked.teacher else {}
+        )
+
+    def targets(self, context: ParallelContext) -> Targets:
+        from megatron_r1.model.divergence import SparseTarget
+
+        def of(batch: Batch) -> SparseTarget:
+            records = batch.teacher
+            assert records is not None, "the loader asks for them"
+            ids_NK, share_NK = (
+                of_BSK.transpose(0, 1).flatten(0, 1) for of_BSK in (records.ids_BSK, records.share_BSK)
+            )
+            tail = self._cache.header.top_k is not None
+            return SparseTarget(ids_NK, share_NK, records.entropy_BS.t().flatten(), tail)
+
+        return of
