@@ -26,15 +26,18 @@ from pathlib import Path
 
 from megatron_r1 import config_io
 from megatron_r1.data.open import launched, open_data
-from megatron_r1.distill.cache import Cache, Header
+from megatron_r1.distill.cache import Header
 from megatron_r1.distill.describe import Described
-from megatron_r1.distill.documents import Documents, choose, objective_of
+from megatron_r1.distill.documents import choose, objective_of
 from megatron_r1.distill.open import vocabulary_mistakes
 from megatron_r1.distill.write import covered, expected, finish, header_of, require_space, write
 from megatron_r1.preprocess.shards import parse_shard
 from megatron_r1.system.files import write_json
 from megatron_r1.system.process import launch_number
 from megatron_r1.system.terminal import count, loading_torch, number, positive, say, tool_parser, user_errors
+
+_H100 = 0.4 * 989e12
+"""FLOP/s, where neither --tflops nor the teacher is there: an H100 at 40 %."""
 
 
 def main() -> None:
@@ -44,18 +47,13 @@ def main() -> None:
     add("--phase", required=True, help="whose teacher, and whose documents")
     add("--sources", type=lambda text: text.split(","), metavar="A,B", help="of the phase's, these alone")
     add("--planned", action="store_true", help="only documents that the phase's data plan draws")
-    kind = parser.add_mutually_exclusive_group().add_argument
-    kind("--draws", type=number(int, 1, 256), default=50, help="tokens drawn for a record (default: 50)")
-    kind(
-        "--top-k",
-        type=number(int, 1, 256),
-        metavar="K",
-        help="the K likeliest tokens in place of draws: biased, see docs",
-    )
+    add("--draws", type=number(int, 1, 256), default=50, help="points of a record (default: 50)")
+    add("--top-k", type=number(int, 1, 256), metavar="K", help="in place of draws: the K likeliest tokens; "
+        "the others are one, which is biased")  # fmt: skip
     add("--seed", type=number(int, 0, 2**63 - 1), default=1234, help="of the draws (default: 1234)")
     add("--context", type=count, metavar="TOKENS", help="a longer document is cut into pieces (default: the "
         "teacher's, at most 8192)")  # fmt: skip
-    add("--shard", metavar="I/N", help="write the documents of one of N shards, from 0; env: as SLURM says")
+    add("--shard", metavar="I/N", help="write the documents of shard I of N, from 0; env: as SLURM says")
     work = parser.add_mutually_exclusive_group().add_argument
     work("--merge", action="store_true", help="write one index over the parts of all shards, and exit")
     work("--check", action="store_true", help="print what would be written, and exit")
@@ -63,15 +61,9 @@ def main() -> None:
     work("--judge", action="store_true", help="compare teacher and student on a sample, and exit")
     add("--sample", type=count, default=16384, metavar="TOKENS", help="of each source, for --judge and "
         "--estimate (default: %(default)s)")  # fmt: skip
-    add("--tflops", type=positive, help="FLOP/s of a device, in 10^12, for hours; without it they are timed "
-        "on this one")  # fmt: skip
-    options = parser.parse_intermixed_args()
+    add("--tflops", type=positive, help="10^12 FLOP/s of a device; without it, hours are by a timed sample")
     with user_errors():
-        run(options)
-
-
-H100 = 0.4 * 989e12
-"""FLOP/s, where neither --tflops nor the teacher is there: an H100 at 40 %."""
+        run(parser.parse_intermixed_args())
 
 
 def run(options: argparse.Namespace) -> None:
@@ -81,35 +73,30 @@ def run(options: argparse.Namespace) -> None:
     # Under torchrun, RANK is a rank's place within its shard.
     others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     shard = parse_shard(options.shard, others, folder / "shard") if options.shard else None
-    alone = options.merge or options.estimate or options.judge
-    if alone and (ranks > 1 or shard):
-        raise ValueError(
-            "--merge, --estimate and --judge are for one process and all shards; start it by itself"
-        )
+    if (options.merge or options.estimate or options.judge) and (ranks > 1 or shard):
+        raise ValueError("--merge, --estimate and --judge take one process, and no --shard")
+    place, shards = shard or (0, 1)
     documents = choose(config, data, options.phase, options.sources, options.planned)
-    documents = documents.of_writer(*shard or (0, 1))
+    documents = documents.of_writer(place, shards)
     if options.merge:
-        finish(documents, model, folder, 0, 1, None)
-        return
-    draws = None if options.top_k else options.draws
-    each, here = expected(draws, options.top_k), Path(model).exists()
+        return finish(documents, model, folder, 0, 1, None)
+    draws, here = None if options.top_k else options.draws, Path(model).exists()
+    each = expected(draws, options.top_k)
     teacher = Described(model, asked.bos) if here or not (options.check or options.estimate) else None
     if teacher and (mistakes := vocabulary_mistakes(config, data, options.phase, teacher)):
         raise config_io.ConfigError(mistakes)
-    header, missing = None, documents
+    header = None
     if teacher and rank == 0 and not options.judge:
         header = header_of(teacher, asked, draws, options.top_k, options.seed, options.context)
         if (folder / "header.json").exists():
             header.write(folder)
-            missing = documents.only(~covered(Cache(folder), documents))
+    missing = documents.only(~covered(folder, documents))
+    lacking = missing.by_source()
     if options.check:
         for name, tokens in documents.by_source().items():
-            there = tokens - missing.by_source().get(name, 0)
-            say(f"{name}: {tokens:,} tokens, {there:,} of them there", result=True)
-        what = f"{missing.total:,} tokens of {len(missing):,} documents, {missing.total * each / 1e9:.3g} GB"
-        by = "" if teacher else f", once {model} is here"
-        say(f"{folder}: would write {what} at {each:.0f} bytes a token{by}", result=True)
-        return
+            say(f"{name}: {tokens:,} tokens, {tokens - lacking.get(name, 0):,} of them there", result=True)
+        size = f"{missing.total * each / 1e9:.3g} GB at {each:g} bytes a token"
+        return say(f"{folder}: {missing.total:,} tokens of {len(missing):,} documents, {size}", result=True)
     with loading_torch(str(folder)):
         from megatron_r1.distill.judge import estimate, judge, text
         from megatron_r1.distill.teacher import Teacher
@@ -118,42 +105,40 @@ def run(options: argparse.Namespace) -> None:
     if options.judge:
         result = judge(config, options.phase, documents, options.sample, options.seed, flops)
         write_json(folder / "judge.json", result)
-        say(text(result), result=True)
-        return
+        return say(text(result), result=True)
     if options.estimate:
-        measured = {}
-        if teacher and header:
-            loaded = Teacher(model, config.train.precision, asked.bos)
-            measured = estimate(documents, loaded, header, options.sample, options.seed)
-        elif asked.parameters is None:
+        if header is None and asked.parameters is None:
             raise ValueError(f"{model} is not here; say phases.{options.phase}.objective.parameters=N")
-        flop = teacher.flops_per_token(config.data.seq_length) if teacher else 2.0 * (asked.parameters or 0)
-        computed = flop / (flops or H100) if flops or not teacher else None
-        size, hours = 0.0, 0.0
-        for name, tokens in missing.by_source().items():
-            bytes_each, seconds = measured.get(name, (each, 0.0))
-            seconds = seconds if computed is None else computed
-            size, hours = size + tokens * bytes_each, hours + tokens * seconds / 3600
-            gb, needs = tokens * bytes_each / 1e9, tokens * seconds / 3600
-            say(
-                f"{name}: {tokens:,} tokens, {bytes_each:.1f} bytes each, {gb:.3g} GB, {needs:.3g} hours",
-                result=True,
-            )
-        how = (
-            "timed on this one" if computed is None else f"at {computed and flop / computed / 1e12:g} TFLOP/s"
-        )
-        here = "measured" if measured else f"not measured, because {model} is not here"
-        say(f"{folder}: {size / 1e9:.3g} GB ({here}), {hours:.3g} hours of a device, {how}", result=True)
-        return
-    with meeting(folder / "writers" / "-".join(map(str, shard or (0, 1))), rank, ranks) as meet:
+        flops = flops or (None if header else _H100)
+        flop, found = 2.0 * (asked.parameters or 0), dict.fromkeys(lacking, (each, 0.0))
+        if teacher and header:
+            flop = teacher.flops_per_token(config.data.seq_length)
+            loaded = Teacher(model, config.train.precision, asked.bos)
+            found = estimate(documents, loaded, header, options.sample, options.seed)
+        rows = {
+            name: (n, n * found[name][0] / 1e9, n * (flop / flops if flops else found[name][1]) / 3600)
+            for name, n in lacking.items()
+        }
+        rows["together"] = tuple(map(sum, zip(*rows.values(), strict=True))) or (0, 0.0, 0.0)
+        for name, (tokens, size, hours) in rows.items():
+            say(f"{name}: {tokens:,} tokens, {size:.3g} GB, {hours:.3g} hours of a device", result=True)
+        by = "by a sample" if header else f"at {each:g} a token, because {model} is not here"
+        how = f"at {flops / 1e12:g} TFLOP/s" if flops else "by a sample on this device"
+        return say(f"bytes {by}; hours {how}", result=True)
+    with meeting(folder / "writers" / f"{place}-of-{shards}", rank, ranks) as meet:
         if header:
             require_space(folder, missing.total, each)
             header.write(folder)
         header = Header(**meet(header and asdict(header)))
-        writer, writers = shard or (0, 1)
-        # Modulo `writers` it is the shard's number.
-        mine = documents.of_writer(rank * writers + writer, ranks * writers)
-        write(mine, Teacher(model, config.train.precision, asked.bos), header, folder, ranks, rank == 0)
+        loaded = Teacher(model, config.train.precision, asked.bos)
+        # Modulo `shards` it is the shard's number.
+        mine = documents.of_writer(rank * shards + place, ranks * shards)
+        write(mine, loaded, header, folder, ranks, rank == 0)
         meet(None)
         if rank == 0:
             finish(documents, model, folder, missing.total, ranks, shard)
+    return None
+
+
+if __name__ == "__main__":
+    main()

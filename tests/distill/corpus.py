@@ -1,4 +1,4 @@
-"""A tiny teacher of Hugging Face, two pairs of its tokenizer that share documents, and a run's configuration."""
+"""A tiny teacher of Hugging Face, two pairs of its tokenizer that share documents, and a configuration."""
 
 from __future__ import annotations
 
