@@ -78,9 +78,6 @@ def objective_of(config: Config, phase: str) -> tuple[ObjectiveConfig, str, Path
     asked = config.phases[phase].objective
     if asked is None or asked.teacher is None or asked.cache is None:
         raise ValueError(f"phases.{phase}.objective must name a teacher and the folder of its cache")
-    if config.data.cross_documents:
-        fault = "data.cross_documents=true, and a cache's records are of documents apart"
-        raise ValueError(f"{fault}; set it to false, and preprocess with --append-eod")
     return asked, asked.teacher, Path(asked.cache)
 
 
@@ -92,8 +89,8 @@ def choose(
     These are all documents of the sources with weight, but for those of which a keep mask leaves no window or
     no token. sources: of these alone. planned: only documents in windows that the data plan draws.
 
-    Raises FileNotFoundError for a pair without provenance, and ValueError for an unknown source, for no
-    document, and for a text of which two sources store different numbers of tokens.
+    Raises FileNotFoundError for a pair without provenance, and ValueError for an unknown source and for no
+    document.
     """
     weights, at = config.phase_weights(phase), data.plan.phases[list(config.phases).index(phase)]
     names = [name for name, weight in weights.items() if weight]
@@ -117,8 +114,13 @@ def choose(
             kept = np.flatnonzero(kept_D)
             length_D, source_D = (end_D - start_D)[kept], np.full(len(kept), k)
             found.append(Documents(data.corpora, source_D, start_D[kept], length_D, np.array(hash_DH[kept])))
+    if not any(map(len, found)):
+        raise ValueError(f"phases.{phase} leaves no document; see its keep masks, and --sources")
     columns = zip(*(list(vars(one).values())[1:] for one in found), strict=True)
-    return _once(Documents(data.corpora, *map(np.concatenate, columns)), phase)
+    every = Documents(data.corpora, *map(np.concatenate, columns))
+    # As strings, which NumPy can sort: of equal length, so that zeros at their end tell nothing apart.
+    _, first_U = np.unique(every.hash_DH.view("S16"), return_index=True)
+    return every.only(np.sort(first_U))
 
 
 def _windows(config: Config, data: OpenData, phase: str, planned: bool) -> list[np.ndarray]:
@@ -140,18 +142,3 @@ def _windows(config: Config, data: OpenData, phase: str, planned: bool) -> list[
         for k, wanted_W in enumerate(wanted):
             wanted_W[window_N[source_N == k]] = True
     return wanted
-
-
-def _once(documents: Documents, phase: str) -> Documents:
-    """The first of the documents of each text. Raises ValueError as `choose`."""
-    if not len(documents):
-        raise ValueError(f"phases.{phase} leaves no document; see its keep masks, and --sources")
-    # As strings, which NumPy can sort: of equal length, so that zeros at their end tell nothing apart.
-    text_D = documents.hash_DH.view("S16").ravel()
-    _, first_U, same_D = np.unique(text_D, return_index=True, return_inverse=True)
-    first_D, length_D = first_U[same_D], documents.length_D
-    if len(other := np.flatnonzero(length_D != length_D[first_D])):
-        pair = (first_D[other[0]], other[0])
-        has = " and ".join(f"{documents.name(d)} has {length_D[d]:,}" for d in pair)
-        raise ValueError(f"one text has two numbers of tokens: {has}; preprocess both in the same way")
-    return documents.only(np.sort(first_U))

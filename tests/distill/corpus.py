@@ -15,10 +15,12 @@ from tests.launch import TINY_MODEL
 SEQ = 32
 COMMON = tiny.texts(8, seed=3)
 """Documents of both sources."""
+RARE = "q"
+"""A token of the last document alone."""
 TEXTS = {
     "a": [*tiny.texts(24, seed=1), *COMMON],
     # One is longer than a piece, and than a block of records.
-    "b": [*COMMON, *tiny.texts(16, seed=2), " ".join(tiny.texts(60, seed=4))],
+    "b": [*COMMON, *tiny.texts(16, seed=2), " ".join([*tiny.texts(60, seed=4), RARE])],
 }
 
 
