@@ -71,6 +71,15 @@ def teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
     return {name: _open(config, data, asked) for name, asked in _objectives(config)}
 
 
+def vocabulary_mistakes(config: Config, data: OpenData, phase: str, teacher: Described) -> list[str]:
+    """Mistakes: datasets of a phase that have the ids of another vocabulary than the teacher's."""
+    objective = config.phases[phase].objective
+    assert objective is not None
+    found = _Check(config, data, phase, objective)
+    found._vocabulary(teacher, identity(teacher.vocabulary), teacher.tokens)
+    return [f"phases.{phase}.objective: {mistake}" for mistake in found.mistakes]
+
+
 def _objectives(config: Config) -> Iterator[tuple[str, ObjectiveConfig]]:
     return ((name, phase.objective) for name, phase in config.phases.items() if phase.objective)
 
