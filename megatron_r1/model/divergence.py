@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_r1.backend import cpu_divergence
 from megatron_r1.model.loss import add_product, label_columns, main_gradient, reduced, say_added, slices
 
 FIGURES = ("kl", "ce", "teacher_entropy", "agreement")
@@ -92,7 +93,8 @@ def linear_divergence(
     `tokens`: ids of the vocabulary; rows of W from there on are padding, outside both softmaxes. `weight`: of
     the divergence; the label's cross-entropy has the rest. `group`: the tensor-parallel group, whose ranks
     hold consecutive shards; the gradient of H is then a part, to be summed over it. `kernels`: has
-    `statistics` and `gradient` as this module. A weight that requires no gradient gets none.
+    `statistics` and `gradient` as this module; None: backend/cpu_divergence.py for fp32 and bf16 on a CPU,
+    else this module. A weight that requires no gradient gets none.
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
     `tail` it is that of K + 1 outcomes.
@@ -115,7 +117,11 @@ def linear_divergence(
         raise ValueError(f"the teacher's shard has {len(target.weight_VD)} tokens, the student's {width}")
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()  # no gradient is formed
-    kernels, group = kernels or sys.modules[__name__], group if ranks > 1 else None
+    if kernels is None:
+        operands = [hidden_ND, target.hidden_ND] if isinstance(target, DenseTarget) else [hidden_ND]
+        fast = all(x.device.type == "cpu" and cpu_divergence.takes(x.dtype) for x in operands)
+        kernels = cpu_divergence if fast else sys.modules[__name__]
+    group = group if ranks > 1 else None
     form = _Form(temperature, weight, group, rank * shard, width, kernels)
     return _LinearDivergence.apply(hidden_ND, weight_VD, labels_N, counts_N, target, form)
 
