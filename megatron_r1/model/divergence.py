@@ -19,11 +19,13 @@ reduced over the ranks twice a chunk, and dH is each rank's part of a sum.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1.backend import cpu_divergence
@@ -74,12 +76,15 @@ class SparseTarget:
     """What the shares of a row lack to 1 is the mass of all other tokens together."""
 
 
+Target = DenseTarget | SparseTarget
+
+
 def linear_divergence(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
     counts_N: Tensor,
-    target: DenseTarget | SparseTarget,
+    target: Target,
     *,
     tokens: int,
     temperature: float = 1.0,
@@ -102,28 +107,24 @@ def linear_divergence(
     Raises ValueError where a rank's shard is padding alone, or W has fewer rows than `tokens`.
     """
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
-    shard = len(weight_VD)
-    if tokens > ranks * shard:
-        raise ValueError(
-            f"the teacher's vocabulary has {tokens} tokens, the student's {ranks * shard}: "
-            "raise model.vocab_size"
-        )
-    if (width := min(tokens - rank * shard, shard)) <= 0:
-        raise ValueError(
-            f"tensor-parallel rank {rank} holds no token of {tokens}: "
-            "lower parallel.tensor or model.vocab_size"
-        )
-    if isinstance(target, DenseTarget) and len(target.weight_VD) != width:
-        raise ValueError(f"the teacher's shard has {len(target.weight_VD)} tokens, the student's {width}")
+    first, shard = rank * len(weight_VD), len(weight_VD)
+    if tokens > (rows := ranks * shard):
+        raise ValueError(f"the teacher has {tokens} tokens, the student {rows}: raise model.vocab_size")
+    if (width := min(tokens - first, shard)) <= 0:
+        way_out = "lower parallel.tensor or model.vocab_size"
+        raise ValueError(f"tensor-parallel rank {rank} has none of the {tokens} tokens: {way_out}")
+    if isinstance(target, DenseTarget) and (rows := len(target.weight_VD)) != width:
+        raise ValueError(f"rank {rank} has {width} tokens of the student and {rows} of the teacher")
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()  # no gradient is formed
     if kernels is None:
         operands = [hidden_ND, target.hidden_ND] if isinstance(target, DenseTarget) else [hidden_ND]
         fast = all(x.device.type == "cpu" and cpu_divergence.takes(x.dtype) for x in operands)
         kernels = cpu_divergence if fast else sys.modules[__name__]
+    counts_N = counts_N.to(_wide(hidden_ND))
     group = group if ranks > 1 else None
-    form = _Form(temperature, weight, group, rank * shard, width, kernels)
-    return _LinearDivergence.apply(hidden_ND, weight_VD, labels_N, counts_N, target, form)
+    task = _Task(target, labels_N - first, counts_N, temperature, weight, group, first, width, kernels)
+    return _LinearDivergence.apply(hidden_ND, weight_VD, task)
 
 
 def statistics(student_NV: Tensor, teacher_NV: Tensor | None, inverse: float) -> Tensor:
@@ -186,171 +187,140 @@ def _blocks(logits_NV: Tensor) -> list[slice]:
     return slices(rows, max(1, _BLOCK.get(logits_NV.device.type, 1 << 24) // width))
 
 
-@dataclass(frozen=True)
-class _Form:
-    """The loss, and this rank's part of the vocabulary: `width` tokens from the id `first` on."""
+_Compared = tuple[Tensor, Callable[[], None]]
+"""FIGURES [4, n] of a chunk's rows, and what makes the student's logits their gradient, in place."""
 
+
+@dataclass(frozen=True)
+class _Task:
+    target: Target
+    labels_N: Tensor
+    """In this rank's numbering of the tokens."""
+    counts_N: Tensor
     temperature: float
     weight: float
     group: Any
     first: int
+    """Id of this rank's first token."""
     width: int
+    """This rank's tokens."""
     kernels: Any
 
+    def compare(self, rows: slice, student_NV: Tensor) -> _Compared:
+        if isinstance(self.target, DenseTarget):
+            return self._with_logits(rows, student_NV, self.target.logits(rows))
+        return self._with_records(rows, student_NV, self.target)
 
-@dataclass(frozen=True)
-class _Labels:
-    """A chunk's, in this rank's numbering of the tokens."""
+    def loss(self, kl_N: Tensor, ce_N: Tensor) -> Tensor:
+        return (1 - self.weight) * ce_N + self.weight * self.temperature**2 * kl_N
 
-    id_N: Tensor
-    mine_N: Tensor
-    column_N1: Tensor
-    logit_N: Tensor
-    """0 where the label is another rank's."""
-    count_N: Tensor
+    def _joined(self, a_N: Tensor, c_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of a exp((z - m) / T) + c exp(z - m), where it is one term."""
+        return (a_N + c_N, None) if self.temperature == 1 or self.weight == 1 else (a_N, c_N)
 
+    def _with_logits(self, rows: slice, student_NV: Tensor, teacher_NV: Tensor) -> _Compared:
+        inverse = 1 / self.temperature
+        mine_N1, column_N1 = label_columns(self.labels_N[rows, None], self.width)
+        label_N1 = student_NV.gather(1, column_N1).to(self.counts_N.dtype)
+        own = self.kernels.statistics(student_NV, teacher_NV, inverse)
+        max_s, max_t = reduced(own[[0, 2]], self.group, dist.ReduceOp.MAX)
+        # This rank's sums are relative to its own largest logits.
+        by_s, by_t = own[0] - max_s, own[2] - max_t
+        shrink, agree = (by_t * inverse).exp(), (own[7] == max_s) & (own[2] == max_t)
+        sums = [own[1] * (by_s * inverse).exp(), own[6] * by_s.exp(), own[3] * shrink, agree.to(own.dtype)]
+        sums += [(own[4] + own[3] * by_t * inverse) * shrink]
+        sums += [(own[5] + own[3] * (by_t - by_s) * inverse) * shrink]
+        sums += [torch.where(mine_N1, label_N1, 0.0)[:, 0]]
+        sum_s, sum_1, sum_t, agree, x, d, label = reduced(torch.stack(sums), self.group)
+        kl, entropy = d / sum_t + (sum_s / sum_t).log(), sum_t.log() - x / sum_t
 
-@dataclass(frozen=True)
-class _Rows:
-    """A chunk's figures, and the numbers that make its logits their gradient: see `gradient`."""
+        def to_gradient() -> None:
+            kd = self.counts_N[rows] * self.weight * self.temperature
+            ce = self.counts_N[rows] * (1 - self.weight)
+            a, c = self._joined(kd / sum_s, ce / sum_1)
+            numbers = max_s, max_t, inverse, a, kd / sum_t, c
+            # At the label the difference is formed before it is rounded: it may be small.
+            gradient(label_N1, teacher_NV.gather(1, column_N1), *numbers)
+            self.kernels.gradient(student_NV, teacher_NV, *numbers)
+            if self.weight < 1:
+                # Another rank's label: what is there is written again.
+                value_N1 = (label_N1 - ce[:, None]).to(student_NV.dtype)
+                value_N1 = torch.where(mine_N1, value_N1, student_NV.gather(1, column_N1))
+                student_NV.scatter_(1, column_N1, value_N1)
 
-    figures_FN: Tensor
-    max_s_N: Tensor
-    max_t_N: Tensor | None
-    a_N: Tensor
-    b_N: Tensor | None
-    c_N: Tensor
-    apart_N: Tensor
-    """Whether the label's part of the gradient is still to be subtracted, on this rank."""
-    entries: tuple[Tensor, Tensor] | None = None
-    """Flat places in the logits, and the gradient there."""
+        figures = torch.stack([kl, max_s + sum_1.log() - label, entropy, agree.clamp(max=1)])
+        return figures, to_gradient
 
+    def _with_records(self, rows: slice, student_NV: Tensor, records: SparseTarget) -> _Compared:
+        """Where the label is not among the entries, it is one more, without a share."""
+        inverse, wide, label_N1 = 1 / self.temperature, self.counts_N.dtype, self.labels_N[rows, None]
+        id_NK = torch.cat([records.ids_NK[rows].long() - self.first, label_N1], 1)
+        share_NK, entropy = F.pad(records.share_NK[rows].to(wide), (0, 1)), records.entropy_N[rows].to(wide)
+        is_label_NK, valid_NK = id_NK == label_N1, share_NK > 0
+        valid_NK[:, -1] = ~(is_label_NK & valid_NK).any(1)
+        mine_NK, column_NK = label_columns(id_NK, self.width)
+        mine_NK = mine_NK & valid_NK
+        # An entry that is not here adds 0 to some logit: to pick the others, the host would wait for a GPU.
+        place_N = (column_NK + torch.arange(len(id_NK), device=id_NK.device)[:, None] * self.width).flatten()
+        z_NK = torch.where(mine_NK, student_NV.gather(1, column_NK).to(wide), 0.0)
+        student_NV.view(-1).index_add_(0, place_N, (mine_NK * _ABSENT).flatten().to(student_NV.dtype))
+        own = self.kernels.statistics(student_NV, None, inverse)
+        max_rest = reduced(own[0].clone(), self.group, dist.ReduceOp.MAX)
+        by = own[0] - max_rest
+        sums = torch.stack([own[1] * (by * inverse).exp(), own[6] * by.exp(), *z_NK.t()])
+        sum_rest, sum_rest_1, *z = reduced(sums, self.group)
+        z_NK = torch.stack(z, 1).masked_fill_(~valid_NK, _ABSENT)
+        by = max_rest - (largest := torch.maximum(max_rest, z_NK.amax(1)))
+        z_NK -= largest[:, None]
+        agree = z_NK.gather(1, share_NK.argmax(1, keepdim=True))[:, 0] == 0
+        # Logarithms of the other tokens' sums, at T and at 1.
+        rest_N1, rest_1_N1 = (by * inverse + sum_rest.log())[:, None], (by + sum_rest_1.log())[:, None]
+        inputs = z_NK.requires_grad_(), rest_N1.requires_grad_(), rest_1_N1.requires_grad_()
+        with torch.enable_grad():
+            all_N1 = torch.cat([z_NK * inverse, rest_N1], 1).logsumexp(1, keepdim=True)
+            kl = (share_NK * (all_N1 - z_NK * inverse)).sum(1)
+            if records.tail:
+                # The label's logit, where it is no entry, is among the other tokens'.
+                log_tail = torch.logaddexp(rest_N1, z_NK[:, -1:] * inverse) - all_N1
+                # Where there are no others, the shares' rounding is nobody's mass.
+                tail = torch.where(log_tail[:, 0] > _ABSENT / 1e10, (1 - share_NK.sum(1)).clamp(min=0), 0.0)
+                log_p = torch.xlogy(share_NK, share_NK).sum(1) + torch.xlogy(tail, tail)
+                kl = kl + log_p - tail * log_tail[:, 0]
+            else:
+                kl = kl - entropy
+            ce = torch.cat([z_NK, rest_1_N1], 1).logsumexp(1)
+            ce = ce - torch.where(is_label_NK & valid_NK, z_NK, 0.0).sum(1)
+            total = (self.counts_N[rows] * self.loss(kl, ce)).sum()
 
-def _dense(form: _Form, student_NV: Tensor, teacher_NV: Tensor, labels: _Labels) -> _Rows:
-    inverse = 1 / form.temperature
-    own = form.kernels.statistics(student_NV, teacher_NV, inverse)
-    max_s, max_t = reduced(own[[0, 2]], form.group, dist.ReduceOp.MAX)
-    # This rank's sums are relative to its own largest logits.
-    by_s, by_t = own[0] - max_s, own[2] - max_t
-    shrink = (by_t * inverse).exp()
-    sums = [own[1] * (by_s * inverse).exp(), own[6] * by_s.exp(), own[3] * shrink]
-    sums += [(own[4] + own[3] * by_t * inverse) * shrink]
-    sums += [(own[5] + own[3] * (by_t - by_s) * inverse) * shrink]
-    sums += [((own[7] == max_s) & (own[2] == max_t)).to(own.dtype), labels.logit_N]
-    sum_s, sum_1, sum_t, x, d, agree, label = reduced(torch.stack(sums), form.group)
-    kl, entropy = d / sum_t + (sum_s / sum_t).log(), sum_t.log() - x / sum_t
-    figures = torch.stack([kl, max_s + sum_1.log() - label, entropy, agree.clamp(max=1)])
-    kd = labels.count_N * (form.weight * form.temperature)
-    ce = labels.count_N * (1 - form.weight)
-    return _Rows(figures, max_s, max_t, kd / sum_s, kd / sum_t, ce / sum_1, labels.mine_N)
+        def to_gradient() -> None:
+            by_z_NK, by_rest_N1, by_rest_1_N1 = torch.autograd.grad(total, inputs)
+            a, c = self._joined(by_rest_N1[:, 0] * inverse / sum_rest, by_rest_1_N1[:, 0] / sum_rest_1)
+            self.kernels.gradient(student_NV, None, max_rest, None, inverse, a, None, c)
+            value_NK = torch.where(mine_NK, by_z_NK, 0.0).to(student_NV.dtype)
+            student_NV.view(-1).index_add_(0, place_N, value_NK.flatten())
 
-
-def _sparse(form: _Form, student_NV: Tensor, target: SparseTarget, rows: slice, labels: _Labels) -> _Rows:
-    """Leaves `_ABSENT` where the entries' logits are."""
-    inverse, wide = 1 / form.temperature, labels.logit_N.dtype
-    id_NK, share_NK = target.ids_NK[rows].long() - form.first, target.share_NK[rows].to(wide)
-    entropy, mass, top = target.entropy_N[rows].to(wide), share_NK.sum(1), share_NK.argmax(1, keepdim=True)
-    mine_NK, column_NK = label_columns(id_NK, form.width)
-    mine_NK = mine_NK & (share_NK > 0)
-    # An entry that is not here adds 0 to some logit: to pick those that are, the host would wait for a GPU.
-    place_NK = column_NK + torch.arange(len(id_NK), device=id_NK.device)[:, None] * form.width
-    z_NK = torch.where(mine_NK, student_NV.gather(1, column_NK).to(wide), _ABSENT)
-    student_NV.view(-1).index_add_(0, place_NK.flatten(), (mine_NK * _ABSENT).to(student_NV.dtype).flatten())
-    own = form.kernels.statistics(student_NV, None, inverse)
-    max_rest, largest = reduced(torch.stack([own[0], z_NK.amax(1)]), form.group, dist.ReduceOp.MAX)
-    largest, by = torch.maximum(max_rest, largest), own[0] - max_rest
-    z_NK -= largest[:, None]
-    e_NK, e_1_NK = (z_NK * inverse).exp(), z_NK.exp()
-    cross = (torch.where(mine_NK, share_NK, 0.0) * z_NK).sum(1) * inverse
-    sums = [own[1] * (by * inverse).exp(), own[6] * by.exp(), e_NK.sum(1), e_1_NK.sum(1)]
-    sums += [cross, (z_NK.gather(1, top)[:, 0] == 0).to(wide), labels.logit_N]
-    rest, rest_1, sum_s, sum_1, cross, agree, label = reduced(torch.stack(sums), form.group)
-    by = max_rest - largest
-    sum_s, sum_1 = sum_s + rest * (by * inverse).exp(), sum_1 + rest_1 * by.exp()
-    kl, tail = mass * sum_s.log() - cross, torch.zeros_like(mass)
-    if target.tail:
-        # Where the entries are all tokens, the shares' rounding is nobody's mass.
-        tail = torch.where(max_rest > _ABSENT / 2, (1 - mass).clamp(min=0), 0.0)
-        kl += torch.xlogy(share_NK, share_NK).sum(1) + torch.xlogy(tail, tail)
-        kl -= tail * (by * inverse + (rest / sum_s).log())
-    else:
-        kl -= entropy
-    figures = torch.stack([kl, largest + sum_1.log() - label, entropy, agree])
-    kd = labels.count_N * (form.weight * form.temperature)
-    ce = labels.count_N * (1 - form.weight)
-    mass = mass + tail
-    is_label_NK = mine_NK & (id_NK == labels.id_N[:, None])
-    value_NK = kd[:, None] * (e_NK * (mass / sum_s)[:, None] - share_NK)
-    value_NK += ce[:, None] * (e_1_NK / sum_1[:, None] - is_label_NK.to(wide))
-    a = kd * (mass / sum_s * (by * inverse).exp() - tail / rest)
-    apart = labels.mine_N & ~is_label_NK.any(1)
-    entries = place_NK.flatten(), torch.where(mine_NK, value_NK, 0.0).flatten()
-    return _Rows(figures, max_rest, None, a, None, ce / sum_1 * by.exp(), apart, entries)
-
-
-def _to_gradient(
-    form: _Form, student_NV: Tensor, teacher_NV: Tensor | None, labels: _Labels, rows: _Rows
-) -> None:
-    """The gradient of the student's logits in their place. A difference is formed before it is rounded."""
-    inverse, a, c = 1 / form.temperature, rows.a_N, rows.c_N
-    plain = form.temperature == 1 or form.weight == 1
-    a, c = (a + c, None) if plain else (a, c)
-    z = labels.logit_N - rows.max_s_N
-    value = a * (z * inverse).exp() - labels.count_N * (1 - form.weight)
-    if c is not None:
-        value += c * z.exp()
-    if teacher_NV is not None:
-        assert rows.max_t_N is not None and rows.b_N is not None
-        z = teacher_NV.gather(1, labels.column_N1)[:, 0].to(a.dtype) - rows.max_t_N
-        value -= rows.b_N * (z * inverse).exp()
-    form.kernels.gradient(student_NV, teacher_NV, rows.max_s_N, rows.max_t_N, inverse, a, rows.b_N, c)
-    if rows.entries is not None:
-        place, entry = rows.entries
-        student_NV.view(-1).index_add_(0, place, entry.to(student_NV.dtype))
-    if form.weight < 1:
-        # Where nothing is to be subtracted, what is there is written again.
-        there_N1 = student_NV.gather(1, labels.column_N1)
-        value_N1 = torch.where(rows.apart_N, value, 0.0)[:, None].to(student_NV.dtype)
-        student_NV.scatter_(1, labels.column_N1, torch.where(rows.apart_N[:, None], value_N1, there_N1))
+        return torch.stack([kl, ce, entropy, agree.to(wide)]).detach(), to_gradient
 
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        labels_N: Tensor,
-        counts_N: Tensor,
-        target: DenseTarget | SparseTarget,
-        form: _Form,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide, tokens, own_VD = _wide(hidden_ND), len(hidden_ND), weight_VD[: form.width]
-        labels_N, counts_N = labels_N - form.first, counts_N.to(wide)
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        grad_ND = torch.empty_like(hidden_ND) if of_hidden else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
-        figures_FN = hidden_ND.new_empty(len(FIGURES), tokens, dtype=wide)
-        models = 2 if isinstance(target, DenseTarget) else 1
-        for rows in slices(tokens, max(1, _CHUNK // (models * form.width * hidden_ND.element_size()))):
-            student = teacher = None  # the last chunk's go before the next come
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, task: _Task) -> tuple[Tensor, Tensor, Tensor]:
+        counts_N, own_VD, tokens = task.counts_N, weight_VD[: task.width], len(hidden_ND)
+        grad_ND = torch.empty_like(hidden_ND) if any(ctx.needs_input_grad) else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=counts_N.dtype) if ctx.needs_input_grad[1] else None
+        figures_FN = counts_N.new_empty(len(FIGURES), tokens)
+        row = task.width * hidden_ND.element_size() * (2 if isinstance(task.target, DenseTarget) else 1)
+        for rows in slices(tokens, max(1, _CHUNK // row)):
+            student = to_gradient = None  # the last chunk's logits go before the next come
             student = hidden_ND[rows] @ own_VD.t()
-            mine, column = label_columns(labels_N[rows], form.width)
-            logit = torch.where(mine, student.gather(1, column[:, None])[:, 0].to(wide), 0.0)
-            labels = _Labels(labels_N[rows], mine, column[:, None], logit, counts_N[rows])
-            if isinstance(target, DenseTarget):
-                teacher = target.logits(rows)
-                found = _dense(form, student, teacher, labels)
-            else:
-                found = _sparse(form, student, target, rows, labels)
-            figures_FN[:, rows] = found.figures_FN
-            if of_hidden or of_weight:
-                _to_gradient(form, student, teacher, labels, found)
-            if grad_ND is not None:
-                grad_ND[rows] = student @ own_VD
+            figures_FN[:, rows], to_gradient = task.compare(rows, student)
+            if grad_ND is None:
+                continue
+            to_gradient()
+            grad_ND[rows] = student @ own_VD
             if grad_VD is not None:
-                add_product(grad_VD[: form.width], student, hidden_ND[rows])
-        loss_N = (1 - form.weight) * figures_FN[1] + form.weight * form.temperature**2 * figures_FN[0]
+                add_product(grad_VD[: task.width], student, hidden_ND[rows])
+        loss_N = task.loss(figures_FN[0], figures_FN[1])
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.weight = weight_VD
         ctx.mark_non_differentiable(loss_N, figures_FN)
@@ -364,5 +334,4 @@ class _LinearDivergence(torch.autograd.Function):
             main_VD.addcmul_(grad_VD, grad)
             say_added(ctx.weight)
             grad_VD = None
-        of_weight = None if grad_VD is None else (grad_VD * grad).to(ctx.weight.dtype)
-        return None if grad_ND is None else grad_ND * grad, of_weight, *[None] * 4
+        return grad_ND * grad, None if grad_VD is None else (grad_VD * grad).to(ctx.weight.dtype), None

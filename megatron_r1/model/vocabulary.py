@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
-from megatron_r1.model.divergence import FIGURES, DenseTarget, SparseTarget, linear_divergence
+from megatron_r1.model.divergence import Target, linear_divergence
 from megatron_r1.model.loss import Watch, linear_cross_entropy, main_gradient, say_added
 
 # isort: split
@@ -43,7 +43,7 @@ class VocabularyGpt(GPTModel):
 
     divergence_kernels: Any = None
     """See `linear_divergence`."""
-    _distillation: tuple[DenseTarget | SparseTarget, Tensor, int, float, float] | None = None
+    _distillation: tuple[Tensor, Target, dict[str, Any]] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -55,19 +55,18 @@ class VocabularyGpt(GPTModel):
 
     @contextmanager
     def distilling(
-        self,
-        target: DenseTarget | SparseTarget,
-        counts_BS: Tensor,
-        tokens: int,
-        temperature: float = 1.0,
-        weight: float = 1.0,
+        self, target: Target, counts_BS: Tensor, tokens: int, temperature: float = 1.0, weight: float = 1.0
     ) -> Iterator[None]:
-        """Within, a call with labels returns (total [], loss [B, S], FIGURES [4, B, S]) as `linear_divergence`.
+        """Within, a call with labels returns (total, loss [B, S], FIGURES [4, B, S]) of `linear_divergence`.
 
         Only `total` has a graph. Rows of the target are in the order [S, B]. Wrappers of the model hand the
         three on. The model must not be divided into pipeline stages.
         """
-        self._distillation = target, counts_BS, tokens, temperature, weight
+        self._distillation = (
+            counts_BS,
+            target,
+            {"tokens": tokens, "temperature": temperature, "weight": weight},
+        )
         try:
             yield
         finally:
@@ -84,27 +83,16 @@ class VocabularyGpt(GPTModel):
         else:
             hidden_SBD = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         s, b, d = hidden_SBD.shape
+        rows = hidden_SBD.reshape(s * b, d), weight, labels.t().reshape(s * b)
         if self._distillation is not None:
-            target, counts_BS, tokens, temperature, share = self._distillation
-            total, loss_N, figures_FN = linear_divergence(
-                hidden_SBD.reshape(s * b, d),
-                weight,
-                labels.t().reshape(s * b),
-                counts_BS.t().reshape(s * b),
-                target,
-                tokens=tokens,
-                temperature=temperature,
-                weight=share,
-                group=group,
-                kernels=self.divergence_kernels,
-            )
-            figures_FBS = figures_FN.view(len(FIGURES), s, b).transpose(1, 2).contiguous()
-            return total, loss_N.view(s, b).t().contiguous(), figures_FBS
+            counts_BS, target, terms = self._distillation
+            kernels, counts_N = self.divergence_kernels, counts_BS.t().reshape(s * b)
+            found = linear_divergence(*rows, counts_N, target, group=group, kernels=kernels, **terms)
+            total, loss_BS, figures_FBS = (x if x.dim() == 0 else x.unflatten(-1, (s, b)).mT for x in found)
+            return total, loss_BS.contiguous(), figures_FBS.contiguous()
         watch = self.head_watcher() if self.head_watcher else None
         loss_N = linear_cross_entropy(
-            hidden_SBD.reshape(s * b, d),
-            weight,
-            labels.t().reshape(s * b),
+            *rows,
             group,
             self.head_chunk,
             self.z_loss,
