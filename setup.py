@@ -15,6 +15,7 @@ HEADERS = [
     "plan",
     "gather",
     "divergence",
+    "records",
 ]
 HEADERS += ["arguments"]
 

@@ -20,6 +20,7 @@
 #include "interrupt.hpp"
 #include "keep.hpp"
 #include "plan.hpp"
+#include "records.hpp"
 
 namespace pybind11::detail {
 template <>
@@ -278,6 +279,36 @@ void will_need(const r1::Streams& streams, const py::object& source, const py::o
   apart([&] { streams.will_need(rows.source.data(), rows.window.data(), rows.rows(), rows.length); });
 }
 
+// ids [rows, draws] and entropy [rows] of rows of `size` logits, float32 or the bits of bfloat16 as uint16.
+py::tuple draw(const py::object& logits, const py::object& row_size, const py::object& inverse_temperature,
+               const py::object& uniforms, const py::object& draw_count) {
+  const u64 size = whole(row_size, "size", 1, 1u << 30), draws = whole(draw_count, "draws", 1, 1u << 16);
+  const std::vector<double> uniform = vector<double>(uniforms, "uniform");
+  py::detail::make_caster<float> inverse;
+  if (!inverse.load(inverse_temperature, false)) {
+    throw py::type_error("inverse must be a float, not " + r1::arguments::type_of(inverse_temperature));
+  }
+  const std::size_t rows = uniform.size();
+  const float factor = inverse;
+  const auto of_type = [&](const auto& logit) {
+    if (static_cast<u64>(logit.size()) % size || static_cast<u64>(logit.size()) / size != rows) {
+      throw std::invalid_argument(std::to_string(logit.size()) + " logits are not " + std::to_string(rows) +
+                                  " rows of " + std::to_string(size));
+    }
+    py::array_t<i32> id({rows, static_cast<std::size_t>(draws)});
+    py::array_t<float> entropy(static_cast<py::ssize_t>(rows));
+    i32* const id_out = id.mutable_data();
+    float* const entropy_out = entropy.mutable_data();
+    const auto* const from = logit.data();
+    // Not copied: whoever writes to the logits meanwhile gets other ids, all within the vocabulary.
+    apart([&] { r1::draw_rows(from, rows, size, factor, uniform.data(), draws, id_out, entropy_out); });
+    return py::make_tuple(id, entropy);
+  };
+  const py::array any(logits);
+  if (any.dtype().kind() == 'f') return of_type(array<float>(logits, "logits"));
+  return of_type(array<std::uint16_t>(logits, "logits"));
+}
+
 // megatron-core's build_blending_indices: (source, number of the draw within its source) of each sample.
 py::tuple megatron_order(const py::object& source_weights, const py::object& samples) {
   std::vector<double> weights = vector<double>(source_weights, "weights");
@@ -519,4 +550,6 @@ PYBIND11_MODULE(_csrc, m) {
   m.def("megatron_order", &megatron_order);
   m.def("divergence_statistics", &statistics);
   m.def("divergence_gradient", &gradient);
+  m.def("draw", &draw, py::arg("logits"), py::arg("size"), py::arg("inverse"), py::arg("uniform"),
+        py::arg("draws"));
 }

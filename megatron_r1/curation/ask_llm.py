@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1.curation.models import Pretrained, cut
+from megatron_r1.export.pretrained import Pretrained, cut
 from megatron_r1.preprocess.tokenizer import HuggingFace
 from megatron_r1.system.errors import shown
 
@@ -97,7 +97,7 @@ class Judge(Pretrained):
         be computed once.
         """
         asked = self.asked(prompt)
-        documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.tokens)])
+        documents = self._text.encode_batch([asked.space + text for text in cut(texts, self.reads)])
         head = self._head
         head.labels = asked.labels
 
@@ -114,7 +114,7 @@ class Judge(Pretrained):
             assert logits_B1L.shape[1:] == (1, len(LABELS)), "its logits do not come from its last layer"
             return logits_B1L.softmax(-1)[:, 0, 0]
 
-        ids = [[*document[: self.tokens], *asked.after] for document in documents]
+        ids = [[*document[: self.reads], *asked.after] for document in documents]
         return self.run(ids, forward, len(asked.before))
 
     def _prompt_of(self, prompt: str) -> _Prompt:
@@ -142,8 +142,8 @@ class Judge(Pretrained):
         first = self.tokenizer("")["input_ids"][:1]
         if first == [self.tokenizer.bos_token_id] and before[:1] != first:
             before = first + before
-        if (room := self.longest - len(before) - len(after)) < self.tokens:
-            raise ValueError(f"tokens={self.tokens}: {self.model} has {room} beside the prompt; take fewer")
+        if (room := self.longest - len(before) - len(after)) < self.reads:
+            raise ValueError(f"tokens={self.reads}: {self.model} has {room} beside the prompt; take fewer")
         return _Prompt(before, after, labels, space=instruction[len(instruction.rstrip()) :])
 
     def _ids(self, text: str) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1.curation.models import Embedder, Pretrained
+from megatron_r1.curation.models import Embedder
+from megatron_r1.export.pretrained import Pretrained
 from megatron_r1.preprocess.documents import MOST_BYTES
 from megatron_r1.preprocess.rows import parse, refused_line, text_of
 from megatron_r1.system.errors import require, rewording, shown, suggest

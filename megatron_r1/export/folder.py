@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_r1.config import ModelConfig
 from megatron_r1.export.config import Family
-from megatron_r1.system.errors import brief, shown, some
+from megatron_r1.preprocess.auto_tokenizer import first_line
+from megatron_r1.system.errors import brief, hub_name, require, rewording, shown, some
 from megatron_r1.system.files import plain_name, regular, sha256
 from megatron_r1.system.json_io import read_object
 
@@ -25,6 +26,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOATS = ("F32", "BF16", "F16")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_SETTINGS = {".json", ".jinja", ".txt", ".model"}
 MOST_JSON = 16 << 20
 """Bytes of a config.json, an index or a header of tensors. The header of 1,000 tensors has 100 KB."""
 _MOST_TENSORS = 200_000
@@ -76,6 +79,27 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             is_in = f"{brief(name, 100)} is in {there}"
             raise ValueError(f"{index} disagrees with its files: {is_in}, and the index {says}")
     return out
+
+
+def local_folder(model: str) -> Path:
+    """The folder with a model's files: `model` itself, or the hub's by ORG/NAME@COMMIT.
+
+    FileNotFoundError for neither, ValueError where the hub does not give it.
+    """
+    if (path := Path(model)).is_dir():
+        return path
+    repository, revision = hub_name(model, "no model at")
+    hub = require("huggingface_hub", "a model of the hub")
+    absent = f"{model} is no folder here, and the hub did not give it"
+    way_out = f"fetch it by: hf download {repository} --revision {revision}"
+    with rewording(lambda error: f"{absent}: {first_line(error)}; {way_out}", OSError, ValueError):
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=_FILES))
+
+
+def content(folder: Path, stored: Mapping[str, Stored]) -> str:
+    """SHA-256 over the weights of a model, its configuration and its tokenizer."""
+    files = [path for path in folder.rglob("*") if path.suffix in _SETTINGS and path.is_file()]
+    return identity(folder, stored.values(), files)[str(folder)]
 
 
 def identity(

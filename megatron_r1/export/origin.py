@@ -84,16 +84,26 @@ def tokenizer_of(source: Path) -> tuple[str, str]:
     ValueError where none of them names one.
     """
     for prefix in _datasets_of_run(source).values():
-        sidecar = read_sidecar(prefix) or {}
-        for line in ledger.read(side_file(prefix, "ledger.jsonl").parent):
-            for path, fingerprint in line["inputs"].items():
-                if fingerprint == sidecar.get("tokenizer_fingerprint"):
-                    return sidecar["tokenizer_type"], str(_start_of(source) / path)
+        if named := tokenizer_of_pair(prefix, _start_of(source)):
+            return named
     way_out = (
         f"convert it by tools/convert_checkpoint.py --to hf {source} FOLDER --tokenizer-type KIND "
         f"--tokenizer-model MODEL, and name FOLDER"
     )
     raise ValueError(f"no dataset of the run of {source} tells where its tokenizer lies; {way_out}")
+
+
+def tokenizer_of_pair(prefix: str | Path, start: Path = Path()) -> tuple[str, str] | None:
+    """Kind and path of the tokenizer that made a pair, by its sidecar and its ledger; None: they name none.
+
+    `start`: where relative paths begin.
+    """
+    sidecar = read_sidecar(prefix) or {}
+    for line in ledger.read(side_file(prefix, "ledger.jsonl").parent):
+        for path, fingerprint in line["inputs"].items():
+            if fingerprint == sidecar.get("tokenizer_fingerprint"):
+                return sidecar["tokenizer_type"], str(start / path)
+    return None
 
 
 def _start_of(source: Path) -> Path:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_r1 import backend
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
-from megatron_r1.curation import models
 from megatron_r1.curation.ask_llm import Judge
+from megatron_r1.export import pretrained
 from megatron_r1.export.convert import to_hf
 from megatron_r1.export.tokenizer import tokenizer_files
 from megatron_r1.model.gpt import build_model
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "fast_precision", lambda: "fp32")
     # Several batches.
-    monkeypatch.setattr(models, "BATCH_TOKENS", 700)
+    monkeypatch.setattr(pretrained, "BATCH_TOKENS", 700)
 
 
 def plain(model: Any, ids: list[int], labels: tuple[int, ...]) -> float:

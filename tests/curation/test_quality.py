@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_r1 import backend
-from megatron_r1.curation import models
-from megatron_r1.curation.models import Embedder, batches
+from megatron_r1.curation.models import Embedder
 from megatron_r1.curation.quality import Classifier, Head
+from megatron_r1.export import pretrained
+from megatron_r1.export.pretrained import batches
 from tests.curation.tiny import bert, byte_pairs, texts, word_pieces
 
 
@@ -43,7 +44,7 @@ def one_by_one(folder: Path, some: list[str], tokens: int) -> list[Any]:
 
 def test_a_regression_s_scores_are_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bert(tmp_path)
-    monkeypatch.setattr(models, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(pretrained, "BATCH_TOKENS", 100)
     some = texts(40)
     found = Classifier(str(tmp_path), 20)(some)
     expected = [float(out.logits[0, 0]) for out in one_by_one(tmp_path, some, 20)]
@@ -80,7 +81,7 @@ def test_labels_are_named_and_known(tmp_path: Path) -> None:
 
 def test_embeddings_are_means_of_norm_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bert(tmp_path)
-    monkeypatch.setattr(models, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(pretrained, "BATCH_TOKENS", 100)
     some = texts(30)
     found = Embedder(str(tmp_path), 20)(some)
     for row, out in zip(found, one_by_one(tmp_path, some, 20), strict=True):
