@@ -1,4 +1,4 @@
-"""Phases under KL from a teacher: loss, layouts, resume, reports, refusals. The oracle is torch's own kl_div."""
+"""Phases under KL from a teacher: loss, layouts, resume, reports, refusals. Oracle: torch's own kl_div."""
 
 from __future__ import annotations
 
@@ -253,8 +253,8 @@ def test_killed_within_the_phase_it_comes_to_the_same_bits(root: Path, one: dict
 
 
 def test_a_teacher_that_was_replaced_within_the_phase_is_refused(one: dict[str, Any]) -> None:
-    assert "phases.one.objective: table is not what" in one["replaced"]
-    assert " learnt from: it was made again, or replaced" in one["replaced"]
+    assert "phases.one.objective: table is not what the steps to " in one["replaced"]
+    assert " learnt from: it has changed since; restore it, or name another path" in one["replaced"]
 
 
 def test_a_spoiled_teacher_ends_the_phase_at_its_first_step(root: Path, one: dict[str, Any]) -> None:
