@@ -5,8 +5,8 @@
 // float32 within BLOCK logits of a lane and double across blocks, so that their error does not grow with the
 // vocabulary.
 //
-// Vectors hold 16 numbers whatever the CPU has, and no product is contracted with a sum: all CPUs give the
-// same bits. NaN among a row's logits makes its sums NaN.
+// A row has 16 sums of every 16th logit whatever vectors the CPU has, and no product is contracted with a
+// sum: all CPUs give the same bits. NaN among a row's logits makes its sums NaN.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +21,19 @@
 
 namespace r1::divergence {
 
-constexpr u64 LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef std::uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef std::uint16_t Halves __attribute__((vector_size(2 * LANES)));
+// Sums of a row, and logits that each adds in float32.
+constexpr u64 LANES = 16, BLOCK = 32;
 
-// Vectors of a lane's sum in float32.
-constexpr u64 BLOCK = 32;
+// Vectors of `WIDTH` numbers.
+template <u64 WIDTH>
+struct Vector {
+  typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+  typedef std::uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
+  typedef std::uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+  static constexpr u64 PARTS = LANES / WIDTH;
+};
+template <u64 WIDTH>
+using Floats = typename Vector<WIDTH>::Floats;
 
 // A table of logits, [rows, tokens]; `stride`: from a row to the next. `Logit`: float, or uint16_t for bf16.
 template <class Logit>
@@ -50,11 +56,15 @@ enum Number {
   NUMBERS
 };
 
-R1_INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof(to)); }
-R1_INLINE void load(const std::uint16_t* from, Floats& to) {
-  Halves half;
+template <u64 WIDTH>
+R1_INLINE void load(const float* from, Floats<WIDTH>& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+template <u64 WIDTH>
+R1_INLINE void load(const std::uint16_t* from, Floats<WIDTH>& to) {
+  typename Vector<WIDTH>::Halves half;
   std::memcpy(&half, from, sizeof(half));
-  const Bits bits = __builtin_convertvector(half, Bits) << 16;
+  const auto bits = __builtin_convertvector(half, typename Vector<WIDTH>::Bits) << 16;
   std::memcpy(&to, &bits, sizeof(to));
 }
 R1_INLINE float widened(float logit) { return logit; }
@@ -65,61 +75,70 @@ R1_INLINE float widened(std::uint16_t logit) {
   return wide;
 }
 
-R1_INLINE void store(const Floats& from, float* to) { std::memcpy(to, &from, sizeof(from)); }
+template <u64 WIDTH>
+R1_INLINE void store(const Floats<WIDTH>& from, float* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
 // To the nearest, of two to the even one; NaN stays NaN.
-R1_INLINE void store(const Floats& from, std::uint16_t* to) {
-  Bits bits;
+template <u64 WIDTH>
+R1_INLINE void store(const Floats<WIDTH>& from, std::uint16_t* to) {
+  typename Vector<WIDTH>::Bits bits;
   std::memcpy(&bits, &from, sizeof(bits));
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto number = from == from;
-  bits = number ? bits : Bits{} + 0x7fc0;
-  const Halves half = __builtin_convertvector(bits, Halves);
+  bits = number ? bits : bits * 0 + 0x7fc0;
+  const auto half = __builtin_convertvector(bits, typename Vector<WIDTH>::Halves);
   std::memcpy(to, &half, sizeof(half));
 }
 
 // x -> e^x within 2 ulp for x in [-87, 0]; below, e^-87. NaN stays NaN.
-R1_INLINE void exponentiate(Floats& x) {
-  const Floats least = Floats{} - 87.0f;
+template <u64 WIDTH>
+R1_INLINE void exponentiate(Floats<WIDTH>& x) {
+  const Floats<WIDTH> least = Floats<WIDTH>{} - 87.0f;
   x = x < least ? least : x;
   // Adding 1.5 * 2^23 rounds to a whole number n, which the lowest bits then hold. x = n ln 2 + r.
-  const Floats shifted = x * 1.44269504f + 12582912.0f;
-  const Floats n = shifted - 12582912.0f;
+  const Floats<WIDTH> shifted = x * 1.44269504f + 12582912.0f;
+  const Floats<WIDTH> n = shifted - 12582912.0f;
   // The first part of ln 2 has 9 bits, so that its product is exact.
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const Floats<WIDTH> r = x - n * 0.693359375f + n * 2.12194440e-4f;
   // The polynomial of the least relative error for |r| <= ln 2 / 2: 2^-28.
-  const Floats p = (((0.001381454049f * r + 0.008368745117f) * r + 0.04166839078f) * r + 0.166665204f) * r +
-                   0.4999999343f;
-  Bits bits;
+  const Floats<WIDTH> p =
+      (((0.001381454049f * r + 0.008368745117f) * r + 0.04166839078f) * r + 0.166665204f) * r + 0.4999999343f;
+  typename Vector<WIDTH>::Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 23) + 0x3f800000u;
-  Floats power;
+  Floats<WIDTH> power;
   std::memcpy(&power, &bits, sizeof(power));
   x = (p * (r * r) + r + 1.0f) * power;
 }
 
 // The first `count` logits of a vector, and `filler` after them.
-template <class Logit>
-R1_INLINE void load_part(const Logit* from, u64 count, float filler, Floats& to) {
-  to = Floats{} + filler;
+template <u64 WIDTH, class Logit>
+R1_INLINE void load_part(const Logit* from, u64 count, float filler, Floats<WIDTH>& to) {
+  to = Floats<WIDTH>{} + filler;
   for (u64 lane = 0; lane < count; ++lane) to[lane] = widened(from[lane]);
 }
 
 // The largest of a row, and where the vectors begin among which it first comes.
-template <class Logit>
+template <u64 WIDTH, class Logit>
 R1_INLINE float largest(const Logit* row, u64 tokens, u64& place) {
-  constexpr u64 STEP = LANES * 64;
-  float most = -std::numeric_limits<float>::infinity();
+  constexpr u64 STEP = 1024;
+  const Floats<WIDTH> none = Floats<WIDTH>{} - std::numeric_limits<float>::infinity();
+  float most = none[0];
   place = 0;
   for (u64 first = 0; first < tokens; first += STEP) {
     const u64 end = std::min(first + STEP, tokens);
-    Floats z, best = Floats{} - std::numeric_limits<float>::infinity();
+    Floats<WIDTH> z, best = none, other = none;
     u64 v = first;
-    for (; v + LANES <= end; v += LANES) {
-      load(row + v, z);
+    for (; v + 2 * WIDTH <= end; v += 2 * WIDTH) {
+      load<WIDTH>(row + v, z);
       best = z > best ? z : best;
+      load<WIDTH>(row + v + WIDTH, z);
+      other = z > other ? z : other;
     }
+    best = other > best ? other : best;
     float top = most;
-    for (u64 lane = 0; lane < LANES; ++lane) top = best[lane] > top ? best[lane] : top;
+    for (u64 lane = 0; lane < WIDTH; ++lane) top = best[lane] > top ? best[lane] : top;
     for (; v < end; ++v) top = widened(row[v]) > top ? widened(row[v]) : top;
     if (top > most) place = first;
     most = top;
@@ -128,58 +147,64 @@ R1_INLINE float largest(const Logit* row, u64 tokens, u64& place) {
 }
 
 // `out`: of row 0; a number's rows follow each other, `rows` in all.
-template <class Student, class Teacher>
+template <u64 WIDTH, class Student, class Teacher>
 R1_INLINE void statistics_row(const Student* s, const Teacher* t, u64 tokens, float inverse, float* out,
                               u64 rows) {
+  constexpr u64 PARTS = Vector<WIDTH>::PARTS;
+  using Floats = divergence::Floats<WIDTH>;
   const bool warm = inverse != 1.0f;
   u64 place;
-  const float most_s = largest(s, tokens, place), most_t = t ? largest(t, tokens, place) : 0.0f;
-  // Sums of vectors, in order: of the student, of it at T = 1, of the teacher, entropy, difference.
+  const float most_s = largest<WIDTH>(s, tokens, place), most_t = t ? largest<WIDTH>(t, tokens, place) : 0.0f;
+  // Of the student, of it at T = 1, of the teacher, entropy, difference.
   double total[5] = {};
-  Floats sum[5] = {};
-  const auto add = [&](const Floats& zs, const Floats& zt, u64 count) __attribute__((always_inline)) {
+  Floats sum[5][PARTS] = {};
+  const auto add = [&](u64 part, const Floats& zs, const Floats& zt,
+                       u64 count) __attribute__((always_inline)) {
     const Floats own = zs - most_s;
     Floats e = warm ? own * inverse : own;
-    exponentiate(e);
+    exponentiate<WIDTH>(e);
     Floats e_1 = own;
-    if (warm) exponentiate(e_1);
+    if (warm) exponentiate<WIDTH>(e_1);
     Floats f = zt - most_t, x = f, d = f;
     if (t) {
       d = f - own;
       if (warm) d *= inverse, f *= inverse;
       x = f;
-      exponentiate(f);
+      exponentiate<WIDTH>(f);
     }
-    if (count < LANES) {
-      for (u64 lane = count; lane < LANES; ++lane) e[lane] = e_1[lane] = f[lane] = 0.0f;
+    if (count < WIDTH) {
+      for (u64 lane = count; lane < WIDTH; ++lane) e[lane] = e_1[lane] = f[lane] = 0.0f;
     }
-    sum[0] += e;
-    if (warm) sum[1] += e_1;
-    if (t) sum[2] += f, sum[3] += f * x, sum[4] += f * d;
+    sum[0][part] += e;
+    if (warm) sum[1][part] += e_1;
+    if (t) sum[2][part] += f, sum[3][part] += f * x, sum[4][part] += f * d;
   };
   const auto flush = [&]() __attribute__((always_inline)) {
     for (u64 k = 0; k < 5; ++k) {
-      for (u64 lane = 0; lane < LANES; ++lane) total[k] += sum[k][lane];
-      sum[k] = Floats{};
+      for (u64 lane = 0; lane < LANES; ++lane) total[k] += sum[k][lane / WIDTH][lane % WIDTH];
+      for (u64 part = 0; part < PARTS; ++part) sum[k][part] = Floats{};
     }
   };
   Floats zs, zt = Floats{};
   u64 v = 0;
   while (v + LANES <= tokens) {
     const u64 end = std::min(v + BLOCK * LANES, tokens / LANES * LANES);
-    for (; v < end; v += LANES) {
-      load(s + v, zs);
-      if (t) load(t + v, zt);
-      add(zs, zt, LANES);
+    while (v < end) {
+      for (u64 part = 0; part < PARTS; ++part, v += WIDTH) {
+        load<WIDTH>(s + v, zs);
+        if (t) load<WIDTH>(t + v, zt);
+        add(part, zs, zt, WIDTH);
+      }
     }
     flush();
   }
-  if (v < tokens) {
-    load_part(s + v, tokens - v, most_s, zs);
-    if (t) load_part(t + v, tokens - v, most_t, zt);
-    add(zs, zt, tokens - v);
-    flush();
+  for (u64 part = 0; v < tokens; ++part, v += WIDTH) {
+    const u64 count = std::min(WIDTH, tokens - v);
+    load_part<WIDTH>(s + v, count, most_s, zs);
+    if (t) load_part<WIDTH>(t + v, count, most_t, zt);
+    add(part, zs, zt, count);
   }
+  flush();
   const double one = warm ? total[1] : total[0];
   const float nan = std::numeric_limits<float>::quiet_NaN();
   out[MAX_S * rows] = one == one ? most_s : nan;
@@ -199,38 +224,39 @@ struct Coefficients {
   float max_s, max_t, a, b, c;
 };
 
-template <class Student, class Teacher>
+template <u64 WIDTH, class Student, class Teacher>
 R1_INLINE void gradient_row(Student* s, const Teacher* t, u64 tokens, float inverse, bool one_too,
                             const Coefficients& with) {
+  using Floats = divergence::Floats<WIDTH>;
   const auto form = [&](Floats& zs, const Floats& teacher) __attribute__((always_inline)) {
     Floats one = zs - with.max_s;
     zs = one * inverse;
-    exponentiate(zs);
+    exponentiate<WIDTH>(zs);
     zs *= with.a;
     if (t) {
       Floats zt = (teacher - with.max_t) * inverse;
-      exponentiate(zt);
+      exponentiate<WIDTH>(zt);
       zs -= zt * with.b;
     }
     if (one_too) {
-      exponentiate(one);
+      exponentiate<WIDTH>(one);
       zs += one * with.c;
     }
   };
   Floats zs, zt = Floats{};
   u64 v = 0;
-  for (; v + LANES <= tokens; v += LANES) {
-    load(s + v, zs);
-    if (t) load(t + v, zt);
+  for (; v + WIDTH <= tokens; v += WIDTH) {
+    load<WIDTH>(s + v, zs);
+    if (t) load<WIDTH>(t + v, zt);
     form(zs, zt);
-    store(zs, s + v);
+    store<WIDTH>(zs, s + v);
   }
   if (v == tokens) return;
-  load_part(s + v, tokens - v, with.max_s, zs);
-  if (t) load_part(t + v, tokens - v, with.max_t, zt);
+  load_part<WIDTH>(s + v, tokens - v, with.max_s, zs);
+  if (t) load_part<WIDTH>(t + v, tokens - v, with.max_t, zt);
   form(zs, zt);
-  Student last[LANES];
-  store(zs, last);
+  Student last[WIDTH];
+  store<WIDTH>(zs, last);
   std::memcpy(s + v, last, (tokens - v) * sizeof(Student));
 }
 
@@ -243,9 +269,10 @@ struct Statistics {
   float inverse;
   float* out;  // [NUMBERS, rows]; without a teacher its numbers are not set
 
+  template <u64 WIDTH>
   R1_INLINE void work(u64 first, u64 end) const {
     for (u64 n = first; n < end; ++n) {
-      statistics_row(student.row(n), teacher.row(n), tokens, inverse, out + n, rows);
+      statistics_row<WIDTH>(student.row(n), teacher.row(n), tokens, inverse, out + n, rows);
     }
   }
 };
@@ -258,11 +285,12 @@ struct Gradient {
   float inverse;
   const float *max_s, *max_t, *a, *b, *c;  // [rows]; c: null for zeros, max_t and b: null without a teacher
 
+  template <u64 WIDTH>
   R1_INLINE void work(u64 first, u64 end) const {
     for (u64 n = first; n < end; ++n) {
       const Teacher* t = teacher.row(n);
       const Coefficients with{max_s[n], t ? max_t[n] : 0.0f, a[n], t ? b[n] : 0.0f, c ? c[n] : 0.0f};
-      gradient_row(student.row(n), t, tokens, inverse, c != nullptr, with);
+      gradient_row<WIDTH>(student.row(n), t, tokens, inverse, c != nullptr, with);
     }
   }
 };
@@ -270,13 +298,17 @@ struct Gradient {
 #ifdef R1_X86
 template <class Work>
 R1_AVX2 void run_avx2(const Work& task, u64 first, u64 end) {
-  task.work(first, end);
+  task.template work<8>(first, end);
 }
 template <class Work>
 R1_AVX512 void run_avx512(const Work& task, u64 first, u64 end) {
-  task.work(first, end);
+  task.template work<16>(first, end);
 }
 #endif
+template <class Work>
+void run_plain(const Work& task, u64 first, u64 end) {
+  task.template work<4>(first, end);
+}
 
 template <class Work>
 void run(const Work& task, u64 first, u64 end) {
@@ -284,7 +316,7 @@ void run(const Work& task, u64 first, u64 end) {
   if (vector_width() >= 8) return run_avx512(task, first, end);
   if (vector_width() >= 4) return run_avx2(task, first, end);
 #endif
-  task.work(first, end);
+  run_plain(task, first, end);
 }
 
 // All rows of the task, by so many threads. Where the system gives no more threads, this one does their part.

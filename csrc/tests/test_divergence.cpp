@@ -33,7 +33,7 @@ double uniform(u64 n) { return static_cast<double>(mix(n) >> 11) / 9007199254740
 // Calls `check` after each form of the loops that this CPU can run has done the task.
 template <class Work, class Check>
 void each_form(const Work& task, const Check& check) {
-  task.work(0, task.rows);
+  run_plain(task, 0, task.rows);
   check();
 #ifdef R1_X86
   if (vector_width() < 4) return;
@@ -124,29 +124,29 @@ void rows_agree(u64 tokens, float inverse, bool teacher, bool one, u64 threads) 
 void exponentials_are_within_2_ulp() {
   double worst = 0;
   for (u64 n = 0; n < 20000; ++n) {
-    Floats x;
+    Floats<LANES> x;
     for (u64 lane = 0; lane < LANES; ++lane) x[lane] = static_cast<float>(-87 * uniform(n * LANES + lane));
-    const Floats given = x;
-    exponentiate(x);
+    const Floats<LANES> given = x;
+    exponentiate<LANES>(x);
     for (u64 lane = 0; lane < LANES; ++lane) {
       const double want = std::exp(double{given[lane]});
       worst = std::max(worst, std::abs(x[lane] - want) / std::ldexp(1.0, std::ilogb(want) - 23));
     }
   }
   CHECK(worst <= 2);
-  Floats x{0.0f, -87.0f, -200.0f, -3e38f, std::numeric_limits<float>::quiet_NaN()};
-  exponentiate(x);
+  Floats<LANES> x{0.0f, -87.0f, -200.0f, -3e38f, std::numeric_limits<float>::quiet_NaN()};
+  exponentiate<LANES>(x);
   CHECK(x[0] == 1 && x[1] > 0 && x[1] < 2e-38f && x[2] == x[1] && x[3] == x[1] && x[4] != x[4]);
 }
 
 void bf16_rounds_to_even() {
   for (const std::uint32_t bits : {0x3f800000u, 0x3f808000u, 0x3f818000u, 0x3f808001u, 0x3f807fffu,
                                    0xbf818000u, 0x7f7fffffu, 0x7fffffffu, 0u}) {
-    Floats x{};
+    Floats<LANES> x{};
     std::memcpy(&x, &bits, sizeof(bits));
     const float given = x[0];
     std::uint16_t out[LANES];
-    store(x, out);
+    store<LANES>(x, out);
     if (given != given || std::abs(given) > 3.39e38f) {
       CHECK(given != given ? (out[0] & 0x7fff) > 0x7f80 : out[0] == 0x7f80);
     } else {
