@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
-from megatron_r1.records import Batch
+from megatron_r1.records import Batch, TeacherRecords
 from megatron_r1.system.json_io import parse_json
 from megatron_r1.system.process import RunBusyError, RunLock, launch_number
 from megatron_r1.system.terminal import say
@@ -219,12 +219,16 @@ def on_device(batch: Batch) -> Batch:
     if whole and batch.documents is not None and backend.document_attention() is not None:
         # Once a batch, and here, where counting documents waits for no device.
         batch = dataclasses.replace(batch, documents=backend.document_starts(batch.documents))
-    tensors = {
-        field.name: value.to(backend.device(), non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if (value := getattr(batch, field.name)) is not None
-    }
-    return Batch(**{**tensors, **cut_to_rank({name: t for name, t in tensors.items() if t.dim() == 2})})
+    tensors = _placed(batch)
+    cut = cut_to_rank({name: tensor for name, tensor in tensors.items() if tensor.dim() == 2})
+    teacher = None if batch.teacher is None else TeacherRecords(**cut_to_rank(_placed(batch.teacher)))
+    return Batch(**{**tensors, **cut, "teacher": teacher, "whole_BS": batch.tokens_BS})  # type: ignore[arg-type]
+
+
+def _placed(record: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a record by their names, on this rank's device."""
+    tensors = {name: value for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
+    return {name: value.to(backend.device(), non_blocking=True) for name, value in tensors.items()}
 
 
 def cut_to_rank(whole_BS: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

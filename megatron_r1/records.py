@@ -56,6 +56,18 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class TeacherRecords:
+    """A teacher's distribution for each label, from a cache. Axis K: entries, filled up with zeros."""
+
+    ids_BSK: Tensor
+    """int32."""
+    share_BSK: Tensor
+    """float32; 0: no entry."""
+    entropy_BS: Tensor
+    """float32, nats, of the whole distribution."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch, on the device."""
 
@@ -67,6 +79,10 @@ class Batch:
     documents: Tensor | None = None
     """None: windows attend across documents. Else each token's document within its window, int32 [B, S]; on a
     device that attends documents end to end, where each begins, int32 [n + 1] (`backend.document_starts`)."""
+    teacher: TeacherRecords | None = None
+    """None: no cache is read."""
+    whole_BS: Tensor | None = None
+    """`tokens_BS` on the CPU, before context parallelism cut it; set by `parallel.on_device`."""
 
 
 @dataclass

@@ -5,8 +5,8 @@ The loader keeps nothing between batches, so any rank may ask for any samples in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from megatron_r1.data.blend import BlendPlan
 from megatron_r1.data.keep import mask_labels
 from megatron_r1.data.windows import Examples, add_stream, unknown_id
 from megatron_r1.parallel import ParallelContext
-from megatron_r1.records import Batch, Corpus
+from megatron_r1.records import Batch, Corpus, TeacherRecords
+
+Records = Callable[[np.ndarray, np.ndarray], tuple[TeacherRecords, np.ndarray]]
+"""(source [B], window [B]) -> records of the windows' labels, and which labels have one, [B, S]."""
 
 
 @dataclass(eq=False)
@@ -62,6 +65,8 @@ class BatchLoader:
         self._streams = Streams()
         for corpus in self._corpora:
             add_stream(self._streams, corpus)
+        self.records: Records | None = None
+        """What asks a teacher's cache. Labels without a record are left out by the loss mask."""
         self.one_id: list[tuple[Corpus, int, int]] = []
         """Windows drawn whose inputs are one id throughout: corpus, window, id. The caller takes them out."""
 
@@ -79,8 +84,12 @@ class BatchLoader:
         self._check_ids(labels_BS[:, -1:], self.seq_length, source_N, window_N)
         self._note_one_id(tokens_BS, source_N, window_N)
         self._mask_dropped_documents(np.asarray(sample_N), source_N, window_N, loss_mask_BS)
+        teacher = None
+        if self.records:
+            teacher, known_BS = self.records(source_N, window_N)
+            loss_mask_BS[~known_BS] = 0
         fields = tokens_BS, labels_BS, loss_mask_BS, position_BS, source_N.astype(np.int64), segment_BS
-        return _batch(*fields, pin_memory=self.pin_memory)
+        return _batch(*fields, teacher=teacher, pin_memory=self.pin_memory)
 
     def _note_one_id(self, tokens_BS: np.ndarray, source_N: np.ndarray, window_N: np.ndarray) -> None:
         # Nearly every window differs in three of its tokens, which cost nothing to compare.
@@ -167,7 +176,12 @@ def whole_batch(
     return _batch(*views[:2], mask_NS, views[2], source_N.astype(np.int64), segment_NS)
 
 
-def _batch(*fields: np.ndarray | None, pin_memory: bool = False) -> Batch:
+def _batch(
+    *fields: np.ndarray | None, teacher: TeacherRecords | None = None, pin_memory: bool = False
+) -> Batch:
     """A batch on the CPU, from the fields of Batch in order. It shares the memory of the arrays."""
     tensors = [torch.from_numpy(array) for array in fields if array is not None]
-    return Batch(*[tensor.pin_memory() for tensor in tensors] if pin_memory else tensors)
+    if pin_memory:
+        tensors = [tensor.pin_memory() for tensor in tensors]
+        teacher = teacher and TeacherRecords(*(tensor.pin_memory() for tensor in vars(teacher).values()))
+    return replace(Batch(*tensors), teacher=teacher)  # type: ignore[arg-type]

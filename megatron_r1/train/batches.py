@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from megatron_r1 import backend
 from megatron_r1.config import Config
-from megatron_r1.data.loader import BatchLoader, whole_batch
+from megatron_r1.data.loader import BatchLoader, Records, whole_batch
 from megatron_r1.data.open import OpenData
 from megatron_r1.parallel import ParallelContext, on_device
-from megatron_r1.records import Batch
+from megatron_r1.records import Batch, TeacherRecords
 from megatron_r1.system.terminal import say
 
 _READ_AHEAD = 256
@@ -64,6 +66,15 @@ class StepBatches:
         self._read_ahead(first_sample)
         return self._fault_tolerant(first_sample)
 
+    @property
+    def records(self) -> Records | None:
+        """What asks a teacher's cache for each batch; None: nobody does."""
+        return self._loader.records
+
+    @records.setter
+    def records(self, records: Records | None) -> None:
+        self._loader.records = records
+
     def one_id_windows(self) -> int:
         """Windows that are one id throughout among those drawn since the last call.
 
@@ -101,8 +112,12 @@ class StepBatches:
             self.errors[first_sample] = error
             row_BS = np.zeros((self._micro_batch, self._loader.seq_length + 1), dtype=np.int64)
             none_B = np.zeros(self._micro_batch, dtype=np.int64)
+            batch = whole_batch(row_BS, none_B, none_B, self._loader.eod)
+            if self.records:
+                none_BS1 = torch.zeros(*batch.tokens_BS.shape, 1)
+                batch = replace(batch, teacher=TeacherRecords(none_BS1.int(), none_BS1, none_BS1[..., 0]))
             for _ in range(left):
-                yield on_device(whole_batch(row_BS, none_B, none_B, self._loader.eod))
+                yield on_device(batch)
 
 
 def rank_samples(
