@@ -274,9 +274,8 @@ def test_what_needs_no_gradient_gets_none() -> None:
     inputs = case("sampled", 2.0, 0.5)
     expected = inputs.ours()
     frozen = dataclasses.replace(inputs, weight=inputs.weight.detach())
-    torch.testing.assert_close(
-        *torch.autograd.grad(frozen.result()[0], inputs.hidden), expected[2] / UPSTREAM
-    )
+    (of_hidden,) = torch.autograd.grad(frozen.result()[0], inputs.hidden)
+    torch.testing.assert_close(of_hidden * UPSTREAM, expected[2])
     with torch.no_grad():
         total, loss, figures = inputs.result()
     assert not total.requires_grad and torch.equal(loss, expected[0]) and torch.equal(figures, expected[1])
