@@ -139,14 +139,18 @@ def case(kind: str = "dense", temperature: float = 1.0, share: float = 1.0, scal
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, D).double() * scale / 2, torch.randn(PADDED, D).double()
     weight[V:] *= 100
-    # As labels are: of both models' likelier tokens, and in half of the rows among the entries.
-    dense = DenseTarget(torch.randn(N, D + 3).double() / 2, torch.randn(V, D + 3).double())
+    # A teacher like the student: in some rows both hold the same token for the likeliest.
+    near, rest = (hidden + torch.randn(N, D) / 8, weight[:V]), (torch.randn(N, 3) / 2, torch.randn(V, 3))
+    of_teacher = [torch.cat([x, y.double()], 1) for x, y in zip(near, rest, strict=True)]
+    dense = DenseTarget(of_teacher[0], of_teacher[1])
     if kind == "head":
         dense = dataclasses.replace(dense, bias_V=torch.randn(V).double(), softcap=5.0, scale=0.7)
     p_NV = (whole(dense) / temperature).softmax(1)
     labels = torch.multinomial(p_NV, 1)[:, 0]
     counts = torch.rand(N) * (torch.rand(N) > 0.3)
     target = dense if kind in ("dense", "head") else record(p_NV, kind)
+    agree = likeliest(record(p_NV, "top")) == (hidden @ weight[:V].t()).argmax(1)
+    assert 0.2 < agree.double().mean() < 0.8
     return Case(hidden.requires_grad_(), weight.requires_grad_(), labels, counts, target, temperature, share)
 
 
@@ -174,16 +178,24 @@ def test_it_is_the_plain_loss(
     assert_within(exact_case.ours(), exact, 1e-12, 1e-12)
     in_chunks(monkeypatch, 8)
     assert_within(exact_case.ours(), exact, 1e-12, 1e-12)
-    assert_within(case(kind, temperature, share).to(torch.float32).ours(), exact, 1e-6, 1e-5)
+    for kernels in (None, divergence):
+        ours = exact_case.to(torch.float32).ours(kernels=kernels)
+        # Of a label the divergence's rounding counts T^2 times, of their mean it does not.
+        assert_within(ours, exact, 1e-6 * temperature**2, 1e-5)
+        mean, exact_mean = (
+            ((x[0] * exact_case.counts).sum() / exact_case.counts.sum()) for x in (ours, exact)
+        )
+        assert (mean - exact_mean).abs() <= 1e-6 * exact_mean.abs()
     # Padded rows get no gradient; rows that do not count give none.
     of_hidden, of_weight = exact_case.ours()[2:]
     assert not of_weight[V:].any() and not of_hidden[exact_case.counts == 0].any()
 
 
+@pytest.mark.parametrize("kernels", [None, divergence], ids=["default", "plain"])
 @pytest.mark.parametrize("kind", ["dense", "head", "sampled", "tail"])
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (2.0, 0.5)])
 def test_bf16_is_no_worse_than_plain_bf16(
-    kind: str, temperature: float, share: float, monkeypatch: pytest.MonkeyPatch
+    kernels: Any, kind: str, temperature: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_chunks(monkeypatch, 8)
     inputs = case(kind, temperature, share).to(torch.bfloat16)
@@ -191,7 +203,7 @@ def test_bf16_is_no_worse_than_plain_bf16(
     # As in training: into a buffer, and the upstream gradient is 1.
     buffer = inputs.weight.main_grad = torch.zeros(PADDED, D)  # type: ignore[attr-defined]
     inputs.weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-    total, loss, _ = inputs.result()
+    total, loss, _ = inputs.result(kernels=kernels)
     total.backward()
     assert inputs.hidden.grad is not None
     for ours, torch_s, true in zip(
@@ -270,10 +282,11 @@ def test_a_gradient_buffer_is_added_to() -> None:
     assert (added - of_weight).abs().max() <= 1e-5 * of_weight.abs().max()
 
 
-def test_what_needs_no_gradient_gets_none() -> None:
+def test_what_needs_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case("sampled", 2.0, 0.5)
     expected = inputs.ours()
     frozen = dataclasses.replace(inputs, weight=inputs.weight.detach())
+    monkeypatch.setattr(divergence, "add_product", None)
     (of_hidden,) = torch.autograd.grad(frozen.result()[0], inputs.hidden)
     torch.testing.assert_close(of_hidden * UPSTREAM, expected[2])
     with torch.no_grad():
