@@ -35,7 +35,7 @@ FIGURES = ("kl", "ce", "teacher_entropy", "agreement")
 """Of each label: KL(teacher || student) at temperature T and cross-entropy of the label at 1, nats; the
 teacher's entropy at T, nats; 1 where both hold the same token for the likeliest, else 0."""
 
-_CHUNK = 3 << 28
+_CHUNK = 1 << 29
 """Bytes of logits, of both models together, that exist at a time. The temporaries of a block come on top."""
 _BLOCK = {"cpu": 1 << 20}
 """Logits that the plain row functions widen at a time on a device: what a CPU's caches hold."""
@@ -184,7 +184,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _blocks(logits_NV: Tensor) -> list[slice]:
     rows, width = logits_NV.shape
-    return slices(rows, max(1, _BLOCK.get(logits_NV.device.type, 1 << 24) // width))
+    return slices(rows, max(1, _BLOCK.get(logits_NV.device.type, 1 << 23) // width))
 
 
 _Compared = tuple[Tensor, Callable[[], None]]
