@@ -1,8 +1,8 @@
 // Systematic draws from softmax(logits / T), the records of a teacher cache, and its entropy.
 //
 // A row of logits is read twice: for its largest, and for the sums of exp by block. Points (u + j) / n of the
-// total then ascend through the blocks, and only blocks that a point falls into are computed again. Sums are
-// of doubles in lanes of fixed number, so that a row's draws do not depend on the vectors of this CPU. No
+// total then ascend through the blocks, and only blocks that a point falls into are computed again. Numbers
+// are added in a fixed order, so that a row's draws do not depend on the vectors of this CPU. No
 // memory but 512 bytes a block of the vocabulary.
 #pragma once
 
@@ -39,13 +39,13 @@ R1_INLINE void load(const Logit* logit, u64 size, float* to) {
 }
 
 // The sum of DRAWN_BLOCK numbers, by halves; it overwrites them.
-R1_INLINE double sum_of(float* x) {
+R1_INLINE float sum_of(float* x) {
   for (u64 v = 0; v < 64; ++v) x[v] += x[v + 64];
   for (u64 v = 0; v < 32; ++v) x[v] += x[v + 32];
   for (u64 v = 0; v < 16; ++v) x[v] += x[v + 16];
-  double sum = 0;
-  for (u64 v = 0; v < 16; ++v) sum += double{x[v]};
-  return sum;
+  for (u64 v = 0; v < 8; ++v) x[v] += x[v + 8];
+  for (u64 v = 0; v < 4; ++v) x[v] += x[v + 4];
+  return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
 // What a block of the vocabulary adds: exp(x), and exp(x) x, of x = (logit - largest) / T.
@@ -58,14 +58,15 @@ struct BlockSums {
 template <class Logit>
 R1_INLINE BlockSums exp_block(const Logit* logit, u64 size, float largest, float inverse, float* mass) {
   float x[DRAWN_BLOCK], scale[DRAWN_BLOCK];
-  i32 bits[DRAWN_BLOCK];
+  u32 bits[DRAWN_BLOCK];
   load(logit, size, x);
   for (u64 v = 0; v < DRAWN_BLOCK; ++v) x[v] = (x[v] - largest) * inverse;
   // In a loop of its own: compilers make a branch of it, and then no vectors of what follows.
   for (u64 v = 0; v < DRAWN_BLOCK; ++v) x[v] = x[v] < -88.0f ? -88.0f : x[v];
   for (u64 v = 0; v < DRAWN_BLOCK; ++v) {
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number.
-    const float power = (x[v] * 1.44269504f + ROUND) - ROUND;
+    scale[v] = x[v] * 1.44269504f + ROUND;
+    const float power = scale[v] - ROUND;
     const float r = (x[v] - power * 0.693359375f) + power * 2.12194440e-4f;  // ln 2 in two parts
     float y = r * 1.9875691e-4f + 1.3981999e-3f;  // Of exp on [-ln 2 / 2, ln 2 / 2], as Cephes has it.
     y = y * r + 8.3334519e-3f;
@@ -73,15 +74,15 @@ R1_INLINE BlockSums exp_block(const Logit* logit, u64 size, float largest, float
     y = y * r + 1.6666665e-1f;
     y = y * r + 0.5f;
     mass[v] = (y * r * r + r) + 1.0f;
-    bits[v] = static_cast<i32>(power);
   }
-  // Powers are from -127, whose exponent of 0 makes 0, to 0.
-  for (u64 v = 0; v < DRAWN_BLOCK; ++v) bits[v] = static_cast<i32>(static_cast<u32>(bits[v] + 127) << 23);
+  // The lower bits are the power, from -127, whose exponent of 0 makes 0, to 0.
+  std::memcpy(bits, scale, sizeof bits);
+  for (u64 v = 0; v < DRAWN_BLOCK; ++v) bits[v] = (bits[v] + 127) << 23;
   std::memcpy(scale, bits, sizeof scale);
   for (u64 v = 0; v < DRAWN_BLOCK; ++v) mass[v] *= scale[v];
   for (u64 v = 0; v < DRAWN_BLOCK; ++v) x[v] *= mass[v];
   std::memcpy(scale, mass, sizeof scale);
-  return {sum_of(scale), sum_of(x)};
+  return {double{sum_of(scale)}, double{sum_of(x)}};
 }
 
 // Ids of one row at the points (uniform + j) / draws of its cumulated mass; returns its entropy. `block` has

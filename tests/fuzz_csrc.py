@@ -123,6 +123,7 @@ class Fuzz:
         self.make_files()
         self.table: dict[str, Callable[[], None]] = {
             "megatron_order": self.megatron_order,
+            "draw": self.draw,
             "Keep": self.unmade,
             "Plan": self.unmade,
             "Streams": self.threads,
@@ -476,6 +477,30 @@ class Fuzz:
         if got is not None and int(given[1]) <= 400:
             pick, number = greedy(np.asarray(given[0], np.float64).tolist(), int(given[1]))
             assert got[0].tolist() == pick and got[1].tolist() == number
+
+    def draw(self) -> None:
+        rows, size = self.random.choice([0, 1, 3]), self.random.choice([1, 2, 127, 300])
+        draws = self.random.choice([1, 2, 50])
+        logits = self.array.normal(0, 3, rows * size).astype(np.float32)
+        if self.random.random() < 0.3:
+            logits = logits.view(np.uint32) >> 16
+            logits = logits.astype(np.uint16)
+        uniform = self.array.random(rows)
+        arguments = logits, size, self.random.choice([1.0, 0.5, 3.0]), uniform, draws
+        given = [self.spoil(value) for value in arguments]
+        got = self.call("draw", self.module.draw, *given)
+        if any(a is not b for a, b in zip(given, arguments, strict=True)):
+            return
+        ids, entropies = got
+        assert ids.shape == (rows, draws) and ids.dtype == np.int32 and entropies.dtype == np.float32
+        if logits.dtype == np.uint16:
+            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        for n, row in enumerate(logits.reshape(rows, size).astype(np.float64) * arguments[2]):
+            share = np.exp(row - row.max())
+            share /= share.sum()
+            end, point = np.append(0, share.cumsum()), (uniform[n] + np.arange(draws)) / draws
+            assert (end[ids[n]] - 1e-6 < point).all() and (point < end[ids[n] + 1] + 1e-6).all()
+            assert abs(entropies[n] + (share * np.log(np.maximum(share, 1e-300))).sum()) < 1e-4
 
     # -- Streams
 

@@ -26,7 +26,7 @@ SANITIZERS = ["-std=c++17", "-ffp-contract=off", "-fsanitize=address,undefined",
 FLAGS = [*SANITIZERS, "-Og", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror"]
 BUILDS = [(path.stem, 8) for path in sorted(TESTS.glob("test_*.cpp"))]
 # What a CPU without AVX-512, and one without any of it (arm64), would run.
-BUILDS += [(name, width) for name in ("test_gather", "test_greedy") for width in (4, 2)]
+BUILDS += [(name, width) for name in ("test_gather", "test_greedy", "test_records") for width in (4, 2)]
 NEVER = 2**64 - 1
 
 

@@ -19,7 +19,7 @@ from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch, Corpus, TeacherRecords
 
 Records = Callable[[np.ndarray, np.ndarray], tuple[TeacherRecords, np.ndarray]]
-"""(source [B], window [B]) -> a teacher's records of the windows' labels, and which labels have one, [B, S]."""
+"""(source [B], window [B]) -> records of the windows' labels, and which labels have one, [B, S]."""
 
 
 @dataclass(eq=False)

@@ -62,6 +62,8 @@ _NATS = 32.0
 """Largest -ln p of a top-k record."""
 _AT_ONCE = 1 << 24
 """Logits that are cumulated at once where there is no C++."""
+_OPEN = 256
+"""Most parts that are open at once."""
 _MOST = limit(lambda v: 1 <= v <= 256, "must be from 1 to 256")
 REDO = "remove it and run tools/cache_teacher.py again, which writes what is lacking"
 
@@ -143,30 +145,27 @@ def draw(logits_NV: Tensor, header: Header, document: bytes, first: int) -> Draw
 
     logits_NV = logits_NV[:, : header.tokens]
     if header.draws is None:
-        id_NK, share_NK, entropy_N = _largest(logits_NV, header)
-        count_NK = _coded(share_NK, _NATS, 16, np.ceil)
-        new_NK = np.ones(id_NK.shape, bool)
+        id_NK, nats_NK, entropy_N = _largest(logits_NV, header)
     else:
         uniform_N = uniforms(header.seed, document, first, len(logits_NV))
         if logits_NV.device.type == "cpu":
             logits_NV = logits_NV.contiguous()
             bits = logits_NV.view(torch.uint16) if logits_NV.dtype == torch.bfloat16 else logits_NV.float()
-            scale = 1 / header.temperature
-            id_NK, entropy_N = draw_on_cpu(
-                bits.numpy().ravel(), header.tokens, scale, uniform_N, header.draws
-            )
+            sizes = header.tokens, 1 / header.temperature, uniform_N, header.draws
+            id_NK, entropy_N = draw_on_cpu(bits.numpy().ravel(), *sizes)
         else:
             id_NK, entropy_N = draw_on_device(logits_NV, header.temperature, uniform_N, header.draws)
-        new_NK = np.ones(id_NK.shape, bool)
-        new_NK[:, 1:] = id_NK[:, 1:] != id_NK[:, :-1]
-        count_NK = None
     if not np.isfinite(entropy_N).all():
         offset = first + int(np.argmin(np.isfinite(entropy_N)))
         fault = f"the teacher's logits behind token {offset} of document {document.hex()} are not finite"
         raise ValueError(f"{fault}; run it with --precision fp32, or take another teacher")
+    if header.draws is None:
+        step_NK = _coded(nats_NK, _NATS, 16, np.ceil)
+        return Drawn(id_NK.ravel(), step_NK.ravel(), np.full(len(id_NK), header.most), entropy_N)
+    new_NK = np.ones(id_NK.shape, bool)
+    new_NK[:, 1:] = id_NK[:, 1:] != id_NK[:, :-1]
     at_E = np.flatnonzero(new_NK)
-    count_E = np.diff(np.append(at_E, new_NK.size)) if count_NK is None else count_NK.ravel()
-    return Drawn(id_NK.ravel()[at_E], count_E, new_NK.sum(1), entropy_N)
+    return Drawn(id_NK.ravel()[at_E], np.diff(np.append(at_E, id_NK.size)), new_NK.sum(1), entropy_N)
 
 
 def uniforms(seed: int, document: bytes, first: int, count: int) -> np.ndarray:
@@ -358,12 +357,12 @@ def _read(path: Path, header: Header) -> tuple[list[str], np.ndarray, np.ndarray
     with open(path, "rb", opener=regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = np.memmap(stream, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    front, tail = len(MAGIC) + 20, len(END) + 16
-    names = int.from_bytes(content[front - 4 : front].tobytes(), "little")
-    count, begin = np.frombuffer(content[size - tail : size - len(END)].tobytes(), "<u8").tolist() or (0, 0)
-    front += names
-    row = _KEY.itemsize + PLACE.itemsize
-    whole = front <= begin <= size and begin + count * row + tail == size
+    front, tail, row = len(MAGIC) + 20, len(END) + 16, _KEY.itemsize + PLACE.itemsize
+    if whole := size >= front + tail:
+        names = int.from_bytes(content[front - 4 : front].tobytes(), "little")
+        count, begin = np.frombuffer(content[size - tail : size - len(END)].tobytes(), "<u8").tolist()
+        front += names
+        whole = front <= begin <= size and begin + count * row + tail == size
     if whole:
         digest = xxhash.xxh3_128(content[:front].data)
         digest.update(content[begin:].data)
@@ -415,7 +414,9 @@ class Cache:
         key_M, at_M = np.unique(np.concatenate(keys), return_index=True)
         if rest or not table:
             self.tables.append((key_M, np.concatenate(places)[at_M]))
-        self._open = lru_cache(256)(lambda number: _File(self.parts[number]))
+        # Without a reference to this cache, with which the files are closed.
+        paths = self.parts
+        self._open = lru_cache(_OPEN)(lambda number: _File(paths[number]))
 
     @property
     def identity(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from megatron_r1.data.open import OpenData
 from megatron_r1.data.provenance import load_origins
 from megatron_r1.distill.cache import Cache
 from megatron_r1.distill.describe import Described
+from megatron_r1.distill.records import WindowRecords
 from megatron_r1.distill.vocabulary import identity, vocabulary_of_pair
 from megatron_r1.records import Batch, Corpus
 from megatron_r1.run.stage import differences
@@ -36,12 +37,12 @@ def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
     """(mistakes, lines) of the phases with a teacher, by the files of teachers, caches and datasets."""
     mistakes, lines = list[str](), list[str]()
     for name, asked in _objectives(config):
-        drawn = [c for c in data.corpora if config.phase_weights(name)[c.name] and c.name not in data.absent]
         plain = "" if asked.weight == 1 else f"{1 - asked.weight:g} cross-entropy + {asked.weight:g} "
         try:
             teacher = _open(config, data, asked)
-            first, *more = teacher.lines(drawn)
-            _compare_vocabulary(config, data, drawn, teacher)
+            first, *more = teacher.lines(_drawn(config, data, name))
+            said = teacher if isinstance(teacher, _Cached) else teacher.said
+            mistakes += vocabulary_mistakes(config, data, name, said)
             lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
         except (OSError, ValueError) as error:
             mistakes.append(f"phases.{name}.objective: {error}")
@@ -71,13 +72,29 @@ def teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
     return {name: _open(config, data, asked) for name, asked in _objectives(config)}
 
 
-def vocabulary_mistakes(config: Config, data: OpenData, phase: str, teacher: Described) -> list[str]:
-    """Mistakes: datasets of a phase that have the ids of another vocabulary than the teacher's."""
-    objective = config.phases[phase].objective
-    assert objective is not None
-    found = _Check(config, data, phase, objective)
-    found._vocabulary(teacher, identity(teacher.vocabulary), teacher.tokens)
-    return [f"phases.{phase}.objective: {mistake}" for mistake in found.mistakes]
+def vocabulary_mistakes(
+    config: Config, data: OpenData, phase: str, teacher: Described | _Cached
+) -> list[str]:
+    """Mistakes: a source of another vocabulary than the teacher's, and ids that either model has not."""
+    out, seen, tokens, rows = list[str](), {teacher.fingerprint}, teacher.tokens, config.model.vocab_size
+    for corpus in _drawn(config, data, phase):
+        if corpus.tokenizer_hash is None or corpus.tokenizer_hash not in seen:
+            seen |= {corpus.tokenizer_hash or ""}
+            if identity(vocabulary_of_pair(corpus.prefix)) != teacher.vocabulary_identity:
+                fault = f"data.sources.{corpus.name} has the ids of another vocabulary than the teacher"
+                way_out = "take a teacher of its tokenizer, or preprocess it with the teacher's"
+                out.append(f"{fault}; {way_out}")
+    if rows < tokens:
+        fault = f"the teacher has {tokens:,} tokens, model.vocab_size={rows:,} fewer"
+        out.append(f"{fault}; set model.vocab_size={tokens} or more")
+    if (eod := data.eod) is not None and eod >= tokens:
+        out.append(f"data.eod={eod} is no token of the teacher, which has {tokens:,}")
+    return [f"phases.{phase}.objective: {mistake}" for mistake in out]
+
+
+def _drawn(config: Config, data: OpenData, phase: str) -> list[Corpus]:
+    weight = config.phase_weights(phase)
+    return [one for one in data.corpora if weight[one.name] and one.name not in data.absent]
 
 
 def _objectives(config: Config) -> Iterator[tuple[str, ObjectiveConfig]]:
@@ -97,10 +114,6 @@ class _Online:
         self._config, self._data, self._asked = config, data, asked
         self.said = Described(asked.teacher or "", asked.bos)
         self.tokens = self.said.tokens
-
-    @property
-    def vocabulary(self) -> str:
-        return identity(self.said.vocabulary)
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -135,8 +148,8 @@ class _Cached:
     def __init__(self, config: Config, data: OpenData, asked: ObjectiveConfig):
         self._config, self._data, self._asked = config, data, asked
         self._cache = Cache(Path(asked.cache or ""))
-        self.header, self.said = self._cache.header, cast(Described | None, None)
-        self.tokens, self.vocabulary = self.header.tokens, self.header.vocabulary
+        self.header, self.fingerprint = self._cache.header, ""
+        self.tokens, self.vocabulary_identity = self.header.tokens, self.header.vocabulary
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -145,8 +158,6 @@ class _Cached:
 
     @cached_property
     def records(self) -> Records:
-        from megatron_r1.distill.records import WindowRecords
-
         corpora, seq_length = self._data.corpora, self._config.data.seq_length
         return WindowRecords(self._cache, corpora, [corpus.name for corpus in corpora], seq_length)
 
@@ -171,8 +182,9 @@ class _Cached:
         # It need not be here.
         with suppress(FileNotFoundError):
             if asked.teacher:
-                self.said = Described(asked.teacher, asked.bos)
-                here |= {"teacher": self.said.identity, "bos": self.said.bos}
+                said = Described(asked.teacher, asked.bos)
+                self.fingerprint = said.fingerprint
+                here |= {"teacher": said.identity, "bos": said.bos}
         if changed := differences({name: getattr(header, name) for name in here}, here):
             fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
             raise ValueError(f"{fault}; restore these, or name another cache")
@@ -201,22 +213,3 @@ def _covered(cache: Cache, corpus: Corpus) -> float:
         if known_D.any():
             return float(known_D.sum() / length_D[::step].sum())
     return 0.0
-
-
-def _compare_vocabulary(
-    config: Config, data: OpenData, drawn: Sequence[Corpus], teacher: _Online | _Cached
-) -> None:
-    """ValueError for a source of another vocabulary than the teacher's, and for ids that a model has not."""
-    seen, rows = {teacher.said.tokenizer.fingerprint()} if teacher.said else set(), config.model.vocab_size
-    for corpus in drawn:
-        if corpus.tokenizer_hash is None or corpus.tokenizer_hash not in seen:
-            seen |= {corpus.tokenizer_hash or ""}
-            if identity(vocabulary_of_pair(corpus.prefix)) != teacher.vocabulary:
-                fault = f"data.sources.{corpus.name} has the ids of another vocabulary than the teacher"
-                way_out = "take a teacher of its tokenizer, or preprocess it with the teacher's"
-                raise ValueError(f"{fault}; {way_out}")
-    if rows < teacher.tokens:
-        fault = f"the teacher has {teacher.tokens:,} tokens, model.vocab_size={rows:,} fewer"
-        raise ValueError(f"{fault}; set model.vocab_size={teacher.tokens} or more")
-    if (eod := data.eod) is not None and eod >= teacher.tokens:
-        raise ValueError(f"data.eod={eod} is no token of the teacher, which has {teacher.tokens:,}")

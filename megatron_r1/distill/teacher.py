@@ -20,13 +20,15 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.distill.describe import Described
 from megatron_r1.export import pretrained
-from megatron_r1.export.pretrained import Pretrained, batches
+from megatron_r1.export.pretrained import Pretrained
 from megatron_r1.model.divergence import DenseTarget
 from megatron_r1.parallel import cut_to_rank
 from megatron_r1.records import Batch
 
 _LOGITS = 256 << 20
 """Bytes of float32 logits that `Teacher.logits` makes at a time, or more for one long sequence."""
+_PADDING = 64
+"""Tokens that take about as long as another pass."""
 _TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Of the largest logit, between trunk and head apart and the model's own forward."""
 _CAP = "final_logit_softcapping"
@@ -100,7 +102,7 @@ class Teacher(Pretrained):
         # Data from elsewhere may begin its documents with it.
         lead_N = np.array([self.bos is not None and one[0] != self.bos for one in sequences], np.int64)
         length_N = np.array([len(one) for one in sequences], np.int64) + lead_N
-        for batch in batches(length_N, budget):
+        for batch in _batches(length_N, budget):
             ids_BS = np.full((len(batch), length_N[batch[0]]), self.bos or 0)
             for row_S, n in zip(ids_BS, batch, strict=True):
                 row_S[lead_N[n] : length_N[n]] = sequences[n]
@@ -176,6 +178,23 @@ class Teacher(Pretrained):
             return dataclasses.replace(head, hidden_ND=hidden_ND)
 
         return target
+
+
+def _batches(length_N: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Numbers of the sequences of each batch, from the longest on, at most `budget` tokens or one sequence.
+
+    Padding takes at most a tenth of a batch and `_PADDING`.
+    """
+    batch, padding = list[int](), 0
+    for n in np.argsort(-length_N, kind="stable").tolist():
+        size = len(batch) * length_N[batch[0]] if batch else 0
+        padding += length_N[batch[0]] - length_N[n] if batch else 0
+        if batch and (size + length_N[batch[0]] > budget or padding > _PADDING + size // 10):
+            yield np.array(batch)
+            batch, padding = [], 0
+        batch.append(n)
+    if batch:
+        yield np.array(batch)
 
 
 def on_device(array: np.ndarray) -> Tensor:
