@@ -51,7 +51,7 @@ RECIPES = [
     ),
 ]
 LAUNCHERS = [f"launch/{name}" for name in ("torchrun_21x8.sh", "slurm_21x8.sbatch", "one_machine.sh")]
-LAUNCHERS += ["launch/curate.sbatch", "launch/decontaminate.sbatch"]
+LAUNCHERS += ["launch/curate.sbatch", "launch/decontaminate.sbatch", "launch/cache_teacher.sbatch"]
 CURATION = ["curation/table5.yaml", "curation/small.yaml"]
 sys.path.insert(0, str(EXAMPLES / "corpora"))
 import fetch_corpus  # noqa: E402
@@ -349,6 +349,18 @@ def test_slurm_curates_by_torchrun_and_goes_on_in_the_next_job(tmp_path: Path) -
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     words = (tmp_path / "words").read_text().split()
     assert words[-2:] == ["tools/curate_probes.py", "a.yaml"] and words[words.index("--nnodes") + 1] == "21"
+
+
+def test_slurm_caches_a_teacher_by_shards_of_nodes(tmp_path: Path) -> None:
+    job = _slurm(tmp_path, 'echo "$@" >$OUT/words; touch $OUT/ready; sleep 1', LAUNCHERS[5])
+    wait_for((tmp_path / "ready").exists, "the ranks")
+    job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=60)[0]
+    assert job.returncode == 0 and "goes on in the next job" in told
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    words = (tmp_path / "words").read_text().split()
+    assert words[:4] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
+    assert words[4:] == ["tools/cache_teacher.py", "a.yaml", "--shard", "env"]
 
 
 def test_an_array_of_jobs_finds_what_one_run_finds(tmp_path: Path) -> None:
