@@ -226,8 +226,8 @@ _GROUPS = {
     "mix_target": "mix/target",
     "mix_actual": "mix/actual",
 }
-_MAPS = ("_by_source", "_nll", "_bpb", "mix_target", "mix_actual")
-"""Ends of the names of values by source, capability or set. All others are single values."""
+_MAPS = ("_by_source", "_nll", "_bpb", "mix_target", "mix_actual", "kd")
+"""Ends of the names of values by source, capability, set or figure. All others are single values."""
 _COUNTS = ("step", "samples", "tokens", "ranks")
 
 
