@@ -1,132 +1,43 @@
 """Every configuration dataclass, its fields with their units and limits. Imports no torch, reads no file.
 
-`config_io` reads these from YAML and checks the limits. `Config` is the root that every tool shares.
+`config_io` reads these from YAML and checks the limits (system/fields.py). `Config` is the root that every
+tool shares.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Strict, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator
 
-T = TypeVar("T")
-_NAME, _NAME_BYTES = re.compile(r"(?![.-])[\w.-]+"), 100
+from megatron_r1.system.fields import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    AdamBeta,
+    ByName,
+    Coefficient,
+    Epochs,
+    Finite,
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Share,
+    T,
+    Text,
+    Truth,
+    apart,
+    is_name,
+    limit,
+    plain_data,
+)
+
 RESERVED = ("step", "source", "example", "tokens", "loss", "norm")
 """Columns of exported scores (influence/store.py), beside which each capability has one."""
-
-
-def name_mistakes(names: Iterable[str], reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Name -> why it cannot be a name, for those that cannot. All names that become paths or tags obey this.
-
-    A name is one part of a path and the tag of a logger. Its characters are those that TensorBoard keeps.
-    Names that a file system may take for one another are one name, as A and a, or two forms of an umlaut.
-    """
-    out: dict[str, str] = {}
-    seen: dict[str, str] = {}
-    for name in names:
-        # Of a long text the other form takes a time that grows with its square.
-        same = unicodedata.normalize("NFKC", name[:_NAME_BYTES]).casefold()
-        if not _NAME.fullmatch(name):
-            out[name] = "a name has letters, digits, '_', '-' and '.', and begins with no '-' and no '.'"
-        elif len(name.encode()) > _NAME_BYTES:
-            out[name] = f"a name has at most {_NAME_BYTES} bytes, this one {len(name.encode())}"
-        elif name in reserved:
-            out[name] = "the name of a column of exported scores; use another"
-        elif same in seen:
-            out[name] = f"some file systems take it for {seen[same]}, which is there, too; rename one"
-        seen.setdefault(same, name)
-    return out
-
-
-def check_names(what: str, names: Iterable[str], reserved: Iterable[str] = ()) -> None:
-    """Raise ValueError, which begins with `what` and the name, for the first that cannot be a name."""
-    for name, why in name_mistakes(names, reserved).items():
-        raise ValueError(f"{what} {name[:_NAME_BYTES]!r}: {why}")
-
-
-def _name(*reserved: str) -> AfterValidator:
-    """A key that is a name. One that cannot be is an error of type "name"."""
-
-    def check(name: str) -> str:
-        for why in name_mistakes([name], reserved).values():
-            raise PydanticCustomError("name", ": {why}", {"why": why})
-        return name
-
-    return AfterValidator(check)
-
-
-def _apart(mapping: dict[str, T]) -> dict[str, T]:
-    for name, why in name_mistakes(mapping).items():
-        raise PydanticCustomError("name", ".{name}: {why}", {"name": name, "why": why})
-    return mapping
-
-
-ByName = Annotated[dict[Annotated[str, _name()], T], AfterValidator(_apart)]
-ByCapability = Annotated[dict[Annotated[str, _name(*RESERVED)], T], AfterValidator(_apart)]
-
-
-def limit(holds: Callable[[float], bool], message: str) -> WrapValidator:
-    """A number's limit. A value beyond it is an error of type "limit", and 1 in the context "unlimited".
-
-    Text and truth values are no numbers, though Python reads numbers from them.
-    """
-
-    def check(value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        number = read(value if type(value) in (int, float) else None)
-        long = isinstance(number, int) and number.bit_length() > 63
-        if not long and holds(number):
-            return number
-        if info.context == "unlimited":
-            return 1
-        why = "has more than 63 bits" if long else message
-        raise PydanticCustomError("limit", "{message}", {"value": number, "message": why})
-
-    return WrapValidator(check)
-
-
-def _filled(text: str) -> str:
-    if not text.strip() or "\0" in text:
-        raise PydanticCustomError("text", "{message}", {"value": text, "message": "names nothing"})
-    return text
-
-
-_EVALUATED = re.compile(r"\$\{(?!oc\.env:\w+\})[^}\"]{0,100}|_target_")
-
-
-def _data(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are data: nothing in them is evaluated, and no class or function is named."""
-    if match := _EVALUATED.search(json.dumps(settings)):
-        why = "would be evaluated; give the value itself, or ${oc.env:NAME} to take it from there"
-        raise PydanticCustomError("text", "{message}", {"value": match[0], "message": why})
-    return settings
-
-
-PositiveInt = Annotated[int, limit(lambda v: v > 0, "must be positive")]
-PositiveFloat = Annotated[float, limit(lambda v: 0 < v < math.inf, "must be positive and finite")]
-Finite = Annotated[float, limit(math.isfinite, "must be finite")]
-Share = Annotated[float, limit(lambda v: 0 <= v <= 1, "must be within 0 and 1")]
-NaturalInt = Annotated[int, limit(lambda v: v >= 0, "must not be negative")]
-Seed = Annotated[int, limit(lambda v: 0 <= v < 1 << 63, "must be at least 0 and below 2^63")]
-AdamBeta = Annotated[float, limit(lambda v: 0 <= v < 1, "must be at least 0 and below 1")]
-Coefficient = Annotated[float, limit(lambda v: 0 <= v < math.inf, "must be a finite number of at least 0")]
-_AT_LEAST_0 = limit(lambda v: v >= 0, "must be at least 0")
-Epochs = Annotated[float, limit(lambda v: v > 0, "must be above 0")]
-Truth = Annotated[bool, Strict()]
-"""Not what pydantic reads as one besides: "true", "off", 0."""
-Text = Annotated[str, AfterValidator(_filled)]
-_AT_LEAST_1 = limit(lambda v: v >= 1, "must be at least 1")
-
-
-class Section:
-    # Read by pydantic: a key that no field has is a mistake, never ignored.
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (annotated, it would look like a field)
+ByCapability = Annotated[dict[Annotated[str, is_name(*RESERVED)], T], AfterValidator(apart)]
 
 
 @dataclass(frozen=True)
@@ -232,6 +143,29 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    """A phase's loss where it is another than the next token's (docs/distillation.md).
+
+    kd: (1 - weight) CE + weight temperature^2 KL(teacher || student), mean over labels.
+    """
+
+    name: Literal["kd"]
+    teacher: Text | None = None
+    """Causal language model of the same tokenizer: a Hugging Face folder or name, or a run's checkpoint.
+    Without `cache` it runs beside the student."""
+    cache: Text | None = None
+    """Folder of a teacher's records (tools/cache_teacher.py). `teacher` then says whose."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of both models' logits in the divergence."""
+    weight: Share = 1.0
+    """Of the divergence; cross-entropy has the rest."""
+    bos: Literal["auto", "none"] | NaturalInt = "auto"
+    """Token before each document for the teacher. auto: what its tokenizer puts before a text."""
+    parameters: PositiveInt | None = None
+    """Parameters that the teacher will have. tools/plan_launch.py reads this while it is not there."""
+
+
+@dataclass(frozen=True)
 class PhaseConfig(Section):
     """A stretch of training with one mixture and one learning-rate schedule (Table 4)."""
 
@@ -257,6 +191,8 @@ class PhaseConfig(Section):
     """Most passes over a source, counted over the whole plan. The others then take its weight."""
     keep: dict[str, Text] = field(default_factory=dict)
     """Source -> keep mask over windows or documents (Eq. 6, data/keep.py). Other sources are drawn whole."""
+    objective: ObjectiveConfig | None = None
+    """None: cross-entropy of the next token."""
 
     def wsd_steps(self, steps: int) -> int:
         """Number of last steps in which the learning rate of a wsd phase of `steps` steps falls."""
@@ -309,7 +245,7 @@ class TrainConfig(Section):
     """Steps between measurements on `data.probes` and `data.gold`. Ends of phases are measured, too."""
     validation_windows: NaturalInt = 0
     """Windows of each source, behind its `documents`, whose NLL is measured with the probes."""
-    exp_manager: Annotated[dict[str, Any], AfterValidator(_data)] | None = None
+    exp_manager: Annotated[dict[str, Any], AfterValidator(plain_data)] | None = None
     """Settings of NeMo's experiment manager, whose loggers then log, too. Needs nemo-toolkit.
     {create_mlflow_logger: true} adds MLflow, {} its own TensorBoard. None: off. Keys belong in the
     environment: a value whose name looks like a key's is given to the loggers, and recorded nowhere."""
@@ -327,15 +263,15 @@ class TrainConfig(Section):
 class HealthConfig(Section):
     """When a step is skipped, and when a run stops."""
 
-    loss_spike: Annotated[float, _AT_LEAST_0] = 0.2
+    loss_spike: Annotated[float, AT_LEAST_0] = 0.2
     """Nats. The run saves and stops when the median loss of the last 32 accepted steps is more than this
     above the best such median of the phase. 0: never."""
-    grad_norm_spike: Annotated[float, _AT_LEAST_0] = 20.0
+    grad_norm_spike: Annotated[float, AT_LEAST_0] = 20.0
     """A step whose gradient norm, before clipping, exceeds this many times the median of the last 128
     accepted steps is told. It is taken all the same. 0: none is told."""
-    max_skipped: Annotated[int, _AT_LEAST_1] = 10
+    max_skipped: Annotated[int, AT_LEAST_1] = 10
     """Steps in a row whose loss or gradient norm is not finite, after which the run saves and stops."""
-    hang_seconds: Annotated[int, _AT_LEAST_0] = 540
+    hang_seconds: Annotated[int, AT_LEAST_0] = 540
     """Seconds without a completed step. A rank then writes its stacks to RUN/logs and ends. 0: never."""
 
 
@@ -387,7 +323,7 @@ class InfluenceConfig(Section):
 class MixConfig(Section):
     """From scores to source weights and keep masks (Eqs. 4-6)."""
 
-    phase: Annotated[str, _name()]
+    phase: Annotated[str, is_name()]
     """Phase whose weights are written."""
     runs: ByCapability[Text] = field(default_factory=dict)
     """Capability -> run whose scores for it count, the paper's form of Eq. 3. Empty: train.run for all."""

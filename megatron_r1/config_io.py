@@ -7,7 +7,7 @@ import json
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -275,13 +275,13 @@ def _may_be_secret(path: Sequence[str | int]) -> bool:
 
 def _field_names(hint: Any, path: Sequence[str | int]) -> list[str]:
     """Names of the dataclass that `path` leads to, for a suggestion."""
+    if typing.get_origin(hint) is dict:
+        return _field_names(typing.get_args(hint)[1], path[1:])
     for inner in [a for a in typing.get_args(hint) if a is not type(None)] or [hint]:
         if dataclasses.is_dataclass(inner):
             sub = typing.get_type_hints(inner)
             inside = path and path[0] in sub
             return _field_names(sub[str(path[0])], path[1:]) if inside else list(sub)
-        if typing.get_origin(inner) is dict and path:
-            return _field_names(typing.get_args(inner)[1], path[1:])
     return []
 
 
@@ -319,6 +319,7 @@ def _cross_check(sections: dict[str, Any], legal: bool) -> list[str]:
     if phases is not None:
         tokens_per_step = train.global_batch * data.seq_length if data and train and legal else None
         out += _check_phases(phases, list(data.sources) if data else None, tokens_per_step)
+        out += [m for name, phase in phases.items() for m in _check_objective(name, phase, sections)]
     if mix and mix.floor > mix.cap:
         out.append(f"mix.floor={mix.floor} is above mix.cap={mix.cap}")
     return out
@@ -393,6 +394,19 @@ def _check_phases(
             within = f"the phase's {steps} steps" + (f" with a decay over {decay}" if decay else "")
             out.append(f"{path}.warmup_steps={phase.warmup_steps} is not within {within}")
     return out
+
+
+def _check_objective(name: str, phase: PhaseConfig, sections: dict[str, Any]) -> Iterator[str]:
+    objective, path = phase.objective, f"phases.{name}.objective"
+    data, parallel, optimizer = map(sections.get, ("data", "parallel", "optimizer"))
+    if objective and not (objective.teacher or objective.cache):
+        yield f"{path}: give teacher, or cache, or both"
+    if objective and objective.cache and data and data.cross_documents:
+        yield f"{path}.cache: its records are of documents by themselves; set data.cross_documents=false"
+    if objective and parallel and (stages := parallel.pipeline) > 1:
+        yield f"{path}: the teacher is compared on one stage, and there are {stages}; set parallel.pipeline=1"
+    if objective and optimizer and optimizer.z_loss:
+        yield f"{path}: optimizer.z_loss={optimizer.z_loss:g} is of cross-entropy alone; set it to 0"
 
 
 def check_world(config: Config, world_size: int) -> list[str]:

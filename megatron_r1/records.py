@@ -78,6 +78,8 @@ class TrainState:
     tokens: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
     """History of the step guard, so that a resumed run judges steps as the interrupted one would."""
+    teacher: dict[str, str] = field(default_factory=dict)
+    """Teacher or cache that the phase learns from: path as configured -> identity."""
 
 
 @dataclass(frozen=True)

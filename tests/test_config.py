@@ -236,6 +236,45 @@ def test_a_value_beyond_its_limit_hides_no_mistake_between_fields(base: str) -> 
     ]
 
 
+KD = "phases.one.objective={name: kd, teacher: runs/teacher}"
+
+
+def test_an_objective_is_a_phases_own(base: str) -> None:
+    config = config_io.load([TINY, base, KD, "phases.two.steps=1"])
+    assert config.phases["two"].objective is None
+    objective = config.phases["one"].objective
+    assert objective and (objective.teacher, objective.cache) == ("runs/teacher", None)
+    assert (objective.temperature, objective.weight, objective.bos) == (1.0, 1.0, "auto")
+    assert config_io.load([TINY, base, KD, "phases.one.objective=null"]) == config_io.load([TINY, base])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("phases.one.objective.name=ce", "name='ce' must be 'kd'"),
+        ("phases.one.objective.teacher=null", ": give teacher, or cache, or both"),
+        ("phases.one.objective.teacher=''", "teacher='' names nothing"),
+        (
+            "phases.one.objective.cache=runs/cache",
+            "cache: its records are of documents by themselves; set data.cross_documents=false",
+        ),
+        (
+            "parallel.pipeline=2",
+            ": the teacher is compared on one stage, and there are 2; set parallel.pipeline=1",
+        ),
+        ("optimizer.z_loss=0.1", ": optimizer.z_loss=0.1 is of cross-entropy alone; set it to 0"),
+        ("phases.one.objective.weight=1.5", "weight=1.5 must be within 0 and 1"),
+        ("phases.one.objective.temperature=0.0", "temperature=0.0 must be positive and finite"),
+        ("phases.one.objective.bos=-1", "bos=-1 must not be negative"),
+        ("phases.one.objective.bos=x", "bos='x' must be 'auto' or 'none' or an integer"),
+        ("phases.one.objective.teachr=x", "teachr: unknown key; did you mean teacher?"),
+    ],
+)
+def test_an_objectives_mistakes_are_one_each(base: str, override: str, expected: str) -> None:
+    path = "phases.one.objective" + ("" if expected[0] == ":" else ".")
+    assert mistakes(TINY, base, KD, override) == [path + expected]
+
+
 def test_world_size_that_does_not_divide_is_refused(base: str) -> None:
     config = config_io.load([TINY, base])
     assert config_io.check_world(config, 2) == []

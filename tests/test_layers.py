@@ -16,7 +16,8 @@ PACKAGE = ROOT / "megatron_r1"
 FLOOR = {
     room: floor
     for floor, rooms in {
-        1: ("config", "records", "backend", "system"),
+        0: ("system",),
+        1: ("config", "records", "backend"),
         2: ("config_io", "parallel", "run", "model"),
         3: ("data", "checkpoint"),
         4: ("preprocess", "train", "influence"),

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config import check_names
 from megatron_r1.preprocess.auto_tokenizer import first_line
 from megatron_r1.system.errors import hub_name, shown, suggest_path
+from megatron_r1.system.fields import check_names
 from megatron_r1.system.files import replacing, write_json, write_text
 from megatron_r1.system.json_io import read_object
 from megatron_r1.system.terminal import user_errors

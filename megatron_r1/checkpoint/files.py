@@ -105,7 +105,8 @@ def publish(
     meta = {
         "format": _FORMAT,
         "phase": phase,
-        "state": dataclasses.asdict(state),
+        # Without a teacher, as earlier versions read it.
+        "state": {k: v for k, v in dataclasses.asdict(state).items() if k != "teacher" or v},
         "model": dataclasses.asdict(model),
         "plan": plan,
         "files": dict(sorted(facts.items())),
@@ -215,11 +216,14 @@ def _mistake(meta: dict[str, Any]) -> str:
             return f"{key} is {shown(meta.get(key))}"
     if meta.get("format") != _FORMAT:
         return f"format is {shown(meta.get('format'))}"
-    state, files, guard = meta["state"], meta["files"], meta["state"].get("guard", {})
+    state, files = meta["state"], meta["files"]
     counts = [state.get(key) for key in ("step", "samples", "tokens")]
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in counts) or any(counts[1:]) > bool(counts[0]):
         return f"its step, samples and tokens are {shown(counts)}"
-    if set(state) - {"guard"} != {"step", "samples", "tokens"} or not isinstance(guard, dict):
+    others = {key: state[key] for key in state.keys() & {"guard", "teacher"}}
+    if state.keys() - others != {"step", "samples", "tokens"} or not all(
+        isinstance(other, dict) for other in others.values()
+    ):
         return f"state is {shown(state)}"
     for name, fact in files.items():
         if not plain_name(name) or not name.isascii() or name == META:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.config import RESERVED, check_names
+from megatron_r1.config import RESERVED
 from megatron_r1.data.indexed import (
     IndexedDataset,
     IndexedWriter,
@@ -35,6 +35,7 @@ from megatron_r1.data.sidecar import gold_mistakes, read_sidecar
 from megatron_r1.records import Corpus
 from megatron_r1.run.stage import answer, answered, finish, read, standing
 from megatron_r1.system.errors import suggest
+from megatron_r1.system.fields import check_names
 from megatron_r1.system.files import write_json, write_text
 from megatron_r1.system.json_io import is_count, mistake
 from megatron_r1.system.process import allow_open_files

@@ -11,8 +11,10 @@ from fractions import Fraction as Ratio
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_r1.config import (
-    RESERVED,
+from megatron_r1.config import RESERVED
+from megatron_r1.config_io import ConfigError, load_root
+from megatron_r1.system.errors import require, rewording, suggest_path
+from megatron_r1.system.fields import (
     ByName,
     Finite,
     PositiveInt,
@@ -24,8 +26,6 @@ from megatron_r1.config import (
     limit,
     name_mistakes,
 )
-from megatron_r1.config_io import ConfigError, load_root
-from megatron_r1.system.errors import require, rewording, suggest_path
 
 Fraction = Annotated[float, limit(lambda v: 0 < v <= 1, "must be above 0 and at most 1")]
 SLACK = 1.25

@@ -26,13 +26,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_r1.config import RESERVED, check_names, name_mistakes
+from megatron_r1.config import RESERVED
 from megatron_r1.data.indexed import identity_of, with_suffix
 from megatron_r1.data.npy import read_array, write_array
 from megatron_r1.records import ScoreTable
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.stage import Standing, standing
 from megatron_r1.system.errors import require, shown, suggest_path
+from megatron_r1.system.fields import check_names, name_mistakes
 from megatron_r1.system.files import json_bytes, make_folder, naming, replacing, sha256, sync
 from megatron_r1.system.json_io import mistake, read_object
 from megatron_r1.system.terminal import Progress, say

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from megatron_r1.launch.memory import RankMemory
 
 GIB = 2**30
+DIVERGENCE = 1 << 30
+"""Bytes of both models' logits, a chunk at a time, and of their temporaries (model/divergence.py)."""
 _MOST_GPUS = 100_000
 
 
@@ -76,6 +79,8 @@ class LaunchPlan:
     """Of the asked rank first, then of one rank of every other pipeline stage."""
     first_N: np.ndarray | None = None
     """Samples of the asked rank in the first step."""
+    teachers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """Phase -> parameters and FLOP a token of the teacher that runs beside the student."""
 
     @property
     def steps(self) -> int:
@@ -91,12 +96,40 @@ class LaunchPlan:
 
     @property
     def flops(self) -> float:
-        """Of all phases; activation recompute not counted, as in MFU."""
+        """The student's, of all phases; activation recompute not counted, as in MFU."""
         return self.config.model.flops_per_token(self.config.data.seq_length) * self.tokens
+
+    def teacher_flops(self, phase: str) -> float:
+        """The ranks of a context-parallel group run whole rows each."""
+        steps, (_, each) = self.config.phase_steps(phase), self.teachers[phase]
+        return each * steps * self.config.tokens_per_step() * self.config.parallel.context
 
     @property
     def gpu_hours(self) -> float:
-        return self.flops / (self.launch.peak_flops * self.launch.mfu) / 3600
+        flops = self.flops + sum(map(self.teacher_flops, self.teachers))
+        return flops / (self.launch.peak_flops * self.launch.mfu) / 3600
+
+    def distilled(self) -> tuple[int, int, int] | None:
+        """Bytes that a phase with a teacher takes in place of kept logits: the largest teacher's weights, the
+        gradients of hidden states and head until the backward pass, the chunks. None: no such phase."""
+        config, train = self.config, self.config.train
+        if not any(phase.objective for phase in config.phases.values()):
+            return None
+        width = 2 if train.precision == "bf16" else 4
+        teacher = max((parameters * width for parameters, _ in self.teachers.values()), default=0)
+        tokens = train.micro_batch * config.data.seq_length // config.parallel.context
+        rows = tokens + config.model.vocab_size // config.parallel.tensor
+        return teacher, rows * config.model.hidden_size * 4, DIVERGENCE
+
+    def total(self, held: RankMemory) -> int:
+        """Bytes of a rank in its fullest phase."""
+        kept = held.logits if self.keeps_logits(held.context.context_size) else 0
+        return held.total - kept + max(held.logits, sum(self.distilled() or ()))
+
+    def keeps_logits(self, context: int) -> bool:
+        """Whether a micro-batch's logits stay for the backward pass of cross-entropy; chunks do not."""
+        tokens = self.config.train.micro_batch * self.config.data.seq_length // context
+        return tokens <= (self.config.train.head_chunk or tokens)
 
     @property
     def step_seconds(self) -> float:
@@ -107,18 +140,26 @@ class LaunchPlan:
         return self.flops / (gpu_hours * 3600 * self.launch.peak_flops)
 
 
-def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPlan:
+def plan_launch(
+    config: Config,
+    launch: Launch,
+    build: bool = True,
+    teachers: Mapping[str, tuple[int, float]] | None = None,
+) -> LaunchPlan:
     """Work out the launch. `build` False leaves out memory and first samples, which need torch.
 
-    Raises ConfigError with every mistake: sizes that do not divide, datasets that are damaged, or absent
-    and of unknown size.
+    `teachers`: phase -> parameters and FLOP a token of its teacher, of which those that a cache stands for
+    take no part. Raises ConfigError with every mistake: sizes that do not divide, datasets that are damaged,
+    or absent and of unknown size.
     """
     data = open_data(config, use="plan", also=lambda _: launch.mistakes(config))
     # Laid here, so that its mistakes come before the model is built.
     data.plan  # noqa: B018
     checkpoints = plan_checkpoints(config)
+    online = {name: phase.objective and not phase.objective.cache for name, phase in config.phases.items()}
+    beside = {name: size for name, size in (teachers or {}).items() if online[name]}
     if not build:
-        return LaunchPlan(config, launch, data, checkpoints)
+        return LaunchPlan(config, launch, data, checkpoints, teachers=beside)
     from megatron_r1.launch.memory import rank_memory
     from megatron_r1.train.batches import rank_samples
 
@@ -130,7 +171,7 @@ def plan_launch(config: Config, launch: Launch, build: bool = True) -> LaunchPla
         if stage != memory[0].context.pipeline_rank
     ]
     first_N = rank_samples(0, config.train.global_batch, config.train.micro_batch, memory[0].context)
-    return LaunchPlan(config, launch, data, checkpoints, memory, first_N)
+    return LaunchPlan(config, launch, data, checkpoints, memory, first_N, beside)
 
 
 def plan_checkpoints(config: Config) -> Checkpoints:

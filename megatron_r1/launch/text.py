@@ -63,8 +63,7 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
         width, each = 4, "8 B (two moments; the parameters are in the buffers)"
     tokens = config.train.micro_batch * config.data.seq_length // at.context_size
     layers = config.model.num_layers // at.pipeline_size
-    # The whole micro-batch's logits are kept for the backward pass, chunks of them are not.
-    whole = tokens <= (config.train.head_chunk or tokens)
+    whole = plan.keeps_logits(at.context_size)
     activations = held.activations - (held.logits if whole else 0)
     shards = at.data_size * at.context_size
 
@@ -82,16 +81,22 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
     if held.logits:
         chunk = "" if whole else ", one chunk"
         sizes.append(("logits", held.logits, f"{held.logits // width:,} x {width} B{chunk}"))
+    if distilled := plan.distilled():
+        teacher, gradients, chunks = distilled
+        if teacher:
+            sizes.append(("teacher", teacher, f"{teacher // width:,} x {width} B, whole on each rank"))
+        sizes.append(("divergence", gradients + chunks, "gradients of hidden states and head, fp32; chunks"))
     yield (
         f"memory of rank {at.rank} (data {at.data_rank}/{at.data_size}, tensor "
         f"{at.tensor_rank}/{at.tensor_size}, pipeline {at.pipeline_rank}/{at.pipeline_size})"
     )
     for name, size, how in sizes:
         yield f"  {name:12s}{size / GIB:10.3f} GiB  {size:16,} B  {how}"
+    more = "the teacher's activations, " if plan.teachers else ""
     yield (
-        f"  {'sum':12s}{sum(size for _, size, _ in sizes) / GIB:10.3f} GiB  of "
-        f"{plan.launch.gpu_memory / GIB:.0f}; workspace, fragments and the communication library's buffers "
-        f"come on top"
+        f"  {'fullest' if distilled else 'sum':12s}{plan.total(held) / GIB:10.3f} GiB  of "
+        f"{plan.launch.gpu_memory / GIB:.0f}; {more}workspace, fragments and the communication library's "
+        f"buffers come on top"
     )
 
 
@@ -100,6 +105,11 @@ def _time(plan: LaunchPlan) -> Iterator[str]:
     yield f"time at an assumed MFU of {launch.mfu:.0%}, {launch.peak_flops / 1e12:g} TFLOP/s a GPU"
     each = plan.config.model.flops_per_token(plan.config.data.seq_length)
     yield f"  {each:.4g} FLOP a token x {plan.tokens:,} tokens = {plan.flops:.4g} FLOP"
+    for phase, (_, each) in plan.teachers.items():
+        flops = plan.teacher_flops(phase)
+        tokens = f"{plan.config.phase_steps(phase) * plan.config.tokens_per_step():,} tokens"
+        copies = f" x {context} ranks of whole rows" if (context := plan.config.parallel.context) > 1 else ""
+        yield f"  teacher of phase {phase}: {each:.4g} FLOP a token x {tokens}{copies} = {flops:.4g} FLOP"
     yield (
         f"  {hours:,.0f} GPU hours, {hours / launch.gpus / 24:.2f} days on {launch.gpus} GPUs, "
         f"{plan.step_seconds:.3f} s a step, "

@@ -78,7 +78,8 @@ def _memory(plan: LaunchPlan) -> Iterator[str]:
     if config.train.keep_last is None and (saves := plan.steps // config.train.checkpoint_every) > 20:
         yield f"train.keep_last is not set: all {saves} checkpoints stay"
     for held in plan.memory:
-        if held.total > plan.launch.gpu_memory:
+        if (total := plan.total(held)) > plan.launch.gpu_memory:
             way_out = "lower train.micro_batch, or set train.head_chunk or train.recompute"
-            sizes = f"at least {held.total / GIB:.1f} GiB, a GPU has {plan.launch.gpu_memory / GIB:.0f}"
+            way_out += ", or write a cache of the teacher" if plan.teachers else ""
+            sizes = f"at least {total / GIB:.1f} GiB, a GPU has {plan.launch.gpu_memory / GIB:.0f}"
             yield f"rank {held.context.rank} holds {sizes}: {way_out}"

@@ -96,21 +96,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = min(chunk or tokens, tokens)
         keep = size == tokens and any(ctx.needs_input_grad)
         max_N, sum_N, label_N = hidden_ND.new_empty(3, tokens, dtype=torch.float32)
-        for rows in _slices(tokens, size):
+        for rows in slices(tokens, size):
             logits = hidden_ND[:0]  # the last chunk's go before the next come
             logits = hidden_ND[rows] @ weight_VD.t()
             if kernels is not None:
                 # Statistics of one rank are those of all: then the logits need not be read again.
                 ours = kernels.row_statistics(logits, labels_N[rows], keep and group is None, z_loss)
-                max_N[rows] = _reduced(ours[0].clone(), group, dist.ReduceOp.MAX)
-                label_N[rows] = _reduced(ours[2], group)
-                sum_N[rows] = _reduced(ours[1] * (ours[0] - max_N[rows]).exp(), group)
+                max_N[rows] = reduced(ours[0].clone(), group, dist.ReduceOp.MAX)
+                label_N[rows] = reduced(ours[2], group)
+                sum_N[rows] = reduced(ours[1] * (ours[0] - max_N[rows]).exp(), group)
                 continue
-            mine, column = _label_columns(labels_N[rows], shard)
-            max_N[rows] = _reduced(logits.amax(1).float(), group, dist.ReduceOp.MAX)
+            mine, column = label_columns(labels_N[rows], shard)
+            max_N[rows] = reduced(logits.amax(1).float(), group, dist.ReduceOp.MAX)
             label = torch.where(mine, logits.gather(1, column[:, None])[:, 0].float(), 0.0)
-            label_N[rows] = _reduced(label, group)
-            sum_N[rows] = _reduced(_exponentiate(logits, max_N[rows]), group)
+            label_N[rows] = reduced(label, group)
+            sum_N[rows] = reduced(_exponentiate(logits, max_N[rows]), group)
         normaliser_N = max_N + sum_N.log()
         if z_loss:
             sum_N = sum_N / (1 + 2 * z_loss * normaliser_N)
@@ -131,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if main_VD is None and ctx.needs_input_grad[1]:
             total_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND)
-        for rows in _slices(len(hidden_ND), ctx.size):
+        for rows in slices(len(hidden_ND), ctx.size):
             hidden, factor = hidden_ND[rows], (grad_N[rows] / sum_N[rows])[:, None]
             residual = hidden[:0] if kept is None else kept  # the last chunk's goes before the next comes
             if kept is None:
@@ -145,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_ND[rows] = (residual @ weight_VD) * factor
             scaled = (hidden * factor).to(hidden.dtype)
             if total_VD is not None:
-                _add_product(total_VD, residual, scaled)
+                add_product(total_VD, residual, scaled)
             if ctx.watch is not None:
                 ctx.watch(scaled, residual)
         if main_VD is not None:
@@ -154,16 +154,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_ND, None if total_VD is None else total_VD.to(weight_VD.dtype), *[None] * 6
 
 
-def _slices(length: int, size: int) -> list[slice]:
+def slices(length: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
-def _label_columns(labels_N: Tensor, shard: int) -> tuple[Tensor, Tensor]:
+def label_columns(labels_N: Tensor, shard: int) -> tuple[Tensor, Tensor]:
     """Whether each label lies in this rank's shard, and a column that is always inside."""
     return (labels_N >= 0) & (labels_N < shard), labels_N.clamp(0, shard - 1)
 
 
-def _reduced(values: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def reduced(values: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
     if group is not None:
         dist.all_reduce(values, op, group=group)
     return values
@@ -172,7 +172,7 @@ def _reduced(values: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
 def _exponentiate(logits_NV: Tensor, max_N: Tensor) -> Tensor:
     """z -> exp(z - m) in place, computed in float32; the sum of each row, float32 [N]."""
     sum_N = torch.empty_like(max_N)
-    for rows in _slices(len(logits_NV), _ROWS if logits_NV.device.type == "cpu" else len(logits_NV)):
+    for rows in slices(len(logits_NV), _ROWS if logits_NV.device.type == "cpu" else len(logits_NV)):
         part = logits_NV[rows]
         wide = part.float().sub_(max_N[rows, None]).exp_()
         sum_N[rows] = wide.sum(1)
@@ -189,14 +189,14 @@ def _subtract_labels(
     label_N: Tensor,
 ) -> None:
     """E, in place. At a label's place the difference is formed before it is rounded: it may be small."""
-    mine_N, column_N = _label_columns(labels_N, exponentials_NV.shape[1])
+    mine_N, column_N = label_columns(labels_N, exponentials_NV.shape[1])
     value_N = ((label_N - max_N).exp() - sum_N).to(exponentials_NV.dtype)
     # Another rank's label: what is there is written again. To pick the rows, the host would wait for a GPU.
     value_N = torch.where(mine_N, value_N, exponentials_NV.gather(1, column_N[:, None])[:, 0])
     exponentials_NV.scatter_(1, column_N[:, None], value_N[:, None])
 
 
-def _add_product(total_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
+def add_product(total_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
     """total += E^T H, by stripes that the cache holds between product and sum."""
-    for stripe in _slices(len(total_VD), _STRIPE):
+    for stripe in slices(len(total_VD), _STRIPE):
         total_VD[stripe].add_(residual_NV[:, stripe].t() @ hidden_ND)  # += would copy the sum to itself

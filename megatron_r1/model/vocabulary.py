@@ -6,7 +6,8 @@ touches few rows, no copy in the model's type, and whole logits only where they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend  # noqa: F401  (before megatron.core)
+from megatron_r1.model.divergence import FIGURES, DenseTarget, SparseTarget, linear_divergence
 from megatron_r1.model.loss import Watch, linear_cross_entropy, main_gradient, say_added
 
 # isort: split
@@ -39,6 +41,10 @@ class VocabularyGpt(GPTModel):
     """Called in each forward pass of a frozen head; what it returns gets the factors of the head's gradient,
     [S, B, D] and [S, B, V]. None: the head's layer runs, whose hooks see the logits."""
 
+    divergence_kernels: Any = None
+    """See `linear_divergence`."""
+    _distillation: tuple[DenseTarget | SparseTarget, Tensor, int, float, float] | None = None
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.pre_process:
@@ -47,9 +53,30 @@ class VocabularyGpt(GPTModel):
             # megatron-core asks for zeros where a gradient was added to the buffer already, to add them.
             embedding.weight.zero_out_wgrad = False
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
+    @contextmanager
+    def distilling(
+        self,
+        target: DenseTarget | SparseTarget,
+        counts_BS: Tensor,
+        tokens: int,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+    ) -> Iterator[None]:
+        """Within, a call with labels returns (total [], loss [B, S], FIGURES [4, B, S]) as `linear_divergence`.
+
+        Only `total` has a graph. Rows of the target are in the order [S, B]. Wrappers of the model hand the
+        three on. The model must not be divided into pipeline stages.
+        """
+        self._distillation = target, counts_BS, tokens, temperature, weight
+        try:
+            yield
+        finally:
+            self._distillation = None
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Any:
         weight = self.shared_embedding_or_output_weight() if self.post_process else None
-        if weight is None or labels is None or not (weight.requires_grad or self.head_watcher):
+        own = self.head_watcher or self._distillation
+        if weight is None or labels is None or not (weight.requires_grad or own):
             return super()._postprocess(hidden_states, labels=labels, **others)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -57,6 +84,22 @@ class VocabularyGpt(GPTModel):
         else:
             hidden_SBD = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         s, b, d = hidden_SBD.shape
+        if self._distillation is not None:
+            target, counts_BS, tokens, temperature, share = self._distillation
+            total, loss_N, figures_FN = linear_divergence(
+                hidden_SBD.reshape(s * b, d),
+                weight,
+                labels.t().reshape(s * b),
+                counts_BS.t().reshape(s * b),
+                target,
+                tokens=tokens,
+                temperature=temperature,
+                weight=share,
+                group=group,
+                kernels=self.divergence_kernels,
+            )
+            figures_FBS = figures_FN.view(len(FIGURES), s, b).transpose(1, 2).contiguous()
+            return total, loss_N.view(s, b).t().contiguous(), figures_FBS
         watch = self.head_watcher() if self.head_watcher else None
         loss_N = linear_cross_entropy(
             hidden_SBD.reshape(s * b, d),

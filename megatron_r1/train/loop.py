@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +25,6 @@ from megatron_r1.parallel import (
 )
 from megatron_r1.records import TrainState
 from megatron_r1.run.layout import RunDir
-from megatron_r1.run.ledger import process_start
 from megatron_r1.system.process import StopRequest, exit_when_orphaned
 from megatron_r1.system.terminal import Progress, is_first_rank, say
 from megatron_r1.train import resume
@@ -40,6 +40,7 @@ from megatron_r1.train.metrics import (
     require_packages,
     step_line,
 )
+from megatron_r1.train.objective import Distillation, PhaseTeacher, next_token
 from megatron_r1.train.optimizer import forget_moments, set_schedule
 from megatron_r1.train.schedule import PhaseSpan, phase_spans, retention
 from megatron_r1.train.step import Shape, StepResult, build_training, train_step
@@ -60,12 +61,17 @@ class _Pending:
     """Windows of one id throughout, which all ranks drew in the step before."""
 
 
-def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData | None = None) -> None:
+def train(
+    config: Config,
+    files: Mapping[str, str] | None = None,
+    data: OpenData | None = None,
+    teachers: Mapping[str, PhaseTeacher] | None = None,
+) -> None:
     """Train the rest of the run, or until a rank gets SIGTERM. Every rank of the launch calls this.
 
     `files`: configuration file -> SHA-256, for the ledger. `data`: the datasets, if they are open already.
-    Raises ConfigError or ValueError before anything is written if the configuration does not fit the launch,
-    the datasets, or the past of the run.
+    `teachers`: of each phase with an objective. Raises ConfigError or ValueError before anything is written
+    if the configuration does not fit the launch, the datasets, the teachers, or the past of the run.
     """
     data = data or open_data(config, launched())
     data.plan  # noqa: B018  (laid here, so that its mistakes come before the launch's groups)
@@ -83,7 +89,7 @@ def train(config: Config, files: Mapping[str, str] | None = None, data: OpenData
     exit_when_orphaned()
     run = RunDir(Path(config.train.run))
     with process_groups(config.parallel) as context, holding(run.root, context), StopRequest() as stop:
-        Trainer(config, data, context, run, stop, files or {}).train()
+        Trainer(config, data, context, run, stop, files or {}, teachers or {}).train()
 
 
 class Trainer:
@@ -97,6 +103,7 @@ class Trainer:
         run: RunDir,
         stop: StopRequest,
         files: Mapping[str, str],
+        teachers: Mapping[str, PhaseTeacher],
     ):
         self.config, self.plan, self.context, self.run, self.stop = config, data.plan, context, run, stop
         # Asked by one rank for all: of a pair without a sidecar it takes a read of the whole index.
@@ -109,10 +116,17 @@ class Trainer:
         self.guard = StepGuard(config.health)
         self.origin: dict[str, str] = {}
         """Checkpoint that the next steps begin with -> its identity, asked while it is there."""
+        self.spans = phase_spans(config)
+        self.teachers = teachers
         self.state = self._resume(data, drawn_from)
+        left = [span for span in self.spans if self.state.step < span.end]
+        if missing := [s.name for s in left if s.config.objective and s.name not in teachers]:
+            raise ValueError(f"phases.{missing[0]}.objective: train() got no teacher (distill.open.teachers)")
+        # Here, so that the teacher's mistakes come before the run writes anything.
+        for span in left[:1]:
+            self._set_objective(span)
         self.inputs = {**files, **identities}
         """For the ledger: files and datasets -> their identities."""
-        self.spans = phase_spans(config)
         self.last_step = self.spans[-1].end
         self.retention = retention(config)
         self.saver = Saver(run.checkpoints, self.retention)
@@ -131,7 +145,8 @@ class Trainer:
         self.watchdog = Watchdog(config.health.hang_seconds, run.rank_log(context.rank))
         self.log: MetricsLog | None = None
         self.rank_log = RankLog(run.rank_log(context.rank))
-        self.began = process_start()
+        self.began: float | None = None
+        """When the phase began; None: with this process, so that imports count."""
 
     def _resume(self, data: OpenData, drawn_from: Mapping[str, str]) -> TrainState:
         """Fill the model from the run's last checkpoint, else from where the configuration says."""
@@ -150,6 +165,7 @@ class Trainer:
         expect = None if last else train.expect
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model, expect=expect)
         self.origin = {str(path): checkpoint_files.identity(path)}
+        resume.check_teacher(path, state, self.spans, self.teachers)
         if state.guard:
             self.guard.load(state.guard)
         self.context.announce(f"{self.run.root}: continues from {path}")
@@ -178,8 +194,23 @@ class Trainer:
             self.log.close()
         self.rank_log.close()
 
+    def _set_objective(self, span: PhaseSpan) -> None:
+        """Load a phase's teacher, once that of the phase before is let go."""
+        self.training.objective, self.batches.records, self.objective_of = next_token, None, span.name
+        if span.config.objective:
+            teacher, gpt = self.teachers[span.name], self.training.last
+            targets = teacher.targets(self.context)
+            self.training.objective = Distillation(gpt, targets, teacher.tokens, span.config.objective)
+            self.batches.records = teacher.records
+
     def _train_phase(self, span: PhaseSpan) -> None:
-        first, leads = self.state.step, self.context.leads
+        self.first = first = self.state.step
+        leads = self.context.leads
+        self.watchdog.heard(more=_LONG)
+        if span.name != self.objective_of:
+            self._set_objective(span)
+        learnt_from = self.teachers[span.name].identities if span.config.objective else {}
+        self.state = replace(self.state, teacher=learnt_from)
         if first == span.start:
             self._begin_phase(span)
         with Progress(f"train {span.name}", span.steps, "steps", first - span.start, leads) as bar:
@@ -219,8 +250,8 @@ class Trainer:
             span.name,
             devices=self.context.world_size,
             tokens=(step - first) * self.config.tokens_per_step(),
-            seconds=time.time() - self.began,
-            inputs={**self.inputs, **resume.masks_of(span), **self.origin},
+            seconds=None if self.began is None else time.time() - self.began,
+            inputs={**self.inputs, **resume.masks_of(span), **self.origin, **self.state.teacher},
             checkpoints=[ref.path for ref in saved if ref.step > first],
         )
         path = checkpoint_files.step_path(self.run.checkpoints, step)
@@ -271,6 +302,10 @@ class Trainer:
             self._end_unreadable(pending.before, where, span)
         refused = self.guard.refuses(result.loss(), result.grad_norm)
         assert (refused is not None) == result.left_out
+        if refused and not isfinite(result.figures.get("teacher_entropy", 0.0)):
+            refused = f"the teacher's logits are not finite (phases.{span.name}.objective)"
+            if pending.before.step == self.first:
+                raise ValueError(f"{self.run.root}: {where}: {refused}; nothing was trained with it")
         if leads and (refused or self.guard.spike):
             taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
             say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else taken}")

@@ -140,6 +140,8 @@ def step_line(
         "grad_norm": result.grad_norm,
         "skipped": int(result.left_out),
     }
+    if result.figures:
+        line["kd"] = result.figures
     if masks:
         line["kept_by_source"] = {name: m.bitmap.kept / m.bitmap.windows for name, m in masks.items()}
     return line
@@ -148,7 +150,8 @@ def step_line(
 def cost_line(config: Config, seconds: float, saving: float, busy_R: list[float]) -> dict[str, Any]:
     """Cost of a step: it took `seconds`, and checkpoints held it up for `saving` seconds.
 
-    `busy_R`: seconds that each rank was busy in the last step of which this is known.
+    `busy_R`: seconds that each rank was busy in the last step of which this is known. `mfu` counts the
+    student's FLOP alone, where a teacher runs beside it.
     """
     # Imported here: it needs torch, and whoever reads a run's lines does not.
     from megatron_r1 import backend

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -18,7 +19,7 @@ from megatron_r1.config import Config
 from megatron_r1.data import plan_file
 from megatron_r1.data.blend import Phase
 from megatron_r1.data.open import OpenData
-from megatron_r1.records import CheckpointRef
+from megatron_r1.records import CheckpointRef, TrainState
 from megatron_r1.run import ledger
 from megatron_r1.run.layout import RunDir
 from megatron_r1.run.ledger import Hashes
@@ -29,6 +30,9 @@ from megatron_r1.system.process import RunLock
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read
 from megatron_r1.train.schedule import PhaseSpan, epochs_by_phase, late_edits, phase_spans
+
+if TYPE_CHECKING:
+    from megatron_r1.train.objective import PhaseTeacher
 
 
 def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
@@ -93,6 +97,31 @@ def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[s
             f"the datasets of {', '.join(other)} are not those that {path} has drawn from: they were made "
             f"again, or replaced; restore them, or begin a new run"
         )
+
+
+def check_teacher(
+    path: Path, state: TrainState, spans: Iterable[PhaseSpan], teachers: Mapping[str, PhaseTeacher]
+) -> None:
+    """Raise ValueError if the phase in which a checkpoint stands has learnt from another teacher or cache of
+    the same path."""
+    for span in spans:
+        if span.name in teachers and span.start < state.step < span.end:
+            now = teachers[span.name].identities
+            if other := [name for name, was in state.teacher.items() if now.get(name, was) != was]:
+                raise ValueError(
+                    f"phases.{span.name}.objective: {some(other, most=8)} is not what {path} learnt from: "
+                    f"it was made again, or replaced; restore it, or name another path to go on with that"
+                )
+
+
+def to_come(config: Config) -> Config:
+    """The configuration without the objectives of phases that are over, whose teachers may be gone."""
+    _, last = standing(config)
+    phases = dict(config.phases)
+    for span in phase_spans(config):
+        if last and span.end <= last.step:
+            phases[span.name] = replace(span.config, objective=None)
+    return replace(config, phases=phases)
 
 
 def plan_text(data: OpenData, drawn_from: Mapping[str, str]) -> str:
@@ -224,11 +253,14 @@ def record_phase(
     name: str,
     devices: int,
     tokens: int,
-    seconds: float,
+    seconds: float | None,
     inputs: Hashes,
     checkpoints: Iterable[Path],
 ) -> None:
-    """Add the ledger line of one launch's part of a phase, and the checkpoints that it wrote."""
+    """Add the ledger line of one launch's part of a phase, and the checkpoints that it wrote.
+
+    `seconds` None: the age of this process.
+    """
     finish(
         run.root,
         f"train {name}",
@@ -257,10 +289,11 @@ def record_killed_launches(config: Config, step: int, lines: list[dict[str, Any]
         if not mine:
             continue
         outputs = [ref.path for ref in saved if span.start < ref.step <= span.end]
-        sources, seen = config.data.sources, {}
+        sources, seen, teacher = config.data.sources, {}, {}
         # A checkpoint that was damaged since is no obstacle.
         with suppress(ValueError, IndexError):
-            seen = plan_file.datasets_of(checkpoint_files.read_meta(outputs[-1])["plan"])
+            meta = checkpoint_files.read_meta(outputs[-1])
+            seen, teacher = plan_file.datasets_of(meta["plan"]), meta["state"].get("teacher", {})
         record_phase(
             run,
             span.name,
@@ -268,7 +301,8 @@ def record_killed_launches(config: Config, step: int, lines: list[dict[str, Any]
             tokens=sum(line["step"] <= step for line in mine) * config.tokens_per_step(),
             seconds=sum(line.get("seconds", 0.0) + line.get("saving_seconds", 0.0) for line in mine),
             inputs={sources[name].prefix: seen[name].partition("+")[0] for name in seen if name in sources}
-            | masks_of(span),
+            | masks_of(span)
+            | teacher,
             checkpoints=outputs,
         )
 

@@ -16,7 +16,7 @@ from megatron_r1.config import Config
 from megatron_r1.model.gpt import Chunks, build_model, use_kernels
 from megatron_r1.parallel import from_last_stage, sum_over
 from megatron_r1.records import Batch
-from megatron_r1.train.objective import Objective, next_token
+from megatron_r1.train.objective import Losses, Objective, next_token
 from megatron_r1.train.optimizer import build_optimizer, guarded_step
 
 # isort: split
@@ -67,6 +67,8 @@ class StepResult:
     """float64 [sources] summed label losses of the global batch."""
     tokens_N: Tensor
     """float64 [sources] label counts."""
+    figures: dict[str, float]
+    """The objective's figures besides the loss, means over the global batch's labels."""
     grad_norm: float
     """Of the mean gradient, before clipping."""
     lost: bool
@@ -170,10 +172,9 @@ def train_step(
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    sums_2N = run_schedule(
-        training.chunks, training.objective, batches, micro_batches, shape, forward_only=False
-    )
-    numbers = torch.cat([sums_2N.flatten(), guarded_step(training.optimizer, sums_2N, lost())])
+    objective = training.objective
+    sums_RN = run_schedule(training.chunks, objective, batches, micro_batches, shape, forward_only=False)
+    numbers = torch.cat([sums_RN.flatten(), guarded_step(training.optimizer, sums_RN[:2], lost())])
     # To pinned memory, which no other step writes.
     on_host, own_end = numbers.to("cpu", non_blocking=True), training.own_end
     done = backend.Mark()
@@ -182,8 +183,10 @@ def train_step(
         done.wait()
         grad_norm, lost, left_out = on_host[-3:].tolist()
         seconds, busy = (mark.seconds_since(began) for mark in (done, own_end))
-        loss_N, tokens_N = on_host[:-3].view(2, -1)
-        return StepResult(loss_N, tokens_N, grad_norm, lost > 0, left_out > 0, seconds, busy)
+        loss_N, tokens_N, *figures_FN = on_host[:-3].view(-1, shape.sources)
+        means = (float(figure_N.sum() / tokens_N.sum()) for figure_N in figures_FN)
+        figures = dict(zip(_figures(objective), means, strict=True))
+        return StepResult(loss_N, tokens_N, figures, grad_norm, lost > 0, left_out > 0, seconds, busy)
 
     return result
 
@@ -209,7 +212,8 @@ def run_schedule(
     shape: Shape,
     forward_only: bool,
 ) -> Tensor:
-    """megatron-core's schedule for this layout. float64 [2, sources] on the device: losses, label counts."""
+    """megatron-core's schedule for this layout. float64 [2 + figures, sources] on the device: sums of losses,
+    label counts, and sums of the objective's figures."""
     # Interleaved, each part of the model takes every batch in its own time.
     several = len(chunks) > 1
     reports = get_forward_backward_func()(
@@ -222,7 +226,8 @@ def run_schedule(
         forward_only=forward_only,
     )
     # Only the last pipeline stage has losses; the others add zeros.
-    sums = torch.zeros(2, shape.sources, dtype=torch.float64, device=backend.device())
+    rows = 2 + len(_figures(objective))
+    sums = torch.zeros(rows, shape.sources, dtype=torch.float64, device=backend.device())
     for report in reports:
         sums += report["by_source"]
     return from_last_stage(sum_over("tokens", sums))
@@ -230,16 +235,23 @@ def run_schedule(
 
 def _forward_step(
     batches: Iterator[Batch], model: Any, objective: Objective, sources: int
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+) -> tuple[Tensor | Losses, Callable[[Tensor | Losses], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
     return objective(model, batch), partial(_sum_losses, batch, sources)
 
 
-def _sum_losses(batch: Batch, sources: int, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _figures(objective: Objective) -> tuple[str, ...]:
+    return getattr(objective, "figures", ())
+
+
+def _sum_losses(
+    batch: Batch, sources: int, losses: Tensor | Losses
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum, not mean: rows may hold different numbers of labels; the division comes once, at the end."""
-    loss_B = (loss_BS.float() * batch.loss_mask_BS).sum(1)
-    tokens_B = batch.loss_mask_BS.sum(1)
-    by_source = torch.zeros(2, sources, dtype=torch.float64, device=loss_B.device)
-    by_source[0].index_add_(0, batch.source_B, loss_B.detach().double())
-    by_source[1].index_add_(0, batch.source_B, tokens_B.double())
-    return loss_B.sum(), tokens_B.sum().to(torch.int), {"by_source": by_source}
+    loss_BS, total, figures_FBS = losses if isinstance(losses, Losses) else Losses(losses)
+    mask_BS = batch.loss_mask_BS
+    loss_B, tokens_B = (loss_BS.float() * mask_BS).sum(1), mask_BS.sum(1)
+    rows_RB = torch.stack([loss_B.detach(), tokens_B, *((figure * mask_BS).sum(1) for figure in figures_FBS)])
+    by_source = torch.zeros(len(rows_RB), sources, dtype=torch.float64, device=loss_B.device)
+    by_source.index_add_(1, batch.source_B, rows_RB.double())
+    return loss_B.sum() if total is None else total, tokens_B.sum().to(torch.int), {"by_source": by_source}

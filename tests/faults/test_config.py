@@ -16,6 +16,7 @@ from megatron_r1 import config, config_io
 from megatron_r1.config_io import ConfigError
 from megatron_r1.data.indexed import IndexedWriter
 from megatron_r1.influence.store import COLUMNS
+from megatron_r1.system import fields
 from tests.faults import inputs
 from tests.faults.inputs import Tools, line_of, pair, run_words
 
@@ -180,7 +181,7 @@ def test_names_that_are_no_path_or_tag_are_refused_at_once(
     path.write_text(text)
     if name == "\ud800":
         # No file can hold it, and no argument is it.
-        assert config.name_mistakes([name])
+        assert fields.name_mistakes([name])
         return
     with pytest.raises(ConfigError) as caught:
         config_io.load([*run_words(tmp_path / "run", tmp_path / "pair"), str(path)])
@@ -202,10 +203,10 @@ def test_no_capability_has_the_name_of_a_column() -> None:
 
 
 def test_names_that_a_file_system_takes_for_one_are_refused() -> None:
-    assert list(config.name_mistakes(["a", "b", "A"])) == ["A"]
-    assert list(config.name_mistakes(["\u00e9", "e\u0301"])) == ["e\u0301"]
-    assert list(config.name_mistakes(["norm", "loss", "code"], config.RESERVED)) == ["norm", "loss"]
-    assert not config.name_mistakes(
+    assert list(fields.name_mistakes(["a", "b", "A"])) == ["A"]
+    assert list(fields.name_mistakes(["\u00e9", "e\u0301"])) == ["e\u0301"]
+    assert list(fields.name_mistakes(["norm", "loss", "code"], config.RESERVED)) == ["norm", "loss"]
+    assert not fields.name_mistakes(
         ["c4.en", "fineweb-edu", "a_b", "0", "\u00e9t\u00e9", "\u6587\u5b57", "n" * 100]
     )
 

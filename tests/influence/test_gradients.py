@@ -214,7 +214,7 @@ def _head_and_loss() -> tuple[np.ndarray, list[str]]:
     with process_groups(ParallelConfig()) as context, pytest.MonkeyPatch.context() as patch:
         gpt = tiny.build()
         v = {name: torch.ones(3, *p.shape) for name, p in gpt.named_parameters()}
-        patch.setattr("megatron_r1.model.loss._add_product", lambda *_: found.append("weight gradient"))
+        patch.setattr("megatron_r1.model.loss.add_product", lambda *_: found.append("weight gradient"))
         patch.setattr(type(gpt), "compute_language_model_loss", lambda *_: found.append("other loss"))
         scores, _ = tiny.scores(gpt, context, v, tiny.windows())
         assert gpt.head_watcher is None and all(p.grad is None for p in gpt.parameters())
