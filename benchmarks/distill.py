@@ -31,7 +31,6 @@ the study goes on where it was cut off. Runs have a thread each, two at a time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -167,9 +166,13 @@ def make_teacher(folder: Path, size: str) -> None:
         (file,) = wheel.glob("*.gguf")
         say(f"{folder}: opening {file.name}")
         opened = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=file.name, dtype=torch.float32)
-        config = type(opened.config)(**{
-            name: value for name, value in opened.config.to_dict().items() if name != "quantization_config"
-        })
+        config = type(opened.config)(
+            **{
+                name: value
+                for name, value in opened.config.to_dict().items()
+                if name != "quantization_config"
+            }
+        )
         # A model that came from such a file cannot be saved.
         plain = AutoModelForCausalLM.from_config(config)
         plain.load_state_dict(opened.state_dict())
@@ -261,7 +264,9 @@ def write_source(source: str, path: Path, tokenizer: Tokenizer, tokens: float) -
             stream.write(json.dumps({"text": piece}, ensure_ascii=False).encode() + b"\n")
             left -= len(tokenizer.encode(piece)) + 1
         if left > 0:
-            raise ValueError(f"{source}: {tokens - left:,.0f} tokens on this disk, and {tokens:,.0f} are wanted")
+            raise ValueError(
+                f"{source}: {tokens - left:,.0f} tokens on this disk, and {tokens:,.0f} are wanted"
+            )
 
 
 def prepare(output: Path, size: Size) -> list[str]:
@@ -275,7 +280,9 @@ def prepare(output: Path, size: Size) -> list[str]:
     for source in size.sources:
         path = output / "text" / f"{source}.jsonl"
         write_source(source, path, tokenizer, wanted)
-        made = preprocess([path], output / "data" / source, KIND, output / "teacher", append_eod=True, log=str)
+        made = preprocess(
+            [path], output / "data" / source, KIND, output / "teacher", append_eod=True, log=str
+        )
         prefixes[source] = next(iter(made))
     capabilities: dict[str, list[str]] = {}
     for source in size.sources:
@@ -379,13 +386,17 @@ class Study:
 
 def tool(output: Path, name: str, *words: object, ranks: int = 1) -> str:
     """Run a tool of this project on one thread a rank. Returns its standard output; DIR/logs has both outputs."""
-    launch = ["examples/launch/one_machine.sh", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    launch = (
+        ["examples/launch/one_machine.sh", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    )
     log = output / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     with open(log, "w") as errors:
         command = [*launch, *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         errors.write(done.stdout)
     if done.returncode:
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
@@ -431,7 +442,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval by Student's t; NaN of a single value."""
     n = len(values)
     spread = float(np.std(values, ddof=1)) if n > 1 else float("nan")
-    return float(np.mean(values)), float(student.ppf(0.975, n - 1)) * spread / n**0.5 if n > 1 else float("nan")
+    return float(np.mean(values)), float(student.ppf(0.975, n - 1)) * spread / n**0.5 if n > 1 else float(
+        "nan"
+    )
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:
@@ -442,9 +455,7 @@ def measures(result: dict[str, Any]) -> dict[str, float]:
 
 def compare(results: dict[str, dict[str, Any]], arms: Sequence[str], seeds: int) -> dict[str, dict[str, Any]]:
     """Measure -> mean of each arm, and the paired differences of the later arms from the first."""
-    values = {
-        arm: [measures(results[f"{arm}-{seed}"]) for seed in range(1, seeds + 1)] for arm in arms
-    }
+    values = {arm: [measures(results[f"{arm}-{seed}"]) for seed in range(1, seeds + 1)] for arm in arms}
     out: dict[str, dict[str, Any]] = {}
     for name in values[arms[0]][0]:
         of = {arm: [one[name] for one in values[arm]] for arm in arms}
@@ -473,12 +484,16 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
     for seed in range(1, seeds + 1):
         for one, other in (("ce", "kd"), ("online", "cached")):
             if results[f"{one}-{seed}"]["sources"] != results[f"{other}-{seed}"]["sources"]:
-                raise ValueError(f"seed {seed}: {one} and {other} drew other data; remove {study.output}/trials")
+                raise ValueError(
+                    f"seed {seed}: {one} and {other} drew other data; remove {study.output}/trials"
+                )
     main = compare(results, ("ce", "kd", "kd-same-flop"), seeds)
     twins = compare(results, ("online", "cached"), seeds)
     of = {arm: results[f"{arm}-1"] for arm in ("ce", "kd", "kd-same-flop", "online", "cached")}
     flops = {arm: one["tokens"] * (ours + (0 if arm == "ce" else theirs)) for arm, one in of.items()}
-    divergence = {arm: [results[f"{arm}-{s}"]["kd"] for s in range(1, seeds + 1)] for arm in ("online", "cached")}
+    divergence = {
+        arm: [results[f"{arm}-{s}"]["kd"] for s in range(1, seeds + 1)] for arm in ("online", "cached")
+    }
     size = sum(path.stat().st_size for path in (study.output / "cache").rglob("*") if path.is_file())
     stored = sum(json.loads(path.read_text())["training_tokens"] for path in ()) or study.size.tokens * SPARE
     figures = {
