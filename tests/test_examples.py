@@ -87,24 +87,18 @@ def test_the_recipe_gives_the_tables_sources_and_columns() -> None:
 def test_mid_training_is_tables_4_and_6_and_begins_where_pre_training_ends() -> None:
     config = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *MIDTRAIN[:1])])
     before = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *PHASES)])
-    assert (
-        config.train.init_weights == f"{before.train.run}/checkpoints/step_{phase_spans(before)[-1].end:08d}"
-    )
+    last = phase_spans(before)[-1].end
+    assert config.train.init_weights == f"{before.train.run}/checkpoints/step_{last:08d}"
     assert config.tokens_per_step() == 168 * 3 * 4096 and not config.data.cross_documents
     for span, total in zip(phase_spans(config), (99.99, 99.98), strict=True):
-        assert span.end - span.start == 48_441 and sum(
-            config.phase_weights(span.name).values()
-        ) == pytest.approx(total)
+        assert span.end - span.start == 48_441
+        assert sum(config.phase_weights(span.name).values()) == pytest.approx(total)
         assert span.learning_rate(span.start) == 3.6e-4 and 0 < span.learning_rate(span.end - 1) < 1e-8
-        objective = config.phases[span.name].objective
-        assert objective is not None and (objective.weight, objective.temperature, objective.cache) == (
-            1,
-            1,
-            None,
-        )
+        given = config.phases[span.name].objective
+        assert given is not None and (given.weight, given.temperature, given.cache) == (1, 1, None)
         # Llama 3.1 8B: untied embeddings and head, 32 layers of 4096, 1024 and 14336.
         layer = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096
-        assert objective.parameters == 2 * 128_256 * 4096 + 32 * layer + 4096
+        assert given.parameters == 2 * 128_256 * 4096 + 32 * layer + 4096
     cached = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *MIDTRAIN)])
     for name, phase in cached.phases.items():
         online = config.phases[name].objective
