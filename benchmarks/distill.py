@@ -429,7 +429,7 @@ def budget(study: Study) -> str:
     ours, theirs = study.flops()
     answers = ", gold answers not counted" if study.gold else ""
     return (
-        f"budget: {len({arm for arm, _, _ in trials})} arms x {study.size.seeds} seeds, {trained:,} tokens to "
+        f"budget: {len({arm for arm, *_ in trials})} arms x {study.size.seeds} seeds, {trained:,} tokens to "
         f"train on at {speed['student']:,.0f} tokens/s a thread, {forward:,.0f} tokens of the teacher at "
         f"{speed['teacher']:,.0f}; {trained * ours + forward * theirs:.2g} FLOP, about {minutes:.0f} minutes "
         f"on {RANKS} threads{answers}"
