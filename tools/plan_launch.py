@@ -8,11 +8,22 @@ Datasets need not be there where the recipe says their tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_r1 import config_io
+from megatron_r1.config import Config
 from megatron_r1.launch.paper import differences
 from megatron_r1.launch.plan import GIB, Launch, plan_launch
 from megatron_r1.launch.text import text
 from megatron_r1.system.terminal import count, positive, tool_parser, user_errors
+
+
+def sizes_of_teachers(config: Config) -> Mapping[str, tuple[int, float]]:
+    if not any(phase.objective for phase in config.phases.values()):
+        return {}
+    from megatron_r1.distill.open import sizes
+
+    return sizes(config)
 
 
 def main() -> None:
@@ -36,7 +47,7 @@ def main() -> None:
         config = config_io.load(options.config)
         flops, memory = options.peak_tflops * 1e12, options.gpu_memory * GIB
         launch = Launch(options.gpus, options.rank, options.mfu, flops, memory)
-        plan = plan_launch(config, launch, build=not (options.check or options.diff))
+        plan = plan_launch(config, launch, not (options.check or options.diff), sizes_of_teachers(config))
         if options.diff:
             print("\n".join(differences(config, options.gpus)) or "no difference from the paper")
         else:

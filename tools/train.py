@@ -13,12 +13,26 @@ from megatron_r1.data.open import OpenData, launched, open_data
 from megatron_r1.system.files import sha256
 from megatron_r1.system.process import keep_freed_memory, launch_number
 from megatron_r1.system.terminal import loading_torch, say, tool_parser, user_errors
+from megatron_r1.train.resume import summary, to_come
 
 
-def open_for_training(config: Config) -> OpenData:
+def open_for_training(config: Config) -> tuple[OpenData, list[str]]:
+    """The datasets, and lines about the teachers of phases that are not over."""
     # torchrun says how many ranks there are; without it, one model copy is meant.
     ranks = launch_number("WORLD_SIZE", config.parallel.model_ranks())
-    return open_data(config, launched(), also=lambda _: config_io.check_world(config, ranks))
+    data = open_data(config, launched(), also=lambda _: config_io.check_world(config, ranks))
+    if not distills(config := to_come(config)):
+        return data, []
+    from megatron_r1.distill.open import check
+
+    mistakes, lines = check(config, data)
+    if mistakes:
+        raise config_io.ConfigError(mistakes)
+    return data, lines
+
+
+def distills(config: Config) -> bool:
+    return any(phase.objective for phase in config.phases.values())
 
 
 def main() -> None:
@@ -31,15 +45,18 @@ def main() -> None:
     with user_errors():
         if not options.check:
             keep_freed_memory()
-        config, data = config_io.load_with(options.config, open_for_training)
+        config, (data, lines) = config_io.load_with(options.config, open_for_training)
         if options.check:
-            from megatron_r1.train.resume import summary
-
-            say(summary(config, data), result=True)
+            say("\n".join([summary(config, data), *lines]), result=True)
         else:
             with loading_torch(config.train.run):
                 from megatron_r1.train.loop import train
-            train(config, {word: sha256(word) for word in options.config if os.path.isfile(word)}, data)
+            files, teachers = {word: sha256(word) for word in options.config if os.path.isfile(word)}, {}
+            if distills(left := to_come(config)):
+                from megatron_r1.distill.open import teachers as open_teachers
+
+                teachers = open_teachers(left, data)
+            train(config, files, data, teachers)
 
 
 if __name__ == "__main__":

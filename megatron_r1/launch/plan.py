@@ -118,8 +118,8 @@ class LaunchPlan:
         width = 2 if train.precision == "bf16" else 4
         teacher = max((parameters * width for parameters, _ in self.teachers.values()), default=0)
         tokens = train.micro_batch * config.data.seq_length // config.parallel.context
-        rows = tokens + config.model.vocab_size // config.parallel.tensor
-        return teacher, rows * config.model.hidden_size * 4, DIVERGENCE
+        gradients = tokens * width + config.model.vocab_size // config.parallel.tensor * 4
+        return teacher, gradients * config.model.hidden_size, DIVERGENCE
 
     def total(self, held: RankMemory) -> int:
         """Bytes of a rank in its fullest phase."""
@@ -156,8 +156,8 @@ def plan_launch(
     # Laid here, so that its mistakes come before the model is built.
     data.plan  # noqa: B018
     checkpoints = plan_checkpoints(config)
-    online = {name: phase.objective and not phase.objective.cache for name, phase in config.phases.items()}
-    beside = {name: size for name, size in (teachers or {}).items() if online[name]}
+    objectives = {name: phase.objective for name, phase in config.phases.items() if phase.objective}
+    beside = {name: (teachers or {})[name] for name, how in objectives.items() if not how.cache}
     if not build:
         return LaunchPlan(config, launch, data, checkpoints, teachers=beside)
     from megatron_r1.launch.memory import rank_memory

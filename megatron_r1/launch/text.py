@@ -85,7 +85,8 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
         teacher, gradients, chunks = distilled
         if teacher:
             sizes.append(("teacher", teacher, f"{teacher // width:,} x {width} B, whole on each rank"))
-        sizes.append(("divergence", gradients + chunks, "gradients of hidden states and head, fp32; chunks"))
+        kept = "gradients of hidden states and head, chunks of logits; in place of logits"
+        sizes.append(("divergence", gradients + chunks, kept))
     yield (
         f"memory of rank {at.rank} (data {at.data_rank}/{at.data_size}, tensor "
         f"{at.tensor_rank}/{at.tensor_size}, pipeline {at.pipeline_rank}/{at.pipeline_size})"

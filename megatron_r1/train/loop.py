@@ -165,7 +165,6 @@ class Trainer:
         expect = None if last else train.expect
         state = load_checkpoint(path, self.training.gpt, self.training.optimizer, model, expect=expect)
         self.origin = {str(path): checkpoint_files.identity(path)}
-        resume.check_teacher(path, state, self.spans, self.teachers)
         if state.guard:
             self.guard.load(state.guard)
         self.context.announce(f"{self.run.root}: continues from {path}")
@@ -197,20 +196,23 @@ class Trainer:
     def _set_objective(self, span: PhaseSpan) -> None:
         """Load a phase's teacher, once that of the phase before is let go."""
         self.training.objective, self.batches.records, self.objective_of = next_token, None, span.name
+        identities: dict[str, str] = {}
         if span.config.objective:
             teacher, gpt = self.teachers[span.name], self.training.last
+            # Asked by one rank for all: weights are read for it.
+            identities = broadcast_object(teacher.identities if self.context.leads else None)
+            resume.check_teacher(self.state, span, identities)
             targets = teacher.targets(self.context)
             self.training.objective = Distillation(gpt, targets, teacher.tokens, span.config.objective)
             self.batches.records = teacher.records
+        self.state = replace(self.state, teacher=identities)
 
     def _train_phase(self, span: PhaseSpan) -> None:
-        self.first = first = self.state.step
-        leads = self.context.leads
+        first, leads = self.state.step, self.context.leads
+        self.first_step = first + 1
         self.watchdog.heard(more=_LONG)
         if span.name != self.objective_of:
             self._set_objective(span)
-        learnt_from = self.teachers[span.name].identities if span.config.objective else {}
-        self.state = replace(self.state, teacher=learnt_from)
         if first == span.start:
             self._begin_phase(span)
         with Progress(f"train {span.name}", span.steps, "steps", first - span.start, leads) as bar:
@@ -304,7 +306,7 @@ class Trainer:
         assert (refused is not None) == result.left_out
         if refused and not isfinite(result.figures.get("teacher_entropy", 0.0)):
             refused = f"the teacher's logits are not finite (phases.{span.name}.objective)"
-            if pending.before.step == self.first:
+            if state.step == self.first_step:
                 raise ValueError(f"{self.run.root}: {where}: {refused}; nothing was trained with it")
         if leads and (refused or self.guard.spike):
             taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"

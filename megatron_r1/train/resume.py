@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -30,9 +30,6 @@ from megatron_r1.system.process import RunLock
 from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read
 from megatron_r1.train.schedule import PhaseSpan, epochs_by_phase, late_edits, phase_spans
-
-if TYPE_CHECKING:
-    from megatron_r1.train.objective import PhaseTeacher
 
 
 def standing(config: Config) -> tuple[Standing, CheckpointRef | None]:
@@ -99,19 +96,17 @@ def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[s
         )
 
 
-def check_teacher(
-    path: Path, state: TrainState, spans: Iterable[PhaseSpan], teachers: Mapping[str, PhaseTeacher]
-) -> None:
-    """Raise ValueError if the phase in which a checkpoint stands has learnt from another teacher or cache of
-    the same path."""
-    for span in spans:
-        if span.name in teachers and span.start < state.step < span.end:
-            now = teachers[span.name].identities
-            if other := [name for name, was in state.teacher.items() if now.get(name, was) != was]:
-                raise ValueError(
-                    f"phases.{span.name}.objective: {some(other, most=8)} is not what {path} learnt from: "
-                    f"it was made again, or replaced; restore it, or name another path to go on with that"
-                )
+def check_teacher(state: TrainState, span: PhaseSpan, identities: Mapping[str, str]) -> None:
+    """Raise ValueError if a run that stands within a phase has learnt from something else at the same path.
+
+    `identities`: path -> identity of the phase's teacher or cache as it is now.
+    """
+    changed = [name for name, was in state.teacher.items() if identities.get(name, was) != was]
+    if changed and state.step > span.start:
+        raise ValueError(
+            f"phases.{span.name}.objective: {some(changed, most=8)} is not what the steps to {state.step} "
+            f"learnt from: it has changed since; restore it, or name another path to go on with that"
+        )
 
 
 def to_come(config: Config) -> Config:

@@ -47,6 +47,27 @@ def test_time_is_flops_over_what_the_gpus_do() -> None:
     assert plan.mfu_of(plan.gpu_hours) == pytest.approx(0.5)
 
 
+TEACHER = 8_030_261_248, 2 * 8.03e9
+KD = "phases.phase2.objective={name: kd, teacher: large"
+
+
+def test_a_teacher_takes_time_in_its_phase_and_a_cache_none() -> None:
+    teachers = {"phase2": TEACHER}
+    plain = plan_launch(pretrain(), Launch(168), build=False)
+    online = plan_launch(pretrain(KD + "}"), Launch(168), build=False, teachers=teachers)
+    apart = ", cache: records}", "data={cross_documents: false, eod: 2}"
+    cached = plan_launch(pretrain(KD + apart[0], apart[1]), Launch(168), build=False, teachers=teachers)
+    steps = online.config.phase_steps("phase2")
+    seconds = TEACHER[1] * steps * online.config.tokens_per_step() / (0.4 * 989e12)
+    assert online.gpu_hours - plain.gpu_hours == pytest.approx(seconds / 3600, rel=1e-9)
+    assert online.flops == plain.flops == cached.flops and cached.gpu_hours == plain.gpu_hours
+    assert "teacher of phase phase2: 1.606e+10 FLOP a token x" in text(online)
+    assert "teacher" not in text(cached) + text(plain)
+    # Each context-parallel rank runs the teacher on whole rows.
+    rows = plan_launch(pretrain(KD + "}", "parallel.context=2"), Launch(336), build=False, teachers=teachers)
+    assert rows.teacher_flops("phase2") == pytest.approx(2 * online.teacher_flops("phase2"), rel=1e-9)
+
+
 def test_every_size_that_does_not_divide_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_launch(pretrain("data.sources.wiki.tokens=null"), Launch(100, rank=100, mfu=2), build=False)

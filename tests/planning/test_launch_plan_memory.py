@@ -14,7 +14,9 @@ from megatron_r1 import backend, config_io
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import Config
 from megatron_r1.launch.memory import rank_memory
-from megatron_r1.launch.plan import plan_checkpoints
+from megatron_r1.launch.plan import Launch, plan_checkpoints, plan_launch
+from megatron_r1.launch.text import text
+from megatron_r1.launch.warnings import warnings
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch, TrainState
 from megatron_r1.train.step import Shape, build_training, train_step
@@ -82,6 +84,32 @@ def test_rank_of_168_of_the_950m_is_planned_from_the_real_model(monkeypatch: pyt
     assert plan.optimizer == 12 * plan.optimizer_numel
     assert plan.optimizer_numel == pytest.approx(numel / 168, rel=0.01)
     assert plan.logits == 12 * 2048 * 128_256 * 2
+
+
+def test_a_teacher_lies_on_each_rank_beside_the_fullest_step() -> None:
+    asked = config(
+        "bf16", "data.sources.a.tokens=100000", "phases.two={steps: 1, objective: {name: kd, teacher: none}}"
+    )
+    plan = plan_launch(asked, Launch(1), teachers={"two": (8_000_000_000, 1.6e10)})
+    (held,) = plan.memory
+    # Gradients of 2 x 128 hidden states and of 1000 rows of the head; the chunks; in place of logits.
+    distilled = 16e9 + (2 * 256 + 4 * 1000) * asked.model.hidden_size + 2**30
+    assert plan.total(held) == held.total - 256 * 1000 * 2 + distilled
+    printed = text(plan)
+    assert "8,000,000,000 x 2 B, whole on each rank" in printed
+    assert f"{plan.total(held) / 2**30:.3f} GiB  of 80; the teacher's activations, workspace" in printed
+    cached = plan_launch(
+        config(
+            "bf16",
+            "data={cross_documents: false, eod: 0, sources: {a: {tokens: 100000}}}",
+            "phases.one.objective={name: kd, cache: none}",
+        ),
+        Launch(1),
+    )
+    assert cached.total(cached.memory[0]) == plan.total(held) - 16e9
+    small = Launch(1, gpu_memory=16e9)
+    tight = "\n".join(warnings(plan_launch(asked, small, teachers={"two": (8_000_000_000, 1.6e10)})))
+    assert "rank 0 holds at least" in tight and "or write a cache of the teacher" in tight
 
 
 def _held(asked: Config) -> tuple[int, int, int, int]:

@@ -1,100 +1,264 @@
-"""KL divergence and distillation against torch's own kl_div, whole and sharded."""
+"""Phases under KL from a teacher: loss, layouts, resume, reports, refusals. Oracle: torch's own kl_div."""
 
 from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from megatron_r1.config import ParallelConfig
-from megatron_r1.parallel import process_groups
+from megatron_r1.checkpoint.files import read_meta, saved_steps
+from megatron_r1.config import Config, ObjectiveConfig, ParallelConfig
+from megatron_r1.data.open import launched, open_data
+from megatron_r1.model.divergence import FIGURES, DenseTarget
+from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.records import Batch
-from megatron_r1.train.objective import Distillation, kl_divergence
+from megatron_r1.train import loop
+from megatron_r1.train.batches import StepBatches
+from megatron_r1.train.objective import Distillation
+from megatron_r1.train.step import build_training
 from tests.distributed import on_ranks
-from tests.influence import tiny
+from tests.launch import assert_same_tensors
+from tests.train import small
 
-# isort: split
-from megatron.core import parallel_state as ps
-
-ROWS, V = 7, 40
-
-
-def logits() -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher and the gradient of each row's loss."""
-    torch.manual_seed(0)
-    return torch.randn(ROWS, V) * 3, torch.randn(ROWS, V) * 3, torch.rand(ROWS)
+V, STEPS = 128, 6
+KD = "phases.one.objective={name: kd, teacher: table"
 
 
-def by_torch() -> tuple[Tensor, Tensor]:
-    student, teacher, grad = logits()
-    student.requires_grad_()
-    loss = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
-    loss.sum(-1).backward(grad)
-    assert student.grad is not None
-    return loss.sum(-1).detach(), student.grad
+class Died(Exception):
+    """A launch that ends between two steps, as by SIGKILL: nothing of it is saved or recorded."""
 
 
-def test_it_is_torchs_kl_divergence() -> None:
-    student, teacher, grad = logits()
-    student.requires_grad_()
-    loss = kl_divergence(student, teacher)
-    loss.backward(grad)
-    for got, want in zip((loss, student.grad), by_torch(), strict=True):
-        torch.testing.assert_close(got, want)
+class Table:
+    """A teacher whose next token depends on the last one alone, and whose weights are a seed."""
+
+    tokens, records = V, None
+
+    def __init__(self, seed: int = 0, spoiled: tuple[int, ...] = (), dies: int | None = None):
+        self.identities = {"table": f"identity of {seed}"}
+        random = torch.Generator().manual_seed(seed)
+        self.hidden_VD, self.head_VD = (2 * torch.randn(V, 8, generator=random) for _ in range(2))
+        self.spoiled, self.dies, self.calls = spoiled, dies, 0
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        return self.hidden_VD[tokens_BS] @ self.head_VD.t()
+
+    def targets(self, context: ParallelContext) -> Any:
+        rows = V // context.tensor_size
+        mine_VD = self.head_VD[rows * context.tensor_rank :][:rows]
+
+        def of(batch: Batch) -> DenseTarget:
+            assert not torch.is_grad_enabled()
+            self.calls += 1
+            if self.calls == self.dies:
+                raise Died
+            hidden_ND = self.hidden_VD[batch.tokens_BS.t().flatten()]
+            return DenseTarget(hidden_ND * torch.nan if self.calls in self.spoiled else hidden_ND, mine_VD)
+
+        self.loaded = weakref.ref(of)
+        return of
 
 
-def _sharded() -> tuple[Tensor, Tensor]:
-    with process_groups(ParallelConfig(tensor=2)) as context:
-        mine = slice(context.tensor_rank * V // 2, (context.tensor_rank + 1) * V // 2)
-        student, teacher, grad = logits()
-        shard = student[:, mine].clone().requires_grad_()
-        loss = kl_divergence(shard, teacher[:, mine], ps.get_tensor_model_parallel_group())
-        loss.backward(grad)
-        return loss.detach(), shard.grad  # type: ignore[return-value]
+class After(Table):
+    """One that is loaded only once another one is gone."""
+
+    def __init__(self, before: Table):
+        super().__init__(seed=1)
+        self.before = before
+
+    def targets(self, context: ParallelContext) -> Any:
+        assert self.before.loaded() is None
+        return super().targets(context)
 
 
-def test_shards_of_the_vocabulary_give_the_same() -> None:
-    want_loss, want_grad = by_torch()
-    shards = on_ranks(2, _sharded)
-    for loss, _ in shards:
-        torch.testing.assert_close(loss, want_loss)
-    torch.testing.assert_close(torch.cat([grad for _, grad in shards], dim=1), want_grad)
+def config(root: Path, run: str, more: str = "}", *words: str) -> Config:
+    return small.config(root, run, STEPS, KD + more, "train.probe_every=100", "model.num_layers=2", *words)
 
 
-def _distilled() -> float:
-    """Steps towards a teacher of other weights; the divergence before and after, as a ratio."""
-    with process_groups(ParallelConfig()):
-        student = tiny.build()
-        teacher = tiny.build()
-        with torch.no_grad():
-            for p in teacher.parameters():
-                p.add_(0.05 * torch.randn_like(p))
-        window = torch.from_numpy(tiny.windows(4))
-        position = torch.arange(tiny.SEQ).expand(4, -1)
-        mask = torch.ones(4, tiny.SEQ)
-        batch = Batch(window[:, :-1], window[:, 1:], mask, position, torch.zeros(4, dtype=torch.long))
-        objective = Distillation(lambda b: teacher(b.tokens_BS, b.position_BS, b.documents))
-        adam = torch.optim.Adam(student.parameters(), lr=3e-3)
-        losses = []
-        for _ in range(20):
-            adam.zero_grad()
-            loss = objective(student, batch).mean()
-            loss.backward()
-            adam.step()
-            losses.append(float(loss.detach()))
-        assert all(p.grad is None for p in teacher.parameters())
-        return losses[-1] / losses[0]
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_student_comes_closer_to_its_teacher() -> None:
-    assert on_ranks(1, _distilled)[0] < 0.5
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
 
 
-def _under_pipeline() -> None:
+def first_loss(given: Config) -> tuple[float, dict[str, float]]:
+    """Loss and figures of the first step from whole logits."""
+    objective = given.phases["one"].objective
+    assert objective is not None
+    inverse, sums = 1 / objective.temperature, torch.zeros(5, dtype=torch.float64)
+    with process_groups(given.parallel) as context:
+        gpt = build_training(given).gpt
+        for batch in StepBatches(given, open_data(given, launched()), context).of_step(0):
+            with torch.no_grad():
+                student = gpt(batch.tokens_BS, batch.position_BS, batch.documents).double()
+            teacher = Table().logits(batch.tokens_BS).double()
+            log_q, log_p = (student * inverse).log_softmax(-1), (teacher * inverse).log_softmax(-1)
+            kl_BS = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            ce_BS = F.cross_entropy(student.flatten(0, 1), batch.labels_BS.flatten(), reduction="none")
+            same_BS = student.argmax(-1) == teacher.argmax(-1)
+            each = (kl_BS, ce_BS.view_as(kl_BS), -(log_p.exp() * log_p).sum(-1), same_BS)
+            sums += torch.stack([(x * batch.loss_mask_BS).sum() for x in (*each, torch.ones_like(kl_BS))])
+    kl, ce, *others = (sums[:4] / sums[4]).tolist()
+    loss = (1 - objective.weight) * ce + objective.weight * objective.temperature**2 * kl
+    return loss, dict(zip(FIGURES, [kl, ce, *others], strict=True))
+
+
+def _refused(given: Config, teachers: dict[str, Any], error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error) as caught:
+        loop.train(given, teachers=teachers)
+    return str(caught.value)
+
+
+def _one_rank(root: Path) -> dict[str, Any]:
+    """All launches of one rank, whose runs the tests read; what they compare besides."""
+    # Each launch opens a store of its own.
+    del os.environ["MASTER_PORT"]
+    mixed = config(root, "mixed", ", temperature: 2, weight: 0.75}")
+    loop.train(config(root, "plain"), teachers={"one": Table()})
+    loop.train(mixed, teachers={"one": Table()})
+    loop.train(config(root, "none", ", weight: 0}"), teachers={"one": Table()})
+    loop.train(config(root, "ce", "}", "phases.one.objective=null"))
+    two = config(
+        root,
+        "phases",
+        "}",
+        "phases.one={steps: 2, objective: null}",
+        "phases.two={steps: 4, objective: {name: kd, teacher: table}}",
+        "phases.three={steps: 2, objective: {name: kd, teacher: table}}",
+        "phases.four={steps: 2}",
+    )
+    first = Table()
+    out = {"no teacher": _refused(two, {"two": first})}
+    loop.train(two, teachers={"two": first, "three": After(first)})
+    killed = config(root, "killed")
+    _refused(killed, {"one": Table(dies=4 * 5 + 2)}, Died)
+    before = (root / "killed/metrics.jsonl").read_text()
+    out["replaced"] = _refused(killed, {"one": Table(seed=1)})
+    assert (root / "killed/metrics.jsonl").read_text() == before
+    loop.train(killed, teachers={"one": Table()})
+    out["spoiled"] = _refused(config(root, "spoiled"), {"one": Table(spoiled=(3,))})
+    loop.train(config(root, "once"), teachers={"one": Table(spoiled=(4 * 2 + 1,))})
+    return out | {"plain": first_loss(config(root, "plain")), "mixed": first_loss(mixed)}
+
+
+LAYOUTS = {"data": "{}", "tensor": "{tensor: 2}", "sequence": "{tensor: 2, sequence: true}"}
+LAYOUTS["context"] = "{context: 2}"
+
+
+def _two_ranks(root: Path, ports: list[int]) -> None:
+    for port, (name, layout) in zip(ports, LAYOUTS.items(), strict=False):
+        os.environ["MASTER_PORT"] = str(port)
+        loop.train(config(root, name, "}", f"parallel={layout}"), teachers={"one": Table()})
+    os.environ["MASTER_PORT"] = str(ports[-1])
+    kd = ObjectiveConfig("kd", "table")
     with process_groups(ParallelConfig(pipeline=2)), pytest.raises(ValueError, match=r"parallel.pipeline=1"):
-        Distillation(lambda b: b.tokens_BS)
+        Distillation(None, lambda _: None, V, kd)  # type: ignore[arg-type, return-value]
 
 
-def test_a_pipeline_is_refused() -> None:
-    on_ranks(2, _under_pipeline)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.written(tmp_path_factory.mktemp("objective"))
+
+
+@pytest.fixture(scope="module")
+def one(root: Path) -> dict[str, Any]:
+    return on_ranks(1, _one_rank, root)[0]
+
+
+@pytest.mark.parametrize("run", ["plain", "mixed"])
+def test_the_first_loss_is_that_of_whole_logits(root: Path, one: dict[str, Any], run: str) -> None:
+    loss, figures = one[run]
+    line = lines(root / run)[0]
+    assert line["loss"] == pytest.approx(loss, rel=1e-6)
+    assert line["kd"] == pytest.approx(figures, rel=1e-5)
+
+
+@pytest.mark.parametrize(("run", "temperature", "weight"), [("plain", 1, 1), ("mixed", 2, 0.75)])
+def test_the_student_comes_closer_and_every_line_adds_up(
+    root: Path, one: dict[str, Any], run: str, temperature: float, weight: float
+) -> None:
+    all_lines = lines(root / run)
+    for line in all_lines:
+        kd = line["kd"]
+        whole = (1 - weight) * kd["ce"] + weight * temperature**2 * kd["kl"]
+        assert line["loss"] == pytest.approx(whole, rel=1e-6)
+        assert 0 <= kd["agreement"] <= 1
+    assert all_lines[-1]["kd"]["kl"] < 0.95 * all_lines[0]["kd"]["kl"]
+
+
+def test_weight_0_is_cross_entropy(root: Path, one: dict[str, Any]) -> None:
+    assert losses(root / "none") == pytest.approx(losses(root / "ce"), rel=1e-6)
+    assert losses(root / "plain") != pytest.approx(losses(root / "ce"), rel=1e-2)
+    assert all("kd" not in line for line in lines(root / "ce"))
+
+
+def test_any_layout_has_the_losses_of_one_rank(root: Path, one: dict[str, Any]) -> None:
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [*LAYOUTS, "pipeline"]]
+        ports = [one.getsockname()[1] for one in free]
+    on_ranks(2, _two_ranks, root, ports)
+    for layout in LAYOUTS:
+        for line, want in zip(lines(root / layout), lines(root / "plain"), strict=True):
+            for name in ("loss", "loss_by_source", "kd"):
+                assert line[name] == pytest.approx(want[name], rel=1e-5, abs=1e-9), (layout, name)
+            # Adam's first steps make much of rounding.
+            within = 1e-6 if line["step"] == 1 else 1e-4
+            assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=within), layout
+
+
+def test_each_phase_has_its_objective_and_its_ledger_line_the_teacher(
+    root: Path, one: dict[str, Any]
+) -> None:
+    assert one["no teacher"].startswith("phases.three.objective: train() got no teacher")
+    assert ["kd" in line for line in lines(root / "phases")] == [False] * 2 + [True] * 6 + [False] * 2
+    ledger = [json.loads(line) for line in (root / "phases/ledger.jsonl").read_text().splitlines()]
+    learnt_from = {line["stage"]: line["inputs"].get("table") for line in ledger}
+    assert learnt_from == {
+        "train one": None,
+        "train two": "identity of 0",
+        "train three": "identity of 1",
+        "train four": None,
+    }
+    # The guard compares a phase's losses with its own alone.
+    state = read_meta(root / "phases/checkpoints/step_00000006")["state"]
+    assert len(state["guard"]["accepted"]) == 4
+    assert "teacher" not in read_meta(root / "phases/checkpoints/step_00000010")["state"]
+
+
+def test_tensorboard_has_the_figures(root: Path, one: dict[str, Any]) -> None:
+    events = EventAccumulator(str(root / "plain/tb"))
+    events.Reload()
+    shown = {name: [e.value for e in events.Scalars(f"kd/{name}")] for name in FIGURES}
+    for name, values in shown.items():
+        assert values == pytest.approx([line["kd"][name] for line in lines(root / "plain")], rel=1e-6)
+
+
+def test_killed_within_the_phase_it_comes_to_the_same_bits(root: Path, one: dict[str, Any]) -> None:
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert losses(root / "killed") == losses(root / "plain")
+    assert_same_tensors(root / "killed" / last, root / "plain" / last)
+    ledger = [json.loads(line) for line in (root / "killed/ledger.jsonl").read_text().splitlines()]
+    assert [line["inputs"]["table"] for line in ledger] == ["identity of 0"] * 2
+
+
+def test_a_teacher_that_was_replaced_within_the_phase_is_refused(one: dict[str, Any]) -> None:
+    assert "phases.one.objective: table is not what the steps to " in one["replaced"]
+    assert " learnt from: it has changed since; restore it, or name another path" in one["replaced"]
+
+
+def test_a_spoiled_teacher_ends_the_phase_at_its_first_step(root: Path, one: dict[str, Any]) -> None:
+    assert "the teacher's logits are not finite (phases.one.objective)" in one["spoiled"]
+    assert saved_steps(root / "spoiled/checkpoints") == []
+    skipped = [line["skipped"] for line in lines(root / "once")]
+    assert skipped == [0, 0, 1, 0, 0, 0]
