@@ -400,8 +400,9 @@ def tool(output: Path, name: str, *words: object, ranks: int = 1) -> str:
         )
         errors.write(done.stdout)
     if done.returncode:
-        last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"{name} ended with status {done.returncode}: {last} ({log})")
+        lines = log.read_text().splitlines()
+        why = next((line.strip() for line in reversed(lines) if "rror" in line), "no message")
+        raise ValueError(f"{name} ended with status {done.returncode}: {why} ({log})")
     return done.stdout
 
 
