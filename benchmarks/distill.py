@@ -559,8 +559,10 @@ def main() -> None:
         if options.check:
             return
         if not (output / "cached").exists():
-            cache(study)
-            write_text(output / "cached", "")
+            said = cache(study)
+            if not (output / "cache").is_dir():
+                raise ValueError(f"tools/cache_teacher.py wrote no {output / 'cache'}")
+            write_text(output / "cached", said)
         trials, results = study.trials(), {}
         with ThreadPoolExecutor(RANKS) as pool, Progress("study", len(trials), "runs") as bar:
             for trial, result in zip(trials, pool.map(lambda t: study.train(*t), trials), strict=True):
