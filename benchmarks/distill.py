@@ -38,6 +38,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -400,8 +401,8 @@ def tool(output: Path, name: str, *words: object, ranks: int = 1) -> str:
         )
         errors.write(done.stdout)
     if done.returncode:
-        lines = log.read_text().splitlines()
-        why = next((line.strip() for line in reversed(lines) if "rror" in line), "no message")
+        found = re.search(r"^(\[rank\d+\]: *)?(error:|\w*Error\b).*(\n +.*)?", log.read_text(), re.M)
+        why = " ".join(found[0].split()) if found else "no message"
         raise ValueError(f"{name} ended with status {done.returncode}: {why} ({log})")
     return done.stdout
 
