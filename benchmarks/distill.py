@@ -500,8 +500,9 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
     size = sum(path.stat().st_size for path in (study.output / "cache").rglob("*") if path.is_file())
     parts = json.loads((study.output / "probes" / "manifest.json").read_text())["sources"].values()
     stored = sum(of["training_tokens"] for of in parts)
+    teacher = "random weights" if study.size == SIZES["tiny"] else MODEL
     figures = {
-        "teacher": MODEL, "size": dataclasses.asdict(study.size), "seeds": seeds, "flops": flops,
+        "teacher": teacher, "size": dataclasses.asdict(study.size), "seeds": seeds, "flops": flops,
         "flops_per_token": {"student": ours, "teacher": theirs}, "main": main, "online against cache": twins,
         "divergence": divergence, "cache_bytes": size, "cache_tokens": stored,
         "skipped": {name: one["skipped"] for name, one in results.items()},
@@ -518,7 +519,7 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
     kl = {arm: interval([one["kl"] for one in ones]) for arm, ones in divergence.items()}
     return "\n".join(
         [
-            f"Teacher: {MODEL}, {theirs / 2e6:.0f}M weights. Differences: paired, 95 % of {seeds} seeds.",
+            f"Teacher: {teacher}, {theirs / 2e6:.0f}M weights. Differences: paired, 95 % of {seeds} seeds.",
             f"Cache: {size:,} bytes of {stored:,} tokens, {size / stored:.1f} a token.\n",
             table(main, named),
             "",
