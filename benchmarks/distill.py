@@ -87,6 +87,10 @@ STRETCH, LONG = 256, 2000
 """Tokens of a piece that a held-out set takes at most, and tokens of a long piece."""
 CONTEXT = 2048
 """Tokens that the teacher sees at most. Few pieces are longer."""
+JUDGED = 4096
+"""Tokens of each source on which teacher and student are compared."""
+MEASURED = ("ce", "kd", "kd-same-flop")
+"""Arms that are measured on gold answers."""
 RANKS = 2
 """Of the launch that writes the cache, and runs at a time."""
 PHASE = "text"
@@ -324,7 +328,7 @@ class Study:
         objective = {"name": "kd", "teacher": str(self.output / "teacher")}
         if arm != "online":
             objective["cache"] = str(self.output / "cache")
-        measured = self.gold if arm in ("ce", "kd", "kd-same-flop") else ()
+        measured = self.gold if arm in MEASURED else ()
         return [
             str(self.output / "probes" / "split.yaml"),
             str(self.output / "settings.yaml"),
@@ -427,14 +431,17 @@ def budget(study: Study) -> str:
     speed, trials = json.loads(path.read_text()), study.trials()
     trained = sum(n for _, _, n in trials)
     forward = SPARE * study.size.tokens + sum(n for arm, _, n in trials if arm == "online")
-    minutes = (trained / speed["student"] + forward / speed["teacher"]) / RANKS / 60
+    sidecars = [json.loads((study.output / "gold" / f"{name}.json").read_text()) for name in study.gold]
+    answers = sum(of["tokens"] for of in sidecars) * len(MEASURED) * study.size.seeds
+    # One process judges, with and without BOS. A forward pass is a third of a step.
+    judging = 2 * JUDGED * len(study.size.sources) * RANKS
+    seconds = (trained + answers / 3) / speed["student"] + (forward + judging) / speed["teacher"]
     ours, theirs = study.flops()
-    answers = ", gold answers not counted" if study.gold else ""
     return (
         f"budget: {len({arm for arm, *_ in trials})} arms x {study.size.seeds} seeds, {trained:,} tokens to "
-        f"train on at {speed['student']:,.0f} tokens/s a thread, {forward:,.0f} tokens of the teacher at "
-        f"{speed['teacher']:,.0f}; {trained * ours + forward * theirs:.2g} FLOP, about {minutes:.0f} minutes "
-        f"on {RANKS} threads{answers}"
+        f"train on at {speed['student']:,.0f} tokens/s a thread, {answers:,} of gold answers, {forward:,.0f} "
+        f"of the teacher at {speed['teacher']:,.0f} tokens/s; {trained * ours + forward * theirs:.2g} FLOP, "
+        f"about {seconds / RANKS / 60:.0f} minutes on {RANKS} threads"
     )
 
 
@@ -490,7 +497,7 @@ def report(study: Study, results: dict[str, dict[str, Any]]) -> str:
                 raise ValueError(
                     f"seed {seed}: {one} and {other} drew other data; remove {study.output}/trials"
                 )
-    main = compare(results, ("ce", "kd", "kd-same-flop"), seeds)
+    main = compare(results, MEASURED, seeds)
     twins = compare(results, ("online", "cached"), seeds)
     of = {arm: results[f"{arm}-1"] for arm in ("ce", "kd", "kd-same-flop", "online", "cached")}
     flops = {arm: one["tokens"] * (ours + (0 if arm == "ce" else theirs)) for arm, one in of.items()}
@@ -534,7 +541,7 @@ def judged(study: Study) -> Any:
     """The teacher's loss beside the first student's by source, as tools/cache_teacher.py has it."""
     path = study.output / "judge.txt"
     if not path.exists():
-        words = [f"train.run={study.run('ce', 1)}", "--judge"]
+        words = [f"train.run={study.run('ce', 1)}", "--judge", "--sample", JUDGED]
         write_text(path, cache(study, *words, ranks=1, name="judge"))
     print(path.read_text(), flush=True)
     found = study.output / "cache" / "judge.json"
