@@ -10,11 +10,12 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,9 @@ from megatron_r1 import backend
 from megatron_r1.backend import cpu_products
 from megatron_r1.config import ParallelConfig
 from megatron_r1.records import Batch, TeacherRecords
+from megatron_r1.system.errors import rewording
 from megatron_r1.system.json_io import parse_json
-from megatron_r1.system.process import RunBusyError, RunLock, launch_number
+from megatron_r1.system.process import RunBusyError, RunLock, exit_when_orphaned, launch_number
 from megatron_r1.system.terminal import say
 
 _TIMEOUT = timedelta(minutes=10)
@@ -256,6 +258,44 @@ def on_one_machine() -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+@contextmanager
+def meeting(folder: Path, rank: int, ranks: int) -> Iterator[Callable[[Any], Any]]:
+    """Where the ranks of a launch meet: a function that gives every rank the first rank's value.
+
+    The first rank, which alone prepares, holds the lock of the folder. It may take hours, so the others wait
+    at a store: a collective would time out.
+    """
+    if rank == 0:
+        lock = RunLock(folder)
+        lock.take()
+    if ranks == 1:
+        try:
+            yield lambda value: value
+        finally:
+            lock.release()
+        return
+    exit_when_orphaned()
+    backend.use_local_device(launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", 1))
+    store, turns = launch_store(timedelta(days=30))[0], count()
+
+    def arrive(place: str) -> None:
+        store.add(place, 1)
+        while rank == 0 and store.add(place, 0) < ranks:
+            time.sleep(0.1)
+
+    def meet(value: Any) -> Any:
+        turn = next(turns)
+        arrive(f"there/{turn}")
+        if rank == 0:
+            store.set(f"value/{turn}", json.dumps(value))
+        return parse_json(store.get(f"value/{turn}"), "a message between ranks")
+
+    with rewording(lambda error: f"the first rank has ended ({error!s:.200})", dist.DistError):
+        yield meet
+        # The first rank's process is the store.
+        arrive("left")
 
 
 def launch_store(timeout: timedelta) -> tuple[dist.Store, int, int]:

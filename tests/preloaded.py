@@ -11,6 +11,8 @@ for _name in (
     "tensorboard.plugins.hparams.metadata",
     "megatron_r1.train.loop",
     "megatron_r1.influence.score",
+    "transformers.models.llama.modeling_llama",
+    "megatron_r1.distill.judge",
 ):
     importlib.import_module(_name)
 # Forks share what is not written; a collection writes in every object it looks at.

@@ -6,6 +6,8 @@ torchrun --nproc-per-node 2 tools/train.py examples/models/tiny.yaml MORE.yaml t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from megatron_r1 import config_io
 from megatron_r1.config import Config
@@ -14,6 +16,9 @@ from megatron_r1.system.files import sha256
 from megatron_r1.system.process import keep_freed_memory, launch_number
 from megatron_r1.system.terminal import loading_torch, say, tool_parser, user_errors
 from megatron_r1.train.resume import summary, to_come
+
+if TYPE_CHECKING:
+    from megatron_r1.train.objective import PhaseTeacher
 
 
 def open_for_training(config: Config) -> tuple[OpenData, list[str]]:
@@ -35,6 +40,14 @@ def distills(config: Config) -> bool:
     return any(phase.objective for phase in config.phases.values())
 
 
+def open_teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
+    if not distills(config := to_come(config)):
+        return {}
+    from megatron_r1.distill.open import teachers
+
+    return teachers(config, data)
+
+
 def main() -> None:
     parser = tool_parser(
         __doc__, "75: no step for health.hang_seconds; the same command goes on from the last checkpoint."
@@ -51,12 +64,8 @@ def main() -> None:
         else:
             with loading_torch(config.train.run):
                 from megatron_r1.train.loop import train
-            files, teachers = {word: sha256(word) for word in options.config if os.path.isfile(word)}, {}
-            if distills(left := to_come(config)):
-                from megatron_r1.distill.open import teachers as open_teachers
-
-                teachers = open_teachers(left, data)
-            train(config, files, data, teachers)
+            files = {word: sha256(word) for word in options.config if os.path.isfile(word)}
+            train(config, files, data, open_teachers(config, data))
 
 
 if __name__ == "__main__":

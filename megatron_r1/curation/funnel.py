@@ -19,14 +19,9 @@ in the same way.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +36,8 @@ from megatron_r1.curation.work import ID, Documents, Job, Pending, key_of, score
 from megatron_r1.data.indexed import identity_of
 from megatron_r1.preprocess.documents import identity, open_inputs
 from megatron_r1.run.stage import answered, read, standing
-from megatron_r1.system.errors import rewording
 from megatron_r1.system.files import sha256, write_json
-from megatron_r1.system.json_io import parse_json
-from megatron_r1.system.process import RunLock, exit_when_orphaned, launch_number
+from megatron_r1.system.process import launch_number
 from megatron_r1.system.terminal import say
 
 FORMAT = 1
@@ -279,10 +272,13 @@ def curate(
         done, of = left.chunks()
         log(f"{left}: {done} of {of} chunks are scored{'' if done < of else '; run with --merge'}")
         return None
+    # It imports torch.
+    from megatron_r1.parallel import meeting
+
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
     if merge and ranks > 1:
         raise ValueError("--merge goes with --shard; ranks of one launch go through all stages without it")
-    with _meeting(work, rank, ranks) as meet:
+    with meeting(work, rank, ranks) as meet:
         while True:
             manifest, jobs = None, list[Job]()
             try:
@@ -333,46 +329,3 @@ def _request(config: CurationConfig, model: Make) -> dict[str, Any]:
         # Read here, so that a package that is missing is told before any model has worked.
         "items": model("items").identity if config.decontamination else None,
     }
-
-
-@contextmanager
-def _meeting(work: Path, rank: int, ranks: int) -> Iterator[Callable[[Any], Any]]:
-    """Where the ranks of a launch meet: a function that gives every rank the first rank's value.
-
-    The first rank, which alone prepares, holds the lock of the folder. It may take hours, so the others wait
-    at a store: a collective would time out.
-    """
-    if rank == 0:
-        lock = RunLock(work)
-        lock.take()
-    if ranks == 1:
-        try:
-            yield lambda value: value
-        finally:
-            lock.release()
-        return
-    import torch.distributed as dist
-
-    from megatron_r1 import backend
-    from megatron_r1.parallel import launch_store
-
-    exit_when_orphaned()
-    backend.use_local_device(launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", 1))
-    store, turns = launch_store(timedelta(days=30))[0], count()
-
-    def arrive(place: str) -> None:
-        store.add(place, 1)
-        while rank == 0 and store.add(place, 0) < ranks:
-            time.sleep(0.1)
-
-    def meet(value: Any) -> Any:
-        turn = next(turns)
-        arrive(f"there/{turn}")
-        if rank == 0:
-            store.set(f"value/{turn}", json.dumps(value))
-        return parse_json(store.get(f"value/{turn}"), "a message between ranks")
-
-    with rewording(lambda error: f"the first rank has ended ({error!s:.200})", dist.DistError):
-        yield meet
-        # The first rank's process is the store.
-        arrive("left")

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from megatron_r1.checkpoint import files as checkpoint_files
 from megatron_r1.config import ModelConfig
-from megatron_r1.distill.vocabulary import Vocabulary, vocabulary_of
+from megatron_r1.distill.vocabulary import Vocabulary, identity, vocabulary_of
 from megatron_r1.export import origin
 from megatron_r1.export.folder import MOST_JSON, content, local_folder, stored_tensors
 from megatron_r1.preprocess.tokenizer import HuggingFace, Tokenizer, build_tokenizer
@@ -67,6 +67,14 @@ class Described:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         return vocabulary_of(self.tokenizer)
+
+    @property
+    def vocabulary_identity(self) -> str:
+        return identity(self.vocabulary)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.tokenizer.fingerprint()
 
     @cached_property
     def identity(self) -> str:

@@ -5,17 +5,27 @@ This file imports no torch. transformers does, where its AutoTokenizer decides a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_r1.config import Config, ObjectiveConfig
+from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.open import OpenData
+from megatron_r1.data.provenance import load_origins
+from megatron_r1.distill.cache import Cache
 from megatron_r1.distill.describe import Described
+from megatron_r1.distill.records import WindowRecords
 from megatron_r1.distill.vocabulary import identity, vocabulary_of_pair
+from megatron_r1.records import Batch, Corpus
+from megatron_r1.run.stage import differences
 
 if TYPE_CHECKING:
+    from megatron_r1.data.loader import Records
     from megatron_r1.parallel import ParallelContext
     from megatron_r1.train.objective import PhaseTeacher, Targets
 
@@ -24,16 +34,18 @@ _SAMPLE = 1 << 16
 
 
 def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
-    """(mistakes, lines) of the objectives of all phases, by the files of teachers, caches and datasets."""
+    """(mistakes, lines) of the phases with a teacher, by the files of teachers, caches and datasets."""
     mistakes, lines = list[str](), list[str]()
-    for name, objective in _objectives(config):
-        found = _Check(config, data, name, objective)
+    for name, asked in _objectives(config):
+        plain = "" if asked.weight == 1 else f"{1 - asked.weight:g} cross-entropy + {asked.weight:g} "
         try:
-            found.run()
+            teacher = _open(config, data, asked)
+            first, *more = teacher.lines(_drawn(config, data, name))
+            said = teacher if isinstance(teacher, _Cached) else teacher.said
+            mistakes += vocabulary_mistakes(config, data, name, said)
+            lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
         except (OSError, ValueError) as error:
-            found.mistakes.append(str(error))
-        mistakes += [f"phases.{name}.objective: {mistake}" for mistake in found.mistakes]
-        lines += [f"phase {name}: {found.lines[0]}", *found.lines[1:]] if found.lines else []
+            mistakes.append(f"phases.{name}.objective: {error}")
     return mistakes, lines
 
 
@@ -43,98 +55,54 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
     ValueError or OSError for a teacher that is not here, where objective.parameters does not say its size.
     """
     found = {}
-    for name, objective in _objectives(config):
-        if objective.teacher is not None:
-            parameters = objective.parameters
+    for name, asked in _objectives(config):
+        if asked.teacher is not None:
             try:
-                said = Described(objective.teacher, objective.bos)
+                said = Described(asked.teacher, asked.bos)
                 found[name] = said.parameters, said.flops_per_token(config.data.seq_length)
             except (OSError, ValueError):
-                if parameters is None or Path(objective.teacher).exists():
+                if asked.parameters is None or Path(asked.teacher).exists():
                     raise
-                found[name] = parameters, 2.0 * parameters
+                found[name] = asked.parameters, 2.0 * asked.parameters
     return found
 
 
 def teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
     """Phase -> its teacher, opened and not yet loaded."""
-    return {
-        name: _Cached(objective, data) if objective.cache else _Online(config, data, objective)
-        for name, objective in _objectives(config)
-    }
+    return {name: _open(config, data, asked) for name, asked in _objectives(config)}
+
+
+def vocabulary_mistakes(
+    config: Config, data: OpenData, phase: str, teacher: Described | _Cached
+) -> list[str]:
+    """Mistakes: a source of another vocabulary than the teacher's, and ids that either model has not."""
+    out, seen, tokens, rows = list[str](), {teacher.fingerprint}, teacher.tokens, config.model.vocab_size
+    for corpus in _drawn(config, data, phase):
+        if corpus.tokenizer_hash is None or corpus.tokenizer_hash not in seen:
+            seen |= {corpus.tokenizer_hash or ""}
+            if identity(vocabulary_of_pair(corpus.prefix)) != teacher.vocabulary_identity:
+                fault = f"data.sources.{corpus.name} has the ids of another vocabulary than the teacher"
+                way_out = "take a teacher of its tokenizer, or preprocess it with the teacher's"
+                out.append(f"{fault}; {way_out}")
+    if rows < tokens:
+        fault = f"the teacher has {tokens:,} tokens, model.vocab_size={rows:,} fewer"
+        out.append(f"{fault}; set model.vocab_size={tokens} or more")
+    if (eod := data.eod) is not None and eod >= tokens:
+        out.append(f"data.eod={eod} is no token of the teacher, which has {tokens:,}")
+    return [f"phases.{phase}.objective: {mistake}" for mistake in out]
+
+
+def _drawn(config: Config, data: OpenData, phase: str) -> list[Corpus]:
+    weight = config.phase_weights(phase)
+    return [one for one in data.corpora if weight[one.name] and one.name not in data.absent]
 
 
 def _objectives(config: Config) -> Iterator[tuple[str, ObjectiveConfig]]:
     return ((name, phase.objective) for name, phase in config.phases.items() if phase.objective)
 
 
-class _Check:
-    """Mistakes and lines of a phase's objective. A mistake that ends the search is raised."""
-
-    def __init__(self, config: Config, data: OpenData, name: str, objective: ObjectiveConfig):
-        self._config, self._data, self._objective = config, data, objective
-        weights = config.phase_weights(name)
-        self._drawn = [c for c in data.corpora if weights[c.name] and c.name not in data.absent]
-        self.mistakes, self.lines = list[str](), list[str]()
-
-    def run(self) -> None:
-        teacher = self._teacher()
-        if self._objective.cache:
-            self._cache(Path(self._objective.cache), teacher)
-        elif teacher:
-            self._online(teacher)
-            self._vocabulary(teacher, identity(teacher.vocabulary), teacher.tokens)
-
-    def _teacher(self) -> Described | None:
-        asked = self._objective
-        if asked.teacher is None:
-            return None
-        try:
-            return Described(asked.teacher, asked.bos)
-        except FileNotFoundError:
-            # A cache stands for it.
-            if not asked.cache:
-                raise
-            return None
-
-    def _online(self, teacher: Described) -> None:
-        config, seq_length = self._config, self._config.data.seq_length
-        lead = int(teacher.bos is not None)
-        if seq_length + lead > teacher.longest:
-            fault = f"the context of {teacher.model} is {teacher.longest:,} tokens, and it would read"
-            more = " behind one before each text" if lead else ""
-            way_out = f"lower it to {teacher.longest - lead:,}, or take another teacher"
-            self.mistakes.append(f"{fault} data.seq_length={seq_length:,}{more}; {way_out}")
-        size = teacher.parameters * (2 if config.train.precision == "bf16" else 4)
-        flops, own = teacher.flops_per_token(seq_length), config.model.flops_per_token(seq_length)
-        token = "no token" if teacher.bos is None else f"token {teacher.bos}"
-        self.lines += [
-            f"{self._loss()} from {teacher.model}, {token} before each document",
-            f"  {teacher.parameters:,} parameters, {size:,} B ({config.train.precision}) on each rank",
-            f"  {flops:.4g} FLOP a token: a step takes {(flops + own) / own:.1f} times the student's own",
-        ]
-
-    def _loss(self) -> str:
-        asked = self._objective
-        plain = "" if asked.weight == 1 else f"{1 - asked.weight:g} cross-entropy + {asked.weight:g} "
-        return f"{plain}KL at temperature {asked.temperature:g}"
-
-    def _vocabulary(self, teacher: Described | None, expected: str, tokens: int) -> None:
-        """Mistakes: datasets of another vocabulary than `expected`, and ids that either model has not."""
-        config = self._config
-        seen = {teacher.tokenizer.fingerprint()} if teacher else set[str]()
-        for corpus in self._drawn:
-            if corpus.tokenizer_hash is None or corpus.tokenizer_hash not in seen:
-                seen |= {corpus.tokenizer_hash or ""}
-                if identity(vocabulary_of_pair(corpus.prefix)) != expected:
-                    fault = f"data.sources.{corpus.name} has the ids of another vocabulary than the teacher"
-                    way_out = "take a teacher of its tokenizer, or preprocess it with the teacher's"
-                    self.mistakes.append(f"{fault}; {way_out}")
-        if config.model.vocab_size < tokens:
-            fault = f"the teacher has {tokens:,} tokens, model.vocab_size={config.model.vocab_size:,} fewer"
-            self.mistakes.append(f"{fault}; set model.vocab_size={tokens} or more")
-        if (eod := self._data.eod) is not None and eod >= tokens:
-            self.mistakes.append(f"data.eod={eod} is no token of the teacher, which has {tokens:,}")
+def _open(config: Config, data: OpenData, asked: ObjectiveConfig) -> _Online | _Cached:
+    return _Cached(config, data, asked) if asked.cache else _Online(config, data, asked)
 
 
 class _Online:
@@ -142,19 +110,106 @@ class _Online:
 
     records = None
 
-    def __init__(self, config: Config, data: OpenData, objective: ObjectiveConfig):
-        assert objective.teacher is not None
-        self._config, self._eod, self._objective = config, data.eod, objective
-        self._said = Described(objective.teacher, objective.bos)
-        self.tokens = self._said.tokens
+    def __init__(self, config: Config, data: OpenData, asked: ObjectiveConfig):
+        self._config, self._data, self._asked = config, data, asked
+        self.said = Described(asked.teacher or "", asked.bos)
+        self.tokens = self.said.tokens
 
     @cached_property
     def identities(self) -> dict[str, str]:
-        return {self._said.model: self._said.identity}
+        return {self.said.model: self.said.identity}
 
     def targets(self, context: ParallelContext) -> Targets:
         from megatron_r1.distill.teacher import Teacher
 
         precision, rows = self._config.train.precision, self._config.model.vocab_size // context.tensor_size
-        teacher = Teacher(self._said.model, precision, self._objective.bos, together=True)
-        return teacher.targets(self._eod, rows)
+        teacher = Teacher(self.said.model, precision, self._asked.bos, together=True)
+        return teacher.targets(self._data.eod, rows)
+
+    def lines(self, drawn: Sequence[Corpus]) -> list[str]:
+        """Describe it. ValueError for a context that is shorter than a window."""
+        config, said, seq_length = self._config, self.said, self._config.data.seq_length
+        if (needed := seq_length + (said.bos is not None)) > said.longest:
+            window = f"data.seq_length={seq_length} with {_token(said.bos)} before a document"
+            fault = f"the context of {said.model} has {said.longest:,} tokens, and {window} has {needed:,}"
+            raise ValueError(f"{fault}; lower it, or take another teacher")
+        size = said.parameters * (2 if config.train.precision == "bf16" else 4)
+        flops, own = said.flops_per_token(seq_length), config.model.flops_per_token(seq_length)
+        return [
+            f"{said.model}, with {_token(said.bos)} before each document",
+            f"  {said.parameters:,} parameters, {size:,} B ({config.train.precision}) on each rank",
+            f"  {flops:.4g} FLOP a token: a step takes {1 + flops / own:.1f} times the student's own",
+        ]
+
+
+class _Cached:
+    """A teacher's records."""
+
+    def __init__(self, config: Config, data: OpenData, asked: ObjectiveConfig):
+        self._config, self._data, self._asked = config, data, asked
+        self._cache = Cache(Path(asked.cache or ""))
+        self.header, self.fingerprint = self._cache.header, ""
+        self.tokens, self.vocabulary_identity = self.header.tokens, self.header.vocabulary
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        teacher = {self._asked.teacher: self.header.teacher} if self._asked.teacher else {}
+        return {str(self._cache.folder): self._cache.identity, **teacher}
+
+    @cached_property
+    def records(self) -> Records:
+        corpora, seq_length = self._data.corpora, self._config.data.seq_length
+        return WindowRecords(self._cache, corpora, [corpus.name for corpus in corpora], seq_length)
+
+    def targets(self, context: ParallelContext) -> Targets:
+        from megatron_r1.model.divergence import SparseTarget
+
+        def target(batch: Batch) -> SparseTarget:
+            of = batch.teacher
+            assert of is not None, "the loader asks for records"
+            fields = (of.ids_BSK, of.share_BSK, of.entropy_BS)
+            ids_NK, share_NK, entropy_N = (one.transpose(0, 1).flatten(0, 1) for one in fields)
+            return SparseTarget(ids_NK, share_NK, entropy_N, tail=self.header.top_k is not None)
+
+        return target
+
+    def lines(self, drawn: Sequence[Corpus]) -> list[str]:
+        """Describe it. ValueError for one of another request, and for a source without any record."""
+        asked, cache, header = self._asked, self._cache, self.header
+        here: dict[str, Any] = {"temperature": asked.temperature}
+        if asked.bos != "auto":
+            here["bos"] = None if asked.bos == "none" else asked.bos
+        # It need not be here.
+        with suppress(FileNotFoundError):
+            if asked.teacher:
+                said = Described(asked.teacher, asked.bos)
+                self.fingerprint = said.fingerprint
+                here |= {"teacher": said.identity, "bos": said.bos}
+        if changed := differences({name: getattr(header, name) for name in here}, here):
+            fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
+            raise ValueError(f"{fault}; restore these, or name another cache")
+        share = {corpus.name: _covered(cache, corpus) for corpus in drawn}
+        if absent := [name for name in share if not share[name]]:
+            way_out = "write them with tools/cache_teacher.py, or take its weight away"
+            raise ValueError(f"the cache {cache.folder} has no record of data.sources.{absent[0]}; {way_out}")
+        kind = f"the {header.top_k} largest" if header.top_k else f"{header.draws} draws of the"
+        return [
+            f"the cache {cache.folder}, {kind} probabilities of each token",
+            f"  of {header.teacher[:12]}, {_token(header.bos)} before a document, context {header.context}",
+            *(f"  {name}: {part:.1%} of its tokens have a record" for name, part in share.items()),
+        ]
+
+
+def _token(bos: int | None) -> str:
+    return "no token" if bos is None else f"token {bos}"
+
+
+def _covered(cache: Cache, corpus: Corpus) -> float:
+    """Share of a source's tokens that have a record, by a sample of its documents, or by all."""
+    hash_DH = load_origins(corpus.prefix, IndexedDataset(corpus.prefix, share=None).num_documents)["hash"]
+    length_D = np.diff(document_starts(corpus))
+    for step in sorted({max(1, len(length_D) // _SAMPLE), 1}, reverse=True):
+        known_D = cache.has(hash_DH[: len(length_D) : step], length_D[::step])
+        if known_D.any():
+            return float(known_D.sum() / length_D[::step].sum())
+    return 0.0

@@ -7,6 +7,7 @@ like length share a batch, padded on the right. Nothing sees the padding, becaus
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,15 +20,20 @@ from torch import Tensor
 from megatron_r1 import backend
 from megatron_r1.distill.describe import Described
 from megatron_r1.export import pretrained
-from megatron_r1.export.pretrained import Pretrained, batches
+from megatron_r1.export.pretrained import Pretrained
 from megatron_r1.model.divergence import DenseTarget
 from megatron_r1.parallel import cut_to_rank
 from megatron_r1.records import Batch
 
 _LOGITS = 256 << 20
 """Bytes of float32 logits that `Teacher.logits` makes at a time, or more for one long sequence."""
+_PADDING = 64
+"""Tokens that take about as long as another pass."""
 _TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Of the largest logit, between trunk and head apart and the model's own forward."""
+_CAP = "final_logit_softcapping"
+_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
+"""Fields of a model's configuration for its head, and the power of each in the factor of the logits."""
 
 
 class Teacher(Pretrained):
@@ -66,22 +72,16 @@ class Teacher(Pretrained):
 
     def _find_head(self, ids_1S: Tensor, own_SV: Tensor) -> DenseTarget | None:
         """The head, without hidden states. None: it and the trunk do not give the model's own logits."""
-        c = self._sizes
+        c, tokens = self._sizes, self.tokens
         # A model may have neither, or call them otherwise.
         with suppress(AttributeError, TypeError, NotImplementedError, RuntimeError):
             layer, self._trunk = self.network.get_output_embeddings(), self.network.get_decoder()
             # Llama 4 names another attribute as its trunk.
             self._trunk = self.network.model if self._trunk is self.network else self._trunk
             hidden_SD, bias_V = self._hidden(ids_1S)[0], getattr(layer, "bias", None)
-            head = DenseTarget(
-                hidden_SD,
-                layer.weight[: self.tokens],
-                None if bias_V is None else bias_V[: self.tokens],
-                getattr(c, "final_logit_softcapping", None),
-                getattr(c, "logit_scale", 1.0)
-                / getattr(c, "logits_scaling", 1.0)
-                * getattr(c, "lm_head_multiplier", 1.0),
-            )
+            bias_V, cap = None if bias_V is None else bias_V[:tokens], getattr(c, _CAP, None)
+            scale = math.prod(getattr(c, name, 1.0) ** power for name, power in _SCALES.items())
+            head = DenseTarget(hidden_SD, layer.weight[:tokens], bias_V, cap, scale)
             if (head.logits(slice(None)).float() - own_SV).abs().max() <= self._near:
                 return dataclasses.replace(head, hidden_ND=hidden_SD[:0])
         return None
@@ -97,17 +97,17 @@ class Teacher(Pretrained):
 
     def _passes(
         self, sequences: Sequence[np.ndarray], forward: Callable[[Tensor], Tensor], budget: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-        """(numbers of the sequences of a batch, tokens put before each, results [B, S, ...])."""
+    ) -> Iterator[tuple[list[int], list[int], Tensor]]:
+        """(numbers of the sequences of a batch, the row where each begins, results [rows, ...])."""
         # Data from elsewhere may begin its documents with it.
         lead_N = np.array([self.bos is not None and one[0] != self.bos for one in sequences], np.int64)
         length_N = np.array([len(one) for one in sequences], np.int64) + lead_N
-        for batch in batches(length_N, budget):
-            ids_BS = np.zeros((len(batch), length_N[batch[0]]), np.int64)
+        for batch in _batches(length_N, budget):
+            ids_BS = np.full((len(batch), length_N[batch[0]]), self.bos or 0)
             for row_S, n in zip(ids_BS, batch, strict=True):
-                row_S[0] = self.bos or 0
                 row_S[lead_N[n] : length_N[n]] = sequences[n]
-            yield batch, lead_N[batch], forward(on_device(ids_BS))
+            begin_B = np.arange(len(batch)) * ids_BS.shape[1] + lead_N[batch]
+            yield batch.tolist(), begin_B.tolist(), forward(on_device(ids_BS)).flatten(0, 1)
 
     def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, int, Tensor]]:
         """(number of the sequence, position of the first row, logits [n, tokens]), in any order of sequences.
@@ -117,11 +117,10 @@ class Teacher(Pretrained):
         """
         rows = max(1, _LOGITS // (4 * self.tokens))
         forward, budget = (self._hidden, pretrained.BATCH_TOKENS) if self._head else (self._forward, rows)
-        for batch, lead_B, out_BSX in self._passes(sequences, forward, budget):
-            for n, lead, out_SX in zip(batch.tolist(), lead_B.tolist(), out_BSX, strict=True):
-                own_SX = out_SX[lead : lead + len(sequences[n])]
-                for first in range(0, len(own_SX), rows):
-                    part_NX = own_SX[first : first + rows]
+        for batch, begin_B, out_NX in self._passes(sequences, forward, budget):
+            for n, begin in zip(batch, begin_B, strict=True):
+                for first in range(0, length := len(sequences[n]), rows):
+                    part_NX = out_NX[begin + first : begin + min(length, first + rows)]
                     head = self._head and dataclasses.replace(self._head, hidden_ND=part_NX)
                     yield n, first, head.logits(slice(None)) if head else part_NX[:, : self.tokens]
 
@@ -136,72 +135,66 @@ class Teacher(Pretrained):
 
         ValueError where trunk and head are not the model's own forward.
         """
-        if self._head is None:
-            way_out = "write a cache with it instead (tools/cache_teacher.py)"
-            raise ValueError(f"{self.model}: its layers and its head apart do not give its logits; {way_out}")
-        return _Online(self, self._head, eod, rows)
-
-
-class _Online:
-    def __init__(self, teacher: Teacher, head: DenseTarget, eod: int | None, rows: int):
         from megatron.core import parallel_state as ps
 
-        self._teacher, self._head, self._eod = teacher, head, eod
-        self._group = ps.get_tensor_model_parallel_group()
-        self._rank, self._ranks = self._group.rank(), self._group.size()
-        self._shard = slice(rows * self._rank, rows * (self._rank + 1))
+        if (head := self._head) is None:
+            way_out = "write a cache with it instead (tools/cache_teacher.py)"
+            raise ValueError(f"{self.model}: its layers and its head apart do not give its logits; {way_out}")
+        group = ps.get_tensor_model_parallel_group()
+        rank, ranks = group.rank(), group.size()
+        shard = slice(rows * rank, rows * (rank + 1))
+        head = dataclasses.replace(
+            head, weight_VD=head.weight_VD[shard], bias_V=None if head.bias_V is None else head.bias_V[shard]
+        )
 
-    def __call__(self, batch: Batch) -> DenseTarget:
-        assert batch.whole_BS is not None, "parallel.on_device sets it"
-        token_BS = batch.whole_BS.numpy()
-        b, s = token_BS.shape
-        # Where each token of the whole rows goes; -1: to another context-parallel rank.
-        number_BS = cut_to_rank({"number": torch.arange(b * s).view(b, s)})["number"].numpy()
-        to_N = np.full(b * s, -1)
-        to_N[number_BS.T.ravel()] = np.arange(number_BS.size)
-        every = np.split(np.arange(b * s), self._first_of_sequences(token_BS)[1:])
-        # Of a sequence only what this rank's tokens see.
-        parts = [part[: own[-1] + 1] for part in every if len(own := np.flatnonzero(to_N[part] >= 0))]
-        flat_N, mine = token_BS.ravel(), self._mine([len(part) for part in parts])
-        hidden_ND = self._head.weight_VD.new_zeros(number_BS.size, self._head.weight_VD.shape[1])
-        sequences = [flat_N[parts[m]] for m in mine]
-        passes = self._teacher._passes(sequences, self._teacher._hidden, pretrained.BATCH_TOKENS)
-        for order, lead_B, out_BSD in passes:
-            width = out_BSD.shape[1]
-            to = [to_N[parts[mine[n]]] for n in order]
-            begin_B = np.arange(len(order)) * width + lead_B
-            of = [begin + np.arange(len(one)) for begin, one in zip(begin_B, to, strict=True)]
-            to_K = np.concatenate(to)
-            from_K = on_device(np.concatenate(of)[to_K >= 0])
-            part_KD = out_BSD.flatten(0, 1).index_select(0, from_K)
-            hidden_ND.index_copy_(0, on_device(to_K[to_K >= 0]), part_KD)
-        if self._ranks > 1:
-            # A gather: where one rank has a row, the others have zeros.
-            dist.all_reduce(hidden_ND, group=self._group)
-        if not backend.HAS_CUDA and not (whole_N := hidden_ND.isfinite().all(1)).all():
-            row = int(torch.argmin(whole_N.int())) % b
-            raise ValueError(f"{self._teacher.model}: hidden states of row {row} of a batch are not finite")
-        weight_VD, bias_V = self._head.weight_VD[self._shard], self._head.bias_V
-        bias_V = None if bias_V is None else bias_V[self._shard]
-        return dataclasses.replace(self._head, hidden_ND=hidden_ND, weight_VD=weight_VD, bias_V=bias_V)
+        def target(batch: Batch) -> DenseTarget:
+            assert batch.whole_BS is not None, "parallel.on_device sets it"
+            token_BS = batch.whole_BS.numpy()
+            number_BS = np.arange(token_BS.size).reshape(token_BS.shape)
+            own_BS = cut_to_rank({"number": torch.from_numpy(number_BS)})["number"].numpy()
+            # Where each token of the whole rows goes; -1: to another context-parallel rank.
+            to_N = np.full(token_BS.size, -1)
+            to_N[own_BS.T.ravel()] = np.arange(own_BS.size)
+            ends_BS = token_BS[:, :-1] == (-1 if eod is None else eod)
+            first_M = np.flatnonzero(np.insert(ends_BS, 0, True, axis=1))
+            every = np.split(number_BS.ravel(), first_M[1:])
+            # Of a sequence only what this rank's tokens see.
+            parts = [part[: own[-1] + 1] for part in every if len(own := np.flatnonzero(to_N[part] >= 0))]
+            mine = sorted(parts, key=len, reverse=True)[rank::ranks]
+            hidden_ND = head.weight_VD.new_zeros(own_BS.size, head.weight_VD.shape[1])
+            sequences = [token_BS.ravel()[part] for part in mine]
+            for order, begin_B, out_ND in self._passes(sequences, self._hidden, pretrained.BATCH_TOKENS):
+                pairs = [(begin, mine[n]) for n, begin in zip(order, begin_B, strict=True)]
+                from_K = np.concatenate([begin + np.arange(len(part)) for begin, part in pairs])
+                to_K = to_N[np.concatenate([part for _, part in pairs])]
+                part_KD = out_ND.index_select(0, on_device(from_K[to_K >= 0]))
+                hidden_ND.index_copy_(0, on_device(to_K[to_K >= 0]), part_KD)
+            if ranks > 1:
+                # A gather: where one rank has a row, the others have zeros.
+                dist.all_reduce(hidden_ND, group=group)
+            if not backend.HAS_CUDA and not (whole_N := hidden_ND.isfinite().all(1)).all():
+                row = int(torch.argmin(whole_N.int())) % len(token_BS)
+                raise ValueError(f"{self.model}: hidden states of row {row} of a batch are not finite")
+            return dataclasses.replace(head, hidden_ND=hidden_ND)
 
-    def _first_of_sequences(self, token_BS: np.ndarray) -> np.ndarray:
-        """Number of the first token of each sequence."""
-        first_BS = np.zeros(token_BS.shape, bool)
-        first_BS[:, 0] = True
-        if self._eod is not None:
-            first_BS[:, 1:] = token_BS[:, :-1] == self._eod
-        return np.flatnonzero(first_BS)
+        return target
 
-    def _mine(self, lengths: list[int]) -> list[int]:
-        """This rank's share of sequences: from the longest on, each to the rank with the fewest tokens."""
-        held, mine = [0] * self._ranks, list[int]()
-        for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-            rank = held.index(min(held))
-            held[rank] += lengths[n]
-            if rank == self._rank:
-                mine.append(n)
-        return mine
+
+def _batches(length_N: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Numbers of the sequences of each batch, from the longest on, at most `budget` tokens or one sequence.
+
+    Padding takes at most a tenth of a batch and `_PADDING`.
+    """
+    batch, padding = list[int](), 0
+    for n in np.argsort(-length_N, kind="stable").tolist():
+        size = len(batch) * length_N[batch[0]] if batch else 0
+        padding += length_N[batch[0]] - length_N[n] if batch else 0
+        if batch and (size + length_N[batch[0]] > budget or padding > _PADDING + size // 10):
+            yield np.array(batch)
+            batch, padding = [], 0
+        batch.append(n)
+    if batch:
+        yield np.array(batch)
 
 
 def on_device(array: np.ndarray) -> Tensor:

@@ -57,6 +57,7 @@ def is_name(*reserved: str) -> AfterValidator:
 
 
 def apart(mapping: dict[str, T]) -> dict[str, T]:
+    """A mapping whose keys are names that every file system keeps apart."""
     for name, why in name_mistakes(mapping).items():
         raise PydanticCustomError("name", ".{name}: {why}", {"name": name, "why": why})
     return mapping

@@ -305,9 +305,12 @@ class Trainer:
         refused = self.guard.refuses(result.loss(), result.grad_norm)
         assert (refused is not None) == result.left_out
         if refused and not isfinite(result.figures.get("teacher_entropy", 0.0)):
-            refused = f"the teacher's logits are not finite (phases.{span.name}.objective)"
-            if state.step == self.first_step:
-                raise ValueError(f"{self.run.root}: {where}: {refused}; nothing was trained with it")
+            where_from = f"phases.{span.name}.objective"
+            refused = f"none of its labels has a record ({where_from}.cache)"
+            if result.tokens_N.any():
+                refused = f"the teacher's logits are not finite ({where_from})"
+                if state.step == self.first_step:
+                    raise ValueError(f"{self.run.root}: {where}: {refused}; nothing was trained with it")
         if leads and (refused or self.guard.spike):
             taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"
             say(f"{self.run.root}: {where}: {f'skipped, {refused}' if refused else taken}")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_r1.config import ObjectiveConfig
+from megatron_r1.data.loader import Records
 from megatron_r1.model.divergence import FIGURES, DenseTarget, SparseTarget
 from megatron_r1.parallel import ParallelContext
 from megatron_r1.records import Batch
 
 # isort: split
 from megatron.core import parallel_state as ps
-
-if TYPE_CHECKING:
-    from megatron_r1.data.loader import Records
 
 
 class Losses(NamedTuple):

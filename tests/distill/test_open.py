@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_r1 import config_io
-from megatron_r1.config import Config
+from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.data.indexed import IndexedDataset
+from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.open import open_data
+from megatron_r1.data.provenance import read_provenance
+from megatron_r1.distill.cache import Cache, Header, draw, pack, write_part
 from megatron_r1.distill.describe import Described
-from megatron_r1.distill.open import check, sizes
+from megatron_r1.distill.open import check, sizes, teachers
+from megatron_r1.distill.teacher import Teacher
+from megatron_r1.distill.vocabulary import identity
+from megatron_r1.model.divergence import DenseTarget, SparseTarget
+from megatron_r1.parallel import on_device, process_groups
 from megatron_r1.preprocess.preprocess import preprocess
 from tests import launch
 from tests.curation.tiny import texts
@@ -45,20 +57,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, objective: str, *more: str, sources: str = "ab") -> Config:
+    return config_io.load(asked_words(root, objective, *more, sources=sources))
+
+
+def asked_words(root: Path, objective: str, *more: str, sources: str = "ab") -> list[str]:
     named = ", ".join(f"{name}: {{prefix: '{root}/{name}_text_document'}}" for name in sources)
     size = Described(str(root / "teacher")).tokens + 5
-    return config_io.load(
-        [
-            *launch.TINY_MODEL,
-            f"model.vocab_size={size}",
-            f"train={{run: '{root}/run', global_batch: 4, micro_batch: 2, precision: fp32}}",
-            f"data={{seq_length: {SEQ}, cross_documents: false, sources: {{{named}}}}}",
-            "phases.plain={steps: 2}",
-            "phases.one={steps: 2}",
-            f"phases.one.objective={{name: kd, {objective}}}",
-            *more,
-        ]
-    )
+    return [
+        *launch.TINY_MODEL,
+        f"model.vocab_size={size}",
+        f"train={{run: '{root}/run', global_batch: 4, micro_batch: 2, precision: fp32}}",
+        f"data={{seq_length: {SEQ}, cross_documents: false, sources: {{{named}}}}}",
+        "phases.plain={steps: 2}",
+        "phases.one={steps: 2}",
+        f"phases.one.objective={{name: kd, {objective}}}",
+        *more,
+    ]
 
 
 def found(config: Config) -> tuple[list[str], list[str]]:
@@ -72,8 +86,8 @@ def test_a_teacher_that_fits_is_described(root: Path) -> None:
     flops = said.flops_per_token(SEQ)
     assert mistakes == []
     assert lines == [
-        f"phase one: 0.25 cross-entropy + 0.75 KL at temperature 2 from {root}/teacher, token 0 before each "
-        "document",
+        f"phase one: 0.25 cross-entropy + 0.75 KL at temperature 2 from {root}/teacher, with token 0 before "
+        "each document",
         f"  {said.parameters:,} parameters, {4 * said.parameters:,} B (fp32) on each rank",
         f"  {flops:.4g} FLOP a token: a step takes {1 + flops / own:.1f} times the student's own",
     ]
@@ -95,8 +109,8 @@ def test_a_teacher_that_fits_is_described(root: Path) -> None:
             "teacher: '{root}/teacher'",
             ["data.seq_length=2048", "data.sources.a.documents=null"],
             "ab",
-            "the context of {root}/teacher is 2,048 tokens, and it would read data.seq_length=2,048 behind "
-            "one before each text; lower it to 2,047, or take another teacher",
+            "the context of {root}/teacher has 2,048 tokens, and data.seq_length=2048 with token 0 before a "
+            "document has 2,049; lower it, or take another teacher",
         ),
     ],
 )
@@ -124,6 +138,127 @@ def test_a_vocabulary_of_fewer_rows_is_a_mistake(root: Path) -> None:
     data = open_data(config(root, f"teacher: '{root}/teacher'"))
     (mistake,), _ = check(asked, data)
     assert mistake.endswith(f"model.vocab_size={tokens - 1:,} fewer; set model.vocab_size={tokens} or more")
+
+
+def written(root: Path, sources: str = "ab", keep: int = 1) -> Path:
+    """A cache of every `keep`-th document of some sources: nearly all of each distribution, as top-k."""
+    folder = root / f"cache_{sources}_{keep}"
+    if folder.exists():
+        return folder
+    teacher = Teacher(str(root / "teacher"), "fp32")
+    said = teacher.described
+    kind = {"temperature": 1.0, "draws": None, "top_k": 256, "seed": 1, "bos": said.bos, "context": 2048}
+    header = Header(said.identity, identity(said.vocabulary), said.tokens, **kind)
+    header.write(folder)
+    blocks = []
+    for name in sources:
+        prefix = root / f"{name}_text_document"
+        dataset, hashes = IndexedDataset(prefix), read_provenance(prefix).hashes
+        for document in range(0, len(hashes), keep):
+            tokens = np.array(dataset[document])
+            ((_, _, logits_NV),) = teacher.logits([tokens])
+            key = hashes[document].tobytes()
+            blocks.append((key, 0, len(tokens), pack(header, draw(logits_NV, header, key, 0))))
+    write_part(folder, header, blocks)
+    return folder
+
+
+def test_a_cache_serves_what_the_teacher_says_beside_the_student(root: Path) -> None:
+    """At labels whose document begins in the window, where both see the same tokens."""
+    said, cache = Described(str(root / "teacher")), written(root)
+    asked = config(root, f"cache: '{cache}', teacher: '{root}/teacher'")
+    data = open_data(asked)
+    mistakes, lines = check(asked, data)
+    assert mistakes == []
+    assert lines == [
+        f"phase one: KL at temperature 1 from the cache {cache}, the 256 largest probabilities of each token",
+        f"  of {said.identity[:12]}, token 0 before a document, context 2048",
+        "  a: 100.0% of its tokens have a record",
+        "  b: 100.0% of its tokens have a record",
+    ]
+    cached = teachers(asked, data)["one"]
+    online = teachers(config(root, f"teacher: '{root}/teacher'"), data)["one"]
+    assert cached.identities == {str(cache): Cache(cache).identity} | online.identities
+    assert (cached.tokens, online.records) == (said.tokens, None)
+    loader = BatchLoader(data.plan, data.corpora, SEQ, data.eod)
+    loader.records = cached.records
+    with process_groups(ParallelConfig()) as context:
+        batch = on_device(loader.batch(np.arange(4)))
+        sparse, dense = cached.targets(context)(batch), online.targets(context)(batch)
+    assert isinstance(sparse, SparseTarget) and isinstance(dense, DenseTarget)
+    assert sparse.tail and bool(batch.loss_mask_BS.all())
+    share_NV = dense.logits(slice(None)).softmax(-1)
+    found_NK = share_NV.gather(1, sparse.ids_NK.long()) * (sparse.share_NK > 0)
+    assert batch.documents is not None
+    begins_N = (batch.documents > 0).t().flatten()
+    assert 0 < int(begins_N.sum()) < len(begins_N)
+    error_N = (found_NK - sparse.share_NK).abs().amax(1)
+    assert error_N[begins_N].max() < 1e-3
+    # Elsewhere the window begins within the document, and only the cache has seen its beginning.
+    assert error_N[~begins_N].max() > 0.1
+    entropy_N = -(share_NV * share_NV.log()).sum(-1)
+    # 256 entries leave eight bits for it.
+    assert (entropy_N - sparse.entropy_N)[begins_N].abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("objective", "held", "message"),
+    [
+        (
+            "temperature: 2",
+            "ab",
+            r"another teacher or objective: temperature \(1.0 there, 2.0 here\); restore",
+        ),
+        (
+            "bos: none",
+            "ab",
+            r"another teacher or objective: bos \(0 there, None here\); restore these, or name",
+        ),
+        ("bos: none, teacher: '{root}/teacher'", "ab", r"bos \(0 there, None here\); restore"),
+        (
+            "teacher: '{root}/other'",
+            "ab",
+            r"another teacher or objective: teacher \(\w{20} there, \w{20} here\)",
+        ),
+        (
+            "teacher: '{root}/none'",
+            "a",
+            "has no record of data.sources.b; write them with tools/",
+        ),
+        (
+            "weight: 1",
+            "a",
+            "has no record of data.sources.b; write them with tools/cache_teacher",
+        ),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_one_mistake(
+    root: Path, objective: str, held: str, message: str
+) -> None:
+    mistakes, _ = found(config(root, f"cache: '{written(root, held)}', {objective.format(root=root)}"))
+    assert len(mistakes) == 1
+    assert re.search(rf"^phases.one.objective: .*cache .*{message}", mistakes[0]), mistakes
+
+
+def test_a_cache_of_another_vocabulary_is_a_mistake(root: Path) -> None:
+    mistakes, _ = found(config(root, f"cache: '{written(root, 'c')}'", sources="c"))
+    assert len(mistakes) == 1 and "data.sources.c has the ids of another vocabulary" in mistakes[0]
+    with pytest.raises(FileNotFoundError, match="holds no teacher cache; tools/cache"):
+        teachers(asked := config(root, f"cache: '{root}/none'"), open_data(asked))
+
+
+def test_a_partial_cache_says_what_it_lacks(root: Path) -> None:
+    asked = config(root, f"cache: '{written(root, keep=3)}'", "phases.one.weights={a: 1}")
+    mistakes, lines = found(asked)
+    lengths = IndexedDataset(root / "a_text_document").lengths
+    assert mistakes == []
+    assert lines[2:] == [f"  a: {lengths[::3].sum() / lengths.sum():.1%} of its tokens have a record"]
+
+
+def test_checks_import_no_torch() -> None:
+    """transformers does, where it is asked for a teacher's tokens."""
+    code = "import sys, megatron_r1.distill.open; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
 def test_a_plan_takes_a_teacher_that_is_not_here(root: Path) -> None:

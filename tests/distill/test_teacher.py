@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,12 +22,14 @@ from megatron_r1 import backend
 from megatron_r1.checkpoint.files import identity
 from megatron_r1.checkpoint.save import save_checkpoint
 from megatron_r1.config import ModelConfig, ParallelConfig
+from megatron_r1.data.loader import whole_batch
+from megatron_r1.distill import teacher as teacher_room
 from megatron_r1.distill.describe import Described
-from megatron_r1.distill.teacher import Teacher
+from megatron_r1.distill.teacher import Teacher, _batches
 from megatron_r1.export import pretrained
 from megatron_r1.export.pretrained import convert
 from megatron_r1.model.gpt import build_model
-from megatron_r1.parallel import cut_to_rank, process_groups
+from megatron_r1.parallel import cut_to_rank, on_device, process_groups
 from megatron_r1.preprocess.preprocess import preprocess
 from megatron_r1.preprocess.tokenizer import HuggingFace
 from megatron_r1.records import TrainState
@@ -107,6 +111,12 @@ def test_logits_are_those_of_a_plain_call(kind: str, tmp_path: Path, monkeypatch
         assert (ours_SV - wanted_SV).abs().max() < 1e-5 * wanted_SV.abs().max()
 
 
+def _window(token_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows with a label more, which no teacher sees."""
+    b, s = token_BS.shape
+    return np.pad(token_BS, ((0, 0), (0, 1)), constant_values=2), np.full(b, s), np.zeros(b, np.int64)
+
+
 def target_logits(folder: Path, token_BS: np.ndarray, eod: int | None, **how: Any) -> Any:
     """Logits [B, S, this rank's tokens] of the targets of a batch, on this rank's part of the rows."""
     from megatron.core import parallel_state as ps
@@ -114,7 +124,7 @@ def target_logits(folder: Path, token_BS: np.ndarray, eod: int | None, **how: An
     ranks = ps.get_tensor_model_parallel_world_size()
     teacher = Teacher(str(folder), "fp32", **how)
     targets = teacher.targets(eod, -(-teacher.tokens // ranks) + 3)
-    target = targets(SimpleNamespace(whole_BS=torch.from_numpy(token_BS)))  # type: ignore[arg-type]
+    target = targets(on_device(whole_batch(*_window(token_BS), None)))
     assert not target.hidden_ND.requires_grad and not target.weight_VD.requires_grad
     b = len(token_BS)
     return target.logits(slice(None)).unflatten(0, (-1, b)).transpose(0, 1)
@@ -126,9 +136,10 @@ def wanted(folder: Path, token_BS: np.ndarray, eod: int | None, bos: int | None)
     return torch.stack([torch.cat(row) for row in each])
 
 
-@pytest.mark.parametrize("eod", [EOD, None])
-@pytest.mark.parametrize("bos", [BOS, "none"])
-@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize(
+    ("kind", "bos", "eod"),
+    [("llama", BOS, EOD), ("llama", "none", None), ("phi", BOS, None), ("phi", "none", EOD)],
+)
 def test_targets_are_those_of_each_document(
     kind: str, bos: Any, eod: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +184,8 @@ def _on_a_rank(folder: Path, own: Path, token_BS: np.ndarray) -> tuple[Any, ...]
             return forward(self, ids_BS)
 
         Teacher._hidden = counted  # type: ignore[method-assign]
+        # Of so few tokens it could be half.
+        teacher_room._PADDING = 0
         ours_BSV = target_logits(folder, token_BS, EOD, bos=BOS).numpy()
         work = sum(seen[1:])
         own_BSV = target_logits(own, token_BS, EOD, together=True).numpy()
@@ -205,6 +218,21 @@ def test_ranks_share_sequences_and_keep_their_part(tmp_path: Path) -> None:
     hf = Described(str(tmp_path / "b" / "hf"))
     assert (said.parameters, said.vocabulary) == (hf.parameters, hf.vocabulary)
     assert said.flops_per_token(64) == pytest.approx(hf.flops_per_token(64), rel=1e-2)
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_batches_hold_each_sequence_once_with_little_padding(lengths: list[int], budget: int) -> None:
+    length_N = np.array(lengths, np.int64)
+    found = list(_batches(length_N, budget))
+    assert sorted(n for batch in found for n in batch) == list(range(len(lengths)))
+    for batch in found:
+        size = len(batch) * length_N[batch].max()
+        assert length_N[batch[0]] == length_N[batch].max()
+        assert size <= budget or len(batch) == 1
+        assert size - length_N[batch].sum() <= 64 + size / 10
+    # Of one length, as few as the budget allows.
+    of_one = list(_batches(np.full(7, 10), 30))
+    assert [len(batch) for batch in of_one] == [3, 3, 1]
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode(tmp_path: Path) -> None:
@@ -258,11 +286,10 @@ def test_logits_that_are_not_finite_are_one_error(tmp_path: Path) -> None:
     token_BS[1, 3] = 11
     assert 11 not in (torch.arange(16) * 7919 % teacher.tokens)
     teacher.network.get_input_embeddings().weight[11] = math.nan
-    batch: Any = SimpleNamespace(whole_BS=torch.from_numpy(token_BS))
     with process_groups(ParallelConfig()):
         targets = teacher.targets(EOD, 500)
         with pytest.raises(ValueError, match="hidden states of row 1 of a batch are not finite"):
-            targets(batch)
+            targets(on_device(whole_batch(*_window(token_BS), None)))
 
 
 def test_files_describe_a_teacher(tmp_path: Path) -> None:
