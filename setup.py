@@ -14,6 +14,7 @@ HEADERS = [
     "greedy",
     "plan",
     "gather",
+    "divergence",
     "records",
 ]
 HEADERS += ["arguments"]
@@ -26,7 +27,8 @@ setup(
             include_dirs=["csrc"],
             depends=[f"csrc/{name}.hpp" for name in HEADERS],
             # Contraction would round w * i - n once where Megatron rounds it twice: another order.
-            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off"],
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-pthread"],
+            extra_link_args=["-pthread"],
         )
     ]
 )

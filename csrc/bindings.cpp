@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.hpp"
+#include "divergence.hpp"
 #include "gather.hpp"
 #include "interrupt.hpp"
 #include "keep.hpp"
@@ -327,6 +328,139 @@ py::tuple megatron_order(const py::object& source_weights, const py::object& sam
   return py::make_tuple(source, draw);
 }
 
+// Logits, [rows, tokens]: fp32, or uint16 for the bits of bf16. They are used where they lie: a table may be
+// most of the memory that there is. Another thread that writes to one changes numbers and nothing else.
+struct Logits {
+  py::array array;
+  bool half;
+  u64 rows, tokens;
+
+  Logits(const py::object& given, const char* name) {
+    if (!py::isinstance<py::array>(given)) {
+      throw py::type_error(std::string(name) + " must be an array, not " + r1::arguments::type_of(given));
+    }
+    array = given;
+    half = array.dtype().equal(py::dtype::of<std::uint16_t>());
+    if (!half && !array.dtype().equal(py::dtype::of<float>())) {
+      throw py::type_error(std::string(name) + " must be an array of float32 or uint16, not of " +
+                           std::string(py::str(array.dtype())).substr(0, 80));
+    }
+    const bool aligned = array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    // The step along an axis of one is anything.
+    if (array.ndim() != 2 || !aligned || array.size() == 0 ||
+        (array.shape(1) > 1 && array.strides(1) != array.itemsize()) ||
+        (array.shape(0) > 1 && array.strides(0) < array.shape(1) * array.itemsize())) {
+      throw std::invalid_argument(std::string(name) + " must be [rows, tokens] of logits that lie in order");
+    }
+    rows = static_cast<u64>(array.shape(0));
+    tokens = static_cast<u64>(array.shape(1));
+  }
+
+  template <class T>
+  r1::divergence::Table<const T> table() const {
+    return {static_cast<const T*>(array.data()), static_cast<u64>(array.strides(0)) / sizeof(T)};
+  }
+  template <class T>
+  r1::divergence::Table<T> mutable_table() {
+    return {static_cast<T*>(array.mutable_data()), static_cast<u64>(array.strides(0)) / sizeof(T)};
+  }
+};
+
+// Calls `work` with a value of the student's type and one of the teacher's.
+template <class Work>
+void with_types(bool student_half, bool teacher_half, const Work& work) {
+  const std::uint16_t half = 0;
+  if (student_half && teacher_half) return work(half, half);
+  if (student_half) return work(half, 0.0f);
+  if (teacher_half) return work(0.0f, half);
+  work(0.0f, 0.0f);
+}
+
+// Student and teacher of a call, and its numbers.
+struct Pair {
+  Logits student;
+  std::optional<Logits> teacher;
+  float inverse;
+  u64 threads;
+
+  Pair(const py::object& student_logits, const py::object& teacher_logits, double inverse_temperature,
+       const py::object& thread_count)
+      : student(student_logits, "student"),
+        inverse(static_cast<float>(inverse_temperature)),
+        threads(whole(thread_count, "threads", 1, 1024)) {
+    if (!teacher_logits.is_none()) teacher.emplace(teacher_logits, "teacher");
+    if (teacher && (teacher->rows != student.rows || teacher->tokens != student.tokens)) {
+      throw std::invalid_argument("the teacher has logits [" + std::to_string(teacher->rows) + ", " +
+                                  std::to_string(teacher->tokens) + "], the student [" +
+                                  std::to_string(student.rows) + ", " + std::to_string(student.tokens) + "]");
+    }
+    if (!(inverse > 0 && inverse < std::numeric_limits<float>::infinity())) {
+      throw std::invalid_argument("1 / temperature must be above 0 and finite, got " +
+                                  std::to_string(inverse_temperature));
+    }
+  }
+
+  bool teacher_half() const { return teacher ? teacher->half : student.half; }
+  template <class T>
+  r1::divergence::Table<const T> teacher_table() const {
+    return teacher ? teacher->table<T>() : r1::divergence::Table<const T>{};
+  }
+};
+
+py::array_t<float> statistics(const py::object& student, const py::object& teacher, double inverse,
+                              const py::object& threads) {
+  const Pair pair(student, teacher, inverse, threads);
+  py::array_t<float> out({u64{r1::divergence::NUMBERS}, pair.student.rows});
+  float* const to = out.mutable_data();
+  // Without a teacher five rows are not computed.
+  std::memset(to, 0, static_cast<std::size_t>(out.nbytes()));
+  with_types(pair.student.half, pair.teacher_half(), [&](auto s, auto t) {
+    using Student = decltype(s);
+    using Teacher = decltype(t);
+    const r1::divergence::Statistics<Student, Teacher> task{pair.student.table<Student>(),
+                                                            pair.teacher_table<Teacher>(),
+                                                            pair.student.rows,
+                                                            pair.student.tokens,
+                                                            pair.inverse,
+                                                            to};
+    apart([&] { r1::divergence::run_threads(task, pair.threads); });
+  });
+  return out;
+}
+
+void gradient(const py::object& student, const py::object& teacher, const py::object& max_s,
+              const py::object& max_t, double inverse, const py::object& a, const py::object& b,
+              const py::object& c, const py::object& threads) {
+  Pair pair(student, teacher, inverse, threads);
+  const auto numbers = [&](const py::object& given, const char* name) {
+    const Array<float> got = array<float>(given, name);
+    if (static_cast<u64>(got.size()) != pair.student.rows) {
+      throw std::invalid_argument(std::string(name) + " has " + std::to_string(got.size()) + " numbers for " +
+                                  std::to_string(pair.student.rows) + " rows");
+    }
+    return got;
+  };
+  const Array<float> of_s = numbers(max_s, "max_s"), scale_s = numbers(a, "a");
+  std::optional<Array<float>> of_t, scale_t, one;
+  if (pair.teacher) of_t = numbers(max_t, "max_t"), scale_t = numbers(b, "b");
+  if (!c.is_none()) one = numbers(c, "c");
+  with_types(pair.student.half, pair.teacher_half(), [&](auto s, auto t) {
+    using Student = decltype(s);
+    using Teacher = decltype(t);
+    const r1::divergence::Gradient<Student, Teacher> task{pair.student.mutable_table<Student>(),
+                                                          pair.teacher_table<Teacher>(),
+                                                          pair.student.rows,
+                                                          pair.student.tokens,
+                                                          pair.inverse,
+                                                          of_s.data(),
+                                                          of_t ? of_t->data() : nullptr,
+                                                          scale_s.data(),
+                                                          scale_t ? scale_t->data() : nullptr,
+                                                          one ? one->data() : nullptr};
+    apart([&] { r1::divergence::run_threads(task, pair.threads); });
+  });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -414,6 +548,8 @@ PYBIND11_MODULE(_csrc, m) {
       .def("__reduce__", &refuse_copy);
 
   m.def("megatron_order", &megatron_order);
+  m.def("divergence_statistics", &statistics);
+  m.def("divergence_gradient", &gradient);
   m.def("draw", &draw, py::arg("logits"), py::arg("size"), py::arg("inverse"), py::arg("uniform"),
         py::arg("draws"));
 }

@@ -123,6 +123,8 @@ class Fuzz:
         self.make_files()
         self.table: dict[str, Callable[[], None]] = {
             "megatron_order": self.megatron_order,
+            "divergence_statistics": self.divergence,
+            "divergence_gradient": self.divergence,
             "draw": self.draw,
             "Keep": self.unmade,
             "Plan": self.unmade,
@@ -217,7 +219,7 @@ class Fuzz:
             else:
                 forms = [
                     lambda: value[:-1],
-                    lambda: np.broadcast_to(value[:1], (n,)) if n else value,
+                    lambda: np.broadcast_to(value[:1], value.shape) if n else value,
                     lambda: value.astype(np.float64) + 0.5,
                     lambda: value.astype(object),
                     lambda: value.astype("M8[s]") if value.dtype.kind in "iu" else value.astype(str),
@@ -233,7 +235,7 @@ class Fuzz:
     def misaligned(self, value: np.ndarray) -> np.ndarray:
         room = np.zeros(value.nbytes + 1, np.uint8)
         room[1:] = np.frombuffer(value.tobytes(), np.uint8)
-        return room[1:].view(value.dtype)
+        return room[1:].view(value.dtype).reshape(value.shape)
 
     def with_entry(self, value: np.ndarray) -> np.ndarray:
         out = value.copy()
@@ -281,6 +283,58 @@ class Fuzz:
     def fails(self, function: Callable[..., Any], *arguments: Any) -> None:
         answer = self.call(None, function, *arguments)
         assert answer is None, (function, arguments, answer)
+
+    # -- rows of logits
+
+    def logits(self, rows: int, tokens: int) -> np.ndarray:
+        """fp32, or bf16 as its bits, of rows that may lie apart."""
+        wide = self.array.normal(0, 9, (rows, tokens + self.random.choice([0, 5]))).astype(np.float32)
+        if self.random.random() < 0.5:
+            return wide[:, :tokens]
+        return (wide.view(np.uint32) >> 16).astype(np.uint16)[:, :tokens]
+
+    def divergence(self) -> None:
+        """Statistics and gradient of one student, mostly with a teacher."""
+        rows, tokens = self.random.randrange(1, 5), self.random.choice([1, 15, 16, 17, 600])
+        student, inverse, threads = self.logits(rows, tokens), self.random.choice([1.0, 0.3]), 3
+        teacher = self.random.choice([None, self.logits(rows, tokens), self.logits(rows, tokens)])
+        given = [self.spoil(student), self.spoil(teacher), self.spoil(inverse), self.spoil(threads)]
+        right = all(a is b for a, b in zip(given, (student, teacher, inverse, threads), strict=True))
+        answer = self.call("divergence_statistics", self.module.divergence_statistics, *given)
+        assert answer is not None or not right
+        if not right:
+            return
+        z = [np.zeros((rows, tokens)) if x is None else self.widened(x) for x in (student, teacher)]
+        own, its = (x - x.max(1, keepdims=True) for x in z)
+        np.testing.assert_array_equal(answer[0], z[0].max(1))
+        np.testing.assert_allclose(answer[1], np.exp(own * inverse).sum(1), 2e-6)
+        if teacher is not None:
+            np.testing.assert_allclose(answer[3], np.exp(its * inverse).sum(1), 2e-6)
+        a, b, c = self.array.random((3, rows)).astype(np.float32)
+        numbers = [answer[0], answer[2], inverse, a, b, self.random.choice([None, c])]
+        spoilt = [self.spoil(x, 0.05) for x in numbers]
+        given[:2] = self.spoil(student, 0.05), self.spoil(teacher, 0.05)
+        words = [*given[:2], *spoilt], [student, teacher, *numbers]
+        right = all(x is y for x, y in zip(*words, strict=True))
+        done = self.call(
+            "divergence_gradient",
+            lambda *words: (self.module.divergence_gradient(*words), True)[1],
+            given[0],
+            given[1],
+            *spoilt,
+            self.spoil(threads, 0.05),
+        )
+        if right and done:
+            terms = [a[:, None] * np.exp(own * inverse)]
+            terms += [] if teacher is None else [-b[:, None] * np.exp(its * inverse)]
+            terms += [] if numbers[5] is None else [c[:, None] * np.exp(own)]
+            error = np.abs(self.widened(student) - sum(terms))
+            assert (error <= (1e-5 if student.dtype == np.float32 else 1e-2) * sum(map(np.abs, terms))).all()
+
+    def widened(self, logits: np.ndarray) -> np.ndarray:
+        if logits.dtype == np.uint16:
+            logits = (np.ascontiguousarray(logits).astype(np.uint32) << 16).view(np.float32)
+        return logits.astype(np.float64)
 
     # -- Keep
 

@@ -100,6 +100,17 @@ def made_plan(megatron: bool = False, **changes: Any) -> Any:
     return add_phase(_csrc.Plan(megatron, True, u64(1, 2)), **changes)
 
 
+def statistics(student: Any, teacher: Any = None, inverse: Any = 1.0, threads: Any = 1) -> Any:
+    return _csrc.divergence_statistics(student, teacher, inverse, threads)
+
+
+def gradient(student: Any, teacher: Any = None, a: Any = None, b: Any = None) -> None:
+    ones = np.ones(2, np.float32)
+    _csrc.divergence_gradient(student, teacher, ones, ones, 1.0, ones if a is None else a, b, None, 1)
+
+
+ROWS = np.zeros((2, 3), np.float32)
+READ_ONLY = np.frombuffer(ROWS.tobytes(), np.float32).reshape(2, 3)
 NONE_KEPT = _csrc.Keep(10, np.zeros(2, np.uint8))
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "keep of 2^64 - 1": (
@@ -159,6 +170,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "megatron must be a bool, not str",
     ),
     "plan that was not made": (lambda: _csrc.Plan.__new__(_csrc.Plan).bounds(), TypeError, "has not run"),
+    "logits as a list": (lambda: statistics([[1.0]]), TypeError, "student must be an array, not list"),
+    "logits of float64": (
+        lambda: statistics(np.zeros((2, 3))),
+        TypeError,
+        "float32 or uint16, not of float64",
+    ),
+    "logits of another byte order": (lambda: statistics(ROWS.astype(">f4")), TypeError, "not of >f4"),
+    "logits in columns": (lambda: statistics(np.zeros((3, 2), np.float32).T), ValueError, "lie in order"),
+    "logits backwards": (lambda: statistics(ROWS[:, ::-1]), ValueError, "lie in order"),
+    "rows on top of each other": (
+        lambda: gradient(np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), (2, 3), (4, 4))),
+        ValueError,
+        "lie in order",
+    ),
+    "one row alone": (lambda: statistics(ROWS[0]), ValueError, "student must be .rows, tokens."),
+    "no rows": (lambda: statistics(ROWS[:0]), ValueError, "lie in order"),
+    "teacher of another shape": (
+        lambda: statistics(ROWS, ROWS[:, :2]),
+        ValueError,
+        r"teacher has logits \[2, 2\], the student \[2, 3\]",
+    ),
+    "temperature of 0": (lambda: statistics(ROWS, inverse=float("inf")), ValueError, "finite, got inf"),
+    "no threads": (lambda: statistics(ROWS, threads=0), ValueError, "threads must be from 1"),
+    "factor of one row of two": (
+        lambda: gradient(ROWS, None, ROWS[0, :1]),
+        ValueError,
+        "a has 1 numbers for 2",
+    ),
+    "teacher without b": (lambda: gradient(ROWS, ROWS), ValueError, "b must be one-dimensional"),
+    "logits that may not change": (lambda: gradient(READ_ONLY), ValueError, "not writeable"),
     "copy": (lambda: copy.copy(made_plan()), TypeError, "cannot pickle or copy"),
     "pickle": (lambda: pickle.dumps(_csrc.Streams(), 0), TypeError, "cannot pickle or copy"),
 }

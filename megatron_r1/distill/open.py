@@ -191,7 +191,7 @@ class _Cached:
         share = {corpus.name: _covered(cache, corpus) for corpus in drawn}
         if absent := [name for name in share if not share[name]]:
             way_out = "write them with tools/cache_teacher.py, or take its weight away"
-            raise ValueError(f"{cache.folder} has no record of data.sources.{absent[0]}; {way_out}")
+            raise ValueError(f"the cache {cache.folder} has no record of data.sources.{absent[0]}; {way_out}")
         kind = f"the {header.top_k} largest" if header.top_k else f"{header.draws} draws of the"
         return [
             f"the cache {cache.folder}, {kind} probabilities of each token",

@@ -28,13 +28,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_r1.backend import cpu_divergence
 from megatron_r1.model.loss import add_product, label_columns, main_gradient, reduced, say_added, slices
 
 FIGURES = ("kl", "ce", "teacher_entropy", "agreement")
 """Of each label: KL(teacher || student) at temperature T and cross-entropy of the label at 1, nats; the
 teacher's entropy at T, nats; 1 where both hold the same token for the likeliest, else 0."""
 
-_CHUNK = 3 << 28
+_CHUNK = 1 << 29
 """Bytes of logits, of both models together, that exist at a time. The temporaries of a block come on top."""
 _BLOCK = {"cpu": 1 << 20}
 """Logits that the plain row functions widen at a time on a device: what a CPU's caches hold."""
@@ -97,7 +98,8 @@ def linear_divergence(
     `tokens`: ids of the vocabulary; rows of W from there on are padding, outside both softmaxes. `weight`: of
     the divergence; the label's cross-entropy has the rest. `group`: the tensor-parallel group, whose ranks
     hold consecutive shards; the gradient of H is then a part, to be summed over it. `kernels`: has
-    `statistics` and `gradient` as this module. A weight that requires no gradient gets none.
+    `statistics` and `gradient` as this module; None: backend/cpu_divergence.py for fp32 and bf16 on a CPU,
+    else this module. A weight that requires no gradient gets none.
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
     `tail` it is that of K + 1 outcomes.
@@ -115,7 +117,11 @@ def linear_divergence(
         raise ValueError(f"rank {rank} has {width} tokens of the student and {rows} of the teacher")
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()  # no gradient is formed
-    counts_N, kernels = counts_N.to(_wide(hidden_ND)), kernels or sys.modules[__name__]
+    if kernels is None:
+        operands = [hidden_ND, target.hidden_ND] if isinstance(target, DenseTarget) else [hidden_ND]
+        fast = all(x.device.type == "cpu" and cpu_divergence.takes(x.dtype) for x in operands)
+        kernels = cpu_divergence if fast else sys.modules[__name__]
+    counts_N = counts_N.to(_wide(hidden_ND))
     group = group if ranks > 1 else None
     task = _Task(target, labels_N - first, counts_N, temperature, weight, group, first, width, kernels)
     return _LinearDivergence.apply(hidden_ND, weight_VD, task)
@@ -178,7 +184,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _blocks(logits_NV: Tensor) -> list[slice]:
     rows, width = logits_NV.shape
-    return slices(rows, max(1, _BLOCK.get(logits_NV.device.type, 1 << 24) // width))
+    return slices(rows, max(1, _BLOCK.get(logits_NV.device.type, 1 << 23) // width))
 
 
 _Compared = tuple[Tensor, Callable[[], None]]

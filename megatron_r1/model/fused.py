@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_r1 import backend
-from megatron_r1.backend import triton_kernels
+from megatron_r1.backend import triton_divergence, triton_kernels
+from megatron_r1.model.divergence import DenseTarget, linear_divergence
 from megatron_r1.model.loss import linear_cross_entropy
 from megatron_r1.system.terminal import is_first_rank, message_of, say
 
@@ -109,6 +110,7 @@ def install(gpt: Any, layers: bool) -> None:
     widths = gpt.vocab_size // ranks, config.ffn_hidden_size // ranks, *heads
     passed = _passed((config.params_dtype, *widths, eps, gpt.max_sequence_length))
     gpt.loss_kernels = triton_kernels if "loss" in passed else None
+    gpt.divergence_kernels = triton_divergence if "divergence" in passed else None
     kinds = {MLP: ("SwiGLU", FusedMlp), SelfAttention: ("rotation", FusedSelfAttention)}
     for module in gpt.modules() if layers else ():
         name, kind = kinds.get(type(module), ("", None))
@@ -174,6 +176,7 @@ def _cases(shape: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
         return torch.randn(*size, device=device, generator=generator).to(dtype)
 
     label_N = torch.randint(vocabulary, (8,), device=device, generator=generator)
+    teacher = randn(8, 64) / 8, randn(vocabulary, 64)
     position_S = torch.linspace(0, length - 1, 8, device=device).round()
     angle_SD = torch.outer(position_S, 1e4 ** -torch.linspace(0, 1, d // 2, device=device)).repeat(1, 2)
 
@@ -186,7 +189,20 @@ def _cases(shape: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
             turned.append(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
         return *turned, value
 
+    def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
+        z, z_t = hidden @ weight.t(), teacher[0].to(hidden) @ teacher[1].to(weight).t()
+        log_q, log_p, log_q_1 = ((x - x.logsumexp(1, keepdim=True)) for x in (z / 2, z_t / 2, z))
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        return 0.5 * 2**2 * kl - 0.5 * log_q_1.gather(1, label_N[:, None]).sum()
+
+    ones_N = torch.ones(8, device=device)
+    form = {"tokens": vocabulary, "temperature": 2.0, "weight": 0.5, "kernels": triton_divergence}
     return {
+        "divergence": (
+            lambda h, w: linear_divergence(h, w, label_N, ones_N, DenseTarget(*teacher), **form)[0],
+            divergence,
+            *(randn(8, 64) / 8, randn(vocabulary, 64)),
+        ),
         "loss": (
             lambda h, w: linear_cross_entropy(h, w, label_N, kernels=triton_kernels),
             # F.cross_entropy is among the operators that `train.deterministic` refuses on a GPU.

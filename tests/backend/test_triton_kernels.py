@@ -18,7 +18,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from megatron_r1.backend import triton_kernels as kernels
+from megatron_r1.backend import triton_divergence, triton_kernels as kernels
 
 
 class Device:
@@ -48,6 +48,10 @@ qkv_SBGHD, turn_SD = torch.empty(8, 2, 6, 6, 64, dtype=bf16), torch.empty(8, 64)
 for eps in (None, 1e-5):
     query, key = kernels.rotate(qkv_SBGHD, turn_SD, eps)
     kernels.rotate_backward(qkv_SBGHD, turn_SD, eps, (query, key, key))
+for teacher_NV, one_N in ((torch.empty_like(logit_NV), None), (None, number_N)):
+    triton_divergence.statistics(logit_NV, teacher_NV, 1.0)
+    numbers = number_N, number_N, 1.0, number_N, number_N, one_N
+    triton_divergence.gradient(logit_NV, teacher_NV, *numbers)
 for kernel in made:
     print(kernel.metadata.name, len(kernel.asm["cubin"]) > 0, ".v4.b32" in kernel.asm["ptx"])
 """
@@ -66,4 +70,4 @@ def test_every_launch_compiles(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if "_kernel" in line]
-    assert len(lines) == 9 and all(line.endswith("True True") for line in lines), done.stdout
+    assert len(lines) == 13 and all(line.endswith("True True") for line in lines), done.stdout

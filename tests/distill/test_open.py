@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -212,13 +211,13 @@ def test_a_cache_serves_what_the_teacher_says_beside_the_student(root: Path) -> 
         ),
         (
             "bos: none",
-            {},
+            "ab",
             r"another teacher or objective: bos \(0 there, None here\); restore these, or name",
         ),
         ("bos: none, teacher: '{root}/teacher'", "ab", r"bos \(0 there, None here\); restore"),
         (
             "teacher: '{root}/other'",
-            {},
+            "ab",
             r"another teacher or objective: teacher \(\w{20} there, \w{20} here\)",
         ),
         (

@@ -65,8 +65,28 @@ def test_tensor_parallel_ranks_train_as_one_and_a_teacher_whose_phase_is_over_ma
     shutil.move(root / "teacher", root / "elsewhere")
     try:
         status, text = inputs.call("train", *new, "--check")
-        assert status and "1 mistake in the configuration" in text and "phases.one.objective: no model" in text
+        assert (
+            status and "1 mistake in the configuration" in text and "phases.one.objective: no model" in text
+        )
         train(root, *later)
     finally:
         shutil.move(root / "elsewhere", root / "teacher")
     assert ["kd" in line for line in lines(root / "one")] == [True] * 3 + [False]
+
+
+def test_a_cache_trains_alike_on_any_ranks_and_after_a_stop(root: Path) -> None:
+    cached = f"phases.one.objective.cache='{root}/cache'"
+    (status, text) = inputs.call("cache_teacher", *words(root, "cached", cached), "--phase", "one")
+    assert status == 0, text
+    (status, text) = inputs.call("train", *words(root, "cached", cached), "--check")
+    assert status == 0 and "a: 100.0% of its tokens have a record" in text, text
+    train(root, *words(root, "cached", cached))
+    train(root, *words(root, "parts", cached, "parallel.context=2"), ranks=2)
+    for line, want in zip(lines(root / "parts"), lines(root / "cached"), strict=True):
+        for name in ("loss", "kd"):
+            assert line[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
+    first, online = lines(root / "cached")[0], lines(root / "one")[0]
+    # Of the same windows and weights: exact but for the draws.
+    for name in ("ce", "teacher_entropy"):
+        assert first["kd"][name] == pytest.approx(online["kd"][name], rel=2e-3)
+    assert first["kd"]["kl"] == pytest.approx(online["kd"]["kl"], rel=0.1)

@@ -136,9 +136,10 @@ def wanted(folder: Path, token_BS: np.ndarray, eod: int | None, bos: int | None)
     return torch.stack([torch.cat(row) for row in each])
 
 
-@pytest.mark.parametrize("eod", [EOD, None])
-@pytest.mark.parametrize("bos", [BOS, "none"])
-@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize(
+    ("kind", "bos", "eod"),
+    [("llama", BOS, EOD), ("llama", "none", None), ("phi", BOS, None), ("phi", "none", EOD)],
+)
 def test_targets_are_those_of_each_document(
     kind: str, bos: Any, eod: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,15 +129,15 @@ def test_a_kernel_that_computes_something_else_is_left_out(
 ) -> None:
     real = fused().triton_kernels.swiglu
     monkeypatch.setattr(fused().triton_kernels, "swiglu", lambda *words: real(*words) * (1 + 1e-4))
-    assert fused()._passed.__wrapped__(SMALL) == {"loss", "rotation"}
+    assert fused()._passed.__wrapped__(SMALL) == {"divergence", "loss", "rotation"}
     said = capsys.readouterr().err
-    assert "Triton kernels: loss, rotation | checked in" in said
+    assert "Triton kernels: divergence, loss, rotation | checked in" in said
     assert "Triton kernel SwiGLU is left out: relative error 1.0e-04, at most 1e-05" in said
 
 
 def test_a_model_built_where_gradients_are_off_has_the_kernels() -> None:
     with torch.no_grad():
-        assert fused()._passed.__wrapped__(SMALL) == {"loss", "SwiGLU", "rotation"}
+        assert fused()._passed.__wrapped__(SMALL) == {"divergence", "loss", "SwiGLU", "rotation"}
 
 
 def test_a_kernel_that_does_not_compile_is_left_out(
@@ -147,7 +147,7 @@ def test_a_kernel_that_does_not_compile_is_left_out(
         raise RuntimeError("PTXAS error")
 
     monkeypatch.setattr(fused().triton_kernels, "swiglu", fails)
-    assert fused()._passed.__wrapped__(SMALL) == {"loss", "rotation"}
+    assert fused()._passed.__wrapped__(SMALL) == {"divergence", "loss", "rotation"}
     assert "Triton kernel SwiGLU does not run: RuntimeError: PTXAS error" in capsys.readouterr().err
 
 
@@ -162,7 +162,7 @@ def left_out_by_one() -> list[str]:
 
 
 def test_ranks_agree_on_what_is_left_out() -> None:
-    assert on_ranks(2, left_out_by_one) == [["loss", "rotation"]] * 2
+    assert on_ranks(2, left_out_by_one) == [["divergence", "loss", "rotation"]] * 2
 
 
 def interleaved(kernels: bool) -> tuple[list[str], list[tuple[float, float]]]:
