@@ -27,10 +27,9 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 class Described:
     """A teacher: a folder of Hugging Face, a name on the hub as ORG/NAME@COMMIT, or a checkpoint of a run.
 
-    `bos`: id of the token before each text; "none"; "auto": the one that its tokenizer puts there. A run's
-    data has none. Raises
-    FileNotFoundError for no model, and ValueError for one that is damaged, has a vocabulary smaller than its
-    tokenizer's, or a `bos` that it has not.
+    `bos`: id of the token before each text; "none"; "auto": the one that its tokenizer puts there, and none
+    for a checkpoint, whose data had none. Raises FileNotFoundError for no model, and ValueError for one that
+    is damaged, has a vocabulary smaller than its tokenizer's, or a `bos` that it has not.
     """
 
     longest: float
