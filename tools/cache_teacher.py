@@ -24,6 +24,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from megatron_r1 import config_io
 from megatron_r1.data.open import launched, open_data
 from megatron_r1.distill.cache import Header
@@ -35,9 +37,6 @@ from megatron_r1.preprocess.shards import parse_shard
 from megatron_r1.system.files import write_json
 from megatron_r1.system.process import launch_number
 from megatron_r1.system.terminal import count, loading_torch, number, positive, say, tool_parser, user_errors
-
-_H100 = 0.4 * 989e12
-"""FLOP/s, where neither --tflops nor the teacher is there: an H100 at 40 %."""
 
 
 def main() -> None:
@@ -68,7 +67,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     config, data = config_io.load_with(options.config, lambda config: open_data(config, launched(), "mix"))
-    asked, model, folder = objective_of(config, options.phase)
+    asked, model, cache = objective_of(config, options.phase)
+    if cache is None and not options.judge:
+        raise ValueError(f"phases.{options.phase}.objective names no cache, the folder that is written")
+    folder = cache or Path()
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
     # Under torchrun, RANK is a rank's place within its shard.
     others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -104,26 +106,25 @@ def run(options: argparse.Namespace) -> None:
     flops = options.tflops and options.tflops * 1e12
     if options.judge:
         result = judge(config, options.phase, documents, options.sample, options.seed, flops)
-        write_json(folder / "judge.json", result)
+        if cache:
+            write_json(cache / "judge.json", result)
         return say(text(result), result=True)
     if options.estimate:
-        if header is None and asked.parameters is None:
-            raise ValueError(f"{model} is not here; say phases.{options.phase}.objective.parameters=N")
-        flops = flops or (None if header else _H100)
+        if header is None and not (asked.parameters and flops):
+            way_out = f"say phases.{options.phase}.objective.parameters=N and --tflops"
+            raise ValueError(f"{model} is not here to be measured; {way_out}")
         flop, found = 2.0 * (asked.parameters or 0), dict.fromkeys(lacking, (each, 0.0))
         if teacher and header:
             flop = teacher.flops_per_token(config.data.seq_length)
             loaded = Teacher(model, config.train.precision, asked.bos)
             found = estimate(documents, loaded, header, options.sample, options.seed)
-        rows = {
-            name: (n, n * found[name][0] / 1e9, n * (flop / flops if flops else found[name][1]) / 3600)
-            for name, n in lacking.items()
-        }
-        rows["together"] = tuple(map(sum, zip(*rows.values(), strict=True))) or (0, 0.0, 0.0)
-        for name, (tokens, size, hours) in rows.items():
-            say(f"{name}: {tokens:,} tokens, {size:.3g} GB, {hours:.3g} hours of a device", result=True)
-        by = "by a sample" if header else f"at {each:g} a token, because {model} is not here"
-        how = f"at {flops / 1e12:g} TFLOP/s" if flops else "by a sample on this device"
+        rows, of_flop = dict[str, np.ndarray](), flop / flops if flops else None
+        for name, n in lacking.items():
+            rows[name] = n * np.array([1, found[name][0] / 1e9, (of_flop or found[name][1]) / 3600])
+        for name, (tokens, gb, hours) in {**rows, "together": sum(rows.values(), np.zeros(3))}.items():
+            say(f"{name}: {tokens:,.0f} tokens, {gb:.3g} GB, {hours:.3g} hours of a device", result=True)
+        by = "by a sample" if header else f"at {each:g} a token"
+        how = "at --tflops" if flops else "by a sample on this device"
         return say(f"bytes {by}; hours {how}", result=True)
     with meeting(folder / "writers" / f"{place}-of-{shards}", rank, ranks) as meet:
         if header:

@@ -21,7 +21,6 @@ from megatron_r1.data.indexed import identity_of
 from megatron_r1.distill.cache import BLOCK, Cache, Drawn, Header, draw, merge, pack, write_part
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.documents import Documents
-from megatron_r1.distill.vocabulary import identity
 from megatron_r1.run import ledger, stage
 from megatron_r1.system.errors import rewording
 from megatron_r1.system.terminal import Progress, say
@@ -55,9 +54,8 @@ def header_of(
         lead = ", one of them before each text" if teacher.bos is not None else ""
         fault = f"--context {context}: the context of {teacher.model} is {teacher.longest} tokens{lead}"
         raise ValueError(f"{fault}; lower it to {longest}, or leave it out")
-    context, words = context or int(min(CONTEXT, longest)), identity(teacher.vocabulary)
-    kind = (asked.temperature, draws, top_k, seed, teacher.bos, context)
-    return Header(teacher.identity, words, teacher.tokens, *kind)
+    kind = (asked.temperature, draws, top_k, seed, teacher.bos, context or int(min(CONTEXT, longest)))
+    return Header(teacher.identity, teacher.vocabulary_identity, teacher.tokens, *kind)
 
 
 def pieces(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -136,7 +134,8 @@ def write(
     is begun, and ValueError as `records`. The parts before stay.
     """
     left, size, done = documents.only(~covered(folder, documents)), 0, 0
-    with Progress("teacher cache", left.total, "tokens", show=show) as progress:
+    name = f"teacher cache, 1 of {ranks} ranks" if ranks > 1 else "teacher cache"
+    with Progress(name, left.total, "tokens", show=show) as progress:
         for numbers in groups(left.length_D):
             each = size / done if done else expected(header.draws, header.top_k)
             require_space(folder, (left.total - done) * ranks, each)

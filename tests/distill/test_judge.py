@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from megatron_r1.config import Config
 from megatron_r1.data.open import OpenData
 from megatron_r1.distill import judge as judged
+from megatron_r1.distill.cache import write_part
 from megatron_r1.distill.documents import choose
 from megatron_r1.distill.judge import estimate, judge, label_nll, sample, student_of, text
 from megatron_r1.distill.teacher import Teacher
+from megatron_r1.distill.write import records
 from tests.distill import corpus
-from tests.distill.test_write import header
+from tests.distill.test_write import CONTEXT, header
 
 TOKENS = 300
 
@@ -69,6 +71,22 @@ def test_a_sample_is_of_every_source_seeded_and_cut(root: Path) -> None:
     same, other = (sample(documents, TOKENS, 20, seed).hash_DH.tobytes() for seed in (1, 2))
     assert same == found.hash_DH.tobytes() != other
     assert len(sample(documents, 10**9, 20, 1)) == (documents.length_D > 1).sum()
+
+
+def test_the_estimate_is_what_a_part_then_has(root: Path, tmp_path: Path) -> None:
+    documents = choose(*opened(root), "mid")
+    documents = documents.only(documents.length_D < CONTEXT)
+    teacher = Teacher(str(root / "teacher"), "fp32")
+    made = header(teacher)
+    found = estimate(documents, teacher, made, 10**9, 0)
+    tokens = documents.by_source()
+    expected = sum(tokens[name] * found[name][0] for name in tokens)
+    part = write_part(tmp_path, made, records(teacher, made, documents, np.arange(len(documents))))
+    # Beginning and end of a file.
+    assert 0 < part.stat().st_size - expected < 100
+    assert all(seconds > 0 for _, seconds in found.values())
+    (a,) = estimate(documents.only(documents.source_D == 0), teacher, made, 100, 0).values()
+    assert a[0] == pytest.approx(found["a"][0], rel=0.1)
 
 
 def test_losses_costs_and_warnings(root: Path) -> None:

@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +47,7 @@ def teacher(root: Path) -> Teacher:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sequence is a batch of its own, so that its logits do not depend on others. Parts are small."""
     monkeypatch.setattr(pretrained, "BATCH_TOKENS", 1)
-    monkeypatch.setattr(write, "PART", 400)
+    monkeypatch.setattr(write, "PART", 500)
 
 
 def header(teacher: Teacher, **more: Any) -> Header:
@@ -101,7 +102,7 @@ def drawn_by(config: Any, data: Any, planned: bool) -> list[set[bytes]]:
         )
         hashes, edges, there = read_provenance(one.prefix).hashes, document_starts(one), set[bytes]()
         wanted = windows[k] if planned else {int(w) for w in kept}
-        for d, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        for d, (begin, end) in enumerate(pairwise(edges)):
             tail = mask is None and not planned and end > one.windows(corpus.SEQ) * corpus.SEQ
             if tail or any(p // corpus.SEQ in wanted for p in range(begin, end)):
                 there.add(hashes[d].tobytes())
@@ -224,7 +225,7 @@ def test_bytes_do_not_depend_on_writers_and_their_order(
         write.write(documents.of_writer(writer, 3), teacher, made, tmp_path, show=False)
         share = documents.only(~write.covered(tmp_path, documents))
         assert len(share) < len(documents)
-    assert len(list(tmp_path.glob("part-*.kd"))) > 5 and len(list(whole.glob("part-*.kd"))) == 1
+    assert len(list(tmp_path.glob("part-*.kd"))) >= 5 and len(list(whole.glob("part-*.kd"))) == 1
     assert held(tmp_path, documents) == held(whole, documents) and len(held(whole, documents)) == len(
         documents
     )
@@ -256,7 +257,7 @@ def test_an_end_at_any_part_loses_that_part_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parts = list(write.groups(documents.length_D))
-    assert len(parts) > 4 and np.concatenate(parts).tolist() == list(range(len(documents)))
+    assert len(parts) > 3 and np.concatenate(parts).tolist() == list(range(len(documents)))
     write_part = write.write_part
     for last in range(len(parts)):
         folder, left = tmp_path / str(last), last
@@ -289,7 +290,7 @@ def tool(words: list[str]) -> None:
 
 
 def test_ranks_that_were_killed_go_on(root: Path, whole: Path, documents: Documents, tmp_path: Path) -> None:
-    """Two ranks end by SIGKILL after their first parts. The same command then writes the rest and the index."""
+    """Two ranks end by SIGKILL after their first parts. The same command then writes the rest."""
     folder = root / "cache"
     words = [*corpus.words(root), "--phase", "mid", "--seed", "7", "--context", str(CONTEXT)]
     children, _ = start_ranks(2, tmp_path, tool, words)
@@ -343,7 +344,7 @@ def test_too_little_disk_is_found_before_a_part_and_by_what_was_measured(
         write.write(documents, teacher, header(teacher), tmp_path, show=False)
     assert len(list(tmp_path.iterdir())) == 2
     free[0] -= 1
-    with pytest.raises(OSError, match="tokens of 46.0 bytes"):
+    with pytest.raises(OSError, match=r"tokens of 46\.0 bytes"):
         write.require_space(tmp_path / "not" / "there", documents.total, write.BYTES)
     # Another rank takes as much.
     free[0] = 10**9

@@ -1,4 +1,4 @@
-"""tools/cache_teacher.py: what it would write, shards and their merge, the ledger, mistakes before any work."""
+"""tools/cache_teacher.py: what it would write, shards, the ledger, mistakes before any work."""
 
 from __future__ import annotations
 
@@ -115,20 +115,25 @@ def test_shards_and_their_merge(
 def test_estimate_and_judge_write_no_records(root: Path, words: list[str], tmp_path: Path) -> None:
     folder, (a, b) = tmp_path / "cache", tokens(root)
     said = call(*words, "--estimate", "--sample", 100, "--tflops", "1e-6")
-    assert "bytes by a sample; hours at 1e-06 TFLOP/s" in said and not folder.exists()
+    assert "bytes by a sample; hours at --tflops" in said and not folder.exists()
     flop = 60928.0
     assert f"a: {a:,} tokens, " in said and f"{a * flop / 1e6 / 3600:.3g} hours" in said
     assert "hours by a sample on this device" in call(*words, "--estimate", "--sample", 100)
     absent = [*words, "phases.mid.objective.teacher=not/here"]
-    assert "say phases.mid.objective.parameters=N" in mistake(*absent, "--estimate")
-    said = call(*absent, "--estimate", "phases.mid.objective.parameters=8000000000")
-    assert f"together: {a + b:,} tokens, {(a + b) * 46 / 1e9:.3g} GB" in said
-    assert "bytes at 46 a token, because not/here is not here; hours at 395.6 TFLOP/s" in said
+    assert "say phases.mid.objective.parameters=N and --tflops" in mistake(*absent, "--estimate")
+    said = call(*absent, "--estimate", "phases.mid.objective.parameters=8000000000", "--tflops", 400)
+    hours = (a + b) * 16e9 / 4e14 / 3600
+    assert f"together: {a + b:,} tokens, {(a + b) * 46 / 1e9:.3g} GB, {hours:.3g} hours" in said
+    assert "bytes at 46 a token; hours at --tflops" in said
     assert "tokens of 49 documents" in call(*absent, "--check")
     said = call(*words, "--judge", "--sample", 100)
     result = json.loads((folder / "judge.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == ["judge.json"]
     assert f"{result['sources']['a']['with_bos']:.4f}" in said and "timed on this one" in said
+    # A teacher beside the student is judged, too.
+    (folder / "judge.json").unlink()
+    again = call(*words, "--judge", "--sample", 100, "phases.mid.objective.cache=null", "--tflops", 1)
+    assert again.splitlines()[1:4] == said.splitlines()[1:4] and not list(folder.iterdir())
     call(*words, "--sources", "a")
 
 
@@ -148,8 +153,9 @@ def test_check_imports_no_torch(words: list[str]) -> None:
     ("more", "message"),
     [
         (["--phase", "other"], "--phase 'other': the phases are mid"),
-        (["phases.mid.objective=null"], "must name a teacher and the folder of its cache"),
-        (["phases.mid.objective.teacher=null"], "must name a teacher and the folder of its cache"),
+        (["phases.mid.objective=null"], "phases.mid.objective names no teacher"),
+        (["phases.mid.objective.teacher=null"], "phases.mid.objective names no teacher"),
+        (["phases.mid.objective.cache=null"], "phases.mid.objective names no cache, the folder"),
         (["--sources", "a,c"], "--sources 'c': phases.mid draws from a, b"),
         (["--context", "512"], "the context of {root}/teacher is 512 tokens, one of them before each text; "
          "lower it to 511"),
