@@ -53,6 +53,8 @@ def test_tensor_parallel_ranks_train_as_one_and_a_teacher_whose_phase_is_over_ma
     (status, text) = inputs.call("train", *words(root, "one"), "--check")
     assert status == 0 and "phase one: KL at temperature 1 from" in text, text
     assert not (root / "one").exists()
+    (status, text) = inputs.call("plan_launch", *words(root, "one"), "--gpus", 2, "--check")
+    assert status == 0 and "teacher of phase one: " in text, text
     train(root, *words(root, "one"))
     train(root, *words(root, "two", "parallel={tensor: 2, sequence: true}"), ranks=2)
     for line, want in zip(lines(root / "two"), lines(root / "one"), strict=True):
