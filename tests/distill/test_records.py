@@ -16,7 +16,8 @@ from megatron_r1.data.indexed import IndexedWriter, open_corpus
 from megatron_r1.data.integrity import side_file
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.provenance import ORIGIN, text_hashes
-from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, merge, pack, unpack, write_part
+from megatron_r1.distill.cache import BLOCK, Cache, merge, write_part
+from megatron_r1.distill.draws import Header, draw, pack, unpack
 from megatron_r1.distill.records import WindowRecords
 from megatron_r1.parallel import process_groups
 from megatron_r1.records import Batch, Corpus
