@@ -37,7 +37,7 @@ from megatron_r1.distill.draws import Drawn as Drawn
 from megatron_r1.distill.draws import Header, unpack
 from megatron_r1.distill.draws import draw as draw
 from megatron_r1.distill.draws import pack as pack
-from megatron_r1.system.files import json_bytes, regular, replacing
+from megatron_r1.system.files import beside, json_bytes, regular, replacing
 from megatron_r1.system.json_io import parse_json
 
 BLOCK = 1024
@@ -74,7 +74,7 @@ def write_part(folder: Path, header: Header, blocks: Iterable[tuple[bytes, int, 
         place_M[n] = 0, begin, len(body), tokens, _check(key, tokens, body)
         begin += len(body)
     bodies = (found[key][1] for key in keys)
-    return _write(folder, "part", front, bodies, begin, np.array(keys, _KEY), place_M)
+    return _write(folder / "part", front, bodies, begin, np.array(keys, _KEY), place_M)
 
 
 def merge(folder: Path) -> Path:
@@ -85,10 +85,9 @@ def merge(folder: Path) -> Path:
     cache, earlier = Cache(folder, merged=False), list(folder.glob("index-*.kd"))
     front = MAGIC + cache.header.digest + _names([path.name for path in cache.parts])
     ((key_M, place_M),) = cache.tables
-    path = _write(folder, "index", front, [], len(front), key_M, place_M)
-    for other in earlier:
-        if other != path:
-            other.unlink()
+    path = _write(folder / "index", front, [], len(front), key_M, place_M)
+    for other in {*earlier} - {path}:
+        other.unlink()
     return path
 
 
@@ -102,23 +101,17 @@ def _check(key: bytes, tokens: int, body: bytes) -> int:
 
 
 def _write(
-    folder: Path,
-    kind: str,
-    front: bytes,
-    bodies: Iterable[bytes],
-    begin: int,
-    key_M: np.ndarray,
-    place_M: np.ndarray,
+    kind: Path, front: bytes, bodies: Iterable[bytes], begin: int, key_M: np.ndarray, place_M: np.ndarray
 ) -> Path:
+    """Write the file `kind`-DIGEST.kd, whose index begins at a byte."""
     tail = len(key_M).to_bytes(8, "little") + begin.to_bytes(8, "little") + END
-    digest = xxhash.xxh3_128(front)
-    index = [np.ascontiguousarray(array).tobytes() for array in (key_M, place_M)]
-    for part in (*index, tail):
+    digest, index = xxhash.xxh3_128(front), (key_M.tobytes(), place_M.tobytes(), tail)
+    for part in index:
         digest.update(part)
-    path = folder / f"{kind}-{digest.hexdigest()}.kd"
+    path = kind.with_name(f"{kind.name}-{digest.hexdigest()}.kd")
     if not path.exists():
         with replacing(path) as stream:
-            for part in (front, *bodies, *index, tail):
+            for part in (front, *bodies, *index):
                 stream.write(part)
     return path
 
@@ -172,7 +165,7 @@ class Cache:
         self.tables: list[tuple[np.ndarray, np.ndarray]] = [(table[0], table[1])] if table else []
         """Keys, ascending, and places."""
         rest = sorted(path for path in folder.glob("part-*.kd") if path.name not in set(names))
-        self.parts = [*(folder / name for name in names), *rest]
+        self.parts = [*(beside(indices[-1], name) for name in names), *rest]
         for path in self.parts[: len(names)]:
             if not path.is_file():
                 raise FileNotFoundError(
@@ -276,9 +269,9 @@ class Cache:
         """A block unpacked, once its checksum is compared."""
         part, begin, size, tokens, check = place.tolist()
         first = int.from_bytes(key[16:], "big") * BLOCK
-        # A block has no more bytes, whatever an index says.
-        most = BLOCK * (2 + self.header.most * 8)
-        body = os.pread(self._open(part).number, min(size, most), begin) if part < len(self.parts) else b""
+        # Whatever an index says: a block has no more bytes, and a file is not longer.
+        most, part = BLOCK * (2 + self.header.most * 8), min(part, len(self.parts) - 1)
+        body = os.pread(self._open(part).number, min(size, most), min(begin, 1 << 62))
         if len(body) != size or _check(key, tokens, body) != check:
             where = f"block {first // BLOCK} of document {key[:16].hex()}, {size} bytes at {begin},"
             raise ValueError(f"{self.parts[part]}: {where} is damaged or missing; {REDO}")

@@ -100,6 +100,25 @@ def test_counts_are_unbiased() -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_gradient_is_the_exact_one(temperature: float) -> None:
+    """Of KL by the student's hidden state, over 3,000 records as they come back from a block."""
+    header = replace(TINY, tokens=60, temperature=temperature)
+    teacher_1V, student_1V, weight_VD = (
+        logits(n, m, k) for k, (n, m) in enumerate(((1, 60), (1, 60), (60, 5)))
+    )
+    exact_D = ((softmax(student_1V, temperature) - softmax(teacher_1V, temperature)) @ weight_VD.numpy())[0]
+    drawn = draw(teacher_1V.expand(3000, 60), header, name_of(9), 0)
+    id_E, share_E, distinct_N, _ = unpack(header, pack(header, drawn), 3000)
+    share_NV = np.zeros((3000, 60))
+    share_NV[np.repeat(np.arange(3000), distinct_N), id_E] = share_E
+    gradient_ND = (softmax(student_1V, temperature) - share_NV) @ weight_VD.numpy()
+    error_D = gradient_ND.std(0) / math.sqrt(3000)
+    assert (np.abs(gradient_ND.mean(0) - exact_D) < 4.5 * error_D).all()
+    # The interval is narrow: a fiftieth of the gradient's length.
+    assert error_D.max() < np.linalg.norm(exact_D) / 50
+
+
 def test_a_record_depends_on_seed_document_and_offset_alone() -> None:
     z_NV = logits(90, 300)
     whole = as_rows(draw(z_NV, TINY, name_of(2), 40))
@@ -405,6 +424,14 @@ def test_truncated_parts_and_hostile_sizes(tmp_path: Path, made: Any) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.name} is truncated, or its index damaged; remove it"):
             Cache(tmp_path)
+    # An index whose places lie anywhere, with the hash of its own content: nothing is allocated for it.
+    path.write_bytes(good)
+    for change in ({"begin": 2**64 - 1}, {"bytes": 2**32 - 1}, {"tokens": 2**32 - 1}):
+        cache = Cache(tmp_path)
+        for field, value in change.items():
+            cache.tables[0][1][field] = value
+        with pytest.raises(ValueError, match=f"{path.name}: block . of document"):
+            read_all(cache)
     # Under an index a part is opened when a block of it is read.
     path.write_bytes(good)
     merge(tmp_path)
