@@ -67,7 +67,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     config, data = config_io.load_with(options.config, lambda config: open_data(config, launched(), "mix"))
-    asked, model, folder = objective_of(config, options.phase)
+    asked, model, cache = objective_of(config, options.phase)
+    if cache is None and not options.judge:
+        raise ValueError(f"phases.{options.phase}.objective names no cache, the folder that is written")
+    folder = cache or Path()
     rank, ranks = launch_number("RANK", 0), launch_number("WORLD_SIZE", 1)
     # Under torchrun, RANK is a rank's place within its shard.
     others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -103,7 +106,8 @@ def run(options: argparse.Namespace) -> None:
     flops = options.tflops and options.tflops * 1e12
     if options.judge:
         result = judge(config, options.phase, documents, options.sample, options.seed, flops)
-        write_json(folder / "judge.json", result)
+        if cache:
+            write_json(cache / "judge.json", result)
         return say(text(result), result=True)
     if options.estimate:
         if header is None and not (asked.parameters and flops):

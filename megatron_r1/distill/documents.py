@@ -71,14 +71,14 @@ class Documents:
         return f"document {number} of source '{corpus.name}' ({corpus.prefix})"
 
 
-def objective_of(config: Config, phase: str) -> tuple[ObjectiveConfig, str, Path]:
-    """A phase's objective, its teacher and its cache's folder. ValueError where it has not all of them."""
+def objective_of(config: Config, phase: str) -> tuple[ObjectiveConfig, str, Path | None]:
+    """A phase's objective, its teacher and its cache's folder. ValueError where it has no teacher."""
     if phase not in config.phases:
         raise ValueError(f"--phase {shown(phase)}: the phases are {', '.join(config.phases)}")
     asked = config.phases[phase].objective
-    if asked is None or asked.teacher is None or asked.cache is None:
-        raise ValueError(f"phases.{phase}.objective must name a teacher and the folder of its cache")
-    return asked, asked.teacher, Path(asked.cache)
+    if asked is None or asked.teacher is None:
+        raise ValueError(f"phases.{phase}.objective names no teacher, which writes the cache")
+    return asked, asked.teacher, Path(asked.cache) if asked.cache else None
 
 
 def choose(

@@ -58,7 +58,8 @@ class Teacher(Pretrained):
         if not own_SV.isfinite().all():
             raise ValueError(f"{model}: its logits are not finite; its weights are damaged")
         before_SV = self._forward(ids_1S[:, :8])[0, :, : self.tokens].float()
-        if not (before_SV - own_SV[:8]).abs().max() <= self._near:
+        # The mean, because another rounding may send a token to another expert.
+        if not (before_SV - own_SV[:8]).abs().mean() <= self._near:
             raise ValueError(f"{model}: its logits depend on the tokens behind; take a causal model")
         self._trunk: Any = None
         self._head = self._find_head(ids_1S, own_SV)

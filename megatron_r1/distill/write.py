@@ -134,7 +134,8 @@ def write(
     is begun, and ValueError as `records`. The parts before stay.
     """
     left, size, done = documents.only(~covered(folder, documents)), 0, 0
-    with Progress("teacher cache", left.total, "tokens", show=show) as progress:
+    name = f"teacher cache, 1 of {ranks} ranks" if ranks > 1 else "teacher cache"
+    with Progress(name, left.total, "tokens", show=show) as progress:
         for numbers in groups(left.length_D):
             each = size / done if done else expected(header.draws, header.top_k)
             require_space(folder, (left.total - done) * ranks, each)

@@ -255,6 +255,22 @@ def test_a_partial_cache_says_what_it_lacks(root: Path) -> None:
     assert lines[2:] == [f"  a: {lengths[::3].sum() / lengths.sum():.1%} of its tokens have a record"]
 
 
+def test_a_source_that_is_not_drawn_needs_no_origins(root: Path) -> None:
+    asked = config(root, f"cache: '{written(root)}'", "phases.one.weights={a: 1}")
+    origins = root / "b_text_document.side" / "docs.npy"
+    origins.rename(hidden := root / "docs.npy")
+    try:
+        data = open_data(asked)
+        records = teachers(asked, data)["one"].records
+        assert records is not None
+        found_, known_BS = records(np.array([0]), np.array([1]))
+        assert found_.share_BSK.shape[:2] == known_BS.shape == (1, SEQ) and known_BS.all()
+        (mistake,), _ = found(config(root, f"cache: '{written(root)}'"))
+        assert "docs.npy does not exist; tools/preprocess_data.py writes it" in mistake
+    finally:
+        hidden.rename(origins)
+
+
 def test_checks_import_no_torch() -> None:
     """transformers does, where it is asked for a teacher's tokens."""
     code = "import sys, megatron_r1.distill.open; print('torch' in sys.modules)"

@@ -225,7 +225,7 @@ def test_bytes_do_not_depend_on_writers_and_their_order(
         write.write(documents.of_writer(writer, 3), teacher, made, tmp_path, show=False)
         share = documents.only(~write.covered(tmp_path, documents))
         assert len(share) < len(documents)
-    assert len(list(tmp_path.glob("part-*.kd"))) > 5 and len(list(whole.glob("part-*.kd"))) == 1
+    assert len(list(tmp_path.glob("part-*.kd"))) >= 5 and len(list(whole.glob("part-*.kd"))) == 1
     assert held(tmp_path, documents) == held(whole, documents) and len(held(whole, documents)) == len(
         documents
     )
@@ -257,7 +257,7 @@ def test_an_end_at_any_part_loses_that_part_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parts = list(write.groups(documents.length_D))
-    assert len(parts) > 4 and np.concatenate(parts).tolist() == list(range(len(documents)))
+    assert len(parts) > 3 and np.concatenate(parts).tolist() == list(range(len(documents)))
     write_part = write.write_part
     for last in range(len(parts)):
         folder, left = tmp_path / str(last), last

@@ -130,6 +130,10 @@ def test_estimate_and_judge_write_no_records(root: Path, words: list[str], tmp_p
     result = json.loads((folder / "judge.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == ["judge.json"]
     assert f"{result['sources']['a']['with_bos']:.4f}" in said and "timed on this one" in said
+    # A teacher beside the student is judged, too.
+    (folder / "judge.json").unlink()
+    again = call(*words, "--judge", "--sample", 100, "phases.mid.objective.cache=null", "--tflops", 1)
+    assert again.splitlines()[1:4] == said.splitlines()[1:4] and not list(folder.iterdir())
     call(*words, "--sources", "a")
 
 
@@ -149,8 +153,9 @@ def test_check_imports_no_torch(words: list[str]) -> None:
     ("more", "message"),
     [
         (["--phase", "other"], "--phase 'other': the phases are mid"),
-        (["phases.mid.objective=null"], "must name a teacher and the folder of its cache"),
-        (["phases.mid.objective.teacher=null"], "must name a teacher and the folder of its cache"),
+        (["phases.mid.objective=null"], "phases.mid.objective names no teacher"),
+        (["phases.mid.objective.teacher=null"], "phases.mid.objective names no teacher"),
+        (["phases.mid.objective.cache=null"], "phases.mid.objective names no cache, the folder"),
         (["--sources", "a,c"], "--sources 'c': phases.mid draws from a, b"),
         (["--context", "512"], "the context of {root}/teacher is 512 tokens, one of them before each text; "
          "lower it to 511"),
