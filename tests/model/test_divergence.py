@@ -401,8 +401,9 @@ def peak(kind: str, rows: int, vocabulary: int, hidden_size: int) -> int:
         target: Target = SparseTarget(ids, torch.empty(rows, 50), number, True)
         if kind == "dense":
             target = DenseTarget(hidden.detach()[:, :64], head.detach())
+        plain: dict[str, Any] = {"tokens": vocabulary, "kernels": divergence}
         with _Live(hidden, weight, head, main_grad, number, labels, ids) as live:
-            Case(hidden, weight, labels, number, target, 2.0, 0.5).result(tokens=vocabulary)[0].backward()
+            Case(hidden, weight, labels, number, target, 2.0, 0.5).result(**plain)[0].backward()
     assert live.largest == vocabulary * hidden_size  # the weight's gradient
     return live.peak
 
