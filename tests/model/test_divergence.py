@@ -320,7 +320,7 @@ def test_vocabularies_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"rank 1 has none of the 250 tokens: lower parallel.tensor or model"
     ):
-        inputs.ours(group=_Group(2, 1))
+        inputs.ours(group=_Group(2, 0))
     with pytest.raises(ValueError, match="rank 0 has 249 tokens of the student and 250 of the teacher"):
         inputs.ours(tokens=V - 1)
 
