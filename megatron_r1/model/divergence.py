@@ -98,10 +98,9 @@ def linear_divergence(
     the divergence; the label's cross-entropy has the rest. `group`: the tensor-parallel group, whose ranks
     hold consecutive shards; the gradient of H is then a part, to be summed over it. `kernels`: has
     `statistics` and `gradient` as this module. A weight that requires no gradient gets none.
-    An upstream gradient that is no power of two rounds the gradient of H once more.
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
-    `tail` it is that of K + 1 outcomes.
+    `tail` it is that of K + 1 outcomes. An upstream gradient that is no power of two rounds that of H once more.
 
     Raises ValueError where a rank's shard is padding alone, or W has fewer rows than `tokens`.
     """
