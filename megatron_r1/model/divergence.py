@@ -100,7 +100,7 @@ def linear_divergence(
     `statistics` and `gradient` as this module. A weight that requires no gradient gets none.
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
-    `tail` it is that of K + 1 outcomes. An upstream gradient that is no power of two rounds that of H once more.
+    `tail` it is that of K + 1 outcomes. An upstream gradient that is no power of two rounds that of H again.
 
     Raises ValueError where a rank's shard is padding alone, or W has fewer rows than `tokens`.
     """
