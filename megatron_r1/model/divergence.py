@@ -102,7 +102,7 @@ def linear_divergence(
     else this module. A weight that requires no gradient gets none.
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
-    `tail` it is that of K + 1 outcomes.
+    `tail` it is that of K + 1 outcomes. An upstream gradient that is no power of two rounds that of H again.
 
     Raises ValueError where a rank's shard is padding alone, or W has fewer rows than `tokens`.
     """
@@ -110,9 +110,10 @@ def linear_divergence(
     first, shard = rank * len(weight_VD), len(weight_VD)
     if tokens > (rows := ranks * shard):
         raise ValueError(f"the teacher has {tokens} tokens, the student {rows}: raise model.vocab_size")
-    if (width := min(tokens - first, shard)) <= 0:
+    if tokens <= rows - shard:  # of the last rank; all raise
         way_out = "lower parallel.tensor or model.vocab_size"
-        raise ValueError(f"tensor-parallel rank {rank} has none of the {tokens} tokens: {way_out}")
+        raise ValueError(f"tensor-parallel rank {ranks - 1} has none of the {tokens} tokens: {way_out}")
+    width = min(tokens - first, shard)
     if isinstance(target, DenseTarget) and (rows := len(target.weight_VD)) != width:
         raise ValueError(f"rank {rank} has {width} tokens of the student and {rows} of the teacher")
     if not torch.is_grad_enabled():
@@ -308,7 +309,8 @@ class _LinearDivergence(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if any(ctx.needs_input_grad) else None
         grad_VD = torch.zeros_like(weight_VD, dtype=counts_N.dtype) if ctx.needs_input_grad[1] else None
         figures_FN = counts_N.new_empty(len(FIGURES), tokens)
-        row = task.width * hidden_ND.element_size() * (2 if isinstance(task.target, DenseTarget) else 1)
+        models = [hidden_ND, task.target.hidden_ND] if isinstance(task.target, DenseTarget) else [hidden_ND]
+        row = task.width * sum(x.element_size() for x in models)
         for rows in slices(tokens, max(1, _CHUNK // row)):
             student = to_gradient = None  # the last chunk's logits go before the next come
             student = hidden_ND[rows] @ own_VD.t()

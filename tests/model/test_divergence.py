@@ -320,7 +320,7 @@ def test_vocabularies_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"rank 1 has none of the 250 tokens: lower parallel.tensor or model"
     ):
-        inputs.ours(group=_Group(2, 1))
+        inputs.ours(group=_Group(2, 0))
     with pytest.raises(ValueError, match="rank 0 has 249 tokens of the student and 250 of the teacher"):
         inputs.ours(tokens=V - 1)
 
@@ -401,8 +401,9 @@ def peak(kind: str, rows: int, vocabulary: int, hidden_size: int) -> int:
         target: Target = SparseTarget(ids, torch.empty(rows, 50), number, True)
         if kind == "dense":
             target = DenseTarget(hidden.detach()[:, :64], head.detach())
+        plain: dict[str, Any] = {"tokens": vocabulary, "kernels": divergence}
         with _Live(hidden, weight, head, main_grad, number, labels, ids) as live:
-            Case(hidden, weight, labels, number, target, 2.0, 0.5).result(tokens=vocabulary)[0].backward()
+            Case(hidden, weight, labels, number, target, 2.0, 0.5).result(**plain)[0].backward()
     assert live.largest == vocabulary * hidden_size  # the weight's gradient
     return live.peak
 
