@@ -9,7 +9,7 @@ Each arm is a whole training step of this project, but for `forward`:
     forward   the teacher's forward pass by transformers, whole logits
     eager     KL of whole logits in float32 by torch's operators, teacher by transformers
     online    `objective: {name: kd, teacher: DIR}`
-    cached    `objective: {name: kd, cache: DIR}` with records of 50 draws that are in memory already
+    cached    `objective: {name: kd, cache: DIR}` with records of 50 draws, read from a file each step
 
 The teacher has SmolLM2-135M's shape and random weights, or is the folder of --teacher. The distributions of
 random weights are nearly uniform, so that a record has 50 distinct tokens: the most there can be. All arms
@@ -154,12 +154,14 @@ def make_teacher(folder: Path) -> str:
 
 
 def make_steps(size: str, model: str, options: argparse.Namespace) -> dict[str, Step]:
+    import numpy as np
     import torch
     from torch import Tensor
     from torch.nn import functional
 
     from megatron_r1.backend import cpu_divergence
     from megatron_r1.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+    from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, pack, write_part
     from megatron_r1.distill.teacher import Teacher
     from megatron_r1.model.divergence import SparseTarget
     from megatron_r1.parallel import on_device, process_groups
@@ -200,38 +202,45 @@ def make_steps(size: str, model: str, options: argparse.Namespace) -> dict[str, 
         its, own = (functional.log_softmax(z, -1) for z in logits)
         return functional.kl_div(own, its, reduction="none", log_target=True).sum(-1)
 
-    def drawn() -> TeacherRecords:
-        """Of each token, the ids of DRAWS draws with their shares, filled up with zeros."""
-        share_BSV = forward().float().softmax(-1)
-        id_NK = torch.multinomial(share_BSV.flatten(0, 1), DRAWS, replacement=True).sort(1).values
-        new_NK = torch.ones_like(id_NK, dtype=torch.bool)
-        new_NK[:, 1:] = id_NK[:, 1:] != id_NK[:, :-1]
-        place_NK = new_NK.cumsum(1) - 1
-        share_NK = torch.zeros(id_NK.shape).scatter_add_(1, place_NK, torch.full(id_NK.shape, 1 / DRAWS))
-        first_NK = torch.zeros_like(id_NK).scatter_(1, place_NK, id_NK)
-        return TeacherRecords(
-            first_NK.int().view(rows, seq, DRAWS),
-            share_NK.view(rows, seq, DRAWS),
-            -torch.xlogy(share_BSV, share_BSV).sum(-1),
+    hash_BH = np.random.default_rng(1).integers(0, 256, (rows, 16), np.uint8)
+    header = Header("-", "-", TOKENS, 1.0, DRAWS, None, 1, None, seq)
+
+    def write() -> Cache:
+        """Each row as a document."""
+        folder = Path(_STAY.enter_context(tempfile.TemporaryDirectory()))
+        header.write(folder)
+        blocks = [
+            (name, at, seq, pack(header, draw(logits_SV[at : at + BLOCK], header, name, at)))
+            for name, logits_SV in zip(map(bytes, hash_BH), forward(), strict=True)
+            for at in range(0, seq, BLOCK)
+        ]
+        write_part(folder, header, blocks)
+        return Cache(folder)
+
+    cache = write()
+
+    def read() -> Batch:
+        tokens_B = np.full(rows, seq)
+        ids, share, entropy, known = map(
+            torch.from_numpy, cache.gather(hash_BH, 0 * tokens_B, tokens_B, tokens_B)
         )
+        assert known.all()
+        records = TeacherRecords(ids.view(rows, seq, -1), share.view(rows, seq, -1), entropy.view(rows, seq))
+        return dataclasses.replace(plain, teacher=records)
 
     def from_cache(batch: Batch) -> SparseTarget:
         assert batch.teacher is not None
-        ids, share = (
-            x.transpose(0, 1).flatten(0, 1) for x in (batch.teacher.ids_BSK, batch.teacher.share_BSK)
-        )
-        return SparseTarget(ids, share, batch.teacher.entropy_BS.t().flatten(), tail=False)
+        fields = batch.teacher.ids_BSK, batch.teacher.share_BSK, batch.teacher.entropy_BS
+        return SparseTarget(*(x.transpose(0, 1).flatten(0, 1) for x in fields), tail=False)
 
-    def step(objective: Any, batch: Batch = plain) -> Step:
-        placed = on_device(batch)
-
+    def step(objective: Any, batch: Callable[[], Batch] = lambda: plain) -> Step:
         def train() -> None:
             training.objective = objective
             set_schedule(training.optimizer, 1e-4, 0.1)
             # Of whole logits autograd forms the head's gradient; the look-up's must then come the same way.
             whole = mock.patch("megatron_r1.model.vocabulary.main_gradient", lambda weight: None)
             with whole if objective is eager else contextlib.nullcontext():
-                train_step(training, iter([placed]), 1, Shape(rows, seq, 1))()
+                train_step(training, iter([on_device(batch())]), 1, Shape(rows, seq, 1))()
 
         return train
 
@@ -245,7 +254,7 @@ def make_steps(size: str, model: str, options: argparse.Namespace) -> dict[str, 
         "exp": lambda: cpu_divergence.statistics(logits_NV, None, 1.0),
         "eager": step(eager),
         "online": step(online),
-        "cached": step(cached, dataclasses.replace(plain, teacher=drawn())),
+        "cached": step(cached, read),
     }
 
 

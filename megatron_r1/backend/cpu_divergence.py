@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_r1 import _csrc
 
 
-def takes(dtype: torch.dtype) -> bool:
-    """Whether logits of this type can be given."""
-    return dtype in (torch.float32, torch.bfloat16)
+def takes(x: Tensor) -> bool:
+    """Whether such logits can be given. A subclass may have no numbers, but only count its memory."""
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def statistics(student_NV: Tensor, teacher_NV: Tensor | None, inverse: float) -> Tensor:

@@ -120,8 +120,7 @@ def linear_divergence(
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()  # no gradient is formed
     if kernels is None:
         operands = [hidden_ND, target.hidden_ND] if isinstance(target, DenseTarget) else [hidden_ND]
-        fast = all(x.device.type == "cpu" and cpu_divergence.takes(x.dtype) for x in operands)
-        kernels = cpu_divergence if fast else sys.modules[__name__]
+        kernels = cpu_divergence if all(map(cpu_divergence.takes, operands)) else sys.modules[__name__]
     counts_N = counts_N.to(_wide(hidden_ND))
     group = group if ranks > 1 else None
     task = _Task(target, labels_N - first, counts_N, temperature, weight, group, first, width, kernels)
