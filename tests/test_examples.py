@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,13 @@ from megatron_r1.preprocess.tokenizer import build_tokenizer
 from megatron_r1.preprocess.train_tokenizer import train_sentencepiece
 from megatron_r1.records import CAPABILITIES
 from megatron_r1.system.errors import hub_name
+from megatron_r1.train.schedule import phase_spans
 from tests.launch import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 PHASES = ["pretrain/phase1.yaml", "pretrain/phase2.yaml"]
+MIDTRAIN = ["midtrain/kd.yaml", "midtrain/kd_cached.yaml"]
 SPLIT = [
     f"data.sources.{name}={{prefix: none, tokens: 1000000}}"
     for name in yaml.safe_load((EXAMPLES / "quickstart/train.yaml").read_text())["data"]["sources"]
@@ -44,6 +47,7 @@ RECIPES = [
     *(([f"models/{size}.yaml", *PHASES, "influence/pretrain.yaml"], []) for size in ("140m", "360m", "950m")),
     *(([*DOMAIN, f"influence/per_domain/{domain}.yaml"], []) for domain in ("code", "math", "knowledge")),
     (["models/140m.yaml", "pretrain/phase1.yaml", "influence/per_domain/mix.yaml", PHASES[1]], []),
+    *((["models/950m.yaml", *MIDTRAIN[:n]], []) for n in (1, 2)),
     (["models/tiny.yaml", "quickstart/train.yaml", "quickstart/control.yaml"], SPLIT),
     (
         ["models/tiny.yaml"] + [f"quickstart/{name}.yaml" for name in ("train", "phase2", "influence")],
@@ -78,6 +82,29 @@ def test_the_recipe_gives_the_tables_sources_and_columns() -> None:
     for number in (1, 2):
         given = config.phase_weights(f"phase{number}")
         assert given == {name: row[f"phase{number}"] for name, row in SOURCES.items()}
+
+
+def test_mid_training_is_tables_4_and_6_and_begins_where_pre_training_ends() -> None:
+    config = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *MIDTRAIN[:1])])
+    before = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *PHASES)])
+    last = phase_spans(before)[-1].end
+    assert config.train.init_weights == f"{before.train.run}/checkpoints/step_{last:08d}"
+    assert config.tokens_per_step() == 168 * 3 * 4096 and not config.data.cross_documents
+    for span, total in zip(phase_spans(config), (99.99, 99.98), strict=True):
+        assert span.end - span.start == 48_441
+        assert sum(config.phase_weights(span.name).values()) == pytest.approx(total)
+        assert span.learning_rate(span.start) == 3.6e-4 and 0 < span.learning_rate(span.end - 1) < 1e-8
+        given = config.phases[span.name].objective
+        assert given is not None and (given.weight, given.temperature, given.cache) == (1, 1, None)
+        # Llama 3.1 8B: untied embeddings and head, 32 layers of 4096, 1024 and 14336.
+        layer = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096
+        assert given.parameters == 2 * 128_256 * 4096 + 32 * layer + 4096
+    cached = config_io.load([str(EXAMPLES / name) for name in ("models/950m.yaml", *MIDTRAIN)])
+    for name, phase in cached.phases.items():
+        online = config.phases[name].objective
+        assert online is not None and phase.objective == replace(
+            online, cache="data/cache/llama-3.1-8b-instruct"
+        )
 
 
 def test_influence_scores_checkpoints_that_phase_1_keeps() -> None:

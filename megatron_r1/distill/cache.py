@@ -3,13 +3,6 @@
 The record at offset o of a document is the teacher's distribution behind tokens 0 to o. The document is known
 by the hash of its text (data/provenance.py). So a record serves any mixture, batch, layout and packing.
 
-A sampled record is `draws` points of the distribution: ids with counts. Counts over `draws` are an unbiased
-estimate of every probability, so the gradient of the KL is unbiased too. The points are (u + j) / draws of
-the cumulated distribution, with one uniform u a record (systematic sampling). On encyclopedia, code and
-mathematics (SmolLM2-135M) their squared error is 3.1 to 5.6 times smaller than that of as many independent
-draws, with a tenth more ids. u is a hash of seed, document and offset: batches, ranks and threads do not
-change it. A top-k record is the k largest probabilities, and the mass of all other tokens is one outcome.
-
 The folder of a cache:
 
     header.json         what decides the bytes; the cache of another header is refused
@@ -20,11 +13,11 @@ A file is a front, blocks, an index sorted by key, and a tail. A block's checksu
 is of all but the blocks. Files appear whole by rename. Two parts of one content are one file.
 
     front    MAGIC; 16 bytes, the header's hash; uint32 and so many bytes of JSON, names of an index's parts
-    block    records as streams, see `pack`
+    block    records as streams, see `draws.pack`
     index    keys, 20 bytes each: hash of the document, number of the block (big-endian); then their PLACEs
     tail     uint64 number of keys, uint64 where the index begins, END
 
-This file imports torch only to draw.
+This file imports no torch.
 """
 
 from __future__ import annotations
@@ -32,25 +25,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import xxhash
-from pydantic import TypeAdapter
 
-from megatron_r1._csrc import draw as draw_on_cpu
-from megatron_r1.config import NaturalInt, PositiveFloat, PositiveInt, Section, Seed, Text, limit
-from megatron_r1.run.stage import standing
-from megatron_r1.system.errors import brief, rewording
-from megatron_r1.system.files import json_bytes, make_folder, regular, replacing, write_json
-from megatron_r1.system.json_io import parse_json, read_object
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from megatron_r1.distill.draws import Drawn as Drawn
+from megatron_r1.distill.draws import Header, unpack
+from megatron_r1.distill.draws import draw as draw
+from megatron_r1.distill.draws import pack as pack
+from megatron_r1.system.files import beside, json_bytes, regular, replacing
+from megatron_r1.system.json_io import parse_json
 
 BLOCK = 1024
 """Most records of a block. Block b of a document has the records from 1,024 b on."""
@@ -58,226 +46,9 @@ PLACE = np.dtype([("part", "<u4"), ("begin", "<u8"), ("bytes", "<u4"), ("tokens"
 """Of a block: its part in an index over parts, its bytes there, tokens of its document, XXH3-64."""
 MAGIC, END = b"r1 teacher kd 1\n", b"\nr1 teacher end\n"
 _KEY = np.dtype("S20")
-_NATS = 32.0
-"""Largest -ln p of a top-k record."""
-_AT_ONCE = 1 << 24
-"""Logits that are cumulated at once where there is no C++."""
 _OPEN = 256
 """Most parts that are open at once."""
-_MOST = limit(lambda v: 1 <= v <= 256, "must be from 1 to 256")
 REDO = "remove it and run tools/cache_teacher.py again, which writes what is lacking"
-
-
-@dataclass(frozen=True)
-class Header(Section):
-    """All that decides the bytes of a cache."""
-
-    teacher: Text
-    """Its identity (distill/teacher.py)."""
-    vocabulary: Text
-    """Identity of its tokenizer's ids (distill/vocabulary.py)."""
-    tokens: Annotated[int, limit(lambda v: 2 <= v <= 1 << 24, "must be from 2 to 2^24")]
-    """Ids of the vocabulary without padding."""
-    temperature: PositiveFloat
-    draws: Annotated[int, _MOST] | None
-    """Points of a sampled record; None: top-k records."""
-    top_k: Annotated[int, _MOST] | None
-    seed: Seed
-    bos: NaturalInt | None
-    """Token before each document for the teacher."""
-    context: PositiveInt
-    """Most tokens that the teacher sees at once."""
-    format: Literal[1] = 1
-
-    def __post_init__(self) -> None:
-        if (self.draws is None) == (self.top_k is None):
-            raise ValueError("give draws, or top_k, and not both")
-
-    @property
-    def most(self) -> int:
-        """Most ids of a record."""
-        return min(self.draws or self.top_k or 0, self.tokens)
-
-    @property
-    def digest(self) -> bytes:
-        return xxhash.xxh3_128_digest(json.dumps(asdict(self), sort_keys=True).encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> Header:
-        """The header of a folder. FileNotFoundError without one, ValueError for a damaged one."""
-        path = folder / "header.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no teacher cache; tools/cache_teacher.py writes one")
-        content = read_object(path, 1 << 16)
-        way_out = "restore it, or write the cache anew"
-        with rewording(lambda error: f"{path} is damaged: {brief(str(error))}; {way_out}"):
-            return TypeAdapter(cls).validate_python(content)
-
-    def write(self, folder: Path) -> None:
-        """Make the folder this header's. ValueError where it is another's, with what differs."""
-        make_folder(folder)
-        theirs = asdict(Header.read(folder)) if (folder / "header.json").exists() else None
-        refusal = f"{folder} is a cache of another header"
-        standing(theirs, asdict(self), lambda: True, refusal, "name another folder")
-        if theirs is None:
-            write_json(folder / "header.json", asdict(self))
-
-
-class Drawn(NamedTuple):
-    """Records of consecutive offsets. Axis N: records, E: entries of all of them, ids of each ascending."""
-
-    id_E: np.ndarray
-    count_E: np.ndarray
-    """Points that fell on the id; of a top-k record -ln p in the 65,535 steps of `_decoded`."""
-    distinct_N: np.ndarray
-    """Entries of each record."""
-    entropy_N: np.ndarray
-    """Of the whole distribution, nats, float32."""
-
-
-def draw(logits_NV: Tensor, header: Header, document: bytes, first: int) -> Drawn:
-    """Records from the teacher's logits at offsets [first, first + N) of the document with this hash.
-
-    Logits of float32 or bfloat16. Columns from `header.tokens` on are padding, and not read. ValueError for
-    logits that are not finite.
-    """
-    import torch
-
-    logits_NV = logits_NV[:, : header.tokens]
-    if header.draws is None:
-        id_NK, nats_NK, entropy_N = _largest(logits_NV, header)
-    else:
-        uniform_N = uniforms(header.seed, document, first, len(logits_NV))
-        if logits_NV.device.type == "cpu":
-            logits_NV = logits_NV.contiguous()
-            bits = logits_NV.view(torch.uint16) if logits_NV.dtype == torch.bfloat16 else logits_NV.float()
-            sizes = header.tokens, 1 / header.temperature, uniform_N, header.draws
-            id_NK, entropy_N = draw_on_cpu(bits.numpy().ravel(), *sizes)
-        else:
-            id_NK, entropy_N = draw_on_device(logits_NV, header.temperature, uniform_N, header.draws)
-    if not np.isfinite(entropy_N).all():
-        offset = first + int(np.argmin(np.isfinite(entropy_N)))
-        fault = f"the teacher's logits behind token {offset} of document {document.hex()} are not finite"
-        raise ValueError(f"{fault}; run it with --precision fp32, or take another teacher")
-    if header.draws is None:
-        step_NK = _coded(nats_NK, _NATS, 16, np.ceil)
-        return Drawn(id_NK.ravel(), step_NK.ravel(), np.full(len(id_NK), header.most), entropy_N)
-    new_NK = np.ones(id_NK.shape, bool)
-    new_NK[:, 1:] = id_NK[:, 1:] != id_NK[:, :-1]
-    at_E = np.flatnonzero(new_NK)
-    return Drawn(id_NK.ravel()[at_E], np.diff(np.append(at_E, id_NK.size)), new_NK.sum(1), entropy_N)
-
-
-def uniforms(seed: int, document: bytes, first: int, count: int) -> np.ndarray:
-    """u of [0, 1) for offsets [first, first + count): Philox, the offset being its counter. float64."""
-    key = xxhash.xxh3_128_intdigest(seed.to_bytes(8, "little") + document)
-    raw_N = np.random.Philox(key=key, counter=first).random_raw(4 * count)[::4]
-    return (raw_N >> np.uint64(11)) * 2.0**-53
-
-
-def draw_on_device(
-    logits_NV: Tensor, temperature: float, uniform_N: np.ndarray, draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids at the points (u + j) / draws of each row [N, draws], and entropies [N], by torch alone."""
-    import torch
-
-    ids, entropies = [], []
-    rows = max(1, _AT_ONCE // logits_NV.shape[1])
-    uniforms = torch.from_numpy(uniform_N).split(rows)
-    for some_NV, uniform in zip(logits_NV.split(rows), uniforms, strict=True):
-        share_NV = (some_NV.float() / temperature).softmax(-1)
-        sum_NV = share_NV.cumsum(-1, dtype=torch.float64)
-        total_N1 = sum_NV[:, -1:]
-        place_NK = (uniform[:, None] + torch.arange(draws)).to(total_N1.device) / draws * total_N1
-        # Below the total, so that an id with mass holds it.
-        place_NK = torch.minimum(place_NK, total_N1.nextafter(torch.zeros_like(total_N1)))
-        ids.append(torch.searchsorted(sum_NV, place_NK, right=True).clamp_(max=some_NV.shape[1] - 1))
-        entropies.append(torch.special.entr(share_NV).sum(-1))
-    return torch.cat(ids).int().cpu().numpy(), torch.cat(entropies).float().cpu().numpy()
-
-
-def _largest(logits_NV: Tensor, header: Header) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids of the k largest logits of each row, ascending, their -ln p, and the row's entropy."""
-    import torch
-
-    found = []
-    for some_NV in logits_NV.split(max(1, _AT_ONCE // header.tokens)):
-        nats_NV = -(some_NV.float() / header.temperature).log_softmax(-1)
-        id_NK = nats_NV.topk(header.most, largest=False).indices.sort(-1).values
-        entropy_N = torch.special.entr((-nats_NV).exp()).sum(-1)
-        found.append((id_NK.int(), nats_NV.gather(-1, id_NK), entropy_N))
-    return tuple(torch.cat(some).cpu().numpy() for some in zip(*found, strict=True))  # type: ignore[return-value]
-
-
-def _coded(value: np.ndarray, most: float, bits: int, rounding: np.ufunc = np.rint) -> np.ndarray:
-    """Steps of [0, most], the finer the smaller the value."""
-    return rounding(np.sqrt(np.clip(value / most, 0, 1)) * ((1 << bits) - 1)).astype(np.int64)
-
-
-def _decoded(step: np.ndarray, most: float, bits: int) -> np.ndarray:
-    return (most * (step / ((1 << bits) - 1)) ** 2).astype(np.float32)
-
-
-def _sizes(header: Header) -> tuple[int, int, float]:
-    """Bits of an id above 16, bits of an entropy, and the largest entropy."""
-    high = max(0, (header.tokens - 1).bit_length() - 16)
-    return high, 16 - (header.most - 1).bit_length(), float(np.log(header.tokens))
-
-
-def pack(header: Header, drawn: Drawn) -> bytes:
-    """Records as the body of a block, five streams:
-
-    head     2 bytes a record: entries - 1, and in the bits that are left its entropy
-    low      2 bytes an entry: the id's lower 16 bits
-    high     the id's other bits, as many as the vocabulary needs, bit by bit
-    several  of sampled records, 1 bit an entry: whether its count is above 1
-    count    1 byte for each of these: count - 1; of top-k records 2 bytes an entry: -ln p, coded
-
-    The largest entropy is ln(tokens). Values are coded by the square root, so that small ones are precise.
-    """
-    high, bits, most = _sizes(header)
-    head_N = (drawn.distinct_N - 1) | (_coded(drawn.entropy_N, most, bits) << (16 - bits))
-    id_E, count_E = drawn.id_E.astype(np.int64), drawn.count_E
-    streams = [head_N.astype("<u2"), (id_E & 0xFFFF).astype("<u2")]
-    streams.append(np.packbits((id_E[:, None] >> np.arange(16, 16 + high)) & 1))
-    if header.draws is None:
-        return b"".join(stream.tobytes() for stream in (*streams, count_E.astype("<u2")))
-    streams += [np.packbits(count_E > 1), (count_E[count_E > 1] - 1).astype(np.uint8)]
-    return b"".join(stream.tobytes() for stream in streams)
-
-
-def unpack(
-    header: Header, body: bytes, records: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and shares of all entries, number of entries and entropy of each record. ValueError for a body that
-    is not of so many records."""
-    high, bits, most = _sizes(header)
-    fault, at = ValueError(f"{len(body)} bytes are not {records} records"), 0
-
-    def take(count: int, dtype: str = "u1") -> np.ndarray:
-        nonlocal at
-        begin, at = at, at + count * np.dtype(dtype).itemsize
-        if at > len(body):
-            raise fault
-        return np.frombuffer(body, dtype, count, begin)
-
-    head_N = take(records, "<u2").astype(np.int64)
-    distinct_N = (head_N & ((1 << (16 - bits)) - 1)) + 1
-    entries = int(distinct_N.sum())
-    id_E = take(entries, "<u2").astype(np.int32)
-    if high:
-        bit_EH = np.unpackbits(take(-(-entries * high // 8)), count=entries * high).reshape(-1, high)
-        id_E += bit_EH @ (1 << np.arange(16, 16 + high, dtype=np.int32))
-    if header.draws is None:
-        share_E = np.exp(-_decoded(take(entries, "<u2"), _NATS, 16))
-    else:
-        several_E = np.unpackbits(take(-(-entries // 8)), count=entries).view(bool)
-        share_E = np.ones(entries, np.float32)
-        share_E[several_E] += take(int(several_E.sum()))
-        share_E /= header.draws
-    if at != len(body):
-        raise fault
-    return id_E, share_E, distinct_N, _decoded(head_N >> (16 - bits), most, bits)
 
 
 def block_records(tokens: int, first: int) -> int:
@@ -303,7 +74,7 @@ def write_part(folder: Path, header: Header, blocks: Iterable[tuple[bytes, int, 
         place_M[n] = 0, begin, len(body), tokens, _check(key, tokens, body)
         begin += len(body)
     bodies = (found[key][1] for key in keys)
-    return _write(folder, "part", front, bodies, begin, np.array(keys, _KEY), place_M)
+    return _write(folder / "part", front, bodies, begin, np.array(keys, _KEY), place_M)
 
 
 def merge(folder: Path) -> Path:
@@ -314,10 +85,9 @@ def merge(folder: Path) -> Path:
     cache, earlier = Cache(folder, merged=False), list(folder.glob("index-*.kd"))
     front = MAGIC + cache.header.digest + _names([path.name for path in cache.parts])
     ((key_M, place_M),) = cache.tables
-    path = _write(folder, "index", front, [], len(front), key_M, place_M)
-    for other in earlier:
-        if other != path:
-            other.unlink()
+    path = _write(folder / "index", front, [], len(front), key_M, place_M)
+    for other in {*earlier} - {path}:
+        other.unlink()
     return path
 
 
@@ -331,23 +101,17 @@ def _check(key: bytes, tokens: int, body: bytes) -> int:
 
 
 def _write(
-    folder: Path,
-    kind: str,
-    front: bytes,
-    bodies: Iterable[bytes],
-    begin: int,
-    key_M: np.ndarray,
-    place_M: np.ndarray,
+    kind: Path, front: bytes, bodies: Iterable[bytes], begin: int, key_M: np.ndarray, place_M: np.ndarray
 ) -> Path:
+    """Write the file `kind`-DIGEST.kd, whose index begins at a byte."""
     tail = len(key_M).to_bytes(8, "little") + begin.to_bytes(8, "little") + END
-    digest = xxhash.xxh3_128(front)
-    index = [np.ascontiguousarray(array).tobytes() for array in (key_M, place_M)]
-    for part in (*index, tail):
+    digest, index = xxhash.xxh3_128(front), (key_M.tobytes(), place_M.tobytes(), tail)
+    for part in index:
         digest.update(part)
-    path = folder / f"{kind}-{digest.hexdigest()}.kd"
+    path = kind.with_name(f"{kind.name}-{digest.hexdigest()}.kd")
     if not path.exists():
         with replacing(path) as stream:
-            for part in (front, *bodies, *index, tail):
+            for part in (front, *bodies, *index):
                 stream.write(part)
     return path
 
@@ -377,11 +141,14 @@ def _read(path: Path, header: Header) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 class _File:
+    number = -1
+
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.number >= 0:
+            close(self.number)
 
 
 class Cache:
@@ -398,7 +165,7 @@ class Cache:
         self.tables: list[tuple[np.ndarray, np.ndarray]] = [(table[0], table[1])] if table else []
         """Keys, ascending, and places."""
         rest = sorted(path for path in folder.glob("part-*.kd") if path.name not in set(names))
-        self.parts = [*(folder / name for name in names), *rest]
+        self.parts = [*(beside(indices[-1], name) for name in names), *rest]
         for path in self.parts[: len(names)]:
             if not path.is_file():
                 raise FileNotFoundError(
@@ -502,9 +269,9 @@ class Cache:
         """A block unpacked, once its checksum is compared."""
         part, begin, size, tokens, check = place.tolist()
         first = int.from_bytes(key[16:], "big") * BLOCK
-        # A block has no more bytes, whatever an index says.
-        most = BLOCK * (2 + self.header.most * 8)
-        body = os.pread(self._open(part).number, min(size, most), begin) if part < len(self.parts) else b""
+        # Whatever an index says: a block has no more bytes, and a file is not longer.
+        most, part = BLOCK * (2 + self.header.most * 8), min(part, len(self.parts) - 1)
+        body = os.pread(self._open(part).number, min(size, most), min(begin, 1 << 62))
         if len(body) != size or _check(key, tokens, body) != check:
             where = f"block {first // BLOCK} of document {key[:16].hex()}, {size} bytes at {begin},"
             raise ValueError(f"{self.parts[part]}: {where} is damaged or missing; {REDO}")

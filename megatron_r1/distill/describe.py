@@ -27,9 +27,9 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 class Described:
     """A teacher: a folder of Hugging Face, a name on the hub as ORG/NAME@COMMIT, or a checkpoint of a run.
 
-    `bos`: id of the token before each text; "auto": the one that its tokenizer puts there; "none". Raises
-    FileNotFoundError for no model, and ValueError for one that is damaged, has a vocabulary smaller than its
-    tokenizer's, or a `bos` that it has not.
+    `bos`: id of the token before each text; "none"; "auto": the one that its tokenizer puts there, and none
+    for a checkpoint, whose data had none. Raises FileNotFoundError for no model, and ValueError for one that
+    is damaged, has a vocabulary smaller than its tokenizer's, or a `bos` that it has not.
     """
 
     longest: float
@@ -107,7 +107,7 @@ class Described:
         return 2.0 * (products + head) + 2.0 * layers * width * seq_length
 
     def _leading(self) -> int | None:
-        if not isinstance(self.tokenizer, HuggingFace):
+        if self._own is not None:
             return None
         bare, whole = (self.tokenizer._model.encode("a", add_special_tokens=on).ids for on in (False, True))
         before = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)

@@ -5,7 +5,7 @@ This file imports no torch. transformers does, where its AutoTokenizer decides a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +39,8 @@ def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
     for name, asked in _objectives(config):
         plain = "" if asked.weight == 1 else f"{1 - asked.weight:g} cross-entropy + {asked.weight:g} "
         try:
-            teacher = _open(config, data, asked)
-            first, *more = teacher.lines(_drawn(config, data, name))
+            teacher = _open(config, data, name, asked)
+            first, *more = teacher.lines()
             said = teacher if isinstance(teacher, _Cached) else teacher.said
             mistakes += vocabulary_mistakes(config, data, name, said)
             lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
@@ -69,7 +69,7 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
 
 def teachers(config: Config, data: OpenData) -> Mapping[str, PhaseTeacher]:
     """Phase -> its teacher, opened and not yet loaded."""
-    return {name: _open(config, data, asked) for name, asked in _objectives(config)}
+    return {name: _open(config, data, name, asked) for name, asked in _objectives(config)}
 
 
 def vocabulary_mistakes(
@@ -101,8 +101,8 @@ def _objectives(config: Config) -> Iterator[tuple[str, ObjectiveConfig]]:
     return ((name, phase.objective) for name, phase in config.phases.items() if phase.objective)
 
 
-def _open(config: Config, data: OpenData, asked: ObjectiveConfig) -> _Online | _Cached:
-    return _Cached(config, data, asked) if asked.cache else _Online(config, data, asked)
+def _open(config: Config, data: OpenData, phase: str, asked: ObjectiveConfig) -> _Online | _Cached:
+    return _Cached(config, data, phase, asked) if asked.cache else _Online(config, data, asked)
 
 
 class _Online:
@@ -126,7 +126,7 @@ class _Online:
         teacher = Teacher(self.said.model, precision, self._asked.bos, together=True)
         return teacher.targets(self._data.eod, rows)
 
-    def lines(self, drawn: Sequence[Corpus]) -> list[str]:
+    def lines(self) -> list[str]:
         """Describe it. ValueError for a context that is shorter than a window."""
         config, said, seq_length = self._config, self.said, self._config.data.seq_length
         if (needed := seq_length + (said.bos is not None)) > said.longest:
@@ -145,8 +145,9 @@ class _Online:
 class _Cached:
     """A teacher's records."""
 
-    def __init__(self, config: Config, data: OpenData, asked: ObjectiveConfig):
+    def __init__(self, config: Config, data: OpenData, phase: str, asked: ObjectiveConfig):
         self._config, self._data, self._asked = config, data, asked
+        self._drawn = _drawn(config, data, phase)
         self._cache = Cache(Path(asked.cache or ""))
         self.header, self.fingerprint = self._cache.header, ""
         self.tokens, self.vocabulary_identity = self.header.tokens, self.header.vocabulary
@@ -158,8 +159,8 @@ class _Cached:
 
     @cached_property
     def records(self) -> Records:
-        corpora, seq_length = self._data.corpora, self._config.data.seq_length
-        return WindowRecords(self._cache, corpora, [corpus.name for corpus in corpora], seq_length)
+        names = [corpus.name for corpus in self._data.corpora]
+        return WindowRecords(self._cache, self._drawn, names, self._config.data.seq_length)
 
     def targets(self, context: ParallelContext) -> Targets:
         from megatron_r1.model.divergence import SparseTarget
@@ -173,7 +174,7 @@ class _Cached:
 
         return target
 
-    def lines(self, drawn: Sequence[Corpus]) -> list[str]:
+    def lines(self) -> list[str]:
         """Describe it. ValueError for one of another request, and for a source without any record."""
         asked, cache, header = self._asked, self._cache, self.header
         here: dict[str, Any] = {"temperature": asked.temperature}
@@ -188,10 +189,10 @@ class _Cached:
         if changed := differences({name: getattr(header, name) for name in here}, here):
             fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
             raise ValueError(f"{fault}; restore these, or name another cache")
-        share = {corpus.name: _covered(cache, corpus) for corpus in drawn}
+        share = {corpus.name: _covered(cache, corpus) for corpus in self._drawn}
         if absent := [name for name in share if not share[name]]:
             way_out = "write them with tools/cache_teacher.py, or take its weight away"
-            raise ValueError(f"{cache.folder} has no record of data.sources.{absent[0]}; {way_out}")
+            raise ValueError(f"the cache {cache.folder} has no record of data.sources.{absent[0]}; {way_out}")
         kind = f"the {header.top_k} largest" if header.top_k else f"{header.draws} draws of the"
         return [
             f"the cache {cache.folder}, {kind} probabilities of each token",

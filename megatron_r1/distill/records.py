@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class WindowRecords:
     """What a BatchLoader asks for each batch (`data.loader.Records`). Indices and provenance stay mapped.
 
-    `corpora`: one for each source of the plan, matched by name; `sources`: the plan's names in order. The
+    `corpora`: one for each source that is drawn, matched by name; `sources`: the plan's names in order. The
     label behind token t of a document has the record of offset t. So has the next document's first token, a
     label of this one's last. Raises ValueError for a pair without provenance.
     """
@@ -28,7 +28,7 @@ class WindowRecords:
     def __init__(self, cache: Cache, corpora: Sequence[Corpus], sources: Sequence[str], seq_length: int):
         self._cache, self._seq_length = cache, seq_length
         by_name = {corpus.name: corpus for corpus in corpora}
-        self._places = [_Documents(by_name[name]) for name in sources]
+        self._places = {n: _Documents(by_name[name]) for n, name in enumerate(sources) if name in by_name}
 
     def __call__(self, source_N: np.ndarray, window_N: np.ndarray) -> tuple[TeacherRecords, np.ndarray]:
         """The records of the windows' labels, and which labels have one, [N, S].

@@ -68,7 +68,7 @@ class Pretrained:
         together: bool = False,
         **settings: Any,
     ):
-        self._library = require("transformers", "a model that judges text", "-e '.[hf]'")
+        self._library = require("transformers", "a pretrained model", "-e '.[hf]'")
         self._library.utils.logging.disable_progress_bar()
         self.model, self.reads, self._settings = model, tokens, {**settings, "tokens": tokens}
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision or backend.fast_precision()]

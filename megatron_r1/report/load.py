@@ -25,8 +25,9 @@ from megatron_r1.system.terminal import say
 from megatron_r1.train.metrics import describe_lost, lost_steps, read_lines, tell_repeated
 from megatron_r1.train.resume import first_step
 
-_GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll", "gold_bpb")
-"""Of a step's line: values by source or capability that become columns. The others are read at phase ends."""
+_GROUPS = ("loss_by_source", "tokens_by_source", "probe_nll", "validation_nll", "gold_bpb", "kd")
+"""Of a step's line: values by source, capability or figure that become columns. The others are read at phase
+ends."""
 _NEEDED = ("phase", "tokens", "mix_target", "mix_actual", "epochs_by_source", "tokens_by_source")
 """Of a step's line: values that figures and tables rely on."""
 _MOST_JSON = 16 << 20

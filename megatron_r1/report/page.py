@@ -19,7 +19,7 @@ import vl_convert
 from jinja2 import Environment
 
 from megatron_r1 import config_io
-from megatron_r1.report import examples, funnel, plots, summary, tables
+from megatron_r1.report import distillation, examples, funnel, plots, summary, tables
 from megatron_r1.report.load import Reading
 from megatron_r1.run.layout import RunDir
 from megatron_r1.system.files import replacing, write_text
@@ -80,6 +80,7 @@ class Report:
         train = summary.launch(run, "train")
         yield Figure("loss", plots.loss(reading))
         yield Figure("sources", plots.loss_by_source(reading))
+        yield Figure("distillation", distillation.panels(reading))
         if self.ends is not None:
             alone = ("", "") if reading.control else ("no control", summary.control_command(run))
             yield Figure("heldout", plots.held_out(reading), [tables.held_out(self.ends[1])], *alone)

@@ -98,9 +98,10 @@ def phases(reading: Reading) -> Table:
             # What a control shares with the run stands there already.
             if run is reading.control and span.end < run.first["step"]:
                 continue
-            begun = span.name in run.last
+            begun, of = span.name in run.last, span.config.objective
             given = dataclasses.asdict(span.config) | {
                 "steps": f"{span.start + 1:,} to {span.end:,}",
+                "objective": f"{of.name} of {of.cache or of.teacher}" if of else "next token",
                 "trained to step": f"{run.last[span.name]['step']:,}" if begun else "not begun",
                 "sources that reached max_epochs": ", ".join(summary.capped(run, span.name)) if begun else "",
             }

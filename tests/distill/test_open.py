@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -212,13 +211,13 @@ def test_a_cache_serves_what_the_teacher_says_beside_the_student(root: Path) -> 
         ),
         (
             "bos: none",
-            {},
+            "ab",
             r"another teacher or objective: bos \(0 there, None here\); restore these, or name",
         ),
         ("bos: none, teacher: '{root}/teacher'", "ab", r"bos \(0 there, None here\); restore"),
         (
             "teacher: '{root}/other'",
-            {},
+            "ab",
             r"another teacher or objective: teacher \(\w{20} there, \w{20} here\)",
         ),
         (
@@ -254,6 +253,22 @@ def test_a_partial_cache_says_what_it_lacks(root: Path) -> None:
     lengths = IndexedDataset(root / "a_text_document").lengths
     assert mistakes == []
     assert lines[2:] == [f"  a: {lengths[::3].sum() / lengths.sum():.1%} of its tokens have a record"]
+
+
+def test_a_source_that_is_not_drawn_needs_no_origins(root: Path) -> None:
+    asked = config(root, f"cache: '{written(root)}'", "phases.one.weights={a: 1}")
+    origins = root / "b_text_document.side" / "docs.npy"
+    origins.rename(hidden := root / "docs.npy")
+    try:
+        data = open_data(asked)
+        records = teachers(asked, data)["one"].records
+        assert records is not None
+        found_, known_BS = records(np.array([0]), np.array([1]))
+        assert found_.share_BSK.shape[:2] == known_BS.shape == (1, SEQ) and known_BS.all()
+        (mistake,), _ = found(config(root, f"cache: '{written(root)}'"))
+        assert "docs.npy does not exist; tools/preprocess_data.py writes it" in mistake
+    finally:
+        hidden.rename(origins)
 
 
 def test_checks_import_no_torch() -> None:

@@ -16,11 +16,12 @@ from megatron_r1.data.indexed import IndexedWriter, open_corpus
 from megatron_r1.data.integrity import side_file
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.provenance import ORIGIN, text_hashes
-from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, merge, pack, unpack, write_part
+from megatron_r1.distill.cache import BLOCK, Cache, merge, write_part
+from megatron_r1.distill.draws import Header, draw, pack, unpack
 from megatron_r1.distill.records import WindowRecords
-from megatron_r1.parallel import process_groups
+from megatron_r1.parallel import ParallelContext, process_groups
 from megatron_r1.records import Batch, Corpus
-from megatron_r1.train.batches import micro_batches, rank_samples
+from megatron_r1.train.batches import StepBatches, micro_batches, rank_samples
 from tests.distributed import on_ranks
 
 HEADER = Header("teacher", "ids", 97, 1.0, 50, None, 7, None, 4096)
@@ -239,7 +240,32 @@ def _ranks(corpora: list[Corpus], folder: Path) -> list[Any]:
             assert batch.teacher is not None and batch.whole_BS is not None
             fields = batch.whole_BS, batch.tokens_BS, *vars(batch.teacher).values()
             found.append([field.numpy() for field in fields])
+        _check_unreadable(batches, corpora, context)
         return found
+
+
+def _check_unreadable(batches: BatchLoader, corpora: list[Corpus], context: ParallelContext) -> None:
+    """A step whose records cannot be read goes on without labels, and its batches have records of nothing."""
+    train = SimpleNamespace(global_batch=8, micro_batch=2)
+    config: Any = SimpleNamespace(
+        train=train,
+        phases={},
+        data=SimpleNamespace(seq_length=32),
+        model=SimpleNamespace(vocab_size=97),
+    )
+    data: Any = SimpleNamespace(plan=batches.plan, corpora=corpora, eod=EOD)
+    step = StepBatches(config, data, context)
+
+    def damaged(source_N: np.ndarray, window_N: np.ndarray) -> Any:
+        raise ValueError("a block is damaged")
+
+    step.records = damaged
+    made = list(step.of_step(0))
+    assert str(step.errors[0]) == "a block is damaged" and len(made) == step.passes
+    for batch in made:
+        assert batch.teacher is not None and not batch.loss_mask_BS.any()
+        assert batch.teacher.ids_BSK.shape == batch.teacher.share_BSK.shape == (2, 16, 1)
+        assert not batch.teacher.share_BSK.any() and batch.teacher.ids_BSK.dtype == torch.int32
 
 
 def test_context_parallelism_cuts_records_as_tokens(

@@ -53,6 +53,8 @@ def test_tensor_parallel_ranks_train_as_one_and_a_teacher_whose_phase_is_over_ma
     (status, text) = inputs.call("train", *words(root, "one"), "--check")
     assert status == 0 and "phase one: KL at temperature 1 from" in text, text
     assert not (root / "one").exists()
+    (status, text) = inputs.call("plan_launch", *words(root, "one"), "--gpus", 2, "--check")
+    assert status == 0 and "teacher of phase one: " in text, text
     train(root, *words(root, "one"))
     train(root, *words(root, "two", "parallel={tensor: 2, sequence: true}"), ranks=2)
     for line, want in zip(lines(root / "two"), lines(root / "one"), strict=True):
@@ -65,8 +67,30 @@ def test_tensor_parallel_ranks_train_as_one_and_a_teacher_whose_phase_is_over_ma
     shutil.move(root / "teacher", root / "elsewhere")
     try:
         status, text = inputs.call("train", *new, "--check")
-        assert status and "1 mistake in the configuration" in text and "phases.one.objective: no model" in text
+        assert (
+            status and "1 mistake in the configuration" in text and "phases.one.objective: no model" in text
+        )
         train(root, *later)
     finally:
         shutil.move(root / "elsewhere", root / "teacher")
     assert ["kd" in line for line in lines(root / "one")] == [True] * 3 + [False]
+
+
+def test_a_cache_trains_alike_on_any_ranks(root: Path) -> None:
+    cached = f"phases.one.objective.cache='{root}/cache'"
+    (status, text) = inputs.call("cache_teacher", *words(root, "cached", cached), "--phase", "one")
+    assert status == 0, text
+    (status, text) = inputs.call("train", *words(root, "cached", cached), "--check")
+    assert status == 0 and "a: 100.0% of its tokens have a record" in text, text
+    train(root, *words(root, "cached", cached))
+    train(root, *words(root, "parts", cached, "parallel.context=2"), ranks=2)
+    (ledger,) = [json.loads(line) for line in (root / "cached/ledger.jsonl").read_text().splitlines()]
+    assert {str(root / "cache"), str(root / "teacher")} <= set(ledger["inputs"])
+    for line, want in zip(lines(root / "parts"), lines(root / "cached"), strict=True):
+        for name in ("loss", "kd"):
+            assert line[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
+    first, online = lines(root / "cached")[0], lines(root / "one")[0]
+    # Of the same windows and weights. The cache's teacher has seen documents from their beginnings.
+    assert first["kd"]["ce"] == online["kd"]["ce"]
+    assert first["kd"]["teacher_entropy"] == pytest.approx(online["kd"]["teacher_entropy"], rel=0.02)
+    assert first["kd"]["kl"] == pytest.approx(online["kd"]["kl"], rel=0.1)

@@ -68,6 +68,9 @@ def make_arm(root: Path, last: str, weights: Any, first_step: int, gain: float, 
         line["loss"] = sum(target[s] * loss for s, loss in losses.items())
         line["tokens_by_source"] = {s: n * LENGTH for s, n in drawn.items()}
         line["epochs_by_source"] = {s: n / (300 + 400 * i) for i, (s, n) in enumerate(drawn.items())}
+        if step > UNIFORM_STEPS:
+            kl = 3 * fall - gain / 10
+            line["kd"] = {"kl": kl, "ce": kl + 2, "teacher_entropy": 1.5 + fall, "agreement": 1 - fall}
         if step % 25 == 0:
             better = gain * max(0, step - UNIFORM_STEPS) / MIXED_STEPS
             line["probe_nll"] = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_r1.report import load, plots, summary
+from megatron_r1.report import distillation, load, plots, summary
 from megatron_r1.report.page import Report
 
 from .conftest import LENGTH, MIXED, SOURCES, TOKENS, change, make_scores, save, scores_of, write_scores
@@ -59,6 +59,29 @@ def test_gold_answers_have_a_panel_a_set_with_both_arms(pair: Path) -> None:
     ours = {row["tokens"]: row["value"] for row in found if row["name"] == "influence"}
     assert ours == pytest.approx(measured, rel=1e-5)
     assert len(measured) == 7 and {row["name"] for row in found} == {"influence", "control"}
+
+
+def test_distillation_has_both_arms_and_begins_with_the_first_step_that_has_a_teacher(pair: Path) -> None:
+    panels = distillation.panels(load.read_all(pair))
+    assert [panel.title.text for panel in panels] == ["KL(teacher || student)", "cross-entropy", "agreement"]
+    lines = [json.loads(line) for line in (pair / "metrics.jsonl").read_text().splitlines()]
+    for panel, name in zip(panels, ("kl", "ce", "agreement"), strict=True):
+        found = [row for row in rows(panel) if row["kind"] == "raw"]
+        measured = {line["tokens"]: line["kd"][name] for line in lines if "kd" in line}
+        ours = {row["tokens"]: row["value"] for row in found if row["name"] == "influence"}
+        assert ours == pytest.approx(measured, rel=1e-5) and len(ours) == 75
+        assert {row["tokens"] for row in found if row["name"] == "control"} == set(ours)
+        x = panel.to_dict()["layer"][0]["layer"][0]["encoding"]["x"]
+        assert x["scale"]["domain"][0] == min(ours) == 101 * TOKENS
+    raw = [row for row in rows(panels[1]) if row["kind"] == "raw" and row["name"] == "teacher's entropy"]
+    entropies = {line["tokens"]: line["kd"]["teacher_entropy"] for line in lines if "kd" in line}
+    assert {row["tokens"]: row["value"] for row in raw} == pytest.approx(entropies, rel=1e-5)
+    # A run without a teacher has no figure; a control alone that has one has its own.
+    change(pair, lambda line: line.pop("kd", None))
+    alone = distillation.panels(load.read_all(pair))
+    assert {row["name"] for row in rows(alone[0])} == {"control"}
+    change(pair / "control", lambda line: line.pop("kd", None))
+    assert distillation.panels(load.read_all(pair)) == []
 
 
 def test_skipped_steps_are_marked_and_a_loss_that_is_no_number_leaves_a_gap(run: Path) -> None:

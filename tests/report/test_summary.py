@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_r1 import config_io
 from megatron_r1.checkpoint import files as checkpoint_files
@@ -31,6 +32,15 @@ def test_columns_are_the_lines_that_can_be_read(run: Path, capsys: pytest.Captur
     assert len(found.points("loss")[0]) == 174 and len(found.columns["rank_me"]) == 175
     assert found.points("rank_me")[1].tolist() == [12.5, 15, 17.5, 20, 22.5, 25, 27.5]
     assert found.measured("probe_nll") == list(CAPABILITIES)
+
+
+def test_a_phase_names_its_objective(run: Path) -> None:
+    config = run / "config.yaml"
+    given = yaml.safe_load(config.read_text())
+    given["phases"]["influence"]["objective"] = {"name": "kd", "teacher": "models/teacher"}
+    config.write_text(yaml.safe_dump(given, sort_keys=False))
+    table = [[cell.text for cell in row] for row in tables.phases(load.read_all(run)).rows]
+    assert {row[0]: row[1:] for row in table}["objective"] == ["next token", "kd of models/teacher"]
 
 
 def test_smoothing_does_not_mix_phases(run: Path) -> None:
