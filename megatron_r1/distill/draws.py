@@ -62,6 +62,8 @@ class Header(Section):
     def __post_init__(self) -> None:
         if (self.draws is None) == (self.top_k is None):
             raise ValueError("give draws, or top_k, and not both")
+        # JSON writes 1 and 1.0 apart.
+        object.__setattr__(self, "temperature", float(self.temperature))
 
     @property
     def most(self) -> int:
@@ -109,10 +111,12 @@ def draw(logits_NV: Tensor, header: Header, document: bytes, first: int) -> Draw
     """Records from the teacher's logits at offsets [first, first + N) of the document with this hash.
 
     Logits of float32 or bfloat16. Columns from `header.tokens` on are padding, and not read. ValueError for
-    logits that are not finite.
+    logits that are not finite, or of fewer tokens.
     """
     import torch
 
+    if logits_NV.shape[1] < header.tokens:
+        raise ValueError(f"logits of {logits_NV.shape[1]} tokens, where the cache has {header.tokens}")
     logits_NV = logits_NV[:, : header.tokens]
     if header.draws is None:
         id_NK, nats_NK, entropy_N = _largest(logits_NV, header)

@@ -136,6 +136,12 @@ def test_a_record_depends_on_seed_document_and_offset_alone() -> None:
         assert sum(a != b for a, b in zip(as_rows(other), whole, strict=True)) > 80
 
 
+def test_logits_of_another_vocabulary() -> None:
+    for header in (TINY, TOP):
+        with pytest.raises(ValueError, match="logits of 299 tokens, where the cache has 300"):
+            draw(logits(2, 299), header, name_of(1), 0)
+
+
 def test_certain_and_masked_ids() -> None:
     """An id of probability 1, ids of probability 0, and logits that lie far apart."""
     z_NV = torch.full((3, 300), -math.inf)
@@ -335,7 +341,8 @@ def test_another_length_is_another_document(tmp_path: Path, made: Any) -> None:
 )
 def test_another_header_is_refused(tmp_path: Path, change: dict[str, Any], made: Any) -> None:
     TINY.write(tmp_path)
-    TINY.write(tmp_path)
+    replace(TINY, temperature=1).write(tmp_path)
+    assert replace(TINY, temperature=1).digest == Header.read(tmp_path).digest
     ((field, value),) = change.items()
     with pytest.raises(ValueError, match=rf"another header: {field} \(.* there, {value} here\)"):
         replace(TINY, **change).write(tmp_path)
