@@ -22,8 +22,9 @@ from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.distill import write
-from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, merge, pack, unpack
+from megatron_r1.distill.cache import BLOCK, Cache, merge
 from megatron_r1.distill.documents import Documents, choose
+from megatron_r1.distill.draws import Header, draw, pack, unpack
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.export import pretrained
 from tests.distill import corpus
