@@ -27,8 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_r1.data.provenance import text_hashes
-from megatron_r1.distill.cache import Header, write_part
+from megatron_r1.distill.cache import write_part
 from megatron_r1.distill.documents import Documents
+from megatron_r1.distill.draws import Header
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.distill.write import records
 

@@ -28,9 +28,9 @@ import numpy as np
 
 from megatron_r1 import config_io
 from megatron_r1.data.open import launched, open_data
-from megatron_r1.distill.cache import Header
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.documents import choose, objective_of
+from megatron_r1.distill.draws import Header
 from megatron_r1.distill.open import vocabulary_mistakes
 from megatron_r1.distill.write import covered, expected, finish, header_of, require_space, write
 from megatron_r1.preprocess.shards import parse_shard

@@ -33,10 +33,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_r1.distill.draws import Drawn as Drawn
 from megatron_r1.distill.draws import Header, unpack
-from megatron_r1.distill.draws import draw as draw
-from megatron_r1.distill.draws import pack as pack
 from megatron_r1.system.files import beside, json_bytes, regular, replacing
 from megatron_r1.system.json_io import parse_json
 

@@ -132,7 +132,7 @@ def draw(logits_NV: Tensor, header: Header, document: bytes, first: int) -> Draw
     if not np.isfinite(entropy_N).all():
         offset = first + int(np.argmin(np.isfinite(entropy_N)))
         fault = f"the teacher's logits behind token {offset} of document {document.hex()} are not finite"
-        raise ValueError(f"{fault}; run it with --precision fp32, or take another teacher")
+        raise ValueError(f"{fault}; set train.precision=fp32, or take another teacher")
     if header.draws is None:
         step_NK = _coded(nats_NK, _NATS, 16, np.ceil)
         return Drawn(id_NK.ravel(), step_NK.ravel(), np.full(len(id_NK), header.most), entropy_N)

@@ -17,8 +17,9 @@ import torch
 
 from megatron_r1.checkpoint.files import complete_checkpoints
 from megatron_r1.config import Config
-from megatron_r1.distill.cache import PLACE, Header
+from megatron_r1.distill.cache import PLACE
 from megatron_r1.distill.documents import Documents, objective_of
+from megatron_r1.distill.draws import Header
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.distill.write import records
 from megatron_r1.run.layout import RunDir

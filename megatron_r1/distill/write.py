@@ -18,9 +18,10 @@ import numpy as np
 
 from megatron_r1.config import ObjectiveConfig
 from megatron_r1.data.indexed import identity_of
-from megatron_r1.distill.cache import BLOCK, Cache, Drawn, Header, draw, merge, pack, write_part
+from megatron_r1.distill.cache import BLOCK, Cache, merge, write_part
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.documents import Documents
+from megatron_r1.distill.draws import Drawn, Header, draw, pack
 from megatron_r1.run import ledger, stage
 from megatron_r1.system.errors import rewording
 from megatron_r1.system.terminal import Progress, say

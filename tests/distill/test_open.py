@@ -17,8 +17,9 @@ from megatron_r1.data.indexed import IndexedDataset
 from megatron_r1.data.loader import BatchLoader
 from megatron_r1.data.open import open_data
 from megatron_r1.data.provenance import read_provenance
-from megatron_r1.distill.cache import Cache, Header, draw, pack, write_part
+from megatron_r1.distill.cache import Cache, write_part
 from megatron_r1.distill.describe import Described
+from megatron_r1.distill.draws import Header, draw, pack
 from megatron_r1.distill.open import check, sizes, teachers
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.distill.vocabulary import identity

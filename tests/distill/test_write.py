@@ -22,8 +22,9 @@ from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.provenance import read_provenance
 from megatron_r1.distill import write
-from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, merge, pack, unpack
+from megatron_r1.distill.cache import BLOCK, Cache, merge
 from megatron_r1.distill.documents import Documents, choose
+from megatron_r1.distill.draws import Header, draw, pack, unpack
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.export import pretrained
 from tests.distill import corpus
@@ -282,33 +283,41 @@ def test_an_end_at_any_part_loses_that_part_alone(
         assert held(folder, documents) == held(whole, documents)
 
 
-def tool(words: list[str]) -> None:
-    """tools/cache_teacher.py on this rank, with small parts and batches."""
-    pretrained.BATCH_TOKENS, write.PART = 1, 100
+def tool(words: list[str], pause: float = 0) -> None:
+    """tools/cache_teacher.py on this rank, with small parts and batches, and a pause after each part."""
+    pretrained.BATCH_TOKENS, write.PART, write_part = 1, 100, write.write_part
+
+    def slowly(*of: Any) -> Path:
+        path = write_part(*of)
+        time.sleep(pause)
+        return path
+
+    write.write_part = slowly
     sys.argv = ["tools/cache_teacher.py", *words]
     runpy.run_path(str(ROOT / "tools" / "cache_teacher.py"), run_name="__main__")
 
 
 def test_ranks_that_were_killed_go_on(root: Path, whole: Path, documents: Documents, tmp_path: Path) -> None:
-    """Two ranks end by SIGKILL after their first parts. The same command then writes the rest."""
-    folder = root / "cache"
+    """Two ranks of a shard end by SIGKILL after their first parts. The same command writes the rest of it."""
+    folder, own = root / "cache", documents.of_writer(1, 2)
     words = [*corpus.words(root), "--phase", "mid", "--seed", "7", "--context", str(CONTEXT)]
-    children, _ = start_ranks(2, tmp_path, tool, words)
+    children, _ = start_ranks(2, tmp_path, tool, [*words, "--shard", "1/2"], 0.3)
     wait_for(lambda: bool(list(folder.glob("part-*.kd"))), "a part")
     for child in children:
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.kd")}
-    there = int(write.covered(folder, documents).sum())
-    assert before and there < len(documents)
+    there = int(own.length_D[write.covered(folder, own)].sum())
+    assert before and there < own.total
     time.sleep(0.01)
-    on_ranks(2, tool, words)
+    on_ranks(2, tool, [*words, "--shard", "1/2"])
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("part-*.kd")}.items()
+    assert write.covered(folder, documents).sum() == len(own) and not list(folder.glob("index-*.kd"))
+    (line,) = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
+    assert (line["devices"], line["tokens"]) == (2, own.total - there)
+    on_ranks(1, tool, words)
     assert len(list(folder.glob("index-*.kd"))) == 1
     assert held(folder, documents) == held(whole, documents)
-    (line,) = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
-    assert line["devices"] == 2 and 0 < line["tokens"] < documents.total
-    assert line["outputs"] == {str(folder): Cache(folder).identity}
 
 
 def test_logits_that_are_not_finite_end_it_before_their_part(
