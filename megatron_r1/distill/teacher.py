@@ -130,9 +130,8 @@ class Teacher(Pretrained):
 
         `eod`: the token that ends a document; None: a row is one sequence. `rows`: the student's rows of the
         vocabulary on a tensor-parallel rank. The ranks of a tensor-parallel group share the sequences. A
-        context-parallel rank runs whole rows, as far as its tokens see them. Hidden states that are not
-        finite raise ValueError on a CPU. A GPU is not waited for: there the loss becomes NaN, and the step is
-        left out.
+        context-parallel rank runs whole rows, as far as its tokens see them. Hidden states may be NaN: the
+        step's loss then is, and all ranks leave the step out.
 
         ValueError where trunk and head are not the model's own forward.
         """
@@ -173,9 +172,6 @@ class Teacher(Pretrained):
             if ranks > 1:
                 # A gather: where one rank has a row, the others have zeros.
                 dist.all_reduce(hidden_ND, group=group)
-            if not backend.HAS_CUDA and not (whole_N := hidden_ND.isfinite().all(1)).all():
-                row = int(torch.argmin(whole_N.int())) % len(token_BS)
-                raise ValueError(f"{self.model}: hidden states of row {row} of a batch are not finite")
             return dataclasses.replace(head, hidden_ND=hidden_ND)
 
         return target

@@ -111,15 +111,14 @@ class LaunchPlan:
 
     def distilled(self) -> tuple[int, int, int] | None:
         """Bytes that a phase with a teacher takes in place of kept logits: the largest teacher's weights, the
-        gradients of hidden states and head until the backward pass, the chunks. None: no such phase."""
+        gradient of the hidden states until the backward pass, the chunks. None: no such phase."""
         config, train = self.config, self.config.train
         if not any(phase.objective for phase in config.phases.values()):
             return None
         width = 2 if train.precision == "bf16" else 4
         teacher = max((parameters * width for parameters, _ in self.teachers.values()), default=0)
         tokens = train.micro_batch * config.data.seq_length // config.parallel.context
-        gradients = tokens * width + config.model.vocab_size // config.parallel.tensor * 4
-        return teacher, gradients * config.model.hidden_size, DIVERGENCE
+        return teacher, tokens * width * config.model.hidden_size, DIVERGENCE
 
     def total(self, held: RankMemory) -> int:
         """Bytes of a rank in its fullest phase."""

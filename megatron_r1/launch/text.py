@@ -82,11 +82,11 @@ def _memory(plan: LaunchPlan, held: RankMemory) -> Iterator[str]:
         chunk = "" if whole else ", one chunk"
         sizes.append(("logits", held.logits, f"{held.logits // width:,} x {width} B{chunk}"))
     if distilled := plan.distilled():
-        teacher, gradients, chunks = distilled
+        teacher, gradient, chunks = distilled
         if teacher:
             sizes.append(("teacher", teacher, f"{teacher // width:,} x {width} B, whole on each rank"))
-        kept = "gradients of hidden states and head, chunks of logits; in place of logits"
-        sizes.append(("divergence", gradients + chunks, kept))
+        kept = "gradient of hidden states, chunks of logits; in place of logits"
+        sizes.append(("divergence", gradient + chunks, kept))
     yield (
         f"memory of rank {at.rank} (data {at.data_rank}/{at.data_size}, tensor "
         f"{at.tensor_rank}/{at.tensor_size}, pipeline {at.pipeline_rank}/{at.pipeline_size})"

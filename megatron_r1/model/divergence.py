@@ -6,8 +6,9 @@ q = softmax(z_s / T) and q_1 = softmax(z_s), the loss of a label and the gradien
     L = (1 - w) CE + w T^2 KL(p || q),    dL/dz_s = (1 - w) (q_1 - onehot) + w T (q - p).
 
 The loss of the micro-batch is one number, so the gradients of hidden states and weight are formed while a
-chunk's logits exist, and the backward pass scales them. Neither model's logits exist whole, and a product
-is not made twice.
+chunk's logits exist. Neither model's logits exist whole, and a product is not made twice. A weight with a
+gradient buffer has its products added there in the forward pass. The backward pass cannot scale them, and
+asserts that it need not: the gradient that arrives is 1.
 
 A cached record names K tokens. The row functions see a number whose exponential is 0 in their place, and
 the K logits are added apart. So the mass of all other tokens is a sum of its own, exact where it is small.
@@ -36,7 +37,10 @@ FIGURES = ("kl", "ce", "teacher_entropy", "agreement")
 teacher's entropy at T, nats; 1 where both hold the same token for the likeliest, else 0."""
 
 _CHUNK = 1 << 29
-"""Bytes of logits, of both models together, that exist at a time. The temporaries of a block come on top."""
+"""Bytes of logits, of both models or with records, that exist at a time. The temporaries of a block come on
+top."""
+_ENTRY = 64
+"""Bytes of an entry of a record while its chunk is worked on."""
 _BLOCK = {"cpu": 1 << 20}
 """Logits that the plain row functions widen at a time on a device: what a CPU's caches hold."""
 _ABSENT = -1e30
@@ -103,6 +107,7 @@ def linear_divergence(
 
     Of sampled records (`tail` false) the divergence and its gradient are unbiased estimates. Of records with
     `tail` it is that of K + 1 outcomes. An upstream gradient that is no power of two rounds that of H again.
+    With a gradient buffer it must be 1, and each forward pass needs its backward pass, or a buffer set to 0.
 
     Raises ValueError where a rank's shard is padding alone, or W has fewer rows than `tokens`.
     """
@@ -307,10 +312,12 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, task: _Task) -> tuple[Tensor, Tensor, Tensor]:
         counts_N, own_VD, tokens = task.counts_N, weight_VD[: task.width], len(hidden_ND)
         grad_ND = torch.empty_like(hidden_ND) if any(ctx.needs_input_grad) else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=counts_N.dtype) if ctx.needs_input_grad[1] else None
+        total_VD = main_VD = main_gradient(weight_VD)
+        if main_VD is None and ctx.needs_input_grad[1]:
+            total_VD = torch.zeros_like(weight_VD, dtype=counts_N.dtype)
         figures_FN = counts_N.new_empty(len(FIGURES), tokens)
-        models = [hidden_ND, task.target.hidden_ND] if isinstance(task.target, DenseTarget) else [hidden_ND]
-        row = task.width * sum(x.element_size() for x in models)
+        row = task.width * hidden_ND.element_size()
+        row += row if isinstance(task.target, DenseTarget) else _ENTRY * task.target.ids_NK.shape[1]
         for rows in slices(tokens, max(1, _CHUNK // row)):
             student = to_gradient = None  # the last chunk's logits go before the next come
             student = hidden_ND[rows] @ own_VD.t()
@@ -319,10 +326,11 @@ class _LinearDivergence(torch.autograd.Function):
                 continue
             to_gradient()
             grad_ND[rows] = student @ own_VD
-            if grad_VD is not None:
-                add_product(grad_VD[: task.width], student, hidden_ND[rows])
+            if total_VD is not None:
+                add_product(total_VD[: task.width], student, hidden_ND[rows])
         loss_N = task.loss(figures_FN[0], figures_FN[1])
-        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.added = main_VD is not None
+        ctx.save_for_backward(grad_ND, None if ctx.added else total_VD)
         ctx.weight = weight_VD
         ctx.mark_non_differentiable(loss_N, figures_FN)
         return (counts_N * loss_N).sum(), loss_N, figures_FN
@@ -330,9 +338,9 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_ND, grad_VD = ctx.saved_tensors
-        main_VD = main_gradient(ctx.weight)
-        if grad_VD is not None and main_VD is not None:
-            main_VD.addcmul_(grad_VD, grad)
+        if ctx.added:
+            # A GPU is not waited for.
+            torch._assert_async(grad == 1, "the weight's gradient is in its buffer and cannot be scaled")
             say_added(ctx.weight)
-            grad_VD = None
+            return grad_ND, None, None
         return grad_ND * grad, None if grad_VD is None else (grad_VD * grad).to(ctx.weight.dtype), None

@@ -209,7 +209,6 @@ class Trainer:
 
     def _train_phase(self, span: PhaseSpan) -> None:
         first, leads = self.state.step, self.context.leads
-        self.first_step = first + 1
         self.watchdog.heard(more=_LONG)
         if span.name != self.objective_of:
             self._set_objective(span)
@@ -309,7 +308,7 @@ class Trainer:
             refused = f"none of its labels has a record ({where_from}.cache)"
             if result.tokens_N.any():
                 refused = f"the teacher's logits are not finite ({where_from})"
-                if state.step == self.first_step:
+                if pending.before.step == span.start:
                     raise ValueError(f"{self.run.root}: {where}: {refused}; nothing was trained with it")
         if leads and (refused or self.guard.spike):
             taken = f"{self.guard.spike}; taken (optimizer.clip_grad={self.config.optimizer.clip_grad:g})"

@@ -92,8 +92,8 @@ def test_a_teacher_lies_on_each_rank_beside_the_fullest_step() -> None:
     )
     plan = plan_launch(asked, Launch(1), teachers={"two": (8_000_000_000, 1.6e10)})
     (held,) = plan.memory
-    # Gradients of 2 x 128 hidden states and of 1000 rows of the head; the chunks; in place of logits.
-    distilled = 16e9 + (2 * 256 + 4 * 1000) * asked.model.hidden_size + 2**30
+    # The gradient of 2 x 128 hidden states; the chunks; in place of logits.
+    distilled = 16e9 + 2 * 256 * asked.model.hidden_size + 2**30
     assert plan.total(held) == held.total - 256 * 1000 * 2 + distilled
     printed = text(plan)
     assert "8,000,000,000 x 2 B, whole on each rank" in printed
