@@ -305,7 +305,7 @@ class Trainer:
         assert (refused is not None) == result.left_out
         if refused and not isfinite(result.figures.get("teacher_entropy", 0.0)):
             where_from = f"phases.{span.name}.objective"
-            refused = f"none of its labels has a record ({where_from}.cache)"
+            refused = f"none of its labels counts or has a record ({where_from})"
             if result.tokens_N.any():
                 refused = f"the teacher's logits are not finite ({where_from})"
                 if pending.before.step == span.start:
