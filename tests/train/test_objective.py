@@ -245,6 +245,9 @@ def test_the_student_comes_closer_and_every_line_adds_up(
 
 def test_weight_0_is_cross_entropy(root: Path, one: dict[str, Any]) -> None:
     assert losses(root / "none") == pytest.approx(losses(root / "ce"), rel=1e-6)
+    # Of several micro-batches: each adds the head's gradient to the buffer once.
+    norms = ([line["grad_norm"] for line in lines(root / run)] for run in ("none", "ce"))
+    assert next(norms) == pytest.approx(next(norms), rel=1e-5)
     assert losses(root / "plain")[:3] != pytest.approx(losses(root / "ce"), rel=1e-2)
     assert all("kd" not in line for line in lines(root / "ce"))
 
