@@ -159,7 +159,7 @@ class _Cached:
 
     @cached_property
     def records(self) -> Records:
-        names = [corpus.name for corpus in self._data.corpora]
+        names = list(self._data.plan.sources)
         return WindowRecords(self._cache, self._drawn, names, self._config.data.seq_length)
 
     def targets(self, context: ParallelContext) -> Targets:
