@@ -23,7 +23,6 @@ This file imports no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -186,8 +185,8 @@ class Cache:
     @property
     def identity(self) -> str:
         """XXH3-128 of the header, "+", SHA-256 of the parts' names, which hold hashes of their content."""
-        names = json.dumps(sorted(path.name for path in self.parts))
-        return f"{self.header.digest.hex()}+{hashlib.sha256(names.encode()).hexdigest()}"
+        names = _names(sorted(path.name for path in self.parts))
+        return f"{self.header.digest.hex()}+{hashlib.sha256(names).hexdigest()}"
 
     def has(self, hash_DH: np.ndarray, length_D: np.ndarray) -> np.ndarray:
         """Tokens of each document that have a record, [D] int64. `hash_DH`: uint8 [D, 16].

@@ -110,10 +110,7 @@ def check_teacher(state: TrainState, span: PhaseSpan, identities: Mapping[str, s
             f"phases.{span.name}.objective: {some(changed, most=8)} is not what the steps to {state.step} "
             f"learnt from: it has changed since; restore it, or name another path to go on with that"
         )
-    return [
-        f"{name} has other parts than at step {state.step}; their records are used from here"
-        for name in other
-    ]
+    return [f"{name} has other parts than at step {state.step}, which serve from here on" for name in other]
 
 
 def to_come(config: Config) -> Config:
