@@ -161,7 +161,8 @@ def make_steps(size: str, model: str, options: argparse.Namespace) -> dict[str, 
 
     from megatron_r1.backend import cpu_divergence
     from megatron_r1.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-    from megatron_r1.distill.cache import BLOCK, Cache, Header, draw, pack, write_part
+    from megatron_r1.distill.cache import BLOCK, Cache, write_part
+    from megatron_r1.distill.draws import Header, draw, pack
     from megatron_r1.distill.teacher import Teacher
     from megatron_r1.model.divergence import SparseTarget
     from megatron_r1.parallel import on_device, process_groups

@@ -23,10 +23,8 @@ This file imports no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +32,7 @@ import numpy as np
 import xxhash
 
 from megatron_r1.distill.draws import Header, unpack
-from megatron_r1.system.files import beside, json_bytes, regular, replacing
+from megatron_r1.system.files import beside, json_bytes, naming, regular, replacing
 from megatron_r1.system.json_io import parse_json
 
 BLOCK = 1024
@@ -84,7 +82,7 @@ def merge(folder: Path) -> Path:
     ((key_M, place_M),) = cache.tables
     path = _write(folder / "index", front, [], len(front), key_M, place_M)
     for other in {*earlier} - {path}:
-        other.unlink()
+        other.unlink(missing_ok=True)
     return path
 
 
@@ -161,10 +159,12 @@ class Cache:
         names, *table = _read(indices[-1], self.header) if indices else ([],)
         self.tables: list[tuple[np.ndarray, np.ndarray]] = [(table[0], table[1])] if table else []
         """Keys, ascending, and places."""
-        rest = sorted(path for path in folder.glob("part-*.kd") if path.name not in set(names))
-        self.parts = [*(beside(indices[-1], name) for name in names), *rest]
-        for path in self.parts[: len(names)]:
-            if not path.is_file():
+        there = {*folder.glob("part-*.kd")}
+        self.parts = [beside(indices[-1], name) for name in names]
+        rest = sorted(there.difference(self.parts))
+        self.parts += rest
+        for path in self.parts:
+            if path not in there:
                 raise FileNotFoundError(
                     f"{path} does not exist, which {indices[-1].name} names; "
                     "restore it, or remove the index and run tools/cache_teacher.py with --merge"
@@ -184,9 +184,9 @@ class Cache:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the header and the names of the parts, which hold hashes of their content."""
-        content = [asdict(self.header), sorted(path.name for path in self.parts)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """XXH3-128 of the header, "+", SHA-256 of the parts' names, which hold hashes of their content."""
+        names = _names(sorted(path.name for path in self.parts))
+        return f"{self.header.digest.hex()}+{hashlib.sha256(names).hexdigest()}"
 
     def has(self, hash_DH: np.ndarray, length_D: np.ndarray) -> np.ndarray:
         """Tokens of each document that have a record, [D] int64. `hash_DH`: uint8 [D, 16].
@@ -268,7 +268,8 @@ class Cache:
         first = int.from_bytes(key[16:], "big") * BLOCK
         # Whatever an index says: a block has no more bytes, and a file is not longer.
         most, part = BLOCK * (2 + self.header.most * 8), min(part, len(self.parts) - 1)
-        body = os.pread(self._open(part).number, min(size, most), min(begin, 1 << 62))
+        with naming(self.parts[part]):
+            body = os.pread(self._open(part).number, min(size, most), min(begin, 1 << 62))
         if len(body) != size or _check(key, tokens, body) != check:
             where = f"block {first // BLOCK} of document {key[:16].hex()}, {size} bytes at {begin},"
             raise ValueError(f"{self.parts[part]}: {where} is damaged or missing; {REDO}")

@@ -35,8 +35,7 @@ def sample(documents: Documents, tokens: int, longest: int, seed: int) -> Docume
     documents = replace(documents, length_D=np.minimum(documents.length_D, longest))
     order, chosen = np.random.default_rng(seed).permutation(len(documents)), []
     for k in np.unique(documents.source_D):
-        # A document of one token has no label.
-        of = order[(documents.source_D[order] == k) & (documents.length_D[order] > 1)]
+        of = order[documents.source_D[order] == k]
         chosen.append(of[: int(np.searchsorted(np.cumsum(documents.length_D[of]), tokens)) + 1])
     return documents.only(np.concatenate(chosen))
 
@@ -99,7 +98,8 @@ def judge(
     teacher = models["teacher"]
     # With a token before each.
     longest = int(min(seq_length, *(one.longest - 1 for one in models.values())))
-    documents = sample(documents, tokens, longest, seed)
+    # A document of one token has no label.
+    documents = sample(documents.only(documents.length_D > 1), tokens, longest, seed)
     own = "without_bos" if teacher.bos is None else "with_bos"
     # A tokenizer may have such a token and put it nowhere.
     lead = teacher.tokenizer.bos_token_id if teacher.bos is None else teacher.bos

@@ -159,8 +159,7 @@ class _Cached:
 
     @cached_property
     def records(self) -> Records:
-        names = [corpus.name for corpus in self._data.corpora]
-        return WindowRecords(self._cache, self._drawn, names, self._config.data.seq_length)
+        return WindowRecords(self._cache, self._drawn, self._data.plan.sources, self._config.data.seq_length)
 
     def targets(self, context: ParallelContext) -> Targets:
         from megatron_r1.model.divergence import SparseTarget

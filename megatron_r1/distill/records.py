@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ class WindowRecords:
     label of this one's last. Raises ValueError for a pair without provenance.
     """
 
-    def __init__(self, cache: Cache, corpora: Sequence[Corpus], sources: Sequence[str], seq_length: int):
+    def __init__(self, cache: Cache, corpora: Sequence[Corpus], sources: Iterable[str], seq_length: int):
         self._cache, self._seq_length = cache, seq_length
         by_name = {corpus.name: corpus for corpus in corpora}
         self._places = {n: _Documents(by_name[name]) for n, name in enumerate(sources) if name in by_name}

@@ -126,7 +126,7 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, err
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give a failed write the name of its file, which the system's error does not carry."""
+    """Give a failed write or read the name of its file, which the system's error does not carry."""
     try:
         yield
     except OSError as error:

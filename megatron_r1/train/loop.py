@@ -201,7 +201,8 @@ class Trainer:
             teacher, gpt = self.teachers[span.name], self.training.last
             # Asked by one rank for all: weights are read for it.
             identities = broadcast_object(teacher.identities if self.context.leads else None)
-            resume.check_teacher(self.state, span, identities)
+            for line in resume.check_teacher(self.state, span, identities):
+                self.context.announce(f"{self.run.root}: {line}")
             targets = teacher.targets(self.context)
             self.training.objective = Distillation(gpt, targets, teacher.tokens, span.config.objective)
             self.batches.records = teacher.records

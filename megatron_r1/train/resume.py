@@ -96,17 +96,21 @@ def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[s
         )
 
 
-def check_teacher(state: TrainState, span: PhaseSpan, identities: Mapping[str, str]) -> None:
+def check_teacher(state: TrainState, span: PhaseSpan, identities: Mapping[str, str]) -> list[str]:
     """Raise ValueError if a run that stands within a phase has learnt from something else at the same path.
 
-    `identities`: path -> identity of the phase's teacher or cache as it is now.
+    `identities`: path -> identity of the phase's teacher or cache as it is now. Returns a line for each cache
+    of the same header that has other parts: a document's records stay as they are, so the run goes on.
     """
-    changed = [name for name, was in state.teacher.items() if identities.get(name, was) != was]
-    if changed and state.step > span.start:
+    was = state.teacher if state.step > span.start else {}
+    other = [name for name in was if identities.get(name, was[name]) != was[name]]
+    changed = [name for name in other if identities[name].partition("+")[0] != was[name].partition("+")[0]]
+    if changed:
         raise ValueError(
             f"phases.{span.name}.objective: {some(changed, most=8)} is not what the steps to {state.step} "
             f"learnt from: it has changed since; restore it, or name another path to go on with that"
         )
+    return [f"{name} has other parts than at step {state.step}, which serve from here on" for name in other]
 
 
 def to_come(config: Config) -> Config:

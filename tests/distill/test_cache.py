@@ -1,5 +1,6 @@
 """The teacher's cache against plain Python: draws, records, parts, damage."""
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from megatron_r1.distill import cache as module
 from megatron_r1.distill import draws
 from megatron_r1.distill.cache import BLOCK, Cache, merge, write_part
 from megatron_r1.distill.draws import Drawn, Header, draw, draw_on_device, pack, uniforms, unpack
+from megatron_r1.model.divergence import SparseTarget, linear_divergence
 
 TINY = Header("teacher", "ids", 300, 1.0, 50, None, 7, None, 4096)
 TOP = replace(TINY, draws=None, top_k=12)
@@ -101,22 +103,39 @@ def test_counts_are_unbiased() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_mean_gradient_is_the_exact_one(temperature: float) -> None:
-    """Of KL by the student's hidden state, over 3,000 records as they come back from a block."""
-    header = replace(TINY, tokens=60, temperature=temperature)
-    teacher_1V, student_1V, weight_VD = (
-        logits(n, m, k) for k, (n, m) in enumerate(((1, 60), (1, 60), (60, 5)))
+def test_the_mean_gradient_is_the_exact_one(temperature: float, tmp_path: Path) -> None:
+    """Of the trainer's loss by the student's hidden state, and the loss, over 3,000 records of a file."""
+    header, n = replace(TINY, tokens=60, temperature=temperature), 3000
+    teacher_1V, hidden_1D, weight_VD, bias_V1 = (
+        logits(*shape, seed=k).double() for k, shape in enumerate(((1, 60), (1, 5), (64, 5), (64, 1)))
     )
-    exact_D = ((softmax(student_1V, temperature) - softmax(teacher_1V, temperature)) @ weight_VD.numpy())[0]
-    drawn = draw(teacher_1V.expand(3000, 60), header, name_of(9), 0)
-    id_E, share_E, distinct_N, _ = unpack(header, pack(header, drawn), 3000)
-    share_NV = np.zeros((3000, 60))
-    share_NV[np.repeat(np.arange(3000), distinct_N), id_E] = share_E
-    gradient_ND = (softmax(student_1V, temperature) - share_NV) @ weight_VD.numpy()
-    error_D = gradient_ND.std(0) / math.sqrt(3000)
-    assert (np.abs(gradient_ND.mean(0) - exact_D) < 4.5 * error_D).all()
+    weight_VD = torch.cat((weight_VD, bias_V1), 1)
+    hidden_ND = torch.cat((hidden_1D, torch.ones(1, 1)), 1).repeat(n, 1).requires_grad_()
+    header.write(tmp_path)
+    blocks = []
+    for first in range(0, n, BLOCK):
+        rows = teacher_1V.float().expand(min(BLOCK, n - first), 60)
+        blocks.append((name_of(9), first, n, pack(header, draw(rows, header, name_of(9), first))))
+    write_part(tmp_path, header, blocks)
+    target = SparseTarget(*map(torch.from_numpy, Cache(tmp_path).read(name_of(9), 0, n)), tail=False)
+    label_N, count_N = torch.full((n,), 3), torch.ones(n)
+    how: dict[str, Any] = {"tokens": 60, "temperature": temperature, "weight": 0.75}
+    total, loss_N, _ = linear_divergence(hidden_ND, weight_VD, label_N, count_N, target, **how)
+    total.backward()
+    # Plain, of the whole distribution.
+    one_1D = hidden_ND.detach()[:1].requires_grad_()
+    z_1V, p_1V = one_1D @ weight_VD[:60].t(), (teacher_1V / temperature).softmax(1)
+    kl = (p_1V * (p_1V.log() - (z_1V / temperature).log_softmax(1))).sum()
+    exact = 0.75 * temperature**2 * kl - 0.25 * z_1V.log_softmax(1)[0, 3]
+    exact.backward()
+    assert hidden_ND.grad is not None and one_1D.grad is not None
+    error_D = hidden_ND.grad.std(0) / math.sqrt(n)
+    assert (hidden_ND.grad.mean(0) - one_1D.grad[0]).abs().div(error_D).max() < 4.5
     # The interval is narrow: a fiftieth of the gradient's length.
-    assert error_D.max() < np.linalg.norm(exact_D) / 50
+    assert error_D.max() < one_1D.grad.norm() / 50
+    # The entropy of a record is rounded to 10 bits.
+    error = loss_N.std() / math.sqrt(n)
+    assert abs(loss_N.mean() - exact) < 4.5 * error + 0.75 * temperature**2 * 0.004
 
 
 def test_a_record_depends_on_seed_document_and_offset_alone() -> None:
@@ -275,7 +294,9 @@ def test_all_records_are_served(tmp_path: Path, made: Any) -> None:
     more, others = documents(TINY, [*LENGTHS, 60])
     write_part(tmp_path, TINY, more[-1:])
     cache = Cache(tmp_path)
-    assert [len(keys) for keys, _ in cache.tables] == [len(blocks), 1] and cache.identity != identity
+    assert [len(keys) for keys, _ in cache.tables] == [len(blocks), 1]
+    # The header's part is the same.
+    assert cache.identity != identity and cache.identity[:33] == identity[:33] and identity[32] == "+"
     assert read_all(cache) == records
     ids, _, entropy = cache.read(name_of(len(LENGTHS)), 3, 60)
     assert float(entropy[0]) == others[name_of(len(LENGTHS)), 3][1] and len(ids) == 57
@@ -448,6 +469,17 @@ def test_truncated_parts_and_hostile_sizes(tmp_path: Path, made: Any) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{path.name} does not exist, which index-.*--merge"):
         Cache(tmp_path)
+
+
+def test_a_disk_that_fails_is_named(tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(write(tmp_path, made[0], parts=1))
+
+    def pread(*place: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(OSError, match=cache.parts[0].name):
+        cache.read(name_of(0), 0, 1)
 
 
 def test_what_is_no_block_is_not_written(tmp_path: Path, made: Any) -> None:

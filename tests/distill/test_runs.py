@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_r1.distill.cache import write_part
 from megatron_r1.distill.describe import Described
+from megatron_r1.distill.draws import Header, draw, pack
 from megatron_r1.preprocess.preprocess import preprocess
 from tests import launch
 from tests.curation.tiny import texts
@@ -94,3 +97,8 @@ def test_a_cache_trains_alike_on_any_ranks(root: Path) -> None:
     assert first["kd"]["ce"] == online["kd"]["ce"]
     assert first["kd"]["teacher_entropy"] == pytest.approx(online["kd"]["teacher_entropy"], rel=0.02)
     assert first["kd"]["kl"] == pytest.approx(online["kd"]["kl"], rel=0.1)
+    # The run stands within its phase when the cache grows.
+    more, header = words(root, "cached", cached, "phases.one.steps=4"), Header.read(root / "cache")
+    drawn = draw(torch.zeros(1, header.tokens), header, bytes(16), 0)
+    write_part(root / "cache", header, [(bytes(16), 0, 1, pack(header, drawn))])
+    assert "cache has other parts than at step 3, " in train(root, *more)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_r1.config import ParallelConfig
 from megatron_r1.data.indexed import IndexedDataset, document_starts
 from megatron_r1.data.keep import save_documents
 from megatron_r1.data.provenance import read_provenance
@@ -25,8 +26,11 @@ from megatron_r1.distill import write
 from megatron_r1.distill.cache import BLOCK, Cache, merge
 from megatron_r1.distill.documents import Documents, choose
 from megatron_r1.distill.draws import Header, draw, pack, unpack
+from megatron_r1.distill.open import teachers
 from megatron_r1.distill.teacher import Teacher
 from megatron_r1.export import pretrained
+from megatron_r1.parallel import process_groups
+from megatron_r1.train.batches import StepBatches, rank_samples
 from tests.distill import corpus
 from tests.distributed import on_ranks, start_ranks
 from tests.launch import ROOT, wait_for
@@ -243,6 +247,71 @@ def test_top_k_records_are_written_too(teacher: Teacher, documents: Documents, t
     best = logits_NV.softmax(-1).topk(8)
     np.testing.assert_array_equal(np.sort(ids_NK), best.indices.sort(-1).values)
     np.testing.assert_allclose(share_NK.sum(-1), best.values.sum(-1), rtol=1e-3)
+
+
+def served(root: Path, folder: Path, ranks: int, rank: int, first: int, more: list[str]) -> dict[Any, Any]:
+    """(source, token of its stream) -> entries and entropy of the record that the trainer's batches have."""
+    objective = f"phases.mid.objective={{name: kd, cache: '{folder}'}}"
+    config, data = corpus.opened(root, "phases.mid.objective=null", objective, *more)
+    context: Any = SimpleNamespace(data_rank=rank, data_size=ranks, first_of_copy=True)
+    batches, found = StepBatches(config, data, context), dict[Any, Any]()
+    batches.records = teachers(config, data)["mid"].records
+    size, seq_length, names = config.train.global_batch, config.data.seq_length, list(data.plan.sources)
+    for step in range(first, config.phase_steps("mid")):
+        samples = iter(rank_samples(step * size, size, config.train.micro_batch, context).tolist())
+        for batch in batches.of_step(step * size):
+            assert batch.teacher is not None and batch.loss_mask_BS.all()
+            for ids_SK, share_SK, entropy_S in zip(
+                *map(torch.Tensor.tolist, vars(batch.teacher).values()), strict=True
+            ):
+                source, _, window = data.plan.locate(next(samples))
+                for s, (ids, shares, entropy) in enumerate(zip(ids_SK, share_SK, entropy_S, strict=True)):
+                    entries = {i: share for i, share in zip(ids, shares, strict=True) if share}
+                    found[names[source], window * seq_length + s] = entries, entropy
+        assert not batches.errors
+    return found
+
+
+@pytest.fixture(scope="module")
+def labels(root: Path, whole: Path) -> dict[Any, Any]:
+    """(source, token of its stream) -> entries and entropy of its record, by plain loops over documents."""
+    _, data = corpus.opened(root)
+    cache, want = Cache(whole), dict[Any, Any]()
+    for one in data.corpora:
+        edges = document_starts(one).tolist()
+        for key, (begin, end) in zip(read_provenance(one.prefix).hashes, pairwise(edges), strict=True):
+            rows = map(np.ndarray.tolist, cache.read(key.tobytes(), 0, end - begin))
+            for at, (ids, shares, entropy) in enumerate(zip(*rows, strict=True), begin):
+                entries = {i: share for i, share in zip(ids, shares, strict=True) if share}
+                want[one.name, at] = entries, entropy
+    return want
+
+
+@pytest.mark.parametrize(
+    ("more", "ranks", "first"),
+    [
+        ("", 1, 0),
+        ("phases.mid.weights={a: 1, b: 9}", 1, 0),
+        ("train.global_batch=8", 1, 0),
+        ("train.micro_batch=1", 1, 0),
+        ("train.micro_batch=1", 4, 0),
+        ("data.seq_length=48", 1, 0),
+        ("data.seq_length=1100", 1, 0),
+        ("model.hidden_size=64", 1, 0),
+        ("data.seed=99", 1, 0),
+        ("", 1, 2),
+    ],
+)
+def test_the_trainers_batches_have_the_same_records(
+    root: Path, whole: Path, labels: dict[Any, Any], more: str, ranks: int, first: int
+) -> None:
+    """Mixture, batch, ranks, packing, student, shuffling and the step that a run goes on from, one by one."""
+    words, found = ["phases.mid.steps=6", more][: 1 + bool(more)], dict[Any, Any]()
+    with process_groups(ParallelConfig()):
+        for rank in range(ranks):
+            found |= served(root, whole, ranks, rank, first, words)
+    assert len(found) > 400 and {name for name, _ in found} == {"a", "b"}
+    assert found == {label: labels[label] for label in found}
 
 
 class Killed(BaseException):

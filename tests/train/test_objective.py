@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,11 @@ from megatron_r1.config import Config, ObjectiveConfig, ParallelConfig
 from megatron_r1.data.open import launched, open_data
 from megatron_r1.model.divergence import FIGURES, DenseTarget, SparseTarget
 from megatron_r1.parallel import ParallelContext, process_groups
-from megatron_r1.records import Batch, TeacherRecords
+from megatron_r1.records import Batch, TeacherRecords, TrainState
 from megatron_r1.train import loop
 from megatron_r1.train.batches import StepBatches
 from megatron_r1.train.objective import Distillation
+from megatron_r1.train.resume import check_teacher
 from megatron_r1.train.step import build_training
 from tests.distributed import on_ranks
 from tests.launch import assert_same_tensors
@@ -301,6 +304,18 @@ def test_killed_within_the_phase_it_comes_to_the_same_bits(root: Path, one: dict
 def test_a_teacher_that_was_replaced_within_the_phase_is_refused(one: dict[str, Any]) -> None:
     assert "phases.one.objective: table is not what the steps to " in one["replaced"]
     assert " learnt from: it has changed since; restore it, or name another path" in one["replaced"]
+
+
+def test_a_cache_that_grew_is_told_and_another_header_refused() -> None:
+    span: Any = SimpleNamespace(name="one", start=2)
+    state = TrainState(step=3, teacher={"cache": "header+parts", "teacher": "weights"})
+    (line,) = check_teacher(state, span, {"cache": "header+more", "teacher": "weights"})
+    assert line.startswith("cache has other parts than at step 3")
+    with pytest.raises(ValueError, match=r"one\.objective: cache is not what the steps to 3 learnt from"):
+        check_teacher(state, span, {"cache": "other+parts"})
+    # Of a phase before, or at another path.
+    assert check_teacher(replace(state, step=2), span, {"cache": "other+parts"}) == []
+    assert check_teacher(state, span, {"elsewhere": "other+parts", **state.teacher}) == []
 
 
 def test_a_spoiled_teacher_ends_the_phase_at_its_first_step(root: Path, one: dict[str, Any]) -> None:
