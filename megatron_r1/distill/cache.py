@@ -23,10 +23,8 @@ This file imports no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +32,7 @@ import numpy as np
 import xxhash
 
 from megatron_r1.distill.draws import Header, unpack
+from megatron_r1.system.errors import rewording
 from megatron_r1.system.files import beside, json_bytes, regular, replacing
 from megatron_r1.system.json_io import parse_json
 
@@ -89,8 +88,7 @@ def merge(folder: Path) -> Path:
 
 
 def _names(names: list[str]) -> bytes:
-    content = json_bytes(names)
-    return len(content).to_bytes(4, "little") + content
+    return len(content := json_bytes(names)).to_bytes(4, "little") + content
 
 
 def _check(key: bytes, tokens: int, body: bytes) -> int:
@@ -141,7 +139,8 @@ class _File:
     number = -1
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with rewording(lambda error: f"{error}; restore it, or run tools/cache_teacher.py again", OSError):
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.number >= 0:
@@ -184,9 +183,12 @@ class Cache:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the header and the names of the parts, which hold hashes of their content."""
-        content = [asdict(self.header), sorted(path.name for path in self.parts)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Hash of the header, "+", SHA-256 over the parts' names, which hold hashes of their content.
+
+        A cache that has grown keeps what is before the "+", and every record that it had.
+        """
+        names = json_bytes(sorted(path.name for path in self.parts))
+        return f"{self.header.digest.hex()}+{hashlib.sha256(names).hexdigest()}"
 
     def has(self, hash_DH: np.ndarray, length_D: np.ndarray) -> np.ndarray:
         """Tokens of each document that have a record, [D] int64. `hash_DH`: uint8 [D, 16].

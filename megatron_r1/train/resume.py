@@ -99,9 +99,11 @@ def check_past(path: Path, config: Config, data: OpenData, drawn_from: Mapping[s
 def check_teacher(state: TrainState, span: PhaseSpan, identities: Mapping[str, str]) -> None:
     """Raise ValueError if a run that stands within a phase has learnt from something else at the same path.
 
-    `identities`: path -> identity of the phase's teacher or cache as it is now.
+    `identities`: path -> identity of the phase's teacher or cache as it is now. What stands behind a "+" in
+    one may change: a cache grows while a phase trains from it.
     """
-    changed = [name for name, was in state.teacher.items() if identities.get(name, was) != was]
+    lasting = {name: was.partition("+")[0] for name, was in state.teacher.items()}
+    changed = [name for name, was in lasting.items() if not identities.get(name, was).startswith(was)]
     if changed and state.step > span.start:
         raise ValueError(
             f"phases.{span.name}.objective: {some(changed, most=8)} is not what the steps to {state.step} "

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from megatron_r1.distill import cache as module
 from megatron_r1.distill import draws
 from megatron_r1.distill.cache import BLOCK, Cache, merge, write_part
 from megatron_r1.distill.draws import Drawn, Header, draw, draw_on_device, pack, uniforms, unpack
+from megatron_r1.records import TrainState
+from megatron_r1.train.resume import check_teacher
 
 TINY = Header("teacher", "ids", 300, 1.0, 50, None, 7, None, 4096)
 TOP = replace(TINY, draws=None, top_k=12)
@@ -276,6 +279,11 @@ def test_all_records_are_served(tmp_path: Path, made: Any) -> None:
     write_part(tmp_path, TINY, more[-1:])
     cache = Cache(tmp_path)
     assert [len(keys) for keys, _ in cache.tables] == [len(blocks), 1] and cache.identity != identity
+    # A phase that trains from it goes on, but not from the cache of another header.
+    stands, span = TrainState(step=3, teacher={"c": identity}), SimpleNamespace(name="one", start=1)
+    check_teacher(stands, span, {"c": cache.identity})
+    with pytest.raises(ValueError, match="c is not what the steps to 3 learnt from"):
+        check_teacher(stands, span, {"c": "0" + cache.identity})
     assert read_all(cache) == records
     ids, _, entropy = cache.read(name_of(len(LENGTHS)), 3, 60)
     assert float(entropy[0]) == others[name_of(len(LENGTHS)), 3][1] and len(ids) == 57
@@ -445,7 +453,10 @@ def test_truncated_parts_and_hostile_sizes(tmp_path: Path, made: Any) -> None:
     path.write_bytes(good[:100])
     with pytest.raises(ValueError, match=f"{path.name}: block . of document .* is damaged or missing"):
         read_all(Cache(tmp_path))
+    cache = Cache(tmp_path)
     path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name}'; restore it, or run"):
+        read_all(cache)
     with pytest.raises(FileNotFoundError, match=f"{path.name} does not exist, which index-.*--merge"):
         Cache(tmp_path)
 
