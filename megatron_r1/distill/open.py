@@ -6,7 +6,6 @@ This file imports no torch. transformers does, where its AutoTokenizer decides a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +55,11 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
     found = {}
     for name, asked in _objectives(config):
         if asked.teacher is not None:
-            try:
+            # The hub is not asked for the weights of a teacher whose size is configured.
+            if asked.parameters is None or Path(asked.teacher).exists():
                 said = Described(asked.teacher, asked.bos)
                 found[name] = said.parameters, said.flops_per_token(config.data.seq_length)
-            except (OSError, ValueError):
-                if asked.parameters is None or Path(asked.teacher).exists():
-                    raise
+            else:
                 found[name] = asked.parameters, 2.0 * asked.parameters
     return found
 
@@ -180,12 +178,11 @@ class _Cached:
         here: dict[str, Any] = {"temperature": asked.temperature}
         if asked.bos != "auto":
             here["bos"] = None if asked.bos == "none" else asked.bos
-        # It need not be here.
-        with suppress(FileNotFoundError):
-            if asked.teacher:
-                said = Described(asked.teacher, asked.bos)
-                self.fingerprint = said.fingerprint
-                here |= {"teacher": said.identity, "bos": said.bos}
+        # Elsewhere it is not asked for: training from a cache takes neither its weights nor a network.
+        if asked.teacher and Path(asked.teacher).exists():
+            said = Described(asked.teacher, asked.bos)
+            self.fingerprint = said.fingerprint
+            here |= {"teacher": said.identity, "bos": said.bos}
         if changed := differences({name: getattr(header, name) for name in here}, here):
             fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
             raise ValueError(f"{fault}; restore these, or name another cache")

@@ -225,7 +225,8 @@ def test_a_cache_serves_what_the_teacher_says_beside_the_student(root: Path) -> 
             r"another teacher or objective: teacher \(\w{20} there, \w{20} here\)",
         ),
         (
-            "teacher: '{root}/none'",
+            # The hub is not asked.
+            "teacher: ORG/NAME@main",
             "a",
             "has no record of data.sources.b; write them with tools/",
         ),
