@@ -32,6 +32,7 @@ import numpy as np
 import xxhash
 
 from megatron_r1.distill.draws import Header, unpack
+from megatron_r1.system.errors import rewording
 from megatron_r1.system.files import beside, json_bytes, naming, regular, replacing
 from megatron_r1.system.json_io import parse_json
 
@@ -87,8 +88,7 @@ def merge(folder: Path) -> Path:
 
 
 def _names(names: list[str]) -> bytes:
-    content = json_bytes(names)
-    return len(content).to_bytes(4, "little") + content
+    return len(content := json_bytes(names)).to_bytes(4, "little") + content
 
 
 def _check(key: bytes, tokens: int, body: bytes) -> int:
@@ -139,7 +139,8 @@ class _File:
     number = -1
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with rewording(lambda error: f"{error}; restore it, or run tools/cache_teacher.py again", OSError):
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.number >= 0:

@@ -62,7 +62,7 @@ class Described:
             raise ValueError(f"{model}: {self.tokens} tokens do not fit its vocabulary of {rows}")
         self.bos = self._leading() if bos == "auto" else None if bos == "none" else int(bos)
         if self.bos is not None and self.bos not in self.vocabulary:
-            raise ValueError(f"objective.bos={bos}: the tokenizer of {model} has no such token; give none")
+            raise ValueError(f"objective.bos={bos} is no token of {model}; give another id, auto or none")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -79,8 +79,7 @@ class Described:
     @cached_property
     def identity(self) -> str:
         """That of a checkpoint, else SHA-256 over weights, configuration and tokenizer, which are read."""
-        own = self._own is not None
-        return checkpoint_files.identity(self._path) if own else content(self._folder, self._stored)
+        return checkpoint_files.identity(self._path) if self._own else content(self._folder, self._stored)
 
     def flops_per_token(self, seq_length: int) -> float:
         """FLOP of a forward pass of one token in a sequence: 2 per weight that multiplies, causal attention.
@@ -98,11 +97,7 @@ class Described:
             elif "embed" not in name:
                 expert = "experts" in name and "shared" not in name
                 products += numbers * (c.get("num_experts_per_tok", 1) / routed if expert else 1)
-        heads = c.get("num_attention_heads") or c.get("n_head") or 0
-        hidden, layers = (
-            c.get("hidden_size") or c.get("n_embd") or 0,
-            c.get("num_hidden_layers", c.get("n_layer", 0)),
-        )
+        heads, hidden, layers = (next((c[key] for key in keys if c.get(key)), 0) for keys in _WIDTHS)
         width = heads * (c.get("head_dim") or hidden // max(1, heads))
         return 2.0 * (products + head) + 2.0 * layers * width * seq_length
 

@@ -144,9 +144,8 @@ def text(result: dict[str, Any]) -> str:
         lines.append("".join([f"{source:18s}{row['labels']:10,}", *cells]))
     phase, how = result["phase"], "timed on this one" if result["timed"] else "at --tflops"
     lines.append(f"student: {result['student'] or 'none, because the run begins with random weights'}")
-    cost = (
-        f"{phase['teacher_flop']:.3g} FLOP of the teacher, {result['times_student']:.2f} times the student's"
-    )
+    times = f"{result['times_student']:.2f} times the student's"
+    cost = f"{phase['teacher_flop']:.3g} FLOP of the teacher, {times}"
     hours = f"{result['hours']:.3g} hours of a device, {how}"
     lines.append(f"phase {phase['name']}: {phase['tokens']:,} tokens, {cost}, {hours}")
     return "\n".join([*lines, *(f"warning: {line}" for line in result["warnings"])])

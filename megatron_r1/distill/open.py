@@ -6,7 +6,6 @@ This file imports no torch. transformers does, where its AutoTokenizer decides a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from megatron_r1.data.provenance import load_origins
 from megatron_r1.distill.cache import Cache
 from megatron_r1.distill.describe import Described
 from megatron_r1.distill.records import WindowRecords
-from megatron_r1.distill.vocabulary import identity, vocabulary_of_pair
+from megatron_r1.distill.vocabulary import first_difference, identity, vocabulary_of_pair
 from megatron_r1.records import Batch, Corpus
 from megatron_r1.run.stage import differences
 
@@ -41,8 +40,7 @@ def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
         try:
             teacher = _open(config, data, name, asked)
             first, *more = teacher.lines()
-            said = teacher if isinstance(teacher, _Cached) else teacher.said
-            mistakes += vocabulary_mistakes(config, data, name, said)
+            mistakes += vocabulary_mistakes(config, data, name, getattr(teacher, "said", teacher))
             lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
         except (OSError, ValueError) as error:
             mistakes.append(f"phases.{name}.objective: {error}")
@@ -57,12 +55,11 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
     found = {}
     for name, asked in _objectives(config):
         if asked.teacher is not None:
-            try:
+            # The hub is not asked for the weights of a teacher whose size is configured.
+            if asked.parameters is None or Path(asked.teacher).exists():
                 said = Described(asked.teacher, asked.bos)
                 found[name] = said.parameters, said.flops_per_token(config.data.seq_length)
-            except (OSError, ValueError):
-                if asked.parameters is None or Path(asked.teacher).exists():
-                    raise
+            else:
                 found[name] = asked.parameters, 2.0 * asked.parameters
     return found
 
@@ -80,10 +77,11 @@ def vocabulary_mistakes(
     for corpus in _drawn(config, data, phase):
         if corpus.tokenizer_hash is None or corpus.tokenizer_hash not in seen:
             seen |= {corpus.tokenizer_hash or ""}
-            if identity(vocabulary_of_pair(corpus.prefix)) != teacher.vocabulary_identity:
+            if identity(found := vocabulary_of_pair(corpus.prefix)) != teacher.vocabulary_identity:
+                where = first_difference(found, getattr(teacher, "vocabulary", found))
                 fault = f"data.sources.{corpus.name} has the ids of another vocabulary than the teacher"
                 way_out = "take a teacher of its tokenizer, or preprocess it with the teacher's"
-                out.append(f"{fault}; {way_out}")
+                out.append(f"{fault}{where}; {way_out}")
     if rows < tokens:
         fault = f"the teacher has {tokens:,} tokens, model.vocab_size={rows:,} fewer"
         out.append(f"{fault}; set model.vocab_size={tokens} or more")
@@ -129,10 +127,10 @@ class _Online:
     def lines(self) -> list[str]:
         """Describe it. ValueError for a context that is shorter than a window."""
         config, said, seq_length = self._config, self.said, self._config.data.seq_length
-        if (needed := seq_length + (said.bos is not None)) > said.longest:
-            window = f"data.seq_length={seq_length} with {_token(said.bos)} before a document"
-            fault = f"the context of {said.model} has {said.longest:,} tokens, and {window} has {needed:,}"
-            raise ValueError(f"{fault}; lower it, or take another teacher")
+        if seq_length > (most := said.longest - (said.bos is not None)):
+            fault = f"data.seq_length={seq_length} exceeds the context of {said.model}, {most:,} tokens with"
+            way_out = f"lower it to {most}, or take another teacher"
+            raise ValueError(f"{fault} {_token(said.bos)} before a document; {way_out}")
         size = said.parameters * (2 if config.train.precision == "bf16" else 4)
         flops, own = said.flops_per_token(seq_length), config.model.flops_per_token(seq_length)
         return [
@@ -179,12 +177,11 @@ class _Cached:
         here: dict[str, Any] = {"temperature": asked.temperature}
         if asked.bos != "auto":
             here["bos"] = None if asked.bos == "none" else asked.bos
-        # It need not be here.
-        with suppress(FileNotFoundError):
-            if asked.teacher:
-                said = Described(asked.teacher, asked.bos)
-                self.fingerprint = said.fingerprint
-                here |= {"teacher": said.identity, "bos": said.bos}
+        # Elsewhere it is not asked for: training from a cache takes neither its weights nor a network.
+        if asked.teacher and Path(asked.teacher).exists():
+            said = Described(asked.teacher, asked.bos)
+            self.fingerprint = said.fingerprint
+            here |= {"teacher": said.identity, "bos": said.bos}
         if changed := differences({name: getattr(header, name) for name in here}, here):
             fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
             raise ValueError(f"{fault}; restore these, or name another cache")

@@ -21,8 +21,8 @@ class WindowRecords:
     """What a BatchLoader asks for each batch (`data.loader.Records`). Indices and provenance stay mapped.
 
     `corpora`: one for each source that is drawn, matched by name; `sources`: the plan's names in order. The
-    label behind token t of a document has the record of offset t. So has the next document's first token, a
-    label of this one's last. Raises ValueError for a pair without provenance.
+    label behind token t of a document has the record of offset t. Behind a document's last token the label is
+    the next document's first one. Raises ValueError for a pair without provenance.
     """
 
     def __init__(self, cache: Cache, corpora: Sequence[Corpus], sources: Iterable[str], seq_length: int):

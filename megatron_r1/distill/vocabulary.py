@@ -57,6 +57,13 @@ def identity(vocabulary: Vocabulary) -> str:
     return digest.hexdigest()
 
 
+def first_difference(data: Vocabulary, teacher: Vocabulary) -> str:
+    """The smallest id that is another piece of text to the two, with both pieces; or nothing."""
+    i = min((i for i, _ in data.items() ^ teacher.items()), default=-1)
+    there, here = (of.get(i, b"no token") or b"a special token" for of in (data, teacher))
+    return "" if i < 0 else f": id {i} is {str(there)[1:]} in the data and {str(here)[1:]} to the teacher"
+
+
 def vocabulary_of_pair(prefix: str | Path) -> Vocabulary:
     """The vocabulary of the tokenizer that made a pair, as its sidecar and its ledger name it.
 

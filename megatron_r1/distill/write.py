@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PART = 1 << 17
 """Tokens of a part, about. A longer document is a part by itself."""
 BYTES = 46
-"""Of a token's record of 50 draws, at most about, before any is measured."""
+"""Of a token's record of 50 draws on text, about the most, before any is measured."""
 CONTEXT = 8192
 """Of a cache, tokens, where the teacher's is longer."""
 _SHARD = "cache teacher shard"
@@ -106,7 +106,7 @@ def records(
 
 
 def expected(draws: int | None, top_k: int | None) -> float:
-    """Bytes of a token's record before any is measured: at most about."""
+    """Bytes of a token's record on text, about the most, before any is measured."""
     return BYTES * draws / 50 if draws else 2 + 4.2 * (top_k or 0)
 
 

@@ -60,9 +60,9 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             raise ValueError(f"{fault}; remove the one that is left from another save")
         shards = {SINGLE}
     if not shards:
-        there = unread_files(directory) or "no weights"
+        there = f", but {names}" if (names := unread_files(directory)) else " nor other weights"
         way_out = "other formats become one by transformers' from_pretrained(...).save_pretrained(...)"
-        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}, but {there}; {way_out}")
+        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}{there}; {way_out}")
     out: dict[str, Stored] = {}
     for file in sorted(shards):
         for name, stored in _header(directory / file).items():
@@ -88,7 +88,8 @@ def local_folder(model: str) -> Path:
     """
     if (path := Path(model)).is_dir():
         return path
-    repository, revision = hub_name(model, "no model at")
+    missing = "name the model's folder, not the file" if path.is_file() else "no model at"
+    repository, revision = hub_name(model, missing)
     hub = require("huggingface_hub", "a model of the hub")
     absent = f"{model} is no folder here, and the hub did not give it"
     way_out = f"fetch it by: hf download {repository} --revision {revision}"

@@ -466,7 +466,10 @@ def test_truncated_parts_and_hostile_sizes(tmp_path: Path, made: Any) -> None:
     path.write_bytes(good[:100])
     with pytest.raises(ValueError, match=f"{path.name}: block . of document .* is damaged or missing"):
         read_all(Cache(tmp_path))
+    cache = Cache(tmp_path)
     path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name}'; restore it, or run"):
+        read_all(cache)
     with pytest.raises(FileNotFoundError, match=f"{path.name} does not exist, which index-.*--merge"):
         Cache(tmp_path)
 

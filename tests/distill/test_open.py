@@ -99,19 +99,20 @@ def test_a_teacher_that_fits_is_described(root: Path) -> None:
     ("objective", "more", "sources", "message"),
     [
         ("teacher: '{root}/none'", [], "ab", "no model at {root}/none"),
-        ("teacher: '{root}/teacher', bos: 9999", [], "ab", "objective.bos=9999: the tokenizer of "),
+        ("teacher: '{root}/teacher', bos: 9999", [], "ab", "objective.bos=9999 is no token of "),
         (
             "teacher: '{root}/teacher'",
             [],
             "c",
-            "data.sources.c has the ids of another vocabulary than the teacher; take a teacher of its",
+            "data.sources.c has the ids of another vocabulary than the teacher: id {x} is 'y' in the data "
+            "and 'x' to the teacher; take a teacher of its",
         ),
         (
             "teacher: '{root}/teacher'",
             ["data.seq_length=2048", "data.sources.a.documents=null"],
             "ab",
-            "the context of {root}/teacher has 2,048 tokens, and data.seq_length=2048 with token 0 before a "
-            "document has 2,049; lower it, or take another teacher",
+            "data.seq_length=2048 exceeds the context of {root}/teacher, 2,047 tokens with token 0 before a "
+            "document; lower it to 2047, or take another teacher",
         ),
     ],
 )
@@ -123,7 +124,9 @@ def test_a_teacher_that_does_not_fit_is_one_mistake(
     data = open_data(config(root, objective.format(root=root), sources=sources))
     mistakes, _ = check(asked, data)
     assert len(mistakes) == 1
-    assert mistakes[0].startswith("phases.one.objective: " + message.format(root=root))
+    x = min(map(Described(str(root / "teacher")).tokenizer._model.token_to_id, "xy"))
+    message = message.format(root=root, x=x)
+    assert mistakes[0].startswith("phases.one.objective: " + message)
 
 
 def test_a_pair_of_the_same_vocabulary_fits(root: Path) -> None:
@@ -222,7 +225,8 @@ def test_a_cache_serves_what_the_teacher_says_beside_the_student(root: Path) -> 
             r"another teacher or objective: teacher \(\w{20} there, \w{20} here\)",
         ),
         (
-            "teacher: '{root}/none'",
+            # The hub is not asked.
+            "teacher: ORG/NAME@main",
             "a",
             "has no record of data.sources.b; write them with tools/",
         ),

@@ -307,7 +307,7 @@ def test_files_describe_a_teacher(tmp_path: Path) -> None:
     attention = 2 * 2 * 2 * 32 * 32
     assert said.flops_per_token(64) == counter.get_total_flops() / 64 + attention
     assert Described(folder, "none").bos is None and Described(folder, 5).bos == 5
-    with pytest.raises(ValueError, match=r"objective.bos=9999: the tokenizer of .* has no such token; give"):
+    with pytest.raises(ValueError, match=r"objective.bos=9999 is no token of .*; give another"):
         Described(folder, 9999)
     model(tmp_path / "other", begins=True)
     assert Described(str(tmp_path / "other")).identity == said.identity

@@ -118,7 +118,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
         (shards_without_index, f"neither {SINGLE} nor {INDEX}, but {ONE}, {TWO}; "),
         (only("model.fp16.safetensors"), "but model.fp16.safetensors; "),
         (only("pytorch_model.bin"), "but pytorch_model.bin; other formats become one"),
-        (lambda folder: None, "but no weights; "),
+        (lambda folder: None, " nor other weights; "),
         (adapter, "has adapter_config.json"),
         (indexed({"a": ONE, "b": ONE}), f"{INDEX} disagrees with its files: b is in no file"),
         (indexed({"a": TWO, "b": ONE}), f"a is in {ONE}, and the index says {TWO}"),
