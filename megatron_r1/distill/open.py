@@ -40,7 +40,8 @@ def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
         try:
             teacher = _open(config, data, name, asked)
             first, *more = teacher.lines()
-            mistakes += vocabulary_mistakes(config, data, name, getattr(teacher, "said", teacher))
+            said = teacher.said if isinstance(teacher, _Online) else teacher
+            mistakes += vocabulary_mistakes(config, data, name, said)
             lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
         except (OSError, ValueError) as error:
             mistakes.append(f"phases.{name}.objective: {error}")
