@@ -98,7 +98,9 @@ SETTINGS = """
 data: {cross_documents: false}
 train: {keep_last: 1, checkpoint_every: 100, probe_every: 1000000}
 phases: {text: {learning_rate: 4.0e-3, decay: linear}}
+health: {loss_spike: 0}
 """
+"""A step has 2,048 tokens of seven unlike sources: the guard took the noise of a median for a spike."""
 WARM_UP = 20
 """A run warms up for one of so many steps."""
 SHAPE = "num_layers: {}, hidden_size: {}, ffn_hidden_size: {}, num_attention_heads: {}, num_query_groups: 1"
