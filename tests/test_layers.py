@@ -29,7 +29,7 @@ FLOOR = {
 }
 TOP_LEVEL, IN_A_ROOM, LINES, SMALL, IMPORTS = 5, 12, 450, 5, 20
 """Most files at the top level and in a room, lines of a file, files below 60 lines, imports of one file."""
-CODE = 16_723
+CODE = 16_725
 """Lines of code proper; a commit that adds to the product raises this by what it adds."""
 
 

@@ -5,13 +5,13 @@ Records are keyed by document and offset, so a cache serves any mixture, order, 
 that are in the folder are passed over: the same command goes on after a kill, and a new mixture writes what
 the cache lacks. docs/distillation.md has the format and measured sizes.
 
-torchrun --nproc-per-node 8 tools/cache_teacher.py examples/models/950m.yaml examples/midtrain/kd.yaml \\
-    --phase midtrain
+FILES="examples/models/950m.yaml examples/midtrain/kd.yaml examples/midtrain/kd_cached.yaml"
+torchrun --nproc-per-node 8 tools/cache_teacher.py $FILES --phase midtrain1
 
 Is the teacher worth it, and what will the cache take:
 
-python tools/cache_teacher.py examples/models/950m.yaml examples/midtrain/kd.yaml --phase midtrain --judge
-python tools/cache_teacher.py examples/models/950m.yaml examples/midtrain/kd.yaml --phase midtrain --estimate
+python tools/cache_teacher.py $FILES --phase midtrain1 --judge
+python tools/cache_teacher.py $FILES --phase midtrain1 --estimate
 
 Across nodes, each takes a shard (--shard I/N, or --shard env under SLURM). Afterwards, once, the same command
 with --merge in place of --shard.

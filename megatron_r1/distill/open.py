@@ -40,8 +40,8 @@ def check(config: Config, data: OpenData) -> tuple[list[str], list[str]]:
         try:
             teacher = _open(config, data, name, asked)
             first, *more = teacher.lines()
-            said = teacher.said if isinstance(teacher, _Online) else teacher
-            mistakes += vocabulary_mistakes(config, data, name, said)
+            described = teacher.described if isinstance(teacher, _Online) else teacher
+            mistakes += vocabulary_mistakes(config, data, name, described)
             lines += [f"phase {name}: {plain}KL at temperature {asked.temperature:g} from {first}", *more]
         except (OSError, ValueError) as error:
             mistakes.append(f"phases.{name}.objective: {error}")
@@ -58,8 +58,8 @@ def sizes(config: Config) -> dict[str, tuple[int, float]]:
         if asked.teacher is not None:
             # The hub is not asked for the weights of a teacher whose size is configured.
             if asked.parameters is None or Path(asked.teacher).exists():
-                said = Described(asked.teacher, asked.bos)
-                found[name] = said.parameters, said.flops_per_token(config.data.seq_length)
+                described = Described(asked.teacher, asked.bos)
+                found[name] = described.parameters, described.flops_per_token(config.data.seq_length)
             else:
                 found[name] = asked.parameters, 2.0 * asked.parameters
     return found
@@ -111,32 +111,34 @@ class _Online:
 
     def __init__(self, config: Config, data: OpenData, asked: ObjectiveConfig):
         self._config, self._data, self._asked = config, data, asked
-        self.said = Described(asked.teacher or "", asked.bos)
-        self.tokens = self.said.tokens
+        self.described = Described(asked.teacher or "", asked.bos)
+        self.tokens = self.described.tokens
 
     @cached_property
     def identities(self) -> dict[str, str]:
-        return {self.said.model: self.said.identity}
+        return {self.described.model: self.described.identity}
 
     def targets(self, context: ParallelContext) -> Targets:
         from megatron_r1.distill.teacher import Teacher
 
         precision, rows = self._config.train.precision, self._config.model.vocab_size // context.tensor_size
-        teacher = Teacher(self.said.model, precision, self._asked.bos, together=True)
+        teacher = Teacher(self.described.model, precision, self._asked.bos, together=True)
         return teacher.targets(self._data.eod, rows)
 
     def lines(self) -> list[str]:
         """Describe it. ValueError for a context that is shorter than a window."""
-        config, said, seq_length = self._config, self.said, self._config.data.seq_length
-        if seq_length > (most := said.longest - (said.bos is not None)):
-            fault = f"data.seq_length={seq_length} exceeds the context of {said.model}, {most:,} tokens with"
+        config, described, seq_length = self._config, self.described, self._config.data.seq_length
+        if seq_length > (most := described.longest - (described.bos is not None)):
+            fault = (
+                f"data.seq_length={seq_length} exceeds the context of {described.model}, {most:,} tokens with"
+            )
             way_out = f"lower it to {most}, or take another teacher"
-            raise ValueError(f"{fault} {_token(said.bos)} before a document; {way_out}")
-        size = said.parameters * (2 if config.train.precision == "bf16" else 4)
-        flops, own = said.flops_per_token(seq_length), config.model.flops_per_token(seq_length)
+            raise ValueError(f"{fault} {_token(described.bos)} before a document; {way_out}")
+        size = described.parameters * (2 if config.train.precision == "bf16" else 4)
+        flops, own = described.flops_per_token(seq_length), config.model.flops_per_token(seq_length)
         return [
-            f"{said.model}, with {_token(said.bos)} before each document",
-            f"  {said.parameters:,} parameters, {size:,} B ({config.train.precision}) on each rank",
+            f"{described.model}, with {_token(described.bos)} before each document",
+            f"  {described.parameters:,} parameters, {size:,} B ({config.train.precision}) on each rank",
             f"  {flops:.4g} FLOP a token: a step takes {1 + flops / own:.1f} times the student's own",
         ]
 
@@ -180,9 +182,9 @@ class _Cached:
             here["bos"] = None if asked.bos == "none" else asked.bos
         # Elsewhere it is not asked for: training from a cache takes neither its weights nor a network.
         if asked.teacher and Path(asked.teacher).exists():
-            said = Described(asked.teacher, asked.bos)
-            self.fingerprint = said.fingerprint
-            here |= {"teacher": said.identity, "bos": said.bos}
+            described = Described(asked.teacher, asked.bos)
+            self.fingerprint = described.fingerprint
+            here |= {"teacher": described.identity, "bos": described.bos}
         if changed := differences({name: getattr(header, name) for name in here}, here):
             fault = f"the cache {cache.folder} is of another teacher or objective: {', '.join(changed)}"
             raise ValueError(f"{fault}; restore these, or name another cache")

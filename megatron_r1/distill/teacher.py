@@ -47,10 +47,10 @@ class Teacher(Pretrained):
     automatic = "AutoModelForCausalLM"
 
     def __init__(self, model: str, precision: str, bos: str | int = "auto", together: bool = False):
-        self.described = said = Described(model, bos)
+        self.described = described = Described(model, bos)
         super().__init__(model, 1, precision=precision, together=together)
-        self.tokens, self.bos, self.longest = said.tokens, said.bos, said.longest
-        self.parameters, self.flops_per_token = said.parameters, said.flops_per_token
+        self.tokens, self.bos, self.longest = described.tokens, described.bos, described.longest
+        self.parameters, self.flops_per_token = described.parameters, described.flops_per_token
         self.network.requires_grad_(False)
         ids_1S = (torch.arange(16)[None] * 7919 % self.tokens).to(backend.device())
         own_SV = self._forward(ids_1S)[0, :, : self.tokens].float()

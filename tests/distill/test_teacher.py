@@ -213,13 +213,13 @@ def test_ranks_share_sequences_and_keep_their_part(tmp_path: Path) -> None:
     # Each does part of the work: documents, their first token and padding.
     whole = token_BS.size + sum(len(documents(row, EOD)) for row in token_BS)
     assert all(0.2 * whole < work < 0.75 * whole for _, _, work, *_ in found), found
-    said = Described(str(own))
-    assert (said.bos, said.longest, said.identity) == (None, 256, identity(own))
+    described = Described(str(own))
+    assert (described.bos, described.longest, described.identity) == (None, 256, identity(own))
     hf = Described(str(tmp_path / "b" / "hf"))
     # The tokenizer has one, which preprocessing leaves out.
     assert hf.bos == BOS
-    assert (said.parameters, said.vocabulary) == (hf.parameters, hf.vocabulary)
-    assert said.flops_per_token(64) == pytest.approx(hf.flops_per_token(64), rel=1e-2)
+    assert (described.parameters, described.vocabulary) == (hf.parameters, hf.vocabulary)
+    assert described.flops_per_token(64) == pytest.approx(hf.flops_per_token(64), rel=1e-2)
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
@@ -298,20 +298,20 @@ def test_files_describe_a_teacher(tmp_path: Path) -> None:
     """FLOP by torch's counter, which does not see attention."""
     folder = str(tmp_path / "a")
     network = exact(model(tmp_path / "a", begins=True))
-    said = Described(folder)
-    assert (said.bos, said.longest) == (BOS, 2048)
-    assert said.parameters == sum(p.numel() for p in {*network.parameters()})
+    described = Described(folder)
+    assert (described.bos, described.longest) == (BOS, 2048)
+    assert described.parameters == sum(p.numel() for p in {*network.parameters()})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.ones(1, 64, dtype=torch.int64))
     # Two products of width 32 with half of 64 keys, in 2 layers.
     attention = 2 * 2 * 2 * 32 * 32
-    assert said.flops_per_token(64) == counter.get_total_flops() / 64 + attention
+    assert described.flops_per_token(64) == counter.get_total_flops() / 64 + attention
     assert Described(folder, "none").bos is None and Described(folder, 5).bos == 5
     with pytest.raises(ValueError, match=r"objective.bos=9999 is no token of .*; give another"):
         Described(folder, 9999)
     model(tmp_path / "other", begins=True)
-    assert Described(str(tmp_path / "other")).identity == said.identity
+    assert Described(str(tmp_path / "other")).identity == described.identity
     model(tmp_path / "more", begins=True, rms_norm_eps=1e-4)
-    assert Described(str(tmp_path / "more")).identity != said.identity
+    assert Described(str(tmp_path / "more")).identity != described.identity
     with pytest.raises(FileNotFoundError, match="no model at"):
         Described(str(tmp_path / "none"))
