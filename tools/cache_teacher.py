@@ -5,8 +5,9 @@ Records are keyed by document and offset, so a cache serves any mixture, order, 
 that are in the folder are passed over: the same command goes on after a kill, and a new mixture writes what
 the cache lacks. docs/distillation.md has the format and measured sizes.
 
-FILES="examples/models/950m.yaml examples/midtrain/kd.yaml examples/midtrain/kd_cached.yaml"
 torchrun --nproc-per-node 8 tools/cache_teacher.py $FILES --phase midtrain1
+
+where FILES is examples/models/950m.yaml examples/midtrain/kd.yaml examples/midtrain/kd_cached.yaml.
 
 Is the teacher worth it, and what will the cache take:
 
