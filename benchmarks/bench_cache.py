@@ -59,7 +59,7 @@ def random_teacher(folder: Path) -> Path:
     words = {word: i for i, word in enumerate([*letters, *(f"word{i}" for i in range(49152 - len(letters)))])}
     tokenizer = Tokenizer(models.BPE(words, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="word0").save_pretrained(folder)
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     torch.manual_seed(0)
